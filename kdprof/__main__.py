@@ -1,0 +1,5 @@
+"""``python -m kdprof``."""
+
+from kdprof.cli import main
+
+main()

@@ -1,0 +1,183 @@
+"""Budgets: amounts of compute, how they are written, and how many iterations they buy.
+
+``40k@cwd`` (what 40 000 iterations of cwd cost), ``2h``, ``30min``, ``90s``, ``5e17flop``,
+``1.5kWh``, ``800kJ``, ``40k`` (iterations).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kdprof.errors import UserError
+from kdprof.records import Cost
+from kdprof.stats import ratio_interval
+
+Unit = Literal["iterations", "s", "flop", "J"]
+
+_PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_UNITS: dict[str, tuple[Unit, float]] = {
+    "": ("iterations", 1),
+    "k": ("iterations", 1e3),
+    "M": ("iterations", 1e6),
+    "s": ("s", 1),
+    "min": ("s", 60),
+    "h": ("s", 3600),
+    "d": ("s", 86400),
+    "flop": ("flop", 1),
+    **{f"{prefix}flop": ("flop", factor) for prefix, factor in _PREFIXES.items()},
+    "J": ("J", 1),
+    "kJ": ("J", 1e3),
+    "MJ": ("J", 1e6),
+    "Wh": ("J", 3600),
+    "kWh": ("J", 3.6e6),
+}
+_FORM = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([A-Za-z]*)(?:@(.+))?")
+EXAMPLES = "40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of compute in one unit; ``method`` where it is that method's iterations."""
+
+    text: str
+    amount: float
+    unit: Unit
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a budget buys of one method."""
+
+    method: str
+    iterations: int
+    low: int
+    high: int
+    """Ends of the 95 % interval that follows from the measurement's."""
+    seconds: float
+    """Forecast wall-clock of these iterations."""
+    iterations_equal_flop: int | None
+    """Iterations of equal matrix FLOP instead; None where the budget has no FLOP equivalent."""
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget.
+
+    Raises:
+        UserError: the text is no budget, or buys nothing.
+    """
+    match = _FORM.fullmatch(text.strip())
+    if not match:
+        raise UserError(f"budget '{text}' is malformed; write {EXAMPLES}")
+    number, unit, method = match.groups()
+    if unit not in _UNITS:
+        raise UserError(f"budget '{text}': unknown unit '{unit}'; write {EXAMPLES}")
+    kind, factor = _UNITS[unit]
+    amount = float(number) * factor
+    if method and kind != "iterations":
+        raise UserError(
+            f"budget '{text}': only iterations can be taken of a method; write {number}k@{method} "
+            f"or {number}{unit}"
+        )
+    if kind == "iterations" and amount != round(amount):
+        raise UserError(f"budget '{text}' is not a whole number of iterations; round it")
+    if amount <= 0 or (kind == "iterations" and amount < 1):
+        raise UserError(f"budget '{text}' is smaller than one iteration; give more")
+    return Budget(text.strip(), amount, kind, method)
+
+
+def convert(budget: Budget, costs: Mapping[str, Cost]) -> list[Conversion]:
+    """Return the iterations of every method in ``costs`` that a budget buys.
+
+    Raises:
+        UserError: the budget's method has no Cost, a Cost lacks what the unit needs, or some
+            method gets less than one iteration; all of them at once.
+    """
+    if budget.method and budget.method not in costs:
+        raise UserError(
+            f"budget '{budget.text}': no cost of '{budget.method}' here; run 'kdprof measure "
+            f"--method {budget.method}' first"
+        )
+    problems: list[str] = []
+    found = []
+    for method, cost in costs.items():
+        try:
+            found.append(_convert_one(budget, method, cost, costs))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def _convert_one(budget: Budget, method: str, cost: Cost, costs: Mapping[str, Cost]) -> Conversion:
+    exact, low, high = _iterations(budget, cost, costs)
+    iterations = round(exact)
+    if iterations < 1:
+        raise UserError(
+            f"budget '{budget.text}' is smaller than one iteration of '{method}' "
+            f"({cost.seconds_per_iteration().median:.3g} s); give more"
+        )
+    return Conversion(
+        method,
+        iterations,
+        round(low),
+        round(high),
+        iterations * cost.seconds_per_iteration().median,
+        _equal_flop(budget, cost, costs),
+    )
+
+
+def _iterations(
+    budget: Budget, cost: Cost, costs: Mapping[str, Cost]
+) -> tuple[float, float, float]:
+    amount = budget.amount
+    if budget.method:
+        reference = costs[budget.method]
+        ratio, low, high = _cost_ratio(reference, cost)
+        return amount * ratio, amount * low, amount * high
+    if budget.unit == "iterations":
+        return amount, amount, amount
+    if budget.unit == "s":
+        per = cost.seconds_per_iteration()
+        return amount / per.median, amount / per.high, amount / per.low
+    if budget.unit == "flop":
+        if cost.flop is None:
+            raise UserError(_missing(budget, cost, "flop"))
+        exact = amount / cost.flop.total
+        return exact, exact, exact
+    if cost.energy_j is None:
+        raise UserError(_missing(budget, cost, "energy_j"))
+    exact = amount / cost.energy_j
+    return exact, exact, exact
+
+
+def _missing(budget: Budget, cost: Cost, field: str) -> str:
+    reason = cost.unavailable.get(field, "not measured")
+    return (
+        f"budget '{budget.text}': the cost of '{cost.method}' has no {field} ({reason}); "
+        "use a budget in seconds or iterations"
+    )
+
+
+def _cost_ratio(above: Cost, below: Cost) -> tuple[float, float, float]:
+    """Return seconds per iteration of ``above`` over ``below``, with its interval."""
+    if above.key == below.key and above.method == below.method:
+        return 1.0, 1.0, 1.0
+    looped = above.end_to_end_s is not None and below.end_to_end_s is not None
+    top = above.end_to_end_samples_s if looped else above.samples_s
+    bottom = below.end_to_end_samples_s if looped else below.samples_s
+    paired = above.session == below.session and len(top) == len(bottom)
+    return ratio_interval(top, bottom, paired=paired)
+
+
+def _equal_flop(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> int | None:
+    if cost.flop is None:
+        return None
+    if budget.unit == "flop":
+        return round(budget.amount / cost.flop.total)
+    reference = costs[budget.method].flop if budget.method else None
+    return round(budget.amount * reference.total / cost.flop.total) if reference else None

@@ -1,0 +1,313 @@
+"""The command line: parse, call, print. Imports what a command needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kdprof import __version__
+from kdprof.errors import KdprofError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdprof.progress import Progress
+    from kdprof.store import Store
+    from kdprof.study import Study
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+DEFAULT_OUT = "kdprof-out"
+DEMO_OUT = "kdprof-demo"
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _out(default: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--out",
+        default=default,
+        show_default=True,
+        type=click.Path(path_type=Path),
+        help="Folder of results.",
+    )
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Records on stdout, nothing else.")
+_loudness = _options(
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every evaluation and phase."),
+)
+_study = _options(
+    click.option("--study", "source", metavar="FILE|PRESET", help="quickstart, camvid, or a TOML."),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key."),
+    click.option("--method", "methods", multiple=True, help="Repeatable; 'all'; FILE.py:Class."),
+    click.option("--student", help="Network, such as pspnet-r18."),
+    click.option("--teacher", help="Network, such as pspnet-r101."),
+    click.option("--data", metavar="NAME[:ROOT]", help="synthetic or camvid:ROOT."),
+    click.option("--device", help="auto, cpu, cuda or cuda:N."),
+    click.option("--precision", help="fp32, bf16 or fp16."),
+    click.option("--batch", type=int, help="Images per step."),
+    click.option("--crop", metavar="HxW", help="Training crop, pixels."),
+    _out(DEFAULT_OUT),
+    _json,
+    _loudness,
+)
+_STUDY_KEYS = {
+    "student": "student",
+    "teacher": "teacher",
+    "data": "data",
+    "device": "device",
+    "precision": "step.precision",
+    "batch": "step.batch",
+    "crop": "step.crop",
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """What a knowledge-distillation method for semantic segmentation really buys.
+
+    measure what a training step costs, convert schedules to equal compute, train at matched
+    budgets, plot accuracy against compute.
+    """
+
+
+@cli.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or print one: terms, weights, taps, recipes, paper."""
+    from kdprof.catalogue import print_method, print_methods
+    from kdprof.method import builtin_methods, find_method
+
+    if name is None:
+        print_methods(builtin_methods(), _stdout())
+    else:
+        print_method(find_method(name), _stdout())
+
+
+@cli.command()
+@_study
+def measure(**given: Any) -> None:
+    """Measure what one training step of each method costs on this device."""
+    from kdprof.measure import measure as run
+    from kdprof.reports.costs import measure_table
+    from kdprof.resolve import ResolvedStudy
+
+    study, store, progress = _begin(given)
+    resolved = ResolvedStudy(study)
+    _claim(store, study)
+    costs = run(resolved, resolved.method_names(control=False), progress)
+    paths = [store.write_cost(cost) for cost in costs]
+    if given["as_json"]:
+        return _print_json(costs)
+    if not given["quiet"]:
+        measure_table(costs, _stdout())
+        _name_files(paths)
+
+
+@cli.command()
+@click.argument("budget")
+@_out(DEFAULT_OUT)
+@click.option("--json", "as_json", is_flag=True, help="Conversions on stdout, nothing else.")
+def convert(budget: str, out: Path, as_json: bool) -> None:
+    """Print the iterations of every measured method that BUDGET buys.
+
+    BUDGET is 40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh.
+    """
+    from kdprof.budget import convert as run
+    from kdprof.budget import parse_budget
+    from kdprof.reports.conversion import conversion_table
+    from kdprof.store import Store
+
+    parsed = parse_budget(budget)
+    store = Store(out)
+    store.require()
+    conversions = run(parsed, store.latest_costs())
+    if as_json:
+        import json
+
+        click.echo(json.dumps([vars(c) for c in conversions], indent=2))
+    else:
+        conversion_table(budget, conversions, _stdout())
+
+
+@cli.command()
+@_study
+@click.option("--budget", "budgets", multiple=True, help="Repeatable; 40k@cwd, 2h, 5e17flop, ...")
+@click.option("--seeds", type=int, help="Runs per method and budget.")
+@click.option("--no-control", is_flag=True, help="Leave out the controls none and kd.")
+def train(no_control: bool, **given: Any) -> None:
+    """Train every method at every budget; measures first what is missing."""
+    from kdprof.reports.table import print_table
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.train import train as run
+
+    study, store, progress = _begin(given)
+    if not study.budgets:
+        raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
+    resolved = ResolvedStudy(study)
+    _claim(store, study)
+    summary = run(resolved, store, progress, control=not no_control)
+    if given["as_json"]:
+        _print_json(store.runs())
+    elif not given["quiet"]:
+        if store.runs():
+            print_table(store, _stdout())
+        click.echo(
+            f"{len(summary.finished)} runs trained, {summary.skipped} were finished before, "
+            f"{len(summary.failures)} failed; next: kdprof plot --out {store.root}"
+        )
+    if summary.failures:
+        raise KdprofError("\n".join(summary.failures))
+
+
+@cli.command()
+@_out(DEFAULT_OUT)
+@click.option(
+    "--x",
+    type=click.Choice(["seconds", "gpu-hours", "flop", "iterations"]),
+    default="seconds",
+    show_default=True,
+    help="Compute axis.",
+)
+def plot(out: Path, x: str) -> None:
+    """Plot accuracy against compute and write the tables."""
+    from kdprof.store import Store
+
+    store = Store(out)
+    store.require()
+    _name_files(_reports(store, x))
+
+
+@cli.command()
+@_out(DEMO_OUT)
+@_loudness
+def demo(out: Path, quiet: bool, verbose: bool) -> None:
+    """Measure, convert, train and plot on synthetic data, on the CPU, in a few minutes."""
+    from kdprof.demo import run
+
+    run(out, _progress(quiet, verbose, False), _stdout())
+
+
+@cli.command()
+def doctor() -> None:
+    """Print what this machine has, and what it costs where something is missing."""
+    from kdprof.doctor import print_findings
+
+    print_findings(_stdout())
+
+
+def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
+    """Return the study that the options describe, the results folder and where to report."""
+    from kdprof.store import Store
+    from kdprof.study import load_study, parse_assignments
+
+    store = Store(given["out"])
+    overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
+    for key in ("methods", "budgets"):
+        if given.get(key):
+            overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])
+    if given.get("seeds") is not None:
+        overrides["seeds"] = given["seeds"]
+    overrides.update(parse_assignments(given["assignments"]))
+    source = given["source"] or (str(store.study) if store.study.is_file() else None)
+    progress = _progress(given["quiet"], given["verbose"], given["as_json"])
+    return load_study(source, overrides), store, progress
+
+
+def _method_specs(given: tuple[str, ...]) -> list[str]:
+    """Expand ``all`` and make paths of method files absolute: the study outlives this folder."""
+    from kdprof.method import builtin_methods
+
+    specs: list[str] = []
+    for spec in given:
+        path, colon, name = spec.partition(".py")
+        if spec == "all":
+            specs += builtin_methods()
+        else:
+            specs.append(f"{Path(path).resolve()}{colon}{name}" if colon else spec)
+    return specs
+
+
+def _claim(store: Store, study: Study) -> None:
+    from kdprof.study import claim_folder
+
+    claim_folder(store.study, study)
+
+
+def _reports(store: Store, x: str) -> list[Path]:
+    from kdprof.reports import curves, table
+
+    return [*curves.render(store, x=x), *table.render(store)]
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _progress(quiet: bool, verbose: bool, as_json: bool) -> Progress:
+    from rich.console import Console
+
+    from kdprof.progress import Progress
+
+    return Progress(None if quiet or as_json else Console(stderr=True), verbose=verbose)
+
+
+def _print_json(records: list[Any]) -> None:
+    from kdprof.store import to_json
+
+    click.echo(to_json(records))
+
+
+def _name_files(paths: list[Path]) -> None:
+    for path in paths:
+        click.echo(f"wrote {path}")
+
+
+def main() -> None:
+    """Run the command line; every failure is one line unless ``--debug`` asks for more."""
+    if "--debug" in sys.argv:
+        sys.exit(cli(standalone_mode=False))
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("kdprof: interrupted; what was written is whole", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        click.echo(f"kdprof: {_usage_message(error)}", err=True)
+        sys.exit(2)
+    except KdprofError as error:
+        for line in str(error).splitlines():
+            click.echo(f"kdprof: {line}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        message = " ".join(str(error).split()) or "no message"
+        click.echo(
+            f"kdprof: {type(error).__name__}: {message}; run 'kdprof --debug ...' for details",
+            err=True,
+        )
+        sys.exit(1)
+
+
+def _usage_message(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{message} See '{error.ctx.command_path} --help'."
+    return message

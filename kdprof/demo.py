@@ -1,0 +1,33 @@
+"""The main job, end to end, on data that needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from kdprof.budget import convert, parse_budget
+from kdprof.progress import Progress
+from kdprof.reports import curves, table
+from kdprof.reports.conversion import conversion_table
+from kdprof.reports.costs import measure_table
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Store
+from kdprof.study import claim_folder, load_study
+from kdprof.train import costs_of, train
+
+
+def run(out: Path, progress: Progress, console: Console) -> None:
+    """Measure, convert, train and plot the ``quickstart`` study into a folder."""
+    study = load_study("quickstart", {})
+    resolved, store = ResolvedStudy(study), Store(out)
+    claim_folder(store.study, study)
+    costs = costs_of(resolved, store, resolved.method_names(control=True), progress)
+    measure_table(list(costs.values()), console)
+    for budget in study.budgets:
+        conversion_table(budget, convert(parse_budget(budget), costs), console)
+    train(resolved, store, progress)
+    paths = [*curves.render(store), *table.render(store)]
+    table.print_table(store, console)
+    for path in [store.study, *paths]:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,310 @@
+"""The contract between the engine and a distillation method, and how methods are found.
+
+A method is one class. It declares what it reads (``taps``), its published weights and recipes,
+builds its learnable extras when the network shapes are known, and returns its *unweighted* loss
+terms; the engine weights, logs, times and counts each of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdprof.errors import UserError, unknown
+
+FEATURE_TAPS = ("logits", "aux", "head", "c2", "c3", "c4", "c5")
+"""What a network can be read at: logits and auxiliary logits at head resolution (before any
+resize), the input of the last 1x1 classifier (after its dropout), and the backbone stages."""
+
+TAPS = (*FEATURE_TAPS, "labels")
+IGNORE = 255
+"""The label value of pixels that belong to no class, in every data set kdprof reads."""
+
+
+class Taps:
+    """The tensors a method asked for, as attributes: ``student.logits``, ``teacher.head``, ...
+
+    Shapes are (N, C, h, w). Reading a tap that the method did not declare raises, because an
+    undeclared tap would be computed for one method and paid for by nobody.
+    """
+
+    def __init__(self, **maps: Tensor):
+        self.__dict__.update(maps)
+
+    def __getattr__(self, name: str) -> Tensor:
+        raise AttributeError(f"tap '{name}' was read but not declared: add it to the method's taps")
+
+    def detach(self) -> Taps:
+        """Return the same taps cut off from the graph."""
+        return Taps(**{name: value.detach() for name, value in self.__dict__.items()})
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What a method may know of a network when it builds its extras."""
+
+    name: str
+    num_classes: int
+    channels: Mapping[str, int]
+    """Channels of each tap."""
+    stride: Mapping[str, int]
+    """Input pixels per output position, for each tap."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published training schedule and what it was reported to reach. None = not published."""
+
+    dataset: str
+    teacher: str | None
+    student: str
+    iterations: int | None
+    batch: int | None
+    crop: tuple[int, int] | None
+    optimizer: str
+    schedule: str
+    source: str
+    gpus: str | None = None
+    baseline_miou: float | None = None
+    miou: float | None = None
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """One declared hyper-parameter: its type and published default."""
+
+    type: type
+    default: Any
+
+
+def _hyper_parameters(cls: type) -> dict[str, Hyper]:
+    """Collect the annotated, non-ClassVar class attributes of a method and its bases."""
+    found: dict[str, Hyper] = {}
+    for base in reversed(cls.__mro__):
+        if not (isinstance(base, type) and issubclass(base, Method)) or base is Method:
+            continue
+        hints = typing.get_type_hints(base)
+        for name in inspect.get_annotations(base):
+            if typing.get_origin(hints[name]) is ClassVar or not hasattr(base, name):
+                continue
+            found[name] = Hyper(hints[name], getattr(base, name))
+    return {name: Hyper(hyper.type, getattr(cls, name)) for name, hyper in found.items()}
+
+
+class Method(nn.Module):
+    """A distillation objective with its published recipe.
+
+    A subclass sets the class attributes below, annotates its hyper-parameters
+    (``temperature: float = 4.0``) and implements :meth:`forward`.
+    """
+
+    name: ClassVar[str] = ""
+    """The key users type; the lower-cased class name where it is left empty."""
+    title: ClassVar[str] = ""
+    """Full name as published."""
+    paper: ClassVar[str] = ""
+    """Venue, year and arXiv id."""
+    family: ClassVar[str] = "custom"
+    """baseline, logit, feature, attention, relational, ..."""
+    taps: ClassVar[tuple[str, ...]] = ()
+    """What is read of the student, ``labels`` included."""
+    teacher_taps: ClassVar[tuple[str, ...] | None] = None
+    """What is read of the teacher, where that differs from ``taps``."""
+    weights: Mapping[str, float] = {}
+    """Published weight of every term that ``forward`` returns."""
+    auxiliary_weights: Mapping[str, float] = {}
+    """Weight of every term that ``auxiliary_forward`` returns."""
+    auxiliary_decays: ClassVar[bool] = False
+    """Whether the auxiliary optimiser's learning rate follows the student's schedule."""
+    recipes: ClassVar[tuple[Recipe, ...]] = ()
+    hyper: ClassVar[dict[str, Hyper]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
+        wrong = [tap for tap in (*cls.taps, *(cls.teacher_taps or ())) if tap not in TAPS]
+        if wrong:
+            raise UserError(f"{cls.__name__}: {unknown('tap', wrong[0], TAPS)}")
+        cls.hyper = _hyper_parameters(cls)
+
+    def __init__(self, weights: Mapping[str, float] | None = None, **hyper: Any):
+        super().__init__()
+        problems = [
+            f"method '{self.name}': {unknown('weight', term, self.weights)}"
+            for term in weights or {}
+            if term not in self.weights
+        ]
+        for name, value in hyper.items():
+            if name not in self.hyper:
+                valid = [*self.hyper, "weights"]
+                problems.append(f"method '{self.name}': {unknown('hyper-parameter', name, valid)}")
+                continue
+            wanted = self.hyper[name].type
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted:
+                problems.append(
+                    f"method '{self.name}': {name} must be {wanted.__name__}, not {value!r}"
+                )
+            setattr(self, name, value)
+        if problems:
+            raise UserError(*problems)
+        self.weights = {**type(self).weights, **(weights or {})}
+        self.notes: list[str] = []
+        """What the user must know of this method under these shapes; printed with its Cost."""
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None) -> None:
+        """Create learnable extras (adaptors, projectors, banks). Called once, before any step.
+
+        ``teacher`` is None only for a method that reads nothing of a teacher.
+        """
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return the unweighted terms, each a scalar. ``labels`` is (N, H, W) int64 at crop size,
+        :data:`IGNORE` where void, and None unless ``labels`` is among the taps."""
+        raise NotImplementedError
+
+    def auxiliary(self) -> nn.Module | None:
+        """Return what a second optimiser trains (a discriminator); its parameters are left out of
+        the student's optimiser. None where there is no such thing."""
+        return None
+
+    def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the second optimiser. Only called where :meth:`auxiliary` is not None."""
+        raise NotImplementedError
+
+    def auxiliary_forward(
+        self, student: Taps, teacher: Taps, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the auxiliary module's own unweighted terms. The taps are detached."""
+        raise NotImplementedError
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        """Return the extras trained by the student's optimiser."""
+        auxiliary = self.auxiliary()
+        aside = {id(p) for p in auxiliary.parameters()} if auxiliary is not None else set()
+        return [p for p in self.parameters() if id(p) not in aside]
+
+    @classmethod
+    def student_taps(cls) -> tuple[str, ...]:
+        """Return the network taps read of the student."""
+        return tuple(tap for tap in cls.taps if tap != "labels")
+
+    @classmethod
+    def read_of_teacher(cls) -> tuple[str, ...]:
+        """Return the network taps read of the teacher; empty = no teacher is run or paid for."""
+        taps = cls.taps if cls.teacher_taps is None else cls.teacher_taps
+        return tuple(tap for tap in taps if tap != "labels")
+
+    @classmethod
+    def needs_teacher(cls) -> bool:
+        """Say whether a teacher forward is part of this method's step."""
+        return bool(cls.read_of_teacher())
+
+    def settings(self) -> dict[str, Any]:
+        """Return hyper-parameters and weights as they are in force, for records and keys."""
+        values = {name: getattr(self, name) for name in self.hyper}
+        return {**values, "weights": dict(self.weights)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method class and where it came from."""
+
+    cls: type[Method]
+    origin: str
+    """built-in, an entry point's distribution, or the path of a file."""
+    source_sha256: str = field(repr=False, default="")
+
+
+def method_modules() -> list[str]:
+    """Return the names of the built-in method files, without importing them."""
+    package = importlib.import_module("kdprof.methods")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+
+
+def builtin_methods() -> dict[str, Found]:
+    """Import every built-in and installed (entry point ``kdprof.methods``) method, by name."""
+    found: dict[str, Found] = {}
+    for module in method_modules():
+        for method in _methods_in(importlib.import_module(f"kdprof.methods.{module}"), "built-in"):
+            found[method.cls.name] = method
+    for point in entry_points(group="kdprof.methods"):
+        cls = point.load()
+        if cls.name in found:
+            raise UserError(
+                f"the installed method '{cls.name}' ({point.value}) has the name of another; "
+                "rename its class attribute 'name'"
+            )
+        found[cls.name] = Found(cls, point.value, _source_hash(sys.modules[cls.__module__]))
+    return found
+
+
+def find_method(spec: str) -> Found:
+    """Return the method that ``spec`` names: ``cwd``, ``cwd:feature`` or ``./mine.py:MyKD``.
+
+    Raises:
+        UserError: there is no such method, or the file cannot be loaded.
+    """
+    path, colon, cls_name = spec.rpartition(":")
+    if path.endswith(".py") or spec.endswith(".py"):
+        return _method_from_file(Path(path if colon and path else spec), cls_name if path else "")
+    methods = builtin_methods()
+    if spec not in methods:
+        raise UserError(unknown("method", spec, methods))
+    return methods[spec]
+
+
+def _methods_in(module: Any, origin: str) -> list[Found]:
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+    ]
+    return [Found(cls, origin, _source_hash(module)) for cls in classes]
+
+
+def _source_hash(module: Any) -> str:
+    return sha256(Path(module.__file__).read_bytes()).hexdigest()
+
+
+def _method_from_file(path: Path, cls_name: str) -> Found:
+    if not path.is_file():
+        raise UserError(f"no method file {path}; give FILE.py:ClassName")
+    name = f"kdprof_user_{sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    module = sys.modules.get(name)
+    if module is None:
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module  # typing.get_type_hints looks the module up by name
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise UserError(
+                f"{path} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+    found = {method.cls.__name__: method for method in _methods_in(module, str(path))}
+    if not cls_name and len(found) == 1:
+        return next(iter(found.values()))
+    if cls_name not in found:
+        raise UserError(f"{path}: {unknown('method class', cls_name, found)}")
+    return found[cls_name]

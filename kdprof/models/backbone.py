@@ -1,0 +1,187 @@
+"""Backbones from timm at output stride 8: four stages c2..c5, and where their weights come from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import load_state_dict
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+from kdprof.errors import UserError, unknown
+
+STAGES = ("c2", "c3", "c4", "c5")
+OUTPUT_STRIDE = 8
+
+ALIASES = {"r18": "resnet18c", "r50": "resnet50c", "r101": "resnet101c"}
+"""mmsegmentation's ResNetV1c (deep stem), under the short names of the literature."""
+
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet18c": ("resnet18", {"stem_type": "deep", "stem_width": 32}),
+    "resnet34c": ("resnet34", {"stem_type": "deep", "stem_width": 32}),
+}
+"""Backbones timm can build but has no name for: our name -> timm name and arguments."""
+
+
+class Backbone(nn.Module):
+    """A timm backbone read at its last four stages, the last of them at stride 8.
+
+    Attributes:
+        channels: channels of each stage c2..c5.
+        stride: input pixels per position of each stage c2..c5 (4, 8, 8, 8 for a ResNet).
+    """
+
+    def __init__(self, name: str, weights: str = "none"):
+        super().__init__()
+        self.net = _create(name)
+        if weights == "imagenet":
+            self.net = _create_pretrained(name)
+        _undilate_second_convolutions(self.net)
+        if weights not in ("none", "imagenet"):
+            _load(self.net, name, Path(weights))
+        info = self.net.feature_info
+        self.channels = dict(zip(STAGES, info.channels(), strict=True))
+        self.stride = dict(zip(STAGES, info.reduction(), strict=True))
+
+    def forward(self, x: Tensor, stages: Collection[str]) -> dict[str, Tensor]:
+        """Return the maps of ``stages``, from a normalised (N, 3, H, W) picture.
+
+        A ResNet is run no further than the deepest stage asked for; other backbones are run whole,
+        because timm gives no common way to stop them.
+        """
+        if not hasattr(self.net, "layer4"):
+            maps = dict(zip(STAGES, self.net(x), strict=True))
+            return {stage: maps[stage] for stage in STAGES if stage in stages}
+        maps, stage_of = {}, dict(zip(self.net.return_layers, STAGES, strict=True))
+        for name, module in self.net.named_children():
+            if len(maps) == len(set(stages)):
+                break
+            x = module(x)
+            if stage_of.get(name) in stages:
+                maps[stage_of[name]] = x
+        return maps
+
+
+def check_name(name: str) -> None:
+    """Raise UserError, with the nearest valid name, unless ``name`` is a backbone that exists."""
+    names = [*OWN, *timm.list_models()]
+    if name in names:
+        return
+    close = difflib.get_close_matches(name, [*ALIASES, *names], n=1, cutoff=0.5)
+    if close:
+        raise UserError(unknown("backbone", name, close))
+    raise UserError(f"{unknown('backbone', name, ALIASES)}, or a name of timm.list_models()")
+
+
+def _timm_net(name: str, *, pretrained: bool = False) -> nn.Module:
+    timm_name, arguments = OWN.get(name, (name, {}))
+    return timm.create_model(
+        timm_name,
+        pretrained=pretrained,
+        features_only=True,
+        output_stride=OUTPUT_STRIDE,
+        out_indices=(-4, -3, -2, -1),
+        **arguments,
+    )
+
+
+def _create(name: str) -> nn.Module:
+    """Return the timm feature extractor; UserError where timm cannot build it at stride 8."""
+    mend = "take another, such as resnet18c, resnet50c or mobilenetv2_100"
+    try:
+        net = _timm_net(name)
+    except IndexError as error:
+        raise UserError(f"backbone '{name}' has fewer than four stages; {mend}") from error
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"timm cannot build backbone '{name}' at output stride {OUTPUT_STRIDE}; {mend}"
+        ) from error
+    stride = net.feature_info.reduction()[-1]
+    if stride != OUTPUT_STRIDE:
+        raise UserError(f"backbone '{name}' ends at stride {stride}, not {OUTPUT_STRIDE}; {mend}")
+    return net
+
+
+def _create_pretrained(name: str) -> nn.Module:
+    """Return the extractor with timm's ImageNet weights. Called once the name is known to build."""
+    if name in OWN or not timm.is_model_pretrained(name):
+        raise UserError(
+            f"timm has no ImageNet weights for '{name}'; give a timm state dict "
+            "(.pth or .safetensors) as backbone weights, or 'none'"
+        )
+    try:
+        return _timm_net(name, pretrained=True)
+    except Exception as error:  # the hub's network errors share no narrower base class
+        source = timm.get_pretrained_cfg(name)
+        place = f"huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
+        raise UserError(
+            f"the ImageNet weights of '{name}' could not be downloaded "
+            f"({type(error).__name__}); bring the .safetensors or .pth file of {place} "
+            "and give its path as backbone weights"
+        ) from error
+
+
+def _undilate_second_convolutions(net: nn.Module) -> None:
+    """Undo timm's dilation of the second 3x3 of basic blocks, which mmsegmentation never dilates.
+
+    Without this a ResNet-18 loads mmsegmentation's weights without complaint and is wrong by half.
+    """
+    for module in net.modules():
+        if isinstance(module, BasicBlock):
+            module.conv2.dilation = module.conv2.padding = (1, 1)
+
+
+def _load(net: nn.Module, name: str, path: Path) -> None:
+    """Load a timm state dict into ``net``, strictly but for the classifier that ``net`` lacks."""
+    if not path.is_file():
+        raise UserError(
+            f"no backbone weights at '{path}'; give 'none', 'imagenet' or the path of a .pth or "
+            ".safetensors file"
+        )
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # unpickling and safetensors errors share no narrower base class
+        raise UserError(
+            f"{path} is not a readable state dict ({type(error).__name__}); save "
+            "model.state_dict() with torch.save or safetensors"
+        ) from error
+    target = net.state_dict()
+    state = {_extractor_key(key, target): value for key, value in state.items()}
+    problems = _differences(state, target, name)
+    if problems:
+        raise UserError(
+            f"{path} does not fit backbone '{name}': {'; '.join(problems)}; give the timm state "
+            "dict of this architecture"
+        )
+    net.load_state_dict({key: state[key] for key in target})
+
+
+def _extractor_key(key: str, target: Collection[str]) -> str:
+    """Return timm's extractor name of a key: ``stages.0.x`` is ``stages_0.x`` in some of them."""
+    flat = key.replace(".", "_", 1)
+    return flat if key not in target and flat in target else key
+
+
+def _differences(state: dict[str, Tensor], target: dict[str, Tensor], name: str) -> list[str]:
+    """Say what keeps ``state`` from being the state of ``target``; the classifier may be there."""
+    timm_name, arguments = OWN.get(name, (name, {}))
+    whole = timm.create_model(timm_name, **arguments).state_dict()
+    found = {
+        "missing": target.keys() - state.keys(),
+        "unexpected": state.keys() - target.keys() - whole.keys(),
+        "of another shape": [
+            key for key in target.keys() & state.keys() if target[key].shape != state[key].shape
+        ],
+    }
+    return [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
+
+
+def _some(keys: Iterable[str], shown: int = 3) -> str:
+    """Return the first few keys and how many more there are."""
+    names = sorted(keys)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,147 @@
+"""Segmentation heads in mmsegmentation's layout: PSP, ASPP and the auxiliary FCN head.
+
+Attribute names follow mmsegmentation's state dict (``psp_modules.0.1.conv.weight``,
+``conv_seg.bias``, ...), so that a published checkpoint is imported by renaming keys. All
+convolutions but the 1x1 classifiers are without bias and followed by batch norm and ReLU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DROPOUT = 0.1
+PSP_BINS = (1, 2, 3, 6)
+ASPP_RATES = (12, 24, 36)
+
+
+class ConvModule(nn.Module):
+    """Convolution without bias, batch norm, ReLU; keeps the map's size.
+
+    Initialised like mmcv's layer of that name (Kaiming normal, fan out).
+    """
+
+    def __init__(self, channels: int, width: int, kernel: int, dilation: int = 1):
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(
+            channels, width, kernel, padding=padding, dilation=dilation, bias=False
+        )
+        self.bn = nn.BatchNorm2d(width)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the (N, width, h, w) activation of an (N, channels, h, w) map."""
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class BinPool(nn.Module):
+    """Average pooling to ``bins`` x ``bins`` cells.
+
+    PyTorch has no deterministic backward for adaptive pooling on CUDA and raises where
+    deterministic algorithms are demanded; only there the same averages are taken as two matrix
+    products.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the (N, C, bins, bins) averages of an (N, C, h, w) map."""
+        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return self.deterministic(x)
+        return F.adaptive_avg_pool2d(x, self.bins)
+
+    def deterministic(self, x: Tensor) -> Tensor:
+        """Return the same averages by matrix products, accumulated in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = _averaging(self.bins, x.shape[-2], x.device)
+            columns = _averaging(self.bins, x.shape[-1], x.device)
+            return (rows @ x.float() @ columns.T).to(x.dtype)
+
+
+def _averaging(bins: int, size: int, device: torch.device) -> Tensor:
+    """Return the (bins, size) matrix that averages each adaptive-pooling cell of a line."""
+    cell = torch.arange(bins, device=device)[:, None]
+    position = torch.arange(size, device=device)
+    start = cell * size // bins
+    end = ((cell + 1) * size + bins - 1) // bins
+    return ((position >= start) & (position < end)).float() / (end - start)
+
+
+def _classifier(width: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(width, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class PSPHead(nn.Module):
+    """Pyramid pooling head (Zhao et al., CVPR 2017, arXiv:1612.01105).
+
+    [map, bins 1, 2, 3, 6] -> 3x3 convolution -> dropout per channel -> ``conv_seg``.
+    """
+
+    def __init__(self, channels: int, width: int, num_classes: int, align_corners: bool):
+        super().__init__()
+        self.align_corners = align_corners
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(BinPool(bins), ConvModule(channels, width, 1)) for bins in PSP_BINS
+        )
+        self.bottleneck = ConvModule(channels + len(PSP_BINS) * width, width, 3)
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.conv_seg = _classifier(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the (N, width, h, w) input of the classifier, after its dropout."""
+        pyramid = [
+            F.interpolate(
+                branch(x), x.shape[-2:], mode="bilinear", align_corners=self.align_corners
+            )
+            for branch in self.psp_modules
+        ]
+        return self.dropout(self.bottleneck(torch.cat([x, *pyramid], dim=1)))
+
+
+class ASPPHead(nn.Module):
+    """Atrous spatial pyramid pooling head of DeepLabV3 (Chen et al. 2017, arXiv:1706.05587).
+
+    [picture average, 1x1, 3x3 at rates 12, 24, 36] -> 3x3 convolution -> dropout per channel ->
+    ``conv_seg``. ``align_corners`` is taken for symmetry of the two heads and changes nothing
+    here: the only map that is resized has one position.
+    """
+
+    def __init__(self, channels: int, width: int, num_classes: int, align_corners: bool):
+        super().__init__()
+        self.image_pool = nn.Sequential(BinPool(1), ConvModule(channels, width, 1))
+        self.aspp_modules = nn.ModuleList(
+            [
+                ConvModule(channels, width, 1),
+                *(ConvModule(channels, width, 3, dilation=rate) for rate in ASPP_RATES),
+            ]
+        )
+        self.bottleneck = ConvModule((2 + len(ASPP_RATES)) * width, width, 3)
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.conv_seg = _classifier(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the (N, width, h, w) input of the classifier, after its dropout."""
+        picture = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
+        branches = [branch(x) for branch in self.aspp_modules]
+        return self.dropout(self.bottleneck(torch.cat([picture, *branches], dim=1)))
+
+
+class FCNHead(nn.Module):
+    """Auxiliary head: 3x3 convolution -> dropout per channel -> ``conv_seg``."""
+
+    def __init__(self, channels: int, width: int, num_classes: int):
+        super().__init__()
+        self.convs = nn.Sequential(ConvModule(channels, width, 3))
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.conv_seg = _classifier(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the auxiliary logits (N, num_classes, h, w) of an (N, channels, h, w) map."""
+        return self.conv_seg(self.dropout(self.convs(x)))

@@ -1,0 +1,47 @@
+"""Progress bars with time left on a terminal; nothing when piped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+Advance = Callable[[int], None]
+
+
+class Progress:
+    """Where long work reports to. ``Progress(None)`` is silent."""
+
+    def __init__(self, console: Console | None, *, verbose: bool = False):
+        self.console, self.verbose = console, verbose
+
+    @contextmanager
+    def task(self, label: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Show a bar while the body runs; the body calls ``advance(n)`` after n units."""
+        if self.console is None or not self.console.is_terminal:
+            yield lambda n: None
+            return
+        bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(label, total=total, completed=done)
+            yield lambda n: bar.advance(task, n)
+
+    def say(self, text: str) -> None:
+        """Print one line, above any bar."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """Print one line that only verbose output has."""
+        if self.verbose:
+            self.say(text)

@@ -1,0 +1,223 @@
+"""From a Study to the live objects that it names, or to everything that is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from kdprof.budget import parse_budget
+from kdprof.data import Augmentation, Batches, SegmentationData, open_data
+from kdprof.device import Hardware, configure_backends, find_device, hardware_of, versions
+from kdprof.errors import UserError, unknown
+from kdprof.method import Found, Method, find_method
+from kdprof.models import SegmentationNetwork, build, parse_name
+from kdprof.step import TrainStep
+from kdprof.study import Study
+
+REFERENCE = "none"
+"""The method that ratios are formed against."""
+
+
+class ResolvedStudy:
+    """A study whose every name was found: device, data, networks, methods.
+
+    Raises:
+        UserError: whatever is wrong, all of it at once.
+    """
+
+    def __init__(self, study: Study):
+        self.study = study
+        problems: list[str] = []
+        self.device = _checked(problems, lambda: find_device(study.device), torch.device("cpu"))
+        self.methods = self._find_methods(problems)
+        for network in (study.student, study.teacher):
+            _checked(problems, lambda name=network: parse_name(name), None)
+        self.train_data = _checked(problems, lambda: self._open("train"), None)
+        self.val_data = (
+            _checked(problems, lambda: self._open("val"), None) if not problems else None
+        )
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
+        self._check_crop()
+        configure_backends(study.step.precision)
+
+    def _find_methods(self, problems: list[str]) -> dict[str, Found]:
+        """Return the study's methods, those its budgets name, and the reference."""
+        budgets = [parse_budget(text) for text in self.study.budgets]
+        specs = [REFERENCE, *self.study.methods, *(b.method for b in budgets if b.method)]
+        found: dict[str, Found] = {}
+        for spec in dict.fromkeys(specs):
+            if spec in found:
+                continue
+            method = _checked(problems, lambda spec=spec: find_method(spec), None)
+            if method is None:
+                continue
+            clash = found.get(method.cls.name)
+            if clash is not None and clash.cls is not method.cls:
+                problems.append(
+                    f"method {spec} is called '{method.cls.name}' like the {clash.origin} one; "
+                    "give its class another 'name'"
+                )
+            found[method.cls.name] = method
+            settings = self.study.method_settings.get(method.cls.name, {})
+            _checked(problems, lambda m=method, s=settings: m.cls(**s), None)
+        problems += [
+            f"method_settings: {unknown('method', name, found)}"
+            for name in self.study.method_settings
+            if name not in found
+        ]
+        return found
+
+    def _open(self, split: str) -> SegmentationData:
+        settings = self.study.data_settings
+        count = settings.synthetic_train if split == "train" else settings.synthetic_val
+        return open_data(
+            self.study.data,
+            split,
+            synthetic_size=settings.synthetic_size,
+            synthetic_count=count,
+        )
+
+    def _check_crop(self) -> None:
+        step = self.study.step
+        checks = {self._student_shapes.check_input, self.teacher_shapes.check_input}
+        found = {check(step.batch, step.crop, True) for check in checks} - {None}
+        if found:
+            raise UserError(*sorted(found))
+
+    @cached_property
+    def _student_shapes(self) -> SegmentationNetwork:
+        return build(self.study.student, self.train_data.num_classes)
+
+    @cached_property
+    def teacher_shapes(self) -> SegmentationNetwork:
+        """The teacher with random weights, on the CPU: what shapes and costs need."""
+        return build(self.study.teacher, self.train_data.num_classes)
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """The device's hardware."""
+        return hardware_of(self.device)
+
+    def method_names(self, *, control: bool) -> list[str]:
+        """Return the methods to compare; with ``control`` the equal-cost controls lead."""
+        by_spec = [find_method(spec).cls.name for spec in self.study.methods]
+        return list(dict.fromkeys([*(["none", "kd"] if control else []), *by_spec]))
+
+    def student(self, seed: int) -> SegmentationNetwork:
+        """Return a fresh student; its initialisation depends on the seed alone, not the method."""
+        torch.manual_seed(seed)
+        return self._fresh(self.study.student, self.study.student_backbone_weights)
+
+    def teacher(self) -> SegmentationNetwork:
+        """Return a fresh, untrained teacher."""
+        torch.manual_seed(0)
+        return self._fresh(self.study.teacher, self.study.teacher_backbone_weights)
+
+    def _fresh(self, name: str, weights: str) -> SegmentationNetwork:
+        return build(name, self.train_data.num_classes, backbone_weights=weights)
+
+    def method(self, name: str) -> Method:
+        """Return a fresh method, built for this study's networks."""
+        method = self.methods[name].cls(**self.study.method_settings.get(name, {}))
+        teacher = self.teacher_shapes.info if method.needs_teacher() else None
+        torch.manual_seed(1)
+        method.build(self._student_shapes.info, teacher)
+        return method
+
+    def step(
+        self,
+        name: str,
+        teacher: SegmentationNetwork | None,
+        *,
+        seed: int = 0,
+        iterations: int = 1_000_000,
+        device: torch.device | None = None,
+    ) -> TrainStep:
+        """Return the step of a method: a fresh student and fresh extras, the given teacher.
+
+        ``iterations`` is the run's length; a step that is only measured has none of its own.
+        """
+        device = device or self.device
+        return TrainStep(
+            student=self._placed(self.student(seed), device),
+            teacher=teacher if self.methods[name].cls.needs_teacher() else None,
+            method=self.method(name).to(device),
+            settings=self.study.step,
+            iterations=iterations,
+            seed=seed,
+            device=device,
+        )
+
+    def teacher_step(self) -> TrainStep:
+        """Return the step that trains the teacher itself: the reference method's."""
+        training = self.study.teacher_training
+        rate = training.learning_rate or self.study.step.learning_rate
+        return TrainStep(
+            student=self._placed(self.teacher(), self.device),
+            teacher=None,
+            method=self.methods[REFERENCE].cls(),
+            settings=self.study.step.model_copy(update={"learning_rate": rate}),
+            iterations=training.iterations,
+            seed=0,
+            device=self.device,
+        )
+
+    def _placed(self, network: SegmentationNetwork, device: torch.device) -> SegmentationNetwork:
+        channels_last = self.study.step.channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return network.to(device, memory_format=layout)
+
+    def placed_teacher(self) -> SegmentationNetwork:
+        """Return an untrained teacher on the device: it costs what the trained one costs."""
+        return self._placed(self.teacher(), self.device)
+
+    def batches(self, seed: int) -> Batches:
+        """Return the training batches of a seed: the same for every method."""
+        settings = self.study.data_settings
+        augmentation = Augmentation(
+            crop=self.study.step.crop,
+            scale=settings.scale,
+            flip=settings.flip,
+            photometric=settings.photometric,
+        )
+        return Batches(
+            self.train_data,
+            seed=seed,
+            batch=self.study.step.batch,
+            augmentation=augmentation,
+            workers=settings.workers,
+        )
+
+    def cost_settings(self, name: str) -> dict[str, Any]:
+        """Return everything of the study that changes what a method's step costs."""
+        found = self.methods[name]
+        settings = self.study.method_settings.get(name, {})
+        return {
+            "student": self.study.student,
+            "teacher": self.study.teacher if found.cls.needs_teacher() else None,
+            "data": self.train_data.name,
+            "classes": self.train_data.num_classes,
+            "data_settings": self.study.data_settings.model_dump(mode="json"),
+            "step": self.study.step.model_dump(mode="json"),
+            "method": found.cls(**settings).settings(),
+            "method_source_sha256": found.source_sha256,
+        }
+
+    def cost_key(self, name: str) -> str:
+        """Return the hash under which the Cost of a method is stored."""
+        content = [self.cost_settings(name), self.hardware.name, versions()]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _checked(problems: list[str], attempt: Callable[[], Any], default: Any) -> Any:
+    try:
+        return attempt()
+    except UserError as error:
+        problems.extend(error.problems)
+        return default

@@ -1,0 +1,279 @@
+"""TrainStep: one optimisation step of a student under a method.
+
+The only place a step exists: ``measure`` times this object and ``train`` runs this object.
+
+The graph is cut at the student's outputs. The task loss and the objective are differentiated down
+to the cut, then the student's own backward runs once from there: same gradients as one backward
+through everything, but each part can be timed and counted by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdprof.errors import UserError, unknown
+from kdprof.method import IGNORE, Method, Taps
+from kdprof.study import StepSettings
+
+PHASES = (
+    "data",
+    "teacher_forward",
+    "student_forward",
+    "task_loss",
+    "objective",
+    "objective_backward",
+    "student_backward",
+    "optimizer",
+    "auxiliary",
+)
+"""The phases partition a step, in this order. task_loss is forward and backward down to the
+student's outputs; auxiliary is all of the second optimiser's work."""
+
+Mark = Callable[[str], None]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _unmarked(phase: str) -> None:
+    """Do nothing at the end of a phase: nobody is watching."""
+
+
+def task_loss(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
+    """Return the cross-entropy of logits resized to the labels, averaged over valid pixels.
+
+    Args:
+        logits: (N, C, h, w).
+        labels: (N, H, W) int64, :data:`IGNORE` where void.
+        align_corners: how the bilinear resize aligns, the network's own setting.
+
+    The mean is over valid pixels, as in CIRKD's code; 0 where every pixel is void.
+    """
+    logits = F.interpolate(
+        logits.float(), labels.shape[-2:], mode="bilinear", align_corners=align_corners
+    )
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def learning_rate_factor(settings: StepSettings, iteration: int, iterations: int) -> float:
+    """Return the learning rate at an iteration (from 0) as a fraction of the base rate.
+
+    poly: ((1 - i/T) ** power), cosine: (1 + cos(pi i/T)) / 2, both down to the floor
+    ``min_learning_rate``; i and T are counted after the linear warm-up.
+    """
+    warmup = min(settings.warmup_iterations, iterations)
+    if iteration < warmup:
+        return (iteration + 1) / warmup
+    progress = (iteration - warmup) / max(1, iterations - warmup)
+    if settings.schedule == "poly":
+        decay = (1 - progress) ** settings.poly_power
+    else:
+        decay = 0.5 * (1 + np.cos(np.pi * progress))
+    floor = min(1.0, settings.min_learning_rate / settings.learning_rate)
+    return float(floor + (1 - floor) * decay)
+
+
+def step_seed(seed: int, iteration: int) -> int:
+    """Return the random seed of one step: a pure function, so that a resumed run draws the same
+    dropout and masks as an uninterrupted one."""
+    return int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
+
+
+def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.SGD:
+    """Return SGD with momentum; fused, because only then does a loss scaler not synchronise."""
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    if settings.momentum:
+        # Fused SGD allocates its buffers uninitialised at the first step and leaves them so when
+        # that step overflows, which under a fresh fp16 loss scale it usually does.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+class TrainStep:
+    """One optimisation step of ``student`` under ``method``.
+
+    Args:
+        student, teacher: networks on ``device``; the teacher is None where the method reads none.
+        method: built for these networks, on ``device``.
+        iterations: length of the run, which the learning-rate schedule spans.
+        seed: seed of the run; with the iteration it fixes every random draw of the step.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Method,
+        settings: StepSettings,
+        iterations: int,
+        seed: int,
+        device: torch.device,
+    ):
+        self.student, self.teacher, self.method = student.train(), teacher, method.train()
+        self.settings, self.iterations, self.seed, self.device = settings, iterations, seed, device
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        self._student_taps = ["logits", *(["aux"] if settings.aux_weight else [])]
+        self._student_taps += [t for t in method.student_taps() if t not in self._student_taps]
+        self._teacher_taps = method.read_of_teacher()
+        self._labels_read = "labels" in method.taps
+        self._optimizer = _sgd([*student.parameters(), *method.extra_parameters()], settings)
+        self._auxiliary_optimizer = self._build_auxiliary()
+        self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+
+    def _build_auxiliary(self) -> torch.optim.Optimizer | None:
+        auxiliary = self.method.auxiliary()
+        if auxiliary is None:
+            return None
+        optimizer = self.method.auxiliary_optimizer(auxiliary.parameters())
+        self._auxiliary_rates = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, iteration: int, mark: Mark = _unmarked
+    ) -> dict[str, Tensor]:
+        """Take one step and return its unweighted loss terms, detached, on the device.
+
+        Args:
+            images: (N, 3, H, W) uint8 RGB.
+            labels: (N, H, W) uint8, :data:`IGNORE` where void.
+            iteration: from 0; sets the learning rate and the random draws.
+            mark: called at the end of each phase with its name.
+        """
+        self._set_iteration(iteration)
+        images = images.to(self.device, non_blocking=True, memory_format=self._layout)
+        labels = labels.to(self.device, non_blocking=True).long()
+        mark("data")
+        teacher = self._run_teacher(images)
+        mark("teacher_forward")
+        with self.autocast():
+            student = self.student(images, self._student_taps)
+        mark("student_forward")
+        cut = Taps(**{k: v.detach().requires_grad_() for k, v in vars(student).items()})
+        losses = self._task(cut, labels)
+        mark("task_loss")
+        terms = self._objective(cut, teacher, labels)
+        mark("objective")
+        self._backward(terms, self.method.weights)
+        mark("objective_backward")
+        self._student_backward(student, cut)
+        mark("student_backward")
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        mark("optimizer")
+        auxiliary = self._auxiliary_step(cut, teacher, labels)
+        mark("auxiliary")
+        losses.update(terms, **auxiliary)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _set_iteration(self, iteration: int) -> None:
+        torch.manual_seed(step_seed(self.seed, iteration))
+        factor = learning_rate_factor(self.settings, iteration, self.iterations)
+        self.learning_rate = self.settings.learning_rate * factor
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        if self._auxiliary_optimizer is not None and self.method.auxiliary_decays:
+            for group, rate in zip(
+                self._auxiliary_optimizer.param_groups, self._auxiliary_rates, strict=True
+            ):
+                group["lr"] = rate * factor
+
+    def autocast(self) -> torch.autocast:
+        """Return the precision that forwards run in, as a context."""
+        precision = self.settings.precision
+        return torch.autocast(
+            self.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"
+        )
+
+    @torch.no_grad()
+    def _run_teacher(self, images: Tensor) -> Taps:
+        if self.teacher is None:
+            return Taps()
+        with self.autocast():
+            return self.teacher(images, self._teacher_taps)
+
+    def _task(self, cut: Taps, labels: Tensor) -> dict[str, Tensor]:
+        align = self.student.align_corners
+        losses = {"task": task_loss(cut.logits, labels, align)}
+        weights = {"task": 1.0}
+        if self.settings.aux_weight:
+            losses["task_aux"] = task_loss(cut.aux, labels, align)
+            weights["task_aux"] = self.settings.aux_weight
+        self._backward(losses, weights)
+        return losses
+
+    def _objective(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        declared = self.method.student_taps()
+        student = Taps(**{tap: getattr(cut, tap) for tap in declared})
+        with self.autocast():
+            return self.method(student, teacher, labels if self._labels_read else None)
+
+    def _backward(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        for term in terms:
+            if term not in weights:
+                raise UserError(
+                    f"method '{self.method.name}' returns a term without a weight: "
+                    f"{unknown('term', term, weights)}"
+                )
+        weighted = [weights[name] * term for name, term in terms.items() if term.requires_grad]
+        if weighted:
+            self._scaler.scale(torch.stack(weighted).sum()).backward()
+
+    @staticmethod
+    def _student_backward(student: Taps, cut: Taps) -> None:
+        reached = [name for name, leaf in vars(cut).items() if leaf.grad is not None]
+        torch.autograd.backward(
+            [getattr(student, name) for name in reached],
+            [getattr(cut, name).grad for name in reached],
+        )
+
+    def _auxiliary_step(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        if self._auxiliary_optimizer is None:
+            return {}
+        declared = self.method.student_taps()
+        student = Taps(**{tap: getattr(cut, tap).detach() for tap in declared})
+        with self.autocast():
+            terms = self.method.auxiliary_forward(
+                student, teacher, labels if self._labels_read else None
+            )
+        weights = self.method.auxiliary_weights
+        # Unscaled: a gradient penalty differentiates twice, and the scale would enter squared.
+        torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
+        self._auxiliary_optimizer.step()
+        self._auxiliary_optimizer.zero_grad(set_to_none=True)
+        return terms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs: student, extras, optimisers, loss scale."""
+        auxiliary = self._auxiliary_optimizer
+        return {
+            "student": self.student.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "auxiliary_optimizer": auxiliary.state_dict() if auxiliary is not None else {},
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.student.load_state_dict(state["student"])
+        self.method.load_state_dict(state["method"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._auxiliary_optimizer is not None:
+            self._auxiliary_optimizer.load_state_dict(state["auxiliary_optimizer"])
+        self._scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,231 @@
+"""The folder of results: layout, atomic writes, locks.
+
+The only module that knows file names::
+
+    study.toml                        the resolved study
+    costs/<method>-<key>.json         Cost records
+    teacher/                          the teacher's own run, with its weights
+    runs/<method>/<budget>/<seed>/    run.json ledger.jsonl curve.jsonl checkpoint.pt
+    reports/                          figures and tables
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TypeVar
+
+from pydantic import ValidationError
+
+from kdprof.errors import KdprofError, UserError
+from kdprof.records import Cost, CurvePoint, LedgerEntry, Record, Run
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` so that a crash leaves the old file or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        replace_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Rename ``source`` over ``target`` and make the rename itself survive a power cut."""
+    source.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON, atomically."""
+    write_atomic(path, record.model_dump_json(indent=2, by_alias=True) + "\n")
+
+
+def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """Read and validate a record.
+
+    Raises:
+        UserError: the file is not a record of this kind and schema.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise UserError(
+            f"{path} is no {kind.__name__} record this version reads ({where}: {first['msg']}); "
+            "delete it and make it again"
+        ) from None
+
+
+def append_line(path: Path, record: Record) -> None:
+    """Append one record to a .jsonl file as a single durable write."""
+    with path.open("ab") as file:
+        file.write(record.model_dump_json(by_alias=True).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
+    """Read a .jsonl file; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(kind.model_validate_json(line))
+        except ValidationError:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number} is damaged; delete the run's folder and train it again"
+                ) from None
+    return records
+
+
+def slug(name: str) -> str:
+    """Return a method or budget name as a folder name (``cwd:feature`` -> ``cwd.feature``)."""
+    return name.replace(":", ".").replace("/", "-")
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record = path / "run.json"
+        self.ledger = path / "ledger.jsonl"
+        self.curve = path / "curve.jsonl"
+        self.checkpoint = path / "checkpoint.pt"
+        self.previous_checkpoint = path / "checkpoint.previous.pt"
+
+    def read_run(self) -> Run | None:
+        """Return the run's record, or None before the first one was written."""
+        return read_record(self.record, Run) if self.record.exists() else None
+
+    def read_curve(self) -> list[CurvePoint]:
+        """Return the evaluations made so far."""
+        return read_lines(self.curve, CurvePoint)
+
+    def read_ledger(self) -> list[LedgerEntry]:
+        """Return the compute spent so far, entry by entry."""
+        return read_lines(self.ledger, LedgerEntry)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the system lets go of it when the process dies.
+
+        Raises:
+            KdprofError: another process is training this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as file:
+            _take(file, f"{self.path} is being trained by another process")
+            yield
+
+
+def _take(file: IO[str], held: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise KdprofError(f"{held}; wait for it or use another --out") from None
+
+
+class Store:
+    """A folder of results."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.study = root / "study.toml"
+        self.reports = root / "reports"
+
+    def require(self) -> None:
+        """Refuse a folder that holds no study.
+
+        Raises:
+            UserError: nothing was measured or trained in this folder.
+        """
+        if not self.study.is_file():
+            raise UserError(
+                f"{self.root} holds no study; run 'kdprof measure' or 'kdprof train' with "
+                f"--out {self.root} first"
+            )
+
+    def cost_path(self, method: str, key: str) -> Path:
+        """Return where the Cost of a method under a key is kept."""
+        return self.root / "costs" / f"{slug(method)}-{key}.json"
+
+    def read_cost(self, method: str, key: str) -> Cost | None:
+        """Return a stored Cost, or None where it has not been measured."""
+        path = self.cost_path(method, key)
+        return read_record(path, Cost) if path.is_file() else None
+
+    def write_cost(self, cost: Cost) -> Path:
+        """Store a Cost and return its file."""
+        path = self.cost_path(cost.method, cost.key)
+        write_record(path, cost)
+        return path
+
+    def costs(self) -> list[Cost]:
+        """Return every stored Cost, the newest last."""
+        paths = sorted((self.root / "costs").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        return [read_record(path, Cost) for path in paths]
+
+    def latest_costs(self) -> dict[str, Cost]:
+        """Return the newest Cost of each method.
+
+        Raises:
+            UserError: there is none, or they come from different devices.
+        """
+        costs = {cost.method: cost for cost in self.costs()}
+        if not costs:
+            raise UserError(
+                f"{self.root} holds no costs; run 'kdprof measure --out {self.root}' first"
+            )
+        devices = sorted({cost.device for cost in costs.values()})
+        if len(devices) > 1:
+            raise UserError(
+                f"the costs in {self.root} come from different devices ({' and '.join(devices)}); "
+                "measure all methods on one"
+            )
+        return costs
+
+    def teacher_folder(self) -> RunFolder:
+        """Return the folder of the teacher's own training."""
+        return RunFolder(self.root / "teacher")
+
+    def run_folder(self, method: str, budget: str, seed: int) -> RunFolder:
+        """Return the folder of one run."""
+        return RunFolder(self.root / "runs" / slug(method) / slug(budget) / str(seed))
+
+    def run_folders(self) -> list[RunFolder]:
+        """Return the folders of all runs that have a record, ordered by name."""
+        return [RunFolder(path.parent) for path in sorted(self.root.glob("runs/*/*/*/run.json"))]
+
+    def runs(self) -> list[Run]:
+        """Return the record of every run, finished or not."""
+        return [read_record(folder.record, Run) for folder in self.run_folders()]
+
+    def teacher_run(self) -> Run | None:
+        """Return the teacher's own run, or None before it was trained."""
+        return self.teacher_folder().read_run()
+
+
+def to_json(records: list[Record]) -> str:
+    """Return records as a JSON array."""
+    return json.dumps([r.model_dump(mode="json", by_alias=True) for r in records], indent=2)

@@ -1,0 +1,295 @@
+"""Study: what is compared. A validated object; TOML on disk; presets in the package.
+
+Reading a study needs neither torch nor data; turning one into networks and data sets is
+:mod:`kdprof.resolve`'s work.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from kdprof.budget import parse_budget
+from kdprof.errors import UserError, nearest, unknown
+from kdprof.store import write_atomic
+
+PRESETS = ("quickstart", "camvid")
+
+
+def parse_size(value: Any) -> Any:
+    """Read ``HxW`` as (height, width); leave anything else to the validation."""
+    if isinstance(value, str):
+        parts = value.lower().split("x")
+        if len(parts) == 2 and all(part.strip().isdigit() for part in parts):
+            return tuple(int(part) for part in parts)
+        raise ValueError("must be HEIGHTxWIDTH, such as 512x1024")
+    return value
+
+
+Size = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(parse_size)
+]
+
+
+class Section(BaseModel):
+    """Part of a study: frozen, strict about types, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StepSettings(Section):
+    """One optimisation step. All of it is part of what a Cost is the cost of."""
+
+    batch: int = Field(8, ge=1)
+    """Images per step."""
+    crop: Size = (512, 1024)
+    """Height x width of a training crop, pixels."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32 runs at full float32 (no TF32); bf16 and fp16 by autocast, fp16 with a loss scaler."""
+    channels_last: bool = True
+    aux_weight: float = Field(0.4, ge=0)
+    """Weight of the auxiliary head's cross-entropy; 0 leaves the auxiliary head out."""
+    learning_rate: float = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["poly", "cosine"] = "poly"
+    poly_power: float = Field(0.9, gt=0)
+    min_learning_rate: float = Field(1e-4, ge=0)
+    """Where the schedule ends."""
+    warmup_iterations: int = Field(0, ge=0)
+    """Linear warm-up from zero, part of the run's iterations."""
+
+
+class DataSettings(Section):
+    """What is fed to a step."""
+
+    workers: int = Field(0, ge=0)
+    """Loader processes; 0 assembles batches in the training process."""
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    """Range of the random resize."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    photometric: bool = True
+    """Random brightness, contrast, saturation and hue."""
+    synthetic_size: Size = (120, 160)
+    """Height x width of the synthetic scenes, pixels."""
+    synthetic_train: int = Field(400, ge=1)
+    synthetic_val: int = Field(80, ge=1)
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("must be (low, high)")
+        return value
+
+
+class TeacherSettings(Section):
+    """How the teacher is trained, once per study, with the study's step settings."""
+
+    iterations: int = Field(40_000, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    """None = the step's."""
+
+
+class EvaluationSettings(Section):
+    """Validation during a run; never on the training clock."""
+
+    points: int = Field(4, ge=1)
+    """Evaluations per run, evenly spaced, the last after the last iteration."""
+    batch: int = Field(4, ge=1)
+
+
+class MeasureSettings(Section):
+    """How long to measure."""
+
+    rounds: int = Field(12, ge=3)
+    """Interleaved rounds over the compared methods."""
+    steps: int = Field(3, ge=1)
+    """Steps of each method in a round."""
+    max_time_s: float = Field(600, gt=0)
+    """No further round is started after this long."""
+
+
+class Study(Section):
+    """What is compared: student, teacher, data, step, methods, budgets, seeds."""
+
+    student: str = "pspnet-r18"
+    teacher: str = "pspnet-r101"
+    student_backbone_weights: str = "none"
+    """none, imagenet (timm's), or a file with a timm state dict."""
+    teacher_backbone_weights: str = "none"
+    data: str = "synthetic"
+    """synthetic, or NAME:ROOT."""
+    device: str = "auto"
+    """auto (the first GPU, else the CPU), cpu, cuda or cuda:N."""
+    methods: list[str] = ["none", "kd"]
+    method_settings: dict[str, dict[str, Any]] = {}
+    """Hyper-parameters (and ``weights``) other than the published ones, by method."""
+    budgets: list[str] = []
+    seeds: int = Field(1, ge=1)
+    """Runs per (method, budget): seeds 0, 1, ..."""
+    step: StepSettings = StepSettings()
+    data_settings: DataSettings = DataSettings()
+    teacher_training: TeacherSettings = TeacherSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    measure: MeasureSettings = MeasureSettings()
+
+    @field_validator("methods", "budgets")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        return list(dict.fromkeys(value))
+
+    @field_validator("budgets")
+    @classmethod
+    def _budgets_parse(cls, value: list[str]) -> list[str]:
+        for text in value:
+            try:
+                parse_budget(text)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    def to_toml(self) -> str:
+        """Return the study as TOML, every field written out."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def comparable(self) -> dict[str, Any]:
+        """Return what must agree for two results to belong to one comparison."""
+        aside = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
+        return self.model_dump(mode="json", exclude=aside)
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(item) if isinstance(item, dict) else item
+        for key, item in value.items()
+        if item is not None
+    }
+
+
+def load_study(source: str | None, overrides: Mapping[str, Any]) -> Study:
+    """Read a preset, a TOML file or (None) the defaults, with dotted ``overrides`` on top.
+
+    Raises:
+        UserError: no such preset or file, malformed TOML, or invalid fields; all at once.
+    """
+    values = _read(source) if source else {}
+    for key, value in overrides.items():
+        _put(values, key, value)
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        origin = source or "study"
+        raise UserError(*(_explain(origin, item) for item in error.errors())) from None
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``key=value`` texts; values are TOML, and plain words are strings.
+
+    Raises:
+        UserError: a text has no ``=``.
+    """
+    found = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {text}: write key=value, such as step.batch=4")
+        found[key.strip()] = _toml_value(value.strip())
+    return found
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if source in PRESETS:
+        text = (files("kdprof.presets") / f"{source}.toml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    elif path.suffix == ".toml" or "/" in source:
+        raise UserError(f"no study file {source}; give a file or a preset: {', '.join(PRESETS)}")
+    else:
+        raise UserError(unknown("preset", source, PRESETS))
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"'{key}': '{parent}' is a value, not a section; see the study's keys")
+    values[last] = value
+
+
+def _explain(origin: str, error: Any) -> str:
+    """Return one line for one pydantic error: where, what, and the nearest valid name."""
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"{origin}: unknown key '{where}'; {nearest(path[-1], _fields_at(path[:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{origin}: {where}: {message}, not {error['input']!r}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Study
+    for part in path:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def claim_folder(file: Path, study: Study) -> Study:
+    """Write the study into a results folder, joined with what is compared there already.
+
+    Methods, budgets and seeds add up over calls; everything else must agree.
+
+    Args:
+        file: the folder's ``study.toml``.
+
+    Raises:
+        UserError: the folder holds another study.
+    """
+    if file.is_file():
+        there = load_study(str(file), {})
+        differing = _differences(there.comparable(), study.comparable())
+        if differing:
+            raise UserError(
+                f"{file.parent} holds another study ({'; '.join(differing)}); use another --out"
+            )
+        study = study.model_copy(
+            update={
+                "methods": list(dict.fromkeys([*there.methods, *study.methods])),
+                "budgets": list(dict.fromkeys([*there.budgets, *study.budgets])),
+                "seeds": max(there.seeds, study.seeds),
+                "method_settings": {**there.method_settings, **study.method_settings},
+            }
+        )
+    write_atomic(file, study.to_toml())
+    return study
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in there.items():
+        if isinstance(value, dict):
+            found += _differences(value, here[key], f"{prefix}{key}.")
+        elif value != here[key]:
+            found.append(f"{prefix}{key} is {value!r} there, {here[key]!r} here")
+    return found

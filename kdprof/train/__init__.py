@@ -1,0 +1,207 @@
+"""Matched-budget training: every (method, budget, seed) of a study, the teacher first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kdprof.budget import convert, parse_budget
+from kdprof.device import versions
+from kdprof.errors import KdprofError
+from kdprof.measure import measure
+from kdprof.models import SegmentationNetwork
+from kdprof.progress import Progress
+from kdprof.records import Cost, Run, Spent
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Store
+from kdprof.train import checkpoint
+from kdprof.train.loop import Interrupted, TrainingRun
+
+TEACHER = "teacher"
+"""What the teacher's own run has as its method."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training to be made."""
+
+    method: str
+    budget: str
+    seed: int
+    iterations: int
+    planned_s: float
+
+
+@dataclass
+class Summary:
+    """What a call of :func:`train` did."""
+
+    finished: list[Run] = field(default_factory=list)
+    skipped: int = 0
+    """Runs that were finished before."""
+    failures: list[str] = field(default_factory=list)
+
+
+def train(
+    study: ResolvedStudy, store: Store, progress: Progress, *, control: bool = True
+) -> Summary:
+    """Measure what is missing, train the teacher, then every cell of the study.
+
+    A finished run is left alone, an interrupted one continues. A run that fails does not keep the
+    others from being made.
+
+    Raises:
+        UserError: a budget buys less than an iteration of a method, or a step does not fit.
+        Interrupted: a signal came; everything is saved.
+    """
+    names = study.method_names(control=control)
+    costs = costs_of(study, store, names, progress)
+    cells = _cells(study, names, costs)
+    summary = Summary()
+    waiting = [cell for cell in cells if not _is_finished(store, cell)]
+    summary.skipped = len(cells) - len(waiting)
+    if not waiting:
+        return summary
+    needs_teacher = any(study.methods[cell.method].cls.needs_teacher() for cell in waiting)
+    teacher = trained_teacher(study, store, progress) if needs_teacher else None
+    for number, cell in enumerate(waiting, 1):
+        label = f"[{number}/{len(waiting)}] {cell.method} {cell.budget} seed {cell.seed}"
+        try:
+            run = _train_cell(study, store, costs[cell.method], cell, teacher, progress, label)
+        except Interrupted:
+            raise
+        except KdprofError as error:
+            summary.failures.append(str(error))
+            progress.say(f"{label}: failed: {error}")
+            continue
+        summary.finished.append(run)
+        progress.say(f"{label}: {_outcome(run)}")
+    return summary
+
+
+def costs_of(
+    study: ResolvedStudy, store: Store, names: list[str], progress: Progress
+) -> dict[str, Cost]:
+    """Return the Cost of every named method and of those that budgets name; measure what is
+    missing."""
+    budgets = [parse_budget(text) for text in study.study.budgets]
+    wanted = list(dict.fromkeys([*names, *(b.method for b in budgets if b.method)]))
+    found = {name: store.read_cost(name, study.cost_key(name)) for name in wanted}
+    missing = [name for name, cost in found.items() if cost is None]
+    if missing:
+        progress.say(f"measuring {', '.join(missing)}")
+        for cost in measure(study, missing, progress):
+            if found.get(cost.method) is None:
+                store.write_cost(cost)
+                found[cost.method] = cost
+    return {name: found[name] for name in wanted if found[name] is not None}
+
+
+def _cells(study: ResolvedStudy, names: list[str], costs: dict[str, Cost]) -> list[Cell]:
+    cells = []
+    for text in study.study.budgets:
+        bought = {c.method: c for c in convert(parse_budget(text), costs)}
+        for seed in range(study.study.seeds):
+            for name in names:
+                conversion = bought[name]
+                planned = conversion.seconds
+                cells.append(Cell(name, text, seed, conversion.iterations, planned))
+    return cells
+
+
+def _is_finished(store: Store, cell: Cell) -> bool:
+    run = store.run_folder(cell.method, cell.budget, cell.seed).read_run()
+    return run is not None and run.finished
+
+
+def _outcome(run: Run) -> str:
+    drift = run.train_s.drift()
+    told = "" if drift is None else f" ({drift:+.1%} of plan)"
+    return (
+        f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations} iterations, "
+        f"{run.train_s.actual:.1f} s{told}"
+    )
+
+
+def _train_cell(
+    study: ResolvedStudy,
+    store: Store,
+    cost: Cost,
+    cell: Cell,
+    teacher: SegmentationNetwork | None,
+    progress: Progress,
+    label: str,
+) -> Run:
+    folder = store.run_folder(cell.method, cell.budget, cell.seed)
+    with folder.lock():
+        # An interrupted run keeps its length: its learning rates were set for it.
+        run = folder.read_run() or _new_run(
+            study, cell.method, cell.budget, cell.seed, cell.iterations, cell.planned_s, cost.key
+        )
+        step = study.step(cell.method, teacher, seed=cell.seed, iterations=run.iterations)
+        training = TrainingRun(
+            folder,
+            run,
+            step,
+            study.batches(cell.seed),
+            study.val_data,
+            study.study.evaluation,
+            None if cost.flop is None else cost.flop.total,
+        )
+        return training.train(progress, label)
+
+
+def _new_run(
+    study: ResolvedStudy,
+    method: str,
+    budget: str,
+    seed: int,
+    iterations: int,
+    planned_s: float | None,
+    cost_key: str | None,
+) -> Run:
+    return Run(
+        method=method,
+        budget=budget,
+        seed=seed,
+        device=study.hardware.name,
+        iterations=iterations,
+        iterations_done=0,
+        miou=None,
+        miou_per_class=None,
+        best_miou=None,
+        train_s=Spent(planned=planned_s, actual=0.0),
+        eval_s=0.0,
+        checkpoint_s=0.0,
+        flop=None,
+        energy_j=None,
+        cost_key=cost_key,
+        finished=False,
+        unavailable={"energy_j": study.hardware.energy_unavailable()},
+        versions=versions(),
+    )
+
+
+def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> SegmentationNetwork:
+    """Return the study's teacher, on the device; trained on the first call, read later.
+
+    Its cost is in its own record and in no method's budget.
+    """
+    folder = store.teacher_folder()
+    with folder.lock():
+        run = folder.read_run()
+        step = study.teacher_step()
+        if run is None or not run.finished:
+            iterations = study.study.teacher_training.iterations
+            run = run or _new_run(study, TEACHER, str(iterations), 0, iterations, None, None)
+            batches, settings = study.batches(0), study.study.evaluation
+            training = TrainingRun(folder, run, step, batches, study.val_data, settings, None)
+            run = training.train(progress, "teacher")
+            progress.say(f"teacher: {_outcome(run)}")
+            return step.student
+    state, damage = checkpoint.load(folder)
+    if damage is not None or state is None or state["iteration"] != run.iterations:
+        raise KdprofError(
+            f"{damage or 'the teacher has no checkpoint'}; delete {folder.path} to train it again"
+        )
+    step.student.load_state_dict(state["step"]["student"])
+    return step.student

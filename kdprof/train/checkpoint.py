@@ -1,0 +1,72 @@
+"""Checkpoints: whole on disk or not at all, verified before use, and the one before kept.
+
+The file is torch's own zip format, so ``torch.load(..., weights_only=True)`` opens it; its CRC-32
+per entry, which torch does not verify, is verified here.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdprof.errors import KdprofError
+from kdprof.store import RunFolder, replace_durably
+
+
+def save(folder: RunFolder, state: dict[str, Any]) -> None:
+    """Write a checkpoint; the one before stays as ``checkpoint.previous.pt``.
+
+    A crash at any moment leaves at least one whole checkpoint, once there was one.
+    """
+    temporary = folder.checkpoint.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if folder.checkpoint.exists():
+        replace_durably(folder.checkpoint, folder.previous_checkpoint)
+    replace_durably(temporary, folder.checkpoint)
+
+
+def load(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the newest whole checkpoint of a run, on the CPU, and what was wrong with a newer one.
+
+    Returns:
+        (None, None) where nothing was saved yet.
+
+    Raises:
+        KdprofError: every checkpoint there is is damaged.
+    """
+    damaged = []
+    for path in (folder.checkpoint, folder.previous_checkpoint):
+        if not path.exists():
+            continue
+        try:
+            state = read(path)
+        except KdprofError as error:
+            damaged.append(str(error))
+            continue
+        return state, damaged[0] if damaged else None
+    if damaged:
+        raise KdprofError(f"{damaged[0]}; no whole one is left, delete {folder.path} to start over")
+    return None, None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one checkpoint file. Never runs code from it.
+
+    Raises:
+        KdprofError: the file is truncated or changed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise KdprofError(f"{path} is damaged ({bad} does not match its checksum)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+        raise KdprofError(f"{path} is damaged ({error})") from None

@@ -1,0 +1,1 @@
+"""One file per report: each reads stored records and returns text or a figure."""

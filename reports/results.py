@@ -1,0 +1,156 @@
+"""What every report of runs starts from: the finished runs, their costs, and how to name them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdprof.errors import UserError
+from kdprof.records import Cost, Run
+from kdprof.store import Store
+
+DRIFT_LIMIT = 0.02
+"""A run whose seconds are further than this fraction from the planned ones is flagged."""
+
+NAMED_AT_MOST = 4
+"""Runs or methods a note names before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of a store, split by whether they can be compared."""
+
+    finished: list[Run]
+    left_out: list[Run]
+    """Unfinished, or finished without an mIoU."""
+    teacher: Run | None
+    study: dict[str, Any]
+    """study.toml as it stands on disk."""
+    costs: list[Cost]
+    """Every stored Cost, the newest last."""
+
+    def methods(self) -> list[str]:
+        """Return the names of the compared methods, in alphabetical order."""
+        return sorted({run.method for run in self.finished})
+
+    def budgets(self) -> list[str]:
+        """Return the budgets, the smallest (in mean seconds spent) first."""
+        spent: dict[str, list[float]] = {}
+        for run in self.finished:
+            spent.setdefault(run.budget, []).append(run.train_s.actual)
+        return sorted(spent, key=lambda budget: (sum(spent[budget]) / len(spent[budget]), budget))
+
+    def group(self, method: str, budget: str) -> list[Run]:
+        """Return the finished runs of a method under a budget, by seed."""
+        found = [run for run in self.finished if (run.method, run.budget) == (method, budget)]
+        return sorted(found, key=lambda run: run.seed)
+
+    def cost_of(self, run: Run) -> Cost | None:
+        """Return the Cost a run was planned with, or the newest of its method on its device."""
+        same = [cost for cost in self.costs if cost.method == run.method]
+        if run.cost_key is not None:
+            same = [cost for cost in same if cost.key == run.cost_key]
+        else:
+            same = [cost for cost in same if cost.device == run.device]
+        return same[-1] if same else None
+
+    def planning_costs(self, run: Run) -> list[Cost]:
+        """Return the stored Costs a run was planned with: its own and its budget's method's."""
+        own = self.cost_of(run)
+        if own is None or run.cost_key is None:
+            return []
+        reference = run.budget.partition("@")[2]
+        beside = self.measured_beside(own, reference) if reference != run.method else None
+        return [own] if beside is None else [own, beside]
+
+    def measured_beside(self, cost: Cost, method: str) -> Cost | None:
+        """Return the Cost of ``method`` from the same measuring session as ``cost``."""
+        beside = [c for c in self.costs if (c.method, c.session) == (method, cost.session)]
+        return beside[-1] if beside else None
+
+    def unreliable(self) -> list[Cost]:
+        """Return the Costs marked unreliable that a finished run was planned with."""
+        found = {
+            (cost.method, cost.key): cost
+            for run in self.finished
+            for cost in self.planning_costs(run)
+            if not cost.reliable
+        }
+        return [found[key] for key in sorted(found)]
+
+    def devices(self) -> list[str]:
+        """Return the devices the finished runs were trained on."""
+        return sorted({run.device for run in self.finished})
+
+
+def collect(store: Store) -> Results:
+    """Read what a report of runs needs.
+
+    Raises:
+        UserError: the store has no run, or none that is finished.
+    """
+    runs = store.runs()
+    usable = [run for run in runs if _usable(run)]
+    if not usable:
+        state = f"none of its {len(runs)} runs is finished" if runs else "no runs yet"
+        raise UserError(
+            f"nothing to report in {store.root}: {state}; run 'kdprof train --budget 40k@kd "
+            f"--method kd --out {store.root}' first"
+        )
+    store.require()
+    left_out = [run for run in runs if not _usable(run)]
+    study = tomllib.loads(store.study.read_text())
+    return Results(usable, left_out, store.teacher_run(), study, store.costs())
+
+
+def _usable(run: Run) -> bool:
+    return run.finished and run.miou is not None
+
+
+def drifted(run: Run) -> bool:
+    """Return whether a run spent over 2 % more or less seconds than planned."""
+    drift = run.train_s.drift()
+    return drift is not None and abs(drift) > DRIFT_LIMIT
+
+
+def is_cpu(device: str) -> bool:
+    """Return whether a record's device name is a CPU's: ``cpu``, or ``<model> (<n> threads)``."""
+    return re.search(r"\bcpu\b|\(\d+ threads\)$", device, re.IGNORECASE) is not None
+
+
+def device_count(device: str) -> int:
+    """Return how many devices a name stands for: 4 for ``4 x NVIDIA H200``, else 1."""
+    match = re.match(r"(\d+) ?x ", device)
+    return int(match.group(1)) if match else 1
+
+
+def device_text(devices: Iterable[str]) -> str:
+    """Return the devices for a header; a CPU is called one whatever its model name."""
+    named = [f"CPU: {d}" if is_cpu(d) and d.lower() != "cpu" else d for d in devices]
+    return ", ".join(named)
+
+
+def study_text(study: dict[str, Any]) -> str:
+    """Return data, student and teacher of a study.toml in one line."""
+    data = str(study.get("data", "?")).partition(":")[0]
+    return f"{data}, student {study.get('student', '?')}, teacher {study.get('teacher', '?')}"
+
+
+def run_name(run: Run) -> str:
+    """Return a run's name for notes: ``cwd 40k@cwd seed 0``."""
+    return f"{run.method} {run.budget} seed {run.seed}"
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the names, comma-separated; after four, how many more there are."""
+    more = len(names) - NAMED_AT_MOST
+    listed = ", ".join(names[:NAMED_AT_MOST])
+    return f"{listed} and {more} more" if more > 0 else listed
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 seed`` or ``3 seeds``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,323 @@
+"""Table: every method under every budget, with how sure the numbers are and what it cost.
+
+Intervals are 95 % by Student's t over seeds; a single seed has none.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from kdprof.records import Cost, Run
+from kdprof.stats import mean_interval, ratio_interval
+from kdprof.store import Store, write_atomic
+
+from .results import (
+    Results,
+    collect,
+    count,
+    device_text,
+    drifted,
+    run_name,
+    study_text,
+)
+from .text import MISSING, Estimate, Grid, duration, print_notes
+
+BASELINE = "kd"
+"""Differences in mIoU are to this method."""
+REFERENCE = "none"
+"""Step latencies are divided by this method's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method under one budget; means over its finished seeds."""
+
+    budget: str
+    matched: str
+    """What the budget makes equal: wall-clock, FLOP, energy or iterations."""
+    method: str
+    iterations: int
+    planned_s: float | None
+    actual_s: float
+    drift_percent: float | None
+    miou_percent: Estimate
+    seeds: int
+    delta_points: Estimate | None
+    """mIoU minus that of kd, percentage points, paired by seed."""
+    rank: int
+    """By mean mIoU within the budget; 1 is best."""
+    latency_ratio: Estimate | None
+    """Step latency divided by that of none."""
+    reliable: bool | None
+    """Whether the Costs the runs were planned with are; None where none is stored."""
+    drifted: bool
+    """Whether a single run is more than 2 % off its planned seconds."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a field is None."""
+
+
+def rows(store: Store) -> list[Row]:
+    """Return the rows, the smallest budget first, by rank within a budget.
+
+    Raises:
+        UserError: the store has no finished run.
+    """
+    return _rows(collect(store))
+
+
+def _rows(results: Results) -> list[Row]:
+    found = []
+    for budget in results.budgets():
+        made = [
+            _row(results, group)
+            for method in results.methods()
+            if (group := results.group(method, budget))
+        ]
+        made.sort(key=lambda row: (-row.miou_percent.value, row.method))
+        found += [replace(row, rank=_rank(row, made)) for row in made]
+    return found
+
+
+def _rank(row: Row, rivals: Sequence[Row]) -> int:
+    """Return 1 + the number of better methods, so that equal means share a rank."""
+    return 1 + sum(rival.miou_percent.value > row.miou_percent.value for rival in rivals)
+
+
+def _row(results: Results, group: list[Run]) -> Row:
+    first = group[0]
+    missing: dict[str, str] = {}
+    planned = [run.train_s.planned for run in group if run.train_s.planned]
+    if len(planned) < len(group):
+        missing["planned_s"] = missing["drift_percent"] = "no seconds were planned"
+    planned_s = float(np.mean(planned)) if "planned_s" not in missing else None
+    actual_s = float(np.mean([run.train_s.actual for run in group]))
+    costs = [cost for run in group for cost in results.planning_costs(run)]
+    if not costs:
+        missing["reliable"] = "not planned with a stored cost"
+    return Row(
+        budget=first.budget,
+        matched=matched(first),
+        method=first.method,
+        iterations=round(np.mean([run.iterations_done for run in group])),
+        planned_s=planned_s,
+        actual_s=actual_s,
+        drift_percent=100 * (actual_s / planned_s - 1) if planned_s else None,
+        miou_percent=Estimate(*mean_interval([100 * run.miou for run in group])),
+        seeds=len(group),
+        delta_points=_delta(results, group, missing),
+        rank=0,
+        latency_ratio=_latency_ratio(results, results.cost_of(group[-1]), missing),
+        reliable=all(cost.reliable for cost in costs) if costs else None,
+        drifted=any(map(drifted, group)),
+        missing=missing,
+    )
+
+
+def matched(run: Run) -> str:
+    """Return what a run's budget makes equal among methods."""
+    if re.search(r"flop$", run.budget):
+        return "FLOP"
+    if re.search(r"(J|Wh)$", run.budget):
+        return "energy"
+    return "iterations" if run.cost_key is None else "wall-clock"
+
+
+def _delta(results: Results, group: list[Run], missing: dict[str, str]) -> Estimate | None:
+    """Return mIoU minus the baseline's, over the seeds that both finished."""
+    if group[0].method == BASELINE:
+        missing["delta_points"] = f"{BASELINE} is the baseline"
+        return None
+    baseline = {run.seed: run.miou for run in results.group(BASELINE, group[0].budget)}
+    gains = [100 * (run.miou - baseline[run.seed]) for run in group if run.seed in baseline]
+    if not gains:
+        missing["delta_points"] = f"{BASELINE} has no finished run of the same budget and seed"
+        return None
+    return Estimate(*mean_interval(gains))
+
+
+def _latency_ratio(results: Results, cost: Cost | None, missing: dict[str, str]) -> Estimate | None:
+    if cost is None:
+        missing["latency_ratio"] = "no stored cost of the method"
+        return None
+    if cost.ratio is not None and cost.ratio.to == REFERENCE:
+        return Estimate(cost.ratio.median, cost.ratio.low, cost.ratio.high)
+    reference = results.measured_beside(cost, REFERENCE)
+    if reference is None or not reference.samples_s or not cost.samples_s:
+        # Two sessions differ by clocks and neighbours; their ratio would have no honest interval.
+        missing["latency_ratio"] = f"not measured in one session with {REFERENCE}"
+        return None
+    paired = len(cost.samples_s) == len(reference.samples_s)
+    return Estimate(*ratio_interval(cost.samples_s, reference.samples_s, paired=paired))
+
+
+def render(store: Store) -> list[Path]:
+    """Write ``reports/table.md`` and ``reports/table.csv`` and return the files.
+
+    Raises:
+        UserError: the store has no finished run.
+    """
+    results = collect(store)
+    made = _rows(results)
+    paths = [store.reports / "table.md", store.reports / "table.csv"]
+    write_atomic(paths[0], _markdown(results, made))
+    write_atomic(paths[1], _csv(made))
+    return paths
+
+
+def print_table(store: Store, console: Console) -> None:
+    """Print the table, one grid per budget, and its notes.
+
+    Raises:
+        UserError: the store has no finished run.
+    """
+    results = collect(store)
+    made = _rows(results)
+    print_notes(header(results), console)
+    for grid in grids(made, compact=True):
+        grid.print(console)
+    print_notes(notes(results, made), console)
+
+
+def header(results: Results) -> list[str]:
+    """Return what was trained on what, and the teacher, whose cost is in no run's."""
+    lines = [f"Study: {study_text(results.study)}.", f"Device: {device_text(results.devices())}."]
+    teacher = results.teacher
+    if teacher is None:
+        return [*lines, "Teacher: no run in this folder."]
+    miou = MISSING if teacher.miou is None else f"{100 * teacher.miou:.2f} %"
+    state = "" if teacher.finished else ", not finished"
+    return [
+        *lines,
+        f"Teacher: mIoU {miou}; training it took {duration(teacher.train_s.actual)} "
+        f"({count(teacher.iterations_done, 'iteration')}{state}), in no run's compute.",
+    ]
+
+
+def grids(made: Sequence[Row], *, compact: bool = False) -> list[Grid]:
+    """Return one grid of text per budget; ``compact`` fits a terminal of 80 columns, without the
+    planned seconds (the drift tells them) and the interval of the step's ratio."""
+    cells = [_cells(row, compact) for row in made]
+    budgets = dict.fromkeys((row.budget, row.matched) for row in made)
+    return [
+        Grid(
+            f"{budget}: equal {equal}",
+            list(cells[0]),
+            [
+                list(texts.values())
+                for row, texts in zip(made, cells, strict=True)
+                if (row.budget, row.matched) == (budget, equal)
+            ],
+        )
+        for budget, equal in budgets
+    ]
+
+
+def _cells(row: Row, compact: bool) -> dict[str, str]:
+    """Return a row's texts by column."""
+    marks = "*" * row.drifted + "†" * (row.reliable is False)
+    delta, ratio = row.delta_points, row.latency_ratio
+    if compact and ratio:
+        ratio = Estimate(ratio.value)
+    planned = {"planned": MISSING if row.planned_s is None else duration(row.planned_s)}
+    return {
+        "method": row.method + marks,
+        "#" if compact else "rank": str(row.rank),
+        "mIoU %": row.miou_percent.plus_minus(2),
+        f"vs {BASELINE}": delta.plus_minus(2, signed=True) if delta else MISSING,
+        "seeds": str(row.seeds),
+        "iter." if compact else "iterations": f"{row.iterations:,}",
+        **({} if compact else planned),
+        "actual": duration(row.actual_s),
+        "drift": MISSING if row.drift_percent is None else f"{row.drift_percent:+.1f} %",
+        f"step / {REFERENCE}": ratio.text(2) if ratio else MISSING,
+    }
+
+
+def notes(results: Results, made: Sequence[Row]) -> list[str]:
+    """Return what a reader must know before comparing the numbers, one sentence each."""
+    found = [
+        "mIoU is the last iterate's, mean over seeds; rank is by it. Intervals are 95 %: ± by "
+        f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {BASELINE}' is in "
+        "percentage points, paired by seed. Times exclude evaluation and checkpoints."
+    ]
+    if single := [f"{row.method} {row.budget}" for row in made if row.seeds == 1]:
+        every = len(single) == len(made)
+        found.append(f"One seed, so no interval: {'all' if every else ', '.join(single)}.")
+    if len(results.devices()) > 1:
+        found.append("Runs are from different devices: their wall-clocks do not compare.")
+    for run in filter(drifted, results.finished):
+        drift = 100 * run.train_s.drift()
+        found.append(f"* Drifted more than 2 % from the plan: {run_name(run)}, {drift:+.1f} %.")
+    for cost in results.unreliable():
+        why = "; ".join(cost.warnings) or "no warning recorded"
+        found.append(f"† Planned with an unreliable cost, {cost.method}: {why}.")
+    for run in results.left_out:
+        state = "has no mIoU" if run.finished else "not finished"
+        done = f"{run.iterations_done:,} of {run.iterations:,} iterations"
+        found.append(f"Left out: {run_name(run)}, {state} ({done}).")
+    return found + _missing_notes(made)
+
+
+def _missing_notes(made: Sequence[Row]) -> list[str]:
+    """Return why cells hold a dash: one note per column and reason."""
+    titles = {"planned_s": "planned, drift", "delta_points": f"vs {BASELINE}",
+              "latency_ratio": f"step / {REFERENCE}", "reliable": "reliability"}  # fmt: skip
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in made:
+        for name, reason in row.missing.items():
+            if name in titles:
+                where.setdefault((titles[name], reason), []).append(f"{row.method} {row.budget}")
+    return [
+        f"'{MISSING}' in {title}: {reason} "
+        f"({'all' if len(cells) == len(made) else ', '.join(cells)})."
+        for (title, reason), cells in where.items()
+        if not reason.startswith(BASELINE + " is")  # seen at a glance
+    ]
+
+
+def _markdown(results: Results, made: Sequence[Row]) -> str:
+    parts = ["# Accuracy at matched compute", "\n".join(f"- {line}" for line in header(results))]
+    for grid in grids(made):
+        parts += [f"## {grid.title}", grid.markdown()]
+    parts += ["## Notes", "\n".join(f"- {note}" for note in notes(results, made))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _csv(made: Sequence[Row]) -> str:
+    """Return one line per row; an estimate takes three columns, and an empty cell has its reason
+    in the last."""
+    lines = [_flat(row) for row in made]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat(row: Row) -> dict[str, str]:
+    estimates = {"miou_percent", "delta_points", "latency_ratio"}
+    flat: dict[str, str] = {}
+    for name in (f.name for f in fields(row) if f.name != "missing"):
+        value = getattr(row, name)
+        if name in estimates:
+            for part in ("value", "low", "high"):
+                column = name if part == "value" else f"{name}_{part}"
+                flat[column] = _plain(getattr(value, part, None))
+        else:
+            flat[name] = _plain(value)
+    flat["missing"] = "; ".join(f"{name}: {reason}" for name, reason in row.missing.items())
+    return flat
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,430 @@
+"""Networks: known parameter totals and multiply-adds, taps, dilations, names, weights, parity."""
+
+import json
+import math
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdprof.errors import UserError
+from kdprof.method import FEATURE_TAPS
+from kdprof.models import build, parse_name
+from kdprof.models.heads import BinPool
+
+PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity-models"
+TINY = "pspnet-test_resnet"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def picture(batch=1, height=33, width=49):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def on_meta(name, num_classes=19):
+    with torch.device("meta"):
+        return build(name, num_classes)
+
+
+# Known answers: parameters include the auxiliary head; multiply-adds are those of the
+# convolutions without it. Published or counted on mmsegmentation's own modules.
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        ("pspnet-r18", 19, 12_790_086),
+        ("pspnet-r50", 19, 48_975_494),
+        ("pspnet-r101", 19, 67_967_622),
+        ("deeplabv3-r18", 19, 13_986_374),
+        ("deeplabv3-r101", 19, 87_105_158),
+        ("pspnet-r18", 150, 12_815_500),
+        ("pspnet-r101", 150, 68_068_492),
+    ],
+)
+def test_parameter_totals(name, num_classes, parameters):
+    assert sum(p.numel() for p in on_meta(name, num_classes).parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "crop", "giga_macs"),
+    [
+        ("pspnet-r101", (512, 512), 255.90),
+        ("pspnet-r101", (512, 1024), 511.75),
+        ("pspnet-r18", (512, 512), 54.23),
+        ("deeplabv3-r101", (512, 512), 347.12),
+        ("deeplabv3-r18", (512, 512), 59.93),
+    ],
+)
+def test_convolution_multiply_adds(name, crop, giga_macs):
+    net = on_meta(name).eval()
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, *crop, device="meta"), ("logits",))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(giga_macs, abs=0.005)
+
+
+class Logits(nn.Module):
+    """fvcore traces positional tensors only; the final resize is part of its published total."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        logits = self.net(images, ("logits",)).logits
+        return nn.functional.interpolate(logits, images.shape[-2:], mode="bilinear")
+
+
+@torch.no_grad()
+def test_fvcore_total():
+    # fvcore traces, which the meta device does not bear: the one full-size forward of these tests
+    count = FlopCountAnalysis(Logits(build("pspnet-r101", 19).eval()), torch.zeros(1, 3, 512, 512))
+    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert count.by_operator()["conv"] / 1e9 == pytest.approx(255.90, abs=0.005)
+    assert count.total() / 1e9 == pytest.approx(256.48, abs=0.005)
+
+
+# Taps
+
+
+@pytest.mark.parametrize(
+    "name", [TINY, "deeplabv3-test_resnet", "pspnet-mobilenetv2_100", "deeplabv3-resnet10t"]
+)
+@pytest.mark.parametrize("size", [(33, 49), (64, 40)])
+def test_shapes_are_those_of_info(name, size):
+    net = build(name, 5).eval()
+    maps = vars(net(picture(2, *size), FEATURE_TAPS))
+    assert sorted(maps) == sorted(FEATURE_TAPS)
+    for tap, value in maps.items():
+        stride = net.info.stride[tap]
+        assert value.shape == (
+            2,
+            net.info.channels[tap],
+            -(-size[0] // stride),
+            -(-size[1] // stride),
+        )
+
+
+def test_info_of_the_alias_and_of_a_generic_backbone():
+    info = on_meta("pspnet-r18").info
+    assert (info.name, info.num_classes) == ("pspnet-resnet18c", 19)
+    assert info.channels == {
+        "logits": 19, "aux": 19, "head": 128, "c2": 64, "c3": 128, "c4": 256, "c5": 512
+    }  # fmt: skip
+    assert info.stride == {
+        "logits": 8, "aux": 8, "head": 8, "c2": 4, "c3": 8, "c4": 8, "c5": 8
+    }  # fmt: skip
+    assert on_meta("deeplabv3-r101").info.channels["head"] == 512
+    channels = on_meta("pspnet-mobilenetv3_small_050").info.channels
+    assert [channels[s] for s in ("c2", "c3", "c4", "c5")] == [8, 16, 24, 288]
+
+
+RUN_FOR = {
+    ("c2",): {"layer1"},
+    ("c4",): {"layer1", "layer2", "layer3"},
+    ("aux",): {"layer1", "layer2", "layer3", "auxiliary_head"},
+    ("c5", "c3"): {"layer1", "layer2", "layer3", "layer4"},
+    ("head",): {"layer1", "layer2", "layer3", "layer4", "decode_head"},
+    ("logits",): {"layer1", "layer2", "layer3", "layer4", "decode_head", "conv_seg"},
+    (): set(),
+}
+
+
+@pytest.mark.parametrize("taps", RUN_FOR, ids=str)
+def test_nothing_runs_that_no_tap_reads(taps):
+    net, ran = build(TINY, 5).eval(), set()
+    watched = {
+        **{f"layer{i}": net.backbone.net[f"layer{i}"] for i in range(1, 5)},
+        "auxiliary_head": net.auxiliary_head,
+        "decode_head": net.decode_head,
+        "conv_seg": net.decode_head.conv_seg,
+    }
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    found = net(picture(), taps)
+    assert set(vars(found)) == set(taps)
+    assert ran == RUN_FOR[taps]
+
+
+def test_taps_do_not_depend_on_which_others_are_asked():
+    net = build(TINY, 5).eval()
+    everything = net(picture(), FEATURE_TAPS)
+    for tap in FEATURE_TAPS:
+        assert torch.equal(getattr(net(picture(), [tap]), tap), getattr(everything, tap))
+
+
+def test_head_tap_is_the_classifiers_input_after_dropout():
+    net = build(TINY, 5).train()
+    taps = net(picture(2), ("head", "logits"))
+    assert (taps.head.flatten(2).amax(-1) == 0).any(), "no channel was dropped"
+    assert torch.equal(net.decode_head.conv_seg(taps.head), taps.logits)
+
+
+def test_an_unknown_tap_is_refused():
+    with pytest.raises(ValueError, match=r"unknown tap 'logit'; did you mean 'logits'\?"):
+        build(TINY, 5)(picture(), ["logit"])
+
+
+# Input
+
+
+def test_uint8_and_float_pictures_give_the_same():
+    net = build(TINY, 5).eval()
+    as_bytes, as_floats = (net(x, ["logits"]).logits for x in (picture(), picture().float()))
+    assert torch.equal(as_bytes, as_floats)
+
+
+def test_pictures_are_normalised_per_rgb_channel():
+    net = build(TINY, 5).eval()
+    seen = []
+    net.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net(torch.tensor([0.0, 116.28, 255.0]).view(1, 3, 1, 1).expand(1, 3, 16, 16), ["c2"])
+    expected = torch.tensor([-2.117904, 0.0, 2.640000])
+    torch.testing.assert_close(seen[0][0, :, 3, 5], expected, atol=1e-5, rtol=0)
+    assert not {"mean", "std"} & net.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", [TINY, "deeplabv3-test_resnet"])
+def test_channels_last_and_autocast_are_kept(name):
+    net = build(name, 5).eval().to(memory_format=torch.channels_last)
+    images = picture(2).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        taps = net(images, FEATURE_TAPS)
+    for tap, value in vars(taps).items():
+        assert value.is_contiguous(memory_format=torch.channels_last), tap
+        assert value.dtype == torch.bfloat16, tap
+
+
+def test_fake_tensors_cost_nothing():
+    with FakeTensorMode():
+        net = build("pspnet-r101", 19)
+        taps = net(torch.empty(8, 3, 512, 1024, dtype=torch.uint8), ("logits", "aux"))
+    assert taps.logits.shape == taps.aux.shape == (8, 19, 64, 128)
+
+
+@pytest.mark.parametrize("name", [TINY, "deeplabv3-test_resnet"])
+def test_check_input_refuses_exactly_what_fails(name):
+    net = build(name, 5).train()
+    assert "use at least 2 pictures per device" in net.check_input(1, (33, 49), training=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(picture(1), ["logits"])
+    assert net.check_input(2, (8, 8), training=True) is None
+    net(picture(2, 8, 8), FEATURE_TAPS)
+    net.eval()
+    assert net.check_input(1, (8, 8), training=False) is None
+    net(picture(1, 8, 8), FEATURE_TAPS)
+    assert "use at least 8x8" in net.check_input(2, (4, 64), training=False)
+
+
+# Layout
+
+
+def test_basic_blocks_dilate_like_mmsegmentation():
+    net = on_meta("pspnet-r18").backbone.net
+    first = [[block.conv1.dilation[0] for block in net[f"layer{i}"]] for i in (1, 2, 3, 4)]
+    assert first == [[1, 1], [1, 1], [1, 2], [2, 4]]
+    for stage in (1, 2, 3, 4):
+        for block in net[f"layer{stage}"]:
+            assert (block.conv2.dilation, block.conv2.padding) == ((1, 1), (1, 1))
+
+
+def test_bottlenecks_keep_their_dilation():
+    net = on_meta("pspnet-r50").backbone.net
+    second = [[block.conv2.dilation[0] for block in net[f"layer{i}"]] for i in (3, 4)]
+    assert second == [[1, 2, 2, 2, 2, 2], [2, 4, 4]]
+
+
+def test_only_the_classifiers_of_the_heads_have_a_bias():
+    net = on_meta("deeplabv3-r18")
+    biased = {n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
+    assert biased == {"decode_head.conv_seg", "auxiliary_head.conv_seg"}
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(5, 51), (8, 8), (1, 7)])
+def test_deterministic_pooling_is_adaptive_pooling(bins, size):
+    x = torch.randn(2, 3, *size)
+    torch.testing.assert_close(BinPool(bins).deterministic(x), BinPool(bins)(x))
+
+
+def test_initialisation_follows_the_seed():
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(build(TINY, 5).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(
+        states[0]["decode_head.conv_seg.weight"], states[2]["decode_head.conv_seg.weight"]
+    )
+    assert states[0]["auxiliary_head.conv_seg.weight"].std() == pytest.approx(0.01, rel=0.3)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("pspnet-r18", ("pspnet", "resnet18c")),
+        ("pspnet-r50", ("pspnet", "resnet50c")),
+        ("deeplabv3-r101", ("deeplabv3", "resnet101c")),
+        ("deeplabv3-resnet34c", ("deeplabv3", "resnet34c")),
+        ("pspnet-mobilenetv3_small_050", ("pspnet", "mobilenetv3_small_050")),
+    ],
+)
+def test_names(name, parsed):
+    assert parse_name(name) == parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("psnet-r18", "unknown network 'psnet-r18'; did you mean 'pspnet-r18'?"),
+        ("resnet18", "unknown network 'resnet18'; "),
+        ("pspnet", "unknown network 'pspnet'; did you mean 'pspnet-r"),
+        ("pspnet-mobilnetv2_100", "unknown backbone 'mobilnetv2_100'; did you mean 'mobilenetv2_1"),
+        ("pspnet-zzqqxy", "valid: r101, r18, r50, or a name of timm.list_models()"),
+        ("pspnet-vit_tiny_patch16_224", "at output stride 8; take another, such as resnet18c"),
+        ("pspnet-vgg11", "at output stride 8; take another"),
+    ],
+)
+def test_bad_names_get_one_line(name, message):
+    with pytest.raises(UserError) as caught:
+        build(name, 5)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Backbone weights
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "mobilenetv3_small_050", "convnext_atto"])
+def test_a_timm_state_dict_is_loaded(tmp_path, backbone, suffix):
+    state = timm.create_model(backbone).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    net = build(f"pspnet-{backbone}", 5, backbone_weights=str(path)).backbone.net
+    loaded = {key.replace("_", ".", 1): value for key, value in net.state_dict().items()}
+    loaded |= net.state_dict()
+    shared = loaded.keys() & state.keys()
+    assert len(shared) >= len(net.state_dict())
+    assert all(torch.equal(loaded[key], state[key]) for key in shared)
+
+
+def saved(path, state):
+    torch.save(state, path)
+    return str(path)
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    state["conv2.weight"] = state.pop("layer1.0.conv1.weight")
+    state["bn1.weight"] = torch.ones(7)
+    with pytest.raises(UserError) as caught:
+        build(TINY, 5, backbone_weights=saved(tmp_path / "a.pth", state))
+    line = str(caught.value)
+    assert "missing: layer1.0.conv1.weight" in line
+    assert "unexpected: conv2.weight" in line
+    assert "of another shape: bn1.weight" in line
+    assert "fc." not in line
+    assert "\n" not in line
+
+
+def test_unusable_weights_are_refused_in_one_line(tmp_path):
+    (tmp_path / "text.pth").write_text("no weights")
+    code = tmp_path / "code.pth"
+    torch.save({"state_dict": print}, code)
+    for weights, message in [
+        ("resnet.pth", "no backbone weights at 'resnet.pth'; give 'none', 'imagenet'"),
+        (str(tmp_path / "text.pth"), "is not a readable state dict"),
+        (str(code), "is not a readable state dict"),
+        (saved(tmp_path / "number.pth", 3), "is not a readable state dict"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            build(TINY, 5, backbone_weights=weights)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_imagenet_weights_that_cannot_be_had(monkeypatch):
+    with pytest.raises(UserError, match="timm has no ImageNet weights for 'resnet18c'; give"):
+        build("pspnet-r18", 5, backbone_weights="imagenet")
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("Name or service not known\nretry later")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError) as caught:
+        build(TINY, 5, backbone_weights="imagenet")
+    assert re.search(
+        r"could not be downloaded \(OSError\); bring .*timm/test_resnet", str(caught.value)
+    )
+    assert "\n" not in str(caught.value)
+
+
+# Parity with mmsegmentation: weights from a seed, outputs of its own code
+
+
+def regenerated(golden):
+    """Return the original state dict that ``golden`` names by a seed (shared/parity-models)."""
+    state = {}
+    for key, shape in json.loads(bytes(golden["keys_json"])):
+        rng = np.random.default_rng([int(golden["seed"]), zlib.crc32(key.encode())])
+        n = rng.standard_normal(shape)
+        if key.endswith("num_batches_tracked"):
+            value = np.int64(0)
+        elif key.endswith("running_var"):
+            value = (1 + 0.2 * np.abs(n)).astype(np.float32)
+        elif key.endswith(("running_mean", ".bias")):
+            value = (0.1 * n).astype(np.float32)
+        elif n.ndim >= 2:
+            value = (n * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
+        else:
+            value = (1 + 0.1 * n).astype(np.float32)
+        state[key] = torch.as_tensor(value)
+    return state
+
+
+def our_key(key):
+    key = re.sub(r"^backbone\.stem\.7\.", "backbone.bn1.", key)
+    key = re.sub(r"^backbone\.stem\.", "backbone.conv1.", key)
+    return re.sub(r"^backbone\.", "backbone.net.", key)
+
+
+@pytest.mark.parametrize("head", ["pspnet", "deeplabv3"])
+def test_mmsegmentation_weights_give_its_numbers(head):
+    path = PARITY / f"mmseg_{head}_r18-d8.npz"
+    if not path.is_file():
+        pytest.skip(f"no golden numbers at {path}")
+    golden = np.load(path, allow_pickle=False)
+    net = build(f"{head}-r18", 19).eval()
+    net.load_state_dict({our_key(key): value for key, value in regenerated(golden).items()})
+    for picture_name in ("a", "c"):
+        images = torch.from_numpy(golden[f"input.{picture_name}"]) * net.std + net.mean
+        with torch.no_grad():
+            taps = net(images, ("logits", "aux"))
+        for ours, theirs in ((taps.logits, "logits"), (taps.aux, "aux_logits")):
+            if f"{theirs}.{picture_name}" in golden:
+                expected = torch.from_numpy(golden[f"{theirs}.{picture_name}"])
+                assert (ours - expected).norm() <= 1e-5 * expected.norm()

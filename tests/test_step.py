@@ -1,0 +1,239 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Alone, Mimic, TinyNet, tiny_batch, tiny_step
+from torch import nn
+
+from kdprof.errors import UserError
+from kdprof.method import Method
+from kdprof.step import PHASES, TrainStep, learning_rate_factor, step_seed, task_loss
+from kdprof.study import StepSettings
+
+
+def test_task_loss_by_hand():
+    """Two pixels at label size: -log softmax, averaged over the valid one only."""
+    logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]]]])
+    labels = torch.tensor([[[0, 255]]])
+    assert task_loss(logits, labels).item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+def test_task_loss_of_void_is_zero_with_zero_gradient():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = task_loss(logits, torch.full((1, 8, 8), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_task_loss_against_torch(align_corners):
+    logits, labels = torch.randn(2, 4, 5, 7), torch.randint(0, 4, (2, 19, 23))
+    labels[0, :5] = 255
+    resized = F.interpolate(logits, (19, 23), mode="bilinear", align_corners=align_corners)
+    expected = F.cross_entropy(resized, labels, ignore_index=255)
+    torch.testing.assert_close(task_loss(logits, labels, align_corners), expected)
+
+
+def test_schedules_by_hand():
+    poly = StepSettings(learning_rate=0.1, min_learning_rate=0.01, poly_power=0.5)
+    assert learning_rate_factor(poly, 0, 100) == 1
+    assert learning_rate_factor(poly, 75, 100) == pytest.approx(0.1 + 0.9 * 0.5)
+    cosine = StepSettings(learning_rate=0.1, min_learning_rate=0.0, schedule="cosine")
+    assert learning_rate_factor(cosine, 50, 100) == pytest.approx(0.5)
+    warm = StepSettings(learning_rate=0.1, min_learning_rate=0.0, warmup_iterations=4)
+    assert [learning_rate_factor(warm, i, 14) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate_factor(warm, 4, 14) == 1
+    assert learning_rate_factor(warm, 9, 14) == pytest.approx(0.5**0.9)
+
+
+def test_cut_graph_gives_the_gradients_of_one_backward():
+    """Oracle: the same losses summed and differentiated in one go."""
+    step = tiny_step(momentum=0.0, weight_decay=0.0, dropout=0.0)
+    student, method = copy.deepcopy(step.student), copy.deepcopy(step.method)
+    images, labels = tiny_batch()
+    taps = student(images, ["logits", "aux", "head"])
+    teacher = step.teacher(images, ["logits", "head"])
+    terms = method(taps, teacher, None)
+    total = task_loss(taps.logits, labels.long()) + 0.4 * task_loss(taps.aux, labels.long())
+    total = total + 2.0 * terms["logits"] + 0.5 * terms["head"]
+    expected = torch.autograd.grad(total, [*student.parameters(), *method.parameters()])
+    before = [p.detach().clone() for p in [*step.student.parameters(), *step.method.parameters()]]
+    losses = step(images, labels, 0)
+    after = [*step.student.parameters(), *step.method.parameters()]
+    for gradient, old, new in zip(expected, before, after, strict=True):
+        torch.testing.assert_close(old - 0.05 * gradient, new.detach())
+    assert losses.keys() == {"task", "task_aux", "logits", "head"}
+    assert losses["logits"].item() == pytest.approx(terms["logits"].item())
+
+
+def test_phases_come_in_order_and_once():
+    seen = []
+    tiny_step()(*tiny_batch(), 0, seen.append)
+    assert tuple(seen) == PHASES
+
+
+def test_student_alone_runs_no_teacher():
+    step = tiny_step(Alone)
+    assert step.teacher is None
+    assert step(*tiny_batch(), 0).keys() == {"task", "task_aux"}
+
+
+def test_auxiliary_head_is_neither_run_nor_paid_at_weight_zero():
+    step = tiny_step(Alone, aux_weight=0.0)
+    assert step(*tiny_batch(), 0).keys() == {"task"}
+    assert step.student.auxiliary.weight.grad is None
+
+
+def test_teacher_never_changes():
+    step = tiny_step()
+    before = copy.deepcopy(step.teacher.state_dict())
+    for i in range(3):
+        step(*tiny_batch(i), i)
+    after = step.teacher.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert step.teacher.runs == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_lowers_the_loss(precision):
+    step = tiny_step(Alone, precision=precision, iterations=40)
+    losses = [step(*tiny_batch(0), i)["task"].item() for i in range(40)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(map(math.isfinite, losses))
+
+
+def test_overflow_in_the_first_step_leaves_the_momentum_clean():
+    """A fresh fp16 loss scale overflows at once; that step must only be skipped."""
+    step = tiny_step(precision="fp16", iterations=40)
+    before = copy.deepcopy(step.student.state_dict())
+    step._scaler._init_scale = 2.0**40
+    step(*tiny_batch(), 0)
+    torch.testing.assert_close(
+        step.student.classifier.weight, before["classifier.weight"], rtol=0, atol=0
+    )
+    step.student.load_state_dict(before)
+    for i in range(40):
+        step(*tiny_batch(), i)
+    assert all(p.abs().max() < 10 for p in step.student.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resumed_training_is_the_same_training(precision):
+    """Dropout, momentum, extras and loss scale all come back."""
+    straight = tiny_step(precision=precision)
+    for i in range(6):
+        straight(*tiny_batch(i), i)
+    first = tiny_step(precision=precision)
+    for i in range(3):
+        first(*tiny_batch(i), i)
+    second = tiny_step(precision=precision, seed=0)
+    nn.init.zeros_(second.student.body.weight)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for i in range(3, 6):
+        second(*tiny_batch(i), i)
+    torch.testing.assert_close(
+        straight.state_dict()["student"], second.state_dict()["student"], rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        straight.state_dict()["method"], second.state_dict()["method"], rtol=0, atol=0
+    )
+
+
+def test_draws_depend_on_seed_and_iteration_only():
+    assert step_seed(0, 1) == step_seed(0, 1)
+    assert len({step_seed(s, i) for s in range(5) for i in range(50)}) == 250
+
+
+class Unweighted(Alone):
+    """Forgot a weight."""
+
+    taps = ("logits",)
+    weights = {"mse": 1.0}
+
+    def forward(self, student, teacher, labels):
+        return {"msee": student.logits.mean()}
+
+
+def test_term_without_weight_is_named():
+    with pytest.raises(UserError, match=r"without a weight.*'msee'; did you mean 'mse'"):
+        tiny_step(Unweighted)(*tiny_batch(), 0)
+
+
+class Adversary(Method):
+    """A discriminator that tells student logits from teacher logits."""
+
+    taps = ("logits", "labels")
+    weights = {"adv": 0.1}
+    auxiliary_weights = {"d": 0.5}
+    auxiliary_decays = True
+
+    def build(self, student, teacher):
+        self.judge = nn.Conv2d(student.num_classes, 1, 1)
+
+    def auxiliary(self):
+        return self.judge
+
+    def auxiliary_optimizer(self, parameters):
+        return torch.optim.SGD(parameters, lr=0.2)
+
+    def forward(self, student, teacher, labels):
+        assert labels.dtype == torch.int64
+        weight, bias = self.judge.weight.detach(), self.judge.bias.detach()
+        return {"adv": -F.conv2d(student.logits, weight, bias).mean()}
+
+    def auxiliary_forward(self, student, teacher, labels):
+        assert not student.logits.requires_grad
+        return {"d": self.judge(student.logits).mean() - self.judge(teacher.logits).mean()}
+
+
+def test_auxiliary_optimizer_takes_its_own_step():
+    """By hand: d = w . (mean student - mean teacher), so w moves against that difference."""
+    step = tiny_step(Adversary, min_learning_rate=0.0, dropout=0.0)
+    images, labels = tiny_batch()
+    student, teacher = copy.deepcopy(step.student), step.teacher
+    before = step.method.judge.weight.detach().clone()
+    gap = student(images, ["logits"]).logits.mean((0, 2, 3)) - teacher(
+        images, ["logits"]
+    ).logits.mean((0, 2, 3))
+    losses = step(images, labels, 10)
+    rate = 0.2 * learning_rate_factor(step.settings, 10, step.iterations)
+    expected = before - rate * 0.5 * gap.view_as(before)
+    torch.testing.assert_close(step.method.judge.weight, expected, rtol=1e-4, atol=1e-6)
+    assert "d" in losses
+    students = {id(p) for g in step._optimizer.param_groups for p in g["params"]}
+    assert not students & {id(p) for p in step.method.judge.parameters()}
+
+
+def test_adversary_state_comes_back():
+    first, second = tiny_step(Adversary), tiny_step(Adversary)
+    first(*tiny_batch(), 0)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.method.judge.weight, second.method.judge.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_synchronisation_on_a_gpu(precision):
+    device = torch.device("cuda")
+    student, teacher, method = TinyNet(6).to(device), TinyNet(10).to(device), Mimic()
+    method.build(student.info, teacher.info)
+    step = TrainStep(
+        student=student,
+        teacher=teacher,
+        method=method.to(device),
+        settings=StepSettings(batch=4, crop=(16, 20), precision=precision),
+        iterations=10,
+        seed=0,
+        device=device,
+    )
+    batch = [t.pin_memory() for t in tiny_batch()]
+    step(*batch, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*batch, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
