@@ -100,6 +100,8 @@ def _create(name: str) -> nn.Module:
         raise UserError(
             f"timm cannot build backbone '{name}' at output stride {OUTPUT_STRIDE}; {mend}"
         ) from error
+    if net.pretrained_cfg.get("fixed_input_size"):
+        raise UserError(f"backbone '{name}' takes pictures of one size only; {mend}")
     stride = net.feature_info.reduction()[-1]
     if stride != OUTPUT_STRIDE:
         raise UserError(f"backbone '{name}' ends at stride {stride}, not {OUTPUT_STRIDE}; {mend}")

@@ -55,8 +55,8 @@ class SegmentationNetwork(nn.Module):
         """Return exactly the maps named in ``taps`` (of :data:`kdprof.method.FEATURE_TAPS`).
 
         ``images`` are RGB, (N, 3, H, W), uint8 or float in 0..255. Each map is (N, C, h, w) with C
-        and the stride as in :attr:`info`; logits are not resized. Nothing is computed that no tap
-        reads.
+        and the stride as in :attr:`info`; logits are not resized. No head, and no later stage of a
+        ResNet, is computed that no tap reads (other backbones are run whole).
 
         Raises:
             ValueError: a tap that no network has.

@@ -1,0 +1,7 @@
+"""Data sets on disk, or drawn; random augmentation; batches."""
+
+from kdprof.data.augment import Augmentation
+from kdprof.data.batches import Batches, evaluation_batches
+from kdprof.data.dataset import SegmentationData, open_data
+
+__all__ = ["Augmentation", "Batches", "SegmentationData", "evaluation_batches", "open_data"]

@@ -1,0 +1,113 @@
+"""Batches: batch i of a run is a pure function of (data, seed, i), whatever came before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdprof.data.augment import Augmentation
+from kdprof.errors import UserError
+
+if TYPE_CHECKING:
+    from kdprof.data.dataset import SegmentationData
+
+Batch = tuple[Tensor, Tensor]
+PREFETCHED = 2
+"""Batches that each loader process holds ready."""
+
+
+class Batches(Dataset):
+    """The training batches of one seed.
+
+    Samples are visited epoch by epoch, each epoch a permutation of its own; a batch may end one
+    epoch and begin the next. ``workers`` = 0 assembles batches in the calling process.
+    """
+
+    def __init__(
+        self,
+        data: SegmentationData,
+        *,
+        seed: int,
+        batch: int,
+        augmentation: Augmentation,
+        workers: int,
+    ):
+        self.data, self.seed, self.size = data, seed, batch
+        self.augmentation, self.workers = augmentation, workers
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def batch(self, index: int) -> Batch:
+        """Return batch ``index``: uint8 images (N, 3, h, w) and labels (N, h, w), 255 = void."""
+        samples = [self._sample(index, slot) for slot in range(self.size)]
+        images, labels = zip(*samples, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    def _sample(self, index: int, slot: int) -> Batch:
+        image, label = self.data[self.sample_index(index * self.size + slot)]
+        draw = self.augmentation.draw(self.seed, index, slot)
+        return self.augmentation.apply(image, label, draw)
+
+    def sample_index(self, visit: int) -> int:
+        """Return which image the ``visit``-th sample of the run is."""
+        epoch, place = divmod(visit, len(self.data))
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+            self._epoch = (epoch, order)
+        return int(self._epoch[1][place])
+
+    def __getitem__(self, index: int) -> Batch | UserError:
+        """Return batch ``index``, or what is wrong with a file as a value: raised in a loader
+        process, the message would come back wrapped in that process's traceback."""
+        try:
+            return self.batch(index)
+        except UserError as error:
+            return error
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield batches ``start`` to ``stop`` - 1, prefetched by the loader processes.
+
+        Raises:
+            UserError: a file cannot be used.
+        """
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.workers,
+            prefetch_factor=PREFETCHED if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_one_thread,
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield tuple(batch)
+
+
+def _one_thread(worker: int) -> None:
+    """Keep a loader process from taking the cores that the step computes on."""
+    torch.set_num_threads(1)
+
+
+def evaluation_batches(data: SegmentationData, batch: int) -> Iterator[Batch]:
+    """Yield every image once, whole and unchanged, up to ``batch`` neighbours of one size
+    together."""
+    waiting: list[Batch] = []
+    for index in range(len(data)):
+        image, label = data[index]
+        if waiting and (len(waiting) == batch or waiting[0][0].shape != image.shape):
+            yield _stacked(waiting)
+            waiting = []
+        waiting.append((image, label))
+    if waiting:
+        yield _stacked(waiting)
+
+
+def _stacked(samples: list[Batch]) -> Batch:
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(labels)

@@ -1,0 +1,58 @@
+"""What every data set gives, and how one is found by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from kdprof.data.camvid import CamVid
+from kdprof.data.synthetic import SyntheticScenes
+from kdprof.errors import UserError, unknown
+
+DATA_SETS = ("synthetic", "camvid")
+
+
+class SegmentationData(Protocol):
+    """Images with a label for every pixel."""
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    """An RGB colour for each class."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels have."""
+
+    def __len__(self) -> int:
+        """How many images the split has."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return (image, label): uint8 RGB (3, H, W) and uint8 (H, W), 255 where void.
+
+        Raises:
+            UserError: the files of this index cannot be used.
+        """
+
+
+def open_data(
+    spec: str, split: str, *, synthetic_size: tuple[int, int], synthetic_count: int
+) -> SegmentationData:
+    """Open the split of the data set that ``spec`` names: ``synthetic`` or ``camvid:ROOT``.
+
+    Raises:
+        UserError: no such data set, or its folder is not usable; every problem at once.
+    """
+    name, colon, root = spec.partition(":")
+    if name == "synthetic":
+        if colon:
+            raise UserError("data 'synthetic' takes no folder; give synthetic")
+        return SyntheticScenes(split, synthetic_size, synthetic_count)
+    if name == "camvid":
+        if not root:
+            raise UserError("data 'camvid' needs its folder; give camvid:ROOT")
+        return CamVid(Path(root), split)
+    raise UserError(unknown("data set", name, DATA_SETS))

@@ -1,0 +1,363 @@
+"""Street scenes drawn from (seed, split, index) alone: data for trying kdprof without any.
+
+A pinhole camera 1.5 m above a road looks along it. Objects have sizes in metres and stand at
+random depths, so small and far ones abound. Colours are drawn per object and overlap between
+classes (a car may have the grey of the road, a wall the blue of the sky): shape, texture and place
+tell the classes apart, which is what a larger network is better at.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from kdprof.method import IGNORE
+
+CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
+    ("sky", (70, 130, 180)),
+    ("building", (70, 70, 70)),
+    ("road", (128, 64, 128)),
+    ("pavement", (244, 35, 232)),
+    ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)),
+    ("pole", (153, 153, 153)),
+    ("sign", (220, 220, 0)),
+    ("fence", (190, 153, 153)),
+    ("car", (0, 0, 142)),
+    ("person", (220, 20, 60)),
+    ("cyclist", (119, 11, 32)),
+)
+_ID = {name: index for index, (name, _) in enumerate(CLASSES)}
+_SPLITS = ("train", "val", "test")
+
+CAMERA_HEIGHT = 1.5
+NEAR, FAR = 4.0, 60.0
+"""Depths in metres at which things stand."""
+_ROUGHNESS = np.array(
+    [0.01, 0.05, 0.05, 0.07, 0.22, 0.14, 0.03, 0.03, 0.12, 0.03, 0.06, 0.08], dtype=np.float32
+)
+"""Amplitude of each class's texture, in units of full brightness."""
+
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+
+
+class SyntheticScenes:
+    """``count`` scenes of one split. Images are (3, H, W), labels (H, W), see CLASSES."""
+
+    name = "synthetic"
+    class_names = tuple(name for name, _ in CLASSES)
+    palette = tuple(colour for _, colour in CLASSES)
+    num_classes = len(CLASSES)
+
+    def __init__(self, split: str, size: tuple[int, int], count: int, seed: int = 0):
+        self.split, self.size, self.count, self.seed = split, size, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), index])
+        image, label = _Scene(rng, self.size).render()
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+
+
+class _Scene:
+    """One scene: an image and a label canvas that are always painted together, back to front."""
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
+        self.rng = rng
+        self.height, self.width = size
+        self.focal = self.width * rng.uniform(0.7, 1.1)
+        self.horizon = self.height * rng.uniform(0.35, 0.52)
+        self.centre = self.width * rng.uniform(0.3, 0.7)
+        self.road = rng.uniform(3.0, 6.0)
+        self.pavement = self.road + rng.uniform(1.2, 3.5)
+        self.verge = self.pavement + rng.uniform(0.5, 5.0)
+        self._image = Image.new("RGB", (self.width, self.height))
+        self._label = Image.new("L", (self.width, self.height), _ID["sky"])
+        self._paint, self._tag = ImageDraw.Draw(self._image), ImageDraw.Draw(self._label)
+
+    def render(self) -> tuple[np.ndarray, np.ndarray]:
+        """Paint everything and return (image, label)."""
+        self._sky()
+        self._ground()
+        for side in (-1, 1):
+            self._street_front(side)
+        self._shadows()
+        self._objects()
+        label = np.asarray(self._label).copy()
+        image = self._photograph(label)
+        self._mark_void(label)
+        return image, label
+
+    # Geometry and paint
+
+    def _project(self, across: float, up: float, depth: float) -> Point:
+        """Return the pixel of a point (metres right of the camera, above ground, ahead)."""
+        return (
+            self.centre + self.focal * across / depth,
+            self.horizon + self.focal * (CAMERA_HEIGHT - up) / depth,
+        )
+
+    def _polygon(self, points: list[Point], name: str, colour: Colour) -> None:
+        self._paint.polygon(points, fill=colour)
+        self._tag.polygon(points, fill=_ID[name])
+
+    def _ellipse(self, centre: Point, radius: Point, name: str, colour: Colour) -> None:
+        box = [
+            (centre[0] - radius[0], centre[1] - radius[1]),
+            (centre[0] + radius[0], centre[1] + radius[1]),
+        ]
+        self._paint.ellipse(box, fill=colour)
+        self._tag.ellipse(box, fill=_ID[name])
+
+    def _upright(
+        self, across: float, depth: float, size: Point, up: float, name: str, colour: Colour
+    ) -> None:
+        """Paint a rectangle (width, height in metres) that faces the camera."""
+        half = size[0] / 2
+        low, high = self._project(across - half, up, depth), self._project(
+            across + half, up + size[1], depth
+        )
+        # At least one pixel wide: a far pole is thin, not gone.
+        right = max(high[0], low[0] + 1)
+        self._polygon(
+            [low, (right, low[1]), (right, high[1]), (low[0], high[1])], name, colour
+        )
+
+    def _any_colour(self) -> Colour:
+        return tuple(int(v) for v in self.rng.integers(20, 236, 3))
+
+    def _grey(self, low: int = 60, high: int = 190, tint: int = 18) -> Colour:
+        base = self.rng.integers(low, high)
+        return tuple(int(v) for v in np.clip(base + self.rng.integers(-tint, tint + 1, 3), 0, 255))
+
+    def _green(self) -> Colour:
+        return (
+            int(self.rng.integers(30, 120)),
+            int(self.rng.integers(60, 150)),
+            int(self.rng.integers(10, 80)),
+        )
+
+    # What a street is made of
+
+    def _sky(self) -> None:
+        overcast = self.rng.random() < 0.5
+        top = self._grey(130, 240) if overcast else (90, 140, int(self.rng.integers(180, 250)))
+        low = self._grey(170, 250, 10)
+        ramp = np.linspace(0, 1, self.height, dtype=np.float32)[:, None, None]
+        sky = np.array(top) * (1 - ramp) + np.array(low) * ramp
+        rows = np.broadcast_to(sky, (self.height, self.width, 3)).astype(np.uint8)
+        self._image.paste(Image.fromarray(np.ascontiguousarray(rows)))
+
+    def _ground(self) -> None:
+        horizon = self._project(0, 0, 4 * FAR)[1]
+        bottom = [(0, horizon), (self.width, horizon), (self.width, self.height), (0, self.height)]
+        outside = "terrain" if self.rng.random() < 0.6 else "pavement"
+        self._polygon(bottom, outside, self._green() if outside == "terrain" else self._grey())
+        self._strip(-self.pavement, self.pavement, "pavement", self._grey(80, 200))
+        self._strip(-self.road, self.road, "road", self._grey(50, 140, 10))
+        if self.rng.random() < 0.7:
+            self._lane_marks()
+
+    def _strip(
+        self, left: float, right: float, name: str, colour: Colour, near: float = 1.0
+    ) -> None:
+        points = [(left, near), (left, 4 * FAR), (right, 4 * FAR), (right, near)]
+        self._polygon([self._project(x, 0, d) for x, d in points], name, colour)
+
+    def _lane_marks(self) -> None:
+        paint = self._grey(180, 250)
+        across = self.rng.uniform(-1, 1)
+        for depth in np.arange(2.0, FAR, 6.0):
+            corners = [
+                (across - 0.08, depth),
+                (across - 0.08, depth + 3),
+                (across + 0.08, depth + 3),
+                (across + 0.08, depth),
+            ]
+            self._polygon([self._project(x, 0, d) for x, d in corners], "road", paint)
+
+    def _street_front(self, side: int) -> None:
+        """Paint buildings, gaps with trees, and fences along one side, far to near."""
+        depths = [NEAR * 0.6]
+        while depths[-1] < 2 * FAR:
+            depths.append(depths[-1] + self.rng.uniform(5, 18))
+        for near, far in reversed(list(zip(depths, depths[1:], strict=False))):
+            kind = self.rng.random()
+            if kind < 0.62:
+                self._building(side, near, far)
+            elif kind < 0.85:
+                self._trees(side, near, far)
+            if self.rng.random() < 0.3:
+                self._fence(side, near, far)
+
+    def _building(self, side: int, near: float, far: float) -> None:
+        across = side * (self.verge + self.rng.uniform(0, 3))
+        height = self.rng.uniform(4, 18)
+        wall = self._any_colour() if self.rng.random() < 0.5 else self._grey()
+        end = self._project(across + side * 20, 0, near)[0]
+        # The side that faces the camera, then the front along the street.
+        low, high = self._project(across, 0, near), self._project(across, height, near)
+        shade = tuple(int(v * 0.8) for v in wall)
+        self._polygon([low, high, (end, high[1]), (end, low[1])], "building", shade)
+        quad = [(0.0, near), (height, near), (height, far), (0.0, far)]
+        self._polygon([self._project(across, u, d) for u, d in quad], "building", wall)
+        self._windows(across, near, far, height)
+
+    def _windows(self, across: float, near: float, far: float, height: float) -> None:
+        glass = self._grey(20, 230, 30)
+        for up in np.arange(1.2, height - 1.5, 3.0):
+            for depth in np.arange(near + 0.8, far - 1.2, 2.6):
+                quad = [(up, depth), (up + 1.5, depth), (up + 1.5, depth + 1.2), (up, depth + 1.2)]
+                self._polygon(
+                    [self._project(across, u, d) for u, d in quad], "building", glass
+                )
+
+    def _trees(self, side: int, near: float, far: float) -> None:
+        for depth in sorted(self.rng.uniform(near, far, self.rng.integers(1, 4)), reverse=True):
+            across = side * (self.verge + self.rng.uniform(-0.5, 4))
+            height = self.rng.uniform(3, 9)
+            self._upright(across, depth, (0.35, height * 0.6), 0, "vegetation", (80, 60, 40))
+            leaves = self._green()
+            for _ in range(6):
+                centre = self._project(
+                    across + self.rng.normal(0, 0.2 * height),
+                    height * self.rng.uniform(0.45, 1),
+                    depth,
+                )
+                radius = self.focal / depth * height * self.rng.uniform(0.12, 0.28)
+                self._ellipse(centre, (radius, 0.9 * radius), "vegetation", leaves)
+
+    def _fence(self, side: int, near: float, far: float) -> None:
+        across, height = side * (self.verge - 0.2), self.rng.uniform(0.8, 1.6)
+        colour = self._grey() if self.rng.random() < 0.5 else self._any_colour()
+        quad = [(0.0, near), (height, near), (height, far), (0.0, far)]
+        self._polygon([self._project(across, u, d) for u, d in quad], "fence", colour)
+        dark = tuple(v // 2 for v in colour)
+        for depth in np.arange(near, far, 0.7):
+            ends = [self._project(across, 0, depth), self._project(across, height, depth)]
+            self._paint.line(ends, fill=dark)
+
+    def _shadows(self) -> None:
+        """Darken patches of the ground: an edge in the image that is none in the label."""
+        shadow = Image.new("L", self._image.size, 0)
+        draw = ImageDraw.Draw(shadow)
+        for _ in range(self.rng.integers(0, 4)):
+            depth, across = self.rng.uniform(3, 25), self.rng.uniform(-8, 8)
+            spread, length = self.rng.uniform(1, 5), self.rng.uniform(1, 8)
+            corners = [(across, depth), (across + spread, depth), (across, depth + length)]
+            draw.polygon([self._project(x, 0, d) for x, d in corners], fill=120)
+        black = Image.new("RGB", self._image.size)
+        self._image.paste(black, mask=shadow)
+        self._paint = ImageDraw.Draw(self._image)
+
+    def _objects(self) -> None:
+        """Stand cars, people, cyclists, poles and signs about, far to near."""
+        makers = (
+            [self._car] * self.rng.integers(1, 7)
+            + [self._person] * self.rng.integers(0, 7)
+            + [self._cyclist] * self.rng.integers(0, 3)
+            + [self._pole] * self.rng.integers(2, 7)
+        )
+        # Uniform in 1 / depth: as many near as far ones in the picture, not on the map.
+        depths = 1 / self.rng.uniform(1 / FAR, 1 / NEAR, len(makers))
+        for place in np.argsort(-depths):
+            makers[place](float(depths[place]))
+
+    def _car(self, depth: float) -> None:
+        side = self.rng.choice([-1, 1])
+        across = side * self.rng.uniform(0.25, 0.85) * self.road
+        width, height = self.rng.uniform(1.6, 2.6), self.rng.uniform(1.3, 2.6)
+        body = self._grey(20, 240) if self.rng.random() < 0.6 else self._any_colour()
+        dark = self._grey(5, 50, 4)
+        self._upright(across, depth, (0.85 * width, 0.35), 0, "car", dark)
+        self._upright(across, depth, (width, 0.5 * height), 0.25, "car", body)
+        self._upright(across, depth, (0.78 * width, 0.5 * height), 0.4 * height, "car", body)
+        glass = self._grey(20, 200, 20)
+        self._upright(across, depth, (0.66 * width, 0.28 * height), 0.52 * height, "car", glass)
+        for lamp in (-0.38, 0.38):
+            light = self._any_colour()
+            self._upright(across + lamp * width, depth, (0.2, 0.15), 0.6, "car", light)
+
+    def _person(self, depth: float, name: str = "person", up: float = 0.0) -> None:
+        across = self.rng.choice([-1, 1]) * self.rng.uniform(0.3, 1.1) * self.pavement
+        self._figure(across, depth, name, up)
+
+    def _figure(self, across: float, depth: float, name: str, up: float) -> None:
+        height = self.rng.uniform(1.2, 1.9)
+        for leg in (-0.1, 0.1):
+            size = (0.14, 0.48 * height)
+            self._upright(across + leg, depth, size, up, name, self._any_colour())
+        coat = self._any_colour()
+        self._upright(across, depth, (0.48, 0.4 * height), up + 0.45 * height, name, coat)
+        head = self._project(across, up + 0.92 * height, depth)
+        radius = max(0.6, 0.12 * self.focal / depth)
+        skin = (int(self.rng.integers(90, 230)), int(self.rng.integers(70, 180)), 90)
+        self._ellipse(head, (radius, 1.2 * radius), name, skin)
+
+    def _cyclist(self, depth: float) -> None:
+        across = self.rng.choice([-1, 1]) * self.rng.uniform(0.5, 1.0) * self.road
+        wheel = 0.34 * self.focal / depth
+        for offset in (-0.5, 0.5):
+            hub = self._project(across + offset, 0.34, depth)
+            self._ellipse(hub, (wheel, wheel), "cyclist", self._grey(10, 90, 5))
+        self._upright(across, depth, (1.0, 0.1), 0.6, "cyclist", self._any_colour())
+        self._figure(across, depth, "cyclist", 0.5)
+
+    def _pole(self, depth: float) -> None:
+        across = self.rng.choice([-1, 1]) * self.rng.uniform(1.02, 1.25) * self.road
+        height = self.rng.uniform(2.2, 7)
+        self._upright(across, depth, (0.14, height), 0, "pole", self._grey(40, 220))
+        if self.rng.random() < 0.65:
+            size = self.rng.uniform(0.5, 1.0)
+            face, up = self._any_colour(), self.rng.uniform(0.7, 0.95) * height
+            if self.rng.random() < 0.5:
+                self._upright(across, depth, (size, size), up, "sign", face)
+            else:
+                radius = max(1.0, size / 2 * self.focal / depth)
+                centre = self._project(across, up, depth)
+                self._ellipse(centre, (radius, radius), "sign", face)
+
+    # The camera
+
+    def _photograph(self, label: np.ndarray) -> np.ndarray:
+        """Return the image with texture, haze, light and sensor noise, uint8 (H, W, 3)."""
+        rng, size = self.rng, (self.height, self.width)
+        image = np.asarray(self._image, dtype=np.float32) / 255
+        texture = rng.standard_normal(size, dtype=np.float32) + 1.5 * self._blobs(6)
+        image += (_ROUGHNESS[label] * texture)[..., None] * rng.uniform(0.5, 1)
+        haze = rng.uniform(0, 0.5) * np.exp(
+            -np.abs(np.arange(self.height) - self.horizon) / (0.15 * self.height)
+        )
+        image += (haze[:, None, None] * (0.75 - image)).astype(np.float32)
+        light = 1 + 0.35 * rng.uniform(-1, 1) * np.linspace(-1, 1, self.width, dtype=np.float32)
+        gain = rng.uniform(0.25, 0.6) if rng.random() < 0.2 else rng.uniform(0.65, 1.25)
+        cast = rng.uniform(0.85, 1.15, 3).astype(np.float32)
+        image = image * light[None, :, None] * (gain * cast)
+        image += rng.normal(0, rng.uniform(0.01, 0.05), (*size, 3)).astype(np.float32)
+        picture = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
+        blur = rng.uniform(0, 0.7) * self.width / 240
+        return np.array(picture.filter(ImageFilter.GaussianBlur(blur)))
+
+    def _blobs(self, cell: int) -> np.ndarray:
+        """Return smooth noise with blobs of about ``cell`` pixels."""
+        coarse = self.rng.standard_normal(
+            (self.height // cell + 2, self.width // cell + 2), dtype=np.float32
+        )
+        smooth = Image.fromarray(coarse).resize((self.width, self.height), Image.Resampling.BICUBIC)
+        return np.asarray(smooth)
+
+    def _mark_void(self, label: np.ndarray) -> None:
+        """Leave the own car's bonnet and the frame's edge unlabelled, as real data sets do."""
+        edge = max(1, self.width // 80)
+        label[:, :edge] = label[:, -edge:] = IGNORE
+        if self.rng.random() < 0.6:
+            x = (np.arange(self.width) / self.width - 0.5) / 0.6
+            bonnet = self.height * (1 - self.rng.uniform(0.04, 0.12) * (1 - x**2).clip(0))
+            label[np.arange(self.height)[:, None] >= bonnet[None]] = IGNORE

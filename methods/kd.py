@@ -1,0 +1,104 @@
+"""Pixel-wise logit distillation."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdprof.errors import UserError, unknown
+from kdprof.method import Method, Recipe, Taps
+from kdprof.methods._common import match_grid
+
+REDUCTIONS = ("pixel", "element", "image", "sum")
+
+
+def pixel_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "pixel",
+    upsample: int = 1,
+) -> Tensor:
+    """Return KL(softmax(t/T) || softmax(s/T)) over classes, summed and divided.
+
+    Args:
+        student, teacher: logits, (N, C, h, w).
+        reduction: the divisor. ``pixel``: N h w, times T^2 (CIRKD). ``element``: N C h w, no T^2
+            (the IFVD and TorchDistiller repositories). ``image``: N, times T^2 (mmrazor's
+            batchmean on a map). ``sum``: 1, times T^2.
+        upsample: enlarge both maps this much first, bilinear with aligned corners (a switch of
+            the IFVD repository, off by default; 8 is 64 times the work).
+    """
+    student = match_grid(student, teacher)
+    if upsample > 1:
+        student, teacher = (
+            F.interpolate(z.float(), scale_factor=upsample, mode="bilinear", align_corners=True)
+            for z in (student, teacher)
+        )
+    target = F.log_softmax(teacher.float() / temperature, dim=1)
+    log_p = F.log_softmax(student.float() / temperature, dim=1)
+    total = F.kl_div(log_p, target, reduction="sum", log_target=True)
+    if reduction == "element":
+        return total / student.numel()
+    images, _, height, width = student.shape
+    divisor = {"pixel": images * height * width, "image": images, "sum": 1}[reduction]
+    return temperature**2 * total / divisor
+
+
+def pixel_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the soft cross-entropy summed over everything, divided by h w but not by N.
+
+    The original SKD's form; its gradient is that of N times :func:`pixel_kl`.
+    """
+    student = match_grid(student, teacher)
+    target = F.softmax(teacher.float(), dim=1)
+    total = -(target * F.log_softmax(student.float(), dim=1)).sum()
+    return total / student.shape[-2:].numel()
+
+
+class KD(Method):
+    """Canonical logit distillation (Hinton et al. 2015, arXiv 1503.02531), applied per pixel.
+
+    L = T^2 / (N h w) sum_{n,p} KL( softmax(z_T / T) || softmax(z_S / T) ) over classes, on logits
+    before any resize, T = 1, weight 1 (CIRKD's code, which adds the same term to at, fitnet, skd,
+    ifvd and cwd). No ignore mask: void pixels are distilled too. Only the main logits.
+
+    ``reduction`` selects the divisor of other published codes, see :func:`pixel_kl`; weights mean
+    nothing without it.
+    """
+
+    name = "kd"
+    title = "Pixel-wise knowledge distillation"
+    paper = "arXiv 1503.02531 (2015)"
+    family = "logit"
+    taps = ("logits",)
+    weights = {"kd": 1.0}
+    recipes = (
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
+            "structure-KD repository, row +Pi (its sum form, weight 10)", gpus="1",
+            baseline_miou=69.10, miou=70.51,
+        ),
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
+            baseline_miou=72.55,
+        ),
+    )  # fmt: skip
+
+    temperature: float = 1.0
+    reduction: str = "pixel"
+    upsample: int = 1
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if self.reduction not in REDUCTIONS:
+            raise UserError(f"method 'kd': {unknown('reduction', self.reduction, REDUCTIONS)}")
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``kd``."""
+        loss = pixel_kl(
+            student.logits, teacher.logits, self.temperature, self.reduction, self.upsample
+        )
+        return {"kd": loss}

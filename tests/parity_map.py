@@ -1,0 +1,241 @@
+"""From a parity file to a method's term: the one place that knows both namings.
+
+Each entry takes a :class:`Case` and returns the file's outputs by name, and the tensors whose
+gradients the file stores, by the file's name. Every hyper-parameter, shape, parameter and random
+draw comes from the file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdprof.methods import _discriminator as adversarial
+from kdprof.methods import cwd, fitnet, ifvd, kd
+from kdprof.method import NetworkInfo, Taps
+from kdprof.step import task_loss
+
+
+@dataclass
+class Case:
+    """A parity file: inputs as leaves, expected outputs and gradients."""
+
+    path: Path
+    arrays: dict[str, np.ndarray] = field(init=False)
+    leaves: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self):
+        with np.load(self.path, allow_pickle=False) as file:
+            self.arrays = {name: file[name] for name in file.files}
+        self.leaves = {
+            name: torch.from_numpy(array).requires_grad_(f"grad.{name}" in self.arrays)
+            for name, array in self.arrays.items()
+            if "." not in name or name.startswith("param.")
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.leaves[name]
+
+    def hp(self, name: str):
+        return self.arrays[f"hp.{name}"].item()
+
+    def maps(self, kind: str) -> tuple[Tensor, Tensor]:
+        return self[f"{kind}_S"], self[f"{kind}_T"]
+
+    def expected(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): torch.from_numpy(np.asarray(array))
+            for name, array in self.arrays.items()
+            if name.startswith(prefix)
+        }
+
+
+@dataclass
+class Outcome:
+    outputs: dict[str, Tensor]
+    gradients_of: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _inputs(case: Case, *extra: tuple[str, Tensor]) -> dict[str, Tensor]:
+    return {**{n: t for n, t in case.leaves.items() if t.requires_grad}, **dict(extra)}
+
+
+def _info(case: Case, who: str) -> NetworkInfo:
+    channels = case[f"feat_{who}"].shape[1]
+    return NetworkInfo(who, 0, {"head": channels}, {})
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a leaf of the file in the place of a parameter, so that it receives the gradient."""
+    *path, last = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    if last in owner._parameters:
+        del owner._parameters[last]
+        setattr(owner, last, value)
+    else:
+        owner._buffers[last] = value.detach()
+
+
+def _install(module: nn.Module, case: Case, names: dict[str, str]) -> nn.Module:
+    """Fill a module with the file's parameters; ``names``: file's name -> ours, prefixes too."""
+    for key, leaf in case.leaves.items():
+        if key.startswith("param."):
+            theirs = key.removeprefix("param.")
+            _set(module, names[theirs], leaf)
+    return module.train(case.hp("module_mode") == "train")
+
+
+def _kd(case: Case) -> Outcome:
+    loss = kd.pixel_kl(*case.maps("logits"), case.hp("temperature"))
+    return Outcome({"loss": loss}, _inputs(case))
+
+
+def _kd_mean(case: Case) -> Outcome:
+    factor = case.hp("upsample_factor") if case.hp("upsample") else 1
+    loss = kd.pixel_kl(*case.maps("logits"), case.hp("temperature"), "element", factor)
+    return Outcome({"loss": loss}, _inputs(case))
+
+
+def _kd_pixelwise_ce(case: Case) -> Outcome:
+    return Outcome({"loss": kd.pixel_cross_entropy(*case.maps("logits"))}, _inputs(case))
+
+
+def _kl_mmrazor(case: Case) -> Outcome:
+    tau, weight = case.hp("tau"), case.hp("loss_weight")
+    reduction = {"batchmean": "image", "mean": "element", "sum": "sum"}[case.hp("reduction")]
+    loss = kd.pixel_kl(*case.maps("logits"), tau, reduction)
+    # Its element mean has the T^2 that the IFVD repository's has not.
+    factor = tau**2 if reduction == "element" else 1
+    return Outcome({"loss": weight * factor * loss}, _inputs(case))
+
+
+def _task_ce(case: Case) -> Outcome:
+    assert case.hp("ignore_index") == 255
+    loss = task_loss(case["logits_S"], case["labels"], align_corners=True)
+    return Outcome({"loss": loss}, _inputs(case))
+
+
+def _fitnet(case: Case) -> Outcome:
+    method = fitnet.FitNet()
+    method.build(_info(case, "S"), _info(case, "T"))
+    _install(method, case, {"conv.weight": "adaptor.weight"})
+    student, teacher = case.maps("feat")
+    logits = torch.zeros(1, 2, 1, 1)
+    taps = (Taps(head=f, logits=logits) for f in (student, teacher))
+    return Outcome({"loss": method(*taps, None)["fitnet"]}, _inputs(case))
+
+
+def _cwd_logits(case: Case) -> Outcome:
+    student, teacher = case.maps("logits")
+    if "hp.tau" in case.arrays:
+        loss = case.hp("loss_weight") * cwd.channel_kl(student, teacher, case.hp("tau"))
+    elif case.hp("norm_type") == "spatial":
+        loss = kd.pixel_kl(student, teacher, case.hp("temperature"))
+    elif case.hp("divergence") == "mse":
+        loss = cwd.channel_mse(student, teacher)
+    else:
+        loss = cwd.channel_kl(student, teacher, case.hp("temperature"))
+    return Outcome({"loss": loss}, _inputs(case))
+
+
+def _cwd_feature(case: Case) -> Outcome:
+    assert (case.hp("norm_type"), case.hp("divergence")) == ("channel", "kl")
+    method = cwd.CWDCirkd(temperature=case.hp("temperature"))
+    student, teacher = case.maps("feat")
+    if "param.conv.weight" in case.leaves:
+        method.adaptor = nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
+        _install(method, case, {"conv.weight": "adaptor.weight"})
+        adapted = method.adaptor(student)
+    else:
+        adapted = student
+    loss = cwd.channel_kl(adapted, teacher, method.temperature, student.shape[1])
+    return Outcome({"loss": loss}, _inputs(case))
+
+
+def _ifvd(case: Case) -> Outcome:
+    assert case.hp("ignore_label") == 255
+    features = case.maps("feat")
+    loss = ifvd.intra_class_variation(*features, case["labels"], case.hp("num_classes"))
+    return Outcome({"loss": loss}, _inputs(case))
+
+
+def _adv_generator(case: Case) -> Outcome:
+    assert case.hp("adv_type") in ("hinge", "wgan-gp")
+    loss = adversarial.generator_loss(case["d_out_S"])
+    return Outcome({"g_loss": loss}, _inputs(case))
+
+
+def _adv_discriminator(case: Case) -> Outcome:
+    scores = case.maps("d_out")
+    loss = adversarial.discriminator_loss(case.hp("adv_type"), *scores)
+    return Outcome({"d_loss": loss}, _inputs(case))
+
+
+def _adv_penalty(case: Case) -> Outcome:
+    first, last = (case[f"param.crit.D.net.{i}.weight"] for i in (0, 2))
+    judge = nn.Sequential(
+        nn.Conv2d(first.shape[1], first.shape[0], first.shape[2], 2, 1),
+        nn.LeakyReLU(case.hp("leaky_slope")),
+        nn.Conv2d(last.shape[1], last.shape[0], last.shape[2]),
+    )
+    names = {f"crit.D.net.{i}.{n}": f"{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
+    _install(judge, case, names)
+    mix = torch.from_numpy(case.arrays["rand.uniform_0"])
+    penalty = adversarial.gradient_penalty(judge, *case.maps("logits"), mix)
+    return Outcome({"gp": case.hp("lambda_gp") * penalty}, _inputs(case))
+
+
+def _self_attention(case: Case) -> Outcome:
+    module = adversarial.SelfAttention(case.hp("in_dim"))
+    names = {"gamma": "gate"}
+    for part in ("query", "key", "value"):
+        names |= {f"{part}_conv.{n}": f"{part}.{n}" for n in ("weight", "bias")}
+    _install(module, case, names)
+    outputs = {"y": module(case["x"]), "attention": module.attention(case["x"])}
+    return Outcome(outputs, _inputs(case))
+
+
+def _spectral_norm(case: Case) -> Outcome:
+    assert case.hp("power_iterations") == 1
+    module = adversarial.SpectralConv(
+        case["x"].shape[1],
+        case.hp("out_channels"),
+        case.hp("kernel_size"),
+        case.hp("stride"),
+        case.hp("padding"),
+    )
+    names = {"weight_bar": "weight", "weight_u": "u", "weight_v": "v", "bias": "bias"}
+    _install(module, case, {f"module.{theirs}": ours for theirs, ours in names.items()})
+    outputs = {"y": module(case["x"])}
+    state = {"module.weight_u": module.u, "module.weight_v": module.v}
+    return Outcome(outputs, _inputs(case), state)
+
+
+TERMS: dict[str, Callable[[Case], Outcome]] = {
+    "kd": _kd,
+    "kd_mean": _kd_mean,
+    "kd_pixelwise_ce": _kd_pixelwise_ce,
+    "kl_mmrazor": _kl_mmrazor,
+    "task_ce": _task_ce,
+    "fitnet": _fitnet,
+    "cwd_logits": _cwd_logits,
+    "cwd_feature": _cwd_feature,
+    "ifvd": _ifvd,
+    "skd_adv_generator": _adv_generator,
+    "skd_adv_discriminator": _adv_discriminator,
+    "skd_adv_gradient_penalty": _adv_penalty,
+    "skd_adv_self_attention": _self_attention,
+    "skd_adv_spectral_norm": _spectral_norm,
+}
+
+NOT_YET = {
+    "af_dcd", "at", "attnfd", "cbam", "cirkd_memory", "cirkd_minibatch", "cirkdv2_channel",
+    "cirkdv2_gcn", "dist", "dist_4d_quirk", "dkd_ac", "dkd_bce", "dkd_decoupled_logits", "dkd_kd",
+    "dkd_wbce", "dsd", "dsd_csd", "dsd_psd", "maskd", "maskd_mask_module", "mgd", "pkd",
+    "skd_pairwise", "skd_pairwise_orig",
+}  # fmt: skip
+"""Losses of methods that kdprof does not have yet."""

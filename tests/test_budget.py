@@ -1,0 +1,125 @@
+import pytest
+from builders import make_cost
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdprof.budget import convert, parse_budget
+from kdprof.errors import UserError
+from kdprof.records import Interval
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit", "method"),
+    [
+        ("40k@cwd", 40_000, "iterations", "cwd"),
+        ("500@cwd:feature", 500, "iterations", "cwd:feature"),
+        ("40k", 40_000, "iterations", None),
+        ("1.5k", 1500, "iterations", None),
+        ("2M", 2_000_000, "iterations", None),
+        ("2h", 7200, "s", None),
+        ("30min", 1800, "s", None),
+        ("90 s", 90, "s", None),
+        ("1.5d", 129_600, "s", None),
+        ("5e17flop", 5e17, "flop", None),
+        ("3Pflop", 3e15, "flop", None),
+        ("800kJ", 8e5, "J", None),
+        ("1.5kWh", 5.4e6, "J", None),
+    ],
+)
+def test_parse(text, amount, unit, method):
+    budget = parse_budget(text)
+    assert (budget.amount, budget.unit, budget.method) == (pytest.approx(amount), unit, method)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("", "malformed"),
+        ("soon", "malformed"),
+        ("-3h", "malformed"),
+        ("40q", "unknown unit 'q'"),
+        ("2h@cwd", "only iterations"),
+        ("0", "smaller than one iteration"),
+        ("0s", "smaller than one iteration"),
+        ("1.5", "not a whole number"),
+        ("0.5@kd", "not a whole number"),
+        ("40k@", "malformed"),
+    ],
+)
+def test_malformed_budget_says_what_to_write(text, cause):
+    with pytest.raises(UserError, match=cause) as error:
+        parse_budget(text)
+    assert "\n" not in str(error.value)
+
+
+def by_method(text, costs):
+    return {c.method: c for c in convert(parse_budget(text), costs)}
+
+
+def test_iterations_of_another_method_by_hand():
+    """kd takes half as long as cwd, so it gets twice the iterations."""
+    found = by_method("40k@cwd", {"cwd": make_cost("cwd", 0.2), "kd": make_cost("kd", 0.1)})
+    assert found["cwd"].iterations == 40_000
+    assert found["kd"].iterations == 80_000
+    assert found["kd"].seconds == pytest.approx(8000)
+    assert found["kd"].iterations_equal_flop == 40_000
+
+
+def test_seconds_flop_and_plain_iterations_by_hand():
+    costs = {"a": make_cost("a", 0.5, flop=2e9), "b": make_cost("b", 0.25, flop=8e9)}
+    assert {m: c.iterations for m, c in by_method("2min", costs).items()} == {"a": 240, "b": 480}
+    assert {m: c.iterations for m, c in by_method("4e12flop", costs).items()} == {
+        "a": 2000,
+        "b": 500,
+    }
+    assert {m: c.iterations for m, c in by_method("7k", costs).items()} == {"a": 7000, "b": 7000}
+    assert by_method("7k", costs)["a"].seconds == pytest.approx(3500)
+
+
+def test_interval_follows_from_the_measurement():
+    slow = Interval(median=0.1, low=0.08, high=0.125)
+    found = by_method("100s", {"a": make_cost("a", 0.1, latency_s=slow)})["a"]
+    assert (found.low, found.iterations, found.high) == (800, 1000, 1250)
+
+
+def test_paired_rounds_cancel_drift():
+    """Every round of kd takes half of cwd's same round, while both drift by a factor of four."""
+    rounds = [[0.1 * k] * 2 for k in (1, 2, 3, 4)]
+    cwd = make_cost("cwd", 0.25, samples_s=rounds)
+    kd = make_cost("kd", 0.125, samples_s=[[s / 2 for s in r] for r in rounds])
+    found = by_method("1000@cwd", {"cwd": cwd, "kd": kd})["kd"]
+    assert found.low == found.iterations == found.high == 2000
+    apart = kd.model_copy(update={"session": "another"})
+    wide = by_method("1000@cwd", {"cwd": cwd, "kd": apart})["kd"]
+    assert wide.low < 1500 < 2500 < wide.high
+
+
+def test_loader_seconds_are_used_where_they_were_measured():
+    looped = Interval(median=0.4, low=0.4, high=0.4)
+    cost = make_cost("a", 0.2, end_to_end_s=looped, end_to_end_samples_s=[[0.4, 0.4]] * 4)
+    assert by_method("40s", {"a": cost})["a"].iterations == 100
+
+
+def test_budget_below_one_iteration_names_every_method():
+    costs = {"a": make_cost("a", 30.0), "b": make_cost("b", 40.0), "c": make_cost("c", 1.0)}
+    with pytest.raises(UserError) as error:
+        convert(parse_budget("10s"), costs)
+    assert len(error.value.problems) == 2
+
+
+def test_energy_is_refused_with_its_reason():
+    with pytest.raises(UserError, match="no counter"):
+        convert(parse_budget("800kJ"), {"a": make_cost("a", 1.0)})
+
+
+def test_unmeasured_reference_names_the_command():
+    with pytest.raises(UserError, match="kdprof measure --method cwd"):
+        convert(parse_budget("40k@cwd"), {"a": make_cost("a", 1.0)})
+
+
+@given(st.floats(1e-3, 10), st.floats(1e-3, 10), st.integers(100, 10**6))
+def test_equal_compute_means_equal_seconds(one, other, iterations):
+    costs = {"a": make_cost("a", one), "b": make_cost("b", other)}
+    found = convert(parse_budget(f"{iterations * 1000}@a"), costs)
+    seconds = [c.seconds for c in found]
+    assert seconds[1] == pytest.approx(seconds[0], rel=max(1e-3, other / seconds[0]))

@@ -1,0 +1,92 @@
+import multiprocessing
+import os
+
+import pytest
+from builders import make_cost
+
+from kdprof.errors import KdprofError, UserError
+from kdprof.records import LedgerEntry
+from kdprof.store import RunFolder, Store, append_line, read_lines, slug, write_atomic
+
+
+def test_cost_round_trip_is_exact(tmp_path):
+    store = Store(tmp_path)
+    cost = make_cost("cwd:feature", 0.1 + 0.2)
+    path = store.write_cost(cost)
+    assert path.name == "cwd.feature-key-cwd:feature.json"
+    assert store.read_cost("cwd:feature", cost.key) == cost
+    assert '"schema": 1' in path.read_text()
+
+
+def test_damaged_record_names_file_and_mend(tmp_path):
+    store = Store(tmp_path)
+    path = store.write_cost(make_cost("kd", 1.0))
+    path.write_text(path.read_text().replace('"latency_s"', '"latency"'))
+    with pytest.raises(UserError, match=r"no Cost record.*delete it"):
+        store.read_cost("kd", "key-kd")
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path = tmp_path / "record.json"
+    write_atomic(path, "old")
+
+    def fail(*arguments, **keywords):
+        raise OSError("disk full")
+
+    target = os if failing == "fsync" else type(path)
+    monkeypatch.setattr(target, failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_torn_last_line_is_left_out_and_damage_inside_is_not(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    for i in range(3):
+        append_line(path, LedgerEntry(kind="train", iteration=i, seconds=1.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    assert [entry.iteration for entry in read_lines(path, LedgerEntry)] == [0, 1]
+    path.write_bytes(b"{}\n" + whole)
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        read_lines(path, LedgerEntry)
+
+
+def _hold(path, ready, done):
+    with RunFolder(path).lock():
+        ready.set()
+        done.wait(30)
+
+
+def test_two_processes_never_share_a_run_and_a_dead_one_lets_go(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(KdprofError, match="another process"), RunFolder(tmp_path).lock():
+        pass
+    other.kill()
+    other.join()
+    with RunFolder(tmp_path).lock():
+        pass
+
+
+def test_newest_cost_counts_and_devices_do_not_mix(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(UserError, match="holds no costs"):
+        store.latest_costs()
+    store.write_cost(make_cost("kd", 1.0, key="a"))
+    os.utime(store.cost_path("kd", "a"), ns=(1, 1))
+    store.write_cost(make_cost("kd", 2.0, key="b"))
+    assert store.latest_costs()["kd"].latency_s.median == 2.0
+    store.write_cost(make_cost("cwd", 2.0, device="H200"))
+    with pytest.raises(UserError, match="different devices"):
+        store.latest_costs()
+
+
+def test_slug():
+    assert slug("40k@cwd:feature") == "40k@cwd.feature"
