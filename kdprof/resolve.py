@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdprof.budget import parse_budget
-from kdprof.data import Augmentation, Batches, SegmentationData, open_data
+from kdprof.data import Augmentation, Batches, Decoded, SegmentationData, open_data
 from kdprof.device import Hardware, configure_backends, find_device, hardware_of, versions
 from kdprof.errors import UserError, unknown
 from kdprof.method import Found, Method, find_method
@@ -98,6 +98,12 @@ class ResolvedStudy:
     def teacher_shapes(self) -> SegmentationNetwork:
         """The teacher with random weights, on the CPU: what shapes and costs need."""
         return build(self.study.teacher, self.train_data.num_classes)
+
+    @cached_property
+    def _visited_data(self) -> SegmentationData:
+        """The training images as batches visit them."""
+        in_memory = self.study.data_settings.in_memory
+        return Decoded(self.train_data) if in_memory else self.train_data
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -187,7 +193,7 @@ class ResolvedStudy:
             photometric=settings.photometric,
         )
         return Batches(
-            self.train_data,
+            self._visited_data,
             seed=seed,
             batch=self.study.step.batch,
             augmentation=augmentation,

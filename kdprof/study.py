@@ -71,6 +71,8 @@ class DataSettings(Section):
 
     workers: int = Field(0, ge=0)
     """Loader processes; 0 assembles batches in the training process."""
+    in_memory: bool = False
+    """Decode every training image once, at the start, instead of at every visit."""
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
     """Range of the random resize."""
     flip: float = Field(0.5, ge=0, le=1)

@@ -3,5 +3,13 @@
 from kdprof.data.augment import Augmentation
 from kdprof.data.batches import Batches, evaluation_batches
 from kdprof.data.dataset import SegmentationData, open_data
+from kdprof.data.decoded import Decoded
 
-__all__ = ["Augmentation", "Batches", "SegmentationData", "evaluation_batches", "open_data"]
+__all__ = [
+    "Augmentation",
+    "Batches",
+    "Decoded",
+    "SegmentationData",
+    "evaluation_batches",
+    "open_data",
+]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as colour
 
+from kdprof.data.streams import Stream, generator
 from kdprof.method import IGNORE
 
 FILL = 0.5
-"""Where a crop reaches beyond its image: mid-grey, labelled void."""
+"""Brightness, of 1, where a crop reaches beyond its image; such pixels are labelled void."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,10 @@ class Draw:
 class Augmentation:
     """Random resize within ``scale``, crop, horizontal flip and photometric distortion.
 
-    The ranges of the distortion are mmsegmentation's: brightness +-32/255, contrast and saturation
-    0.5 to 1.5, hue +-18 degrees in 180, each applied with probability 1/2, contrast first or last.
+    The distortion has the ranges and the order of mmsegmentation's PhotoMetricDistortion:
+    brightness +-32/255, contrast and saturation 0.5 to 1.5, hue +-18 of 180, each applied with
+    probability 1/2, contrast before or after the other two. Its one difference: saturation blends
+    with the grey image, where mmsegmentation multiplies the S of HSV.
     """
 
     crop: tuple[int, int]
@@ -48,7 +49,7 @@ class Augmentation:
 
     def draw(self, seed: int, batch: int, slot: int) -> Draw:
         """Return the choices for one place in one batch: a pure function of its arguments."""
-        rng = np.random.default_rng([seed, batch, slot])
+        rng = generator(Stream.AUGMENTATION, seed, batch, slot)
         scale, top, left, flip = rng.random(4)
         low, high = self.scale
         factors: list[float | None] = [
@@ -70,35 +71,55 @@ class Augmentation:
             image: (3, H, W) uint8.
             label: (H, W) uint8.
 
-        Scale, crop and flip are one interpolation over the crop alone: bilinear for the image,
-        nearest for the label.
+        Scale, crop and flip are one interpolation that computes the crop alone: bilinear for the
+        image, nearest for the label.
         """
-        grid = self._grid(image.shape[-2:], draw)
-        # Shifted by the fill, so that what grid_sample pads with zeros becomes the fill.
-        pixels = image[None].float() / 255 - FILL
-        pixels = F.grid_sample(pixels, grid, mode="bilinear", align_corners=False)[0] + FILL
-        classes = label[None, None].float() - IGNORE
-        classes = F.grid_sample(classes, grid, mode="nearest", align_corners=False)[0, 0] + IGNORE
-        pixels = _distort(pixels.clamp_(0, 1), draw)
-        return pixels.mul_(255).round_().byte(), classes.round_().byte()
-
-    def _grid(self, size: tuple[int, int], draw: Draw) -> Tensor:
-        """Return the (1, h, w, 2) sampling positions in grid_sample's coordinates, -1 to 1.
-
-        The resized image is ``scale`` times the source, rounded to whole pixels; the crop starts
-        at a whole pixel of it, so that scale 1 copies pixels exactly.
-        """
-        axes = []
-        for length, crop, place in zip(size, self.crop, (draw.top, draw.left), strict=True):
-            resized = max(1, round(length * draw.scale))
-            start = round((resized - crop) * place)
-            positions = torch.arange(start, start + crop, dtype=torch.float64) + 0.5
-            axes.append(2 * positions / resized - 1)
-        rows, columns = axes
+        height, width = label.shape
+        rows = _positions(height, self.crop[0], draw.scale, draw.top)
+        columns = _positions(width, self.crop[1], draw.scale, draw.left)
         if draw.flip:
             columns = columns.flip(0)
-        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
-        return grid.float()[None]
+        outside = ~(_inside(rows, height)[:, None] & _inside(columns, width))
+        classes = label[_nearest(rows, height)][:, _nearest(columns, width)]
+        classes = classes.masked_fill(outside, IGNORE)
+        pixels = _interpolated(_interpolated(image, 1, rows), 2, columns)
+        pixels = _distort(pixels.div_(255).masked_fill_(outside, FILL), draw)
+        return pixels.mul_(255).round_().byte(), classes
+
+
+# Resizing along an axis is independent of the other axis, so two passes of lerp over gathered rows
+# and columns are the whole interpolation. Against grid_sample: source pixels outside the crop are
+# never touched, positions are float64, and a copy (scale 1) is exact by construction.
+
+
+def _positions(length: int, crop: int, scale: float, place: float) -> Tensor:
+    """Return where the crop's pixels lie along one axis of the source: float64, pixel 0 at 0.
+
+    The resized image is ``scale`` times the source, rounded to whole pixels; the crop starts at a
+    whole pixel of it, so that scale 1 copies pixels.
+    """
+    resized = max(1, round(length * scale))
+    start = round((resized - crop) * place)
+    pixels = torch.arange(start, start + crop, dtype=torch.float64)
+    return (pixels + 0.5) * (length / resized) - 0.5
+
+
+def _inside(positions: Tensor, length: int) -> Tensor:
+    return (positions > -0.5) & (positions < length - 0.5)
+
+
+def _nearest(positions: Tensor, length: int) -> Tensor:
+    return (positions + 0.5).floor_().long().clamp_(0, length - 1)
+
+
+def _interpolated(values: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """Return float32 values at ``positions`` along an axis; the edge pixel continues outwards."""
+    last = values.shape[axis] - 1
+    lower = positions.floor().long()
+    weight = (positions - lower).float().unflatten(0, (-1,) + (1,) * (2 - axis))
+    low = values.index_select(axis, lower.clamp(0, last)).float()
+    high = values.index_select(axis, (lower + 1).clamp_(0, last)).float()
+    return low.lerp_(high, weight)
 
 
 def _distort(image: Tensor, draw: Draw) -> Tensor:

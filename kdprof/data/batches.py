@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdprof.data.augment import Augmentation
-from kdprof.errors import UserError
+from kdprof.data.streams import Stream, generator
+from kdprof.errors import KdprofError, UserError
 
 if TYPE_CHECKING:
     from kdprof.data.dataset import SegmentationData
@@ -25,7 +27,8 @@ class Batches(Dataset):
     """The training batches of one seed.
 
     Samples are visited epoch by epoch, each epoch a permutation of its own; a batch may end one
-    epoch and begin the next. ``workers`` = 0 assembles batches in the calling process.
+    epoch and begin the next, or hold several of a small data set. ``batch`` is its size in images;
+    ``workers`` = 0 assembles batches in the calling process.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Batches(Dataset):
         """Return which image the ``visit``-th sample of the run is."""
         epoch, place = divmod(visit, len(self.data))
         if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+            order = generator(Stream.ORDER, self.seed, epoch).permutation(len(self.data))
             self._epoch = (epoch, order)
         return int(self._epoch[1][place])
 
@@ -71,32 +74,64 @@ class Batches(Dataset):
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield batches ``start`` to ``stop`` - 1, prefetched by the loader processes.
 
+        Closing the iterator ends them.
+
         Raises:
             UserError: a file cannot be used.
+            KdprofError: a loader process died.
         """
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=self.workers,
-            prefetch_factor=PREFETCHED if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+        loader = iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(start, stop),
+                num_workers=self.workers,
+                prefetch_factor=PREFETCHED if self.workers else None,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_loader_process,
+                # Its own, or starting a loader would draw from torch's global generator.
+                generator=torch.Generator(),
+            )
         )
-        for batch in loader:
+        while (batch := _next(loader)) is not None:
             if isinstance(batch, UserError):
                 raise batch
             yield tuple(batch)
 
 
-def _one_thread(worker: int) -> None:
-    """Keep a loader process from taking the cores that the step computes on."""
+def _next(loader: Iterator[Batch | UserError]) -> Batch | UserError | None:
+    """Return the next item, None after the last one."""
+    try:
+        return next(loader, None)
+    except RuntimeError as error:
+        # torch's wording for a process that is gone; what a live one raised starts otherwise.
+        if str(error).startswith("DataLoader worker"):
+            raise KdprofError(
+                "a loader process died, most often for lack of memory or of space in /dev/shm; "
+                "set data_settings.workers lower"
+            ) from error
+        raise
+
+
+def _loader_process(worker: int) -> None:
+    """Set up a loader process.
+
+    One thread, so that it does not take the cores that the step computes on. Ctrl-C and Slurm
+    signal every process of the job: only the main one may react, or it would find its loader dead
+    in the middle of the step after which it means to save.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def evaluation_batches(data: SegmentationData, batch: int) -> Iterator[Batch]:
-    """Yield every image once, whole and unchanged, up to ``batch`` neighbours of one size
-    together."""
+    """Yield every image once, in order, whole and unchanged, up to ``batch`` neighbours of one
+    size together.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
     waiting: list[Batch] = []
     for index in range(len(data)):
         image, label = data[index]

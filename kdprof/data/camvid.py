@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,9 @@ from kdprof.errors import UserError, nearest
 from kdprof.method import IGNORE
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+LABEL_SUFFIXES = (".png",)
+LABEL_MODES = ("L", "P")
+"""Pillow's names for 8-bit grey and palette images, whose values are class indices."""
 UNLABELLED = 11
 CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("sky", (128, 128, 128)),
@@ -34,11 +40,12 @@ CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
 
 
 class CamVid:
-    """One split of CamVid.
+    """One split of CamVid. Images are (3, H, W), labels (H, W), see CLASSES.
 
     Raises:
-        UserError: the folder, a label or an image is missing, or a pair differs in size; every
-            problem at once, before anything is decoded.
+        UserError: a folder, a label or an image is missing, a header cannot be read, labels are
+            no class indices, or a pair differs in size; every problem at once, from the headers
+            alone. What only decoding shows is raised when the image is read.
     """
 
     name = "camvid"
@@ -55,78 +62,111 @@ class CamVid:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, label_path = self.pairs[index]
-        image = np.array(_decoded(image_path).convert("RGB"))
-        label = np.array(_decoded(label_path))
-        wrong = np.setdiff1d(label, np.arange(UNLABELLED + 1))
-        if wrong.size:
+        image = _decoded(image_path, "RGB")
+        label = _decoded(label_path)
+        highest = int(label.max())
+        if highest > UNLABELLED:
             raise UserError(
-                f"{label_path} has label value {wrong[0]}; expected 0 to {UNLABELLED - 1}, or "
-                f"{UNLABELLED} for unlabelled: convert the labels to class indices"
+                f"label value {highest} in {label_path}; expected 0-{UNLABELLED - 1} or "
+                f"{UNLABELLED} (unlabelled): convert the labels to class indices"
             )
-        label = np.where(label == UNLABELLED, IGNORE, label).astype(np.uint8)
+        label[label == UNLABELLED] = IGNORE
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
 
 def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+    """Return the (image, label) files of a split in order of name, or raise all that is wrong."""
+    if not root.is_dir():
+        raise UserError(_no_root(root))
     folder, label_folder = root / split, root / f"{split}annot"
-    _require_folder(folder)
-    _require_folder(label_folder)
-    images = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
-    labels = {p.stem: p for p in sorted(label_folder.glob("*.png"))}
-    if not images:
-        raise UserError(f"{folder} holds no {', '.join(IMAGE_SUFFIXES)} files; is it the right one?")
-    problems = [
-        f"{path} has no label; put {label_folder / (stem + '.png')} there or remove the image"
-        for stem, path in images.items()
-        if stem not in labels
-    ]
+    problems: list[str] = []
+    images = _by_stem(folder, IMAGE_SUFFIXES, problems)
+    labels = _by_stem(label_folder, LABEL_SUFFIXES, problems)
+    if problems:
+        raise UserError(*problems)
+    for stem, path in images.items():
+        if stem in labels:
+            problems += _pair_problems(path, labels[stem])
+        else:
+            wanted = label_folder / f"{stem}.png"
+            problems.append(f"{path} has no label; add {wanted} or remove the image")
     problems += [
-        f"{path} has no image; put {folder / stem}.png there or remove the label"
+        f"{path} has no image; add {folder / stem}.png or .jpg, or remove the label"
         for stem, path in labels.items()
         if stem not in images
     ]
-    pairs = [(images[stem], labels[stem]) for stem in images if stem in labels]
-    for image, label in pairs:
-        problems += _pair_problems(image, label)
     if problems:
         raise UserError(*problems)
-    return pairs
+    return [(path, labels[stem]) for stem, path in images.items()]
 
 
-def _require_folder(folder: Path) -> None:
-    """Name the nearest thing that is there instead of a missing folder."""
-    if folder.is_dir():
-        return
-    root = folder
-    while not root.is_dir():
-        folder, root = root, root.parent
-    there = [entry.name for entry in root.iterdir() if entry.is_dir()]
-    raise UserError(f"no folder {folder}; in {root} {nearest(folder.name, there)}")
+def _no_root(root: Path) -> str:
+    """Return the message for a missing root, with the nearest folder that is there."""
+    missing, parent = root, root.parent
+    while not parent.is_dir():
+        missing, parent = parent, parent.parent
+    close = difflib.get_close_matches(missing.name, _folders(parent), n=1, cutoff=0.5)
+    mend = f"did you mean '{parent / close[0]}'?" if close else "give camvid:ROOT"
+    return f"no folder {root}; {mend} (ROOT holds train, trainannot, val, valannot)"
+
+
+def _folders(root: Path) -> list[str]:
+    return [entry.name for entry in root.iterdir() if entry.is_dir()]
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
+    """Return the files of a folder by stem, sorted; append what is wrong to ``problems``."""
+    if not folder.is_dir():
+        mend = nearest(folder.name, _folders(folder.parent))
+        problems.append(f"no folder {folder}; in {folder.parent}: {mend}")
+        return {}
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
+        if path.stem in found:
+            problems.append(f"{found[path.stem]} and {path} have one name; remove one of them")
+        found[path.stem] = path
+    if not found:
+        problems.append(f"{folder} holds no {', '.join(suffixes)} file; put the split there")
+    return found
 
 
 def _pair_problems(image: Path, label: Path) -> list[str]:
-    """Compare sizes by the files' headers alone: nothing is decoded."""
+    """Return what the headers of an image and its label show to be wrong."""
+    problems: list[str] = []
+    headers = []
+    for path in (image, label):
+        try:
+            headers.append(_header(path))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        return problems
+    (_, size), (mode, label_size) = headers
+    if mode not in LABEL_MODES:
+        problems.append(
+            f"{label} is {mode}, not 8-bit class indices; convert colours to class indices"
+        )
+    if size != label_size:
+        told = [f"{height}x{width}" for width, height in (size, label_size)]
+        problems.append(f"{image} is {told[0]} but {label} is {told[1]}; make them one size")
+    return problems
+
+
+def _header(path: Path) -> tuple[str, tuple[int, int]]:
+    """Return the mode and (width, height) of an image without decoding it."""
+    with _reading(path), Image.open(path) as image:
+        return image.mode, image.size
+
+
+def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
+    with _reading(path), Image.open(path) as image:
+        return np.array(image.convert(mode) if mode else image)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any failure to read an image into one line with its path."""
     try:
-        image_size, label_size = _opened(image).size, _opened(label).size
-    except UserError as error:
-        return list(error.problems)
-    if image_size == label_size:
-        return []
-    sizes = [f"{width}x{height}" for width, height in (image_size, label_size)]
-    return [f"{image} is {sizes[0]} but its label is {sizes[1]}; make them the same size"]
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); replace or remove it") from None
-
-
-def _decoded(path: Path) -> Image.Image:
-    image = _opened(path)
-    try:
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read ({error}); replace or remove it") from None
-    return image
+        yield
+    except Exception as error:  # by format: OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"{path} cannot be read: {error}; replace or remove it") from error

@@ -12,6 +12,7 @@ from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError, unknown
 
 DATA_SETS = ("synthetic", "camvid")
+SPLITS = ("train", "val", "test")
 
 
 class SegmentationData(Protocol):
@@ -43,9 +44,16 @@ def open_data(
 ) -> SegmentationData:
     """Open the split of the data set that ``spec`` names: ``synthetic`` or ``camvid:ROOT``.
 
+    Args:
+        split: train, val or test.
+        synthetic_size: height x width of the synthetic scenes, pixels.
+        synthetic_count: how many synthetic scenes the split has.
+
     Raises:
-        UserError: no such data set, or its folder is not usable; every problem at once.
+        UserError: no such data set or split, or its folder is not usable; every problem at once.
     """
+    if split not in SPLITS:
+        raise UserError(unknown("split", split, SPLITS))
     name, colon, root = spec.partition(":")
     if name == "synthetic":
         if colon:
@@ -54,5 +62,5 @@ def open_data(
     if name == "camvid":
         if not root:
             raise UserError("data 'camvid' needs its folder; give camvid:ROOT")
-        return CamVid(Path(root), split)
+        return CamVid(Path(root).expanduser(), split)
     raise UserError(unknown("data set", name, DATA_SETS))

@@ -121,14 +121,13 @@ class _Scene:
     ) -> None:
         """Paint a rectangle (width, height in metres) that faces the camera."""
         half = size[0] / 2
-        low, high = self._project(across - half, up, depth), self._project(
-            across + half, up + size[1], depth
+        low, high = (
+            self._project(across - half, up, depth),
+            self._project(across + half, up + size[1], depth),
         )
         # At least one pixel wide: a far pole is thin, not gone.
         right = max(high[0], low[0] + 1)
-        self._polygon(
-            [low, (right, low[1]), (right, high[1]), (low[0], high[1])], name, colour
-        )
+        self._polygon([low, (right, low[1]), (right, high[1]), (low[0], high[1])], name, colour)
 
     def _any_colour(self) -> Colour:
         return tuple(int(v) for v in self.rng.integers(20, 236, 3))
@@ -215,9 +214,7 @@ class _Scene:
         for up in np.arange(1.2, height - 1.5, 3.0):
             for depth in np.arange(near + 0.8, far - 1.2, 2.6):
                 quad = [(up, depth), (up + 1.5, depth), (up + 1.5, depth + 1.2), (up, depth + 1.2)]
-                self._polygon(
-                    [self._project(across, u, d) for u, d in quad], "building", glass
-                )
+                self._polygon([self._project(across, u, d) for u, d in quad], "building", glass)
 
     def _trees(self, side: int, near: float, far: float) -> None:
         for depth in sorted(self.rng.uniform(near, far, self.rng.integers(1, 4)), reverse=True):
