@@ -218,7 +218,8 @@ class Method(nn.Module):
     def settings(self) -> dict[str, Any]:
         """Return hyper-parameters and weights as they are in force, for records and keys."""
         values = {name: getattr(self, name) for name in self.hyper}
-        return {**values, "weights": dict(self.weights)}
+        weights = {**self.weights, **self.auxiliary_weights}
+        return {**values, "weights": weights}
 
 
 @dataclass(frozen=True)

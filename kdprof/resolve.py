@@ -21,6 +21,8 @@ from kdprof.study import Study
 
 REFERENCE = "none"
 """The method that ratios are formed against."""
+CONTROLS = (REFERENCE, "kd")
+"""What every comparison holds at the same budget, unless it is told not to."""
 
 
 class ResolvedStudy:
@@ -47,9 +49,9 @@ class ResolvedStudy:
         configure_backends(study.step.precision)
 
     def _find_methods(self, problems: list[str]) -> dict[str, Found]:
-        """Return the study's methods, those its budgets name, and the reference."""
+        """Return the study's methods, those its budgets name, and the controls."""
         budgets = [parse_budget(text) for text in self.study.budgets]
-        specs = [REFERENCE, *self.study.methods, *(b.method for b in budgets if b.method)]
+        specs = [*CONTROLS, *self.study.methods, *(b.method for b in budgets if b.method)]
         found: dict[str, Found] = {}
         for spec in dict.fromkeys(specs):
             if spec in found:
@@ -113,7 +115,7 @@ class ResolvedStudy:
     def method_names(self, *, control: bool) -> list[str]:
         """Return the methods to compare; with ``control`` the equal-cost controls lead."""
         by_spec = [find_method(spec).cls.name for spec in self.study.methods]
-        return list(dict.fromkeys([*(["none", "kd"] if control else []), *by_spec]))
+        return list(dict.fromkeys([*(CONTROLS if control else ()), *by_spec]))
 
     def student(self, seed: int) -> SegmentationNetwork:
         """Return a fresh student; its initialisation depends on the seed alone, not the method."""

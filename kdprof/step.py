@@ -181,12 +181,16 @@ class TrainStep:
         losses.update(terms, **auxiliary)
         return {name: value.detach() for name, value in losses.items()}
 
+    def learning_rate(self, iteration: int) -> float:
+        """Return the learning rate of a step of this run."""
+        factor = learning_rate_factor(self.settings, iteration, self.iterations)
+        return self.settings.learning_rate * factor
+
     def _set_iteration(self, iteration: int) -> None:
         torch.manual_seed(step_seed(self.seed, iteration))
         factor = learning_rate_factor(self.settings, iteration, self.iterations)
-        self.learning_rate = self.settings.learning_rate * factor
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.settings.learning_rate * factor
         if self._auxiliary_optimizer is not None and self.method.auxiliary_decays:
             for group, rate in zip(
                 self._auxiliary_optimizer.param_groups, self._auxiliary_rates, strict=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,18 +32,17 @@ class SpectralConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C, h, w)."""
-        return F.conv2d(x, self.weight / self._sigma(x), self.bias, self.stride, self.pad)
+        return F.conv2d(x, self.weight / self._sigma(), self.bias, self.stride, self.pad)
 
-    def _sigma(self, x: Tensor) -> Tensor:
-        """Take one step of power iteration and return the singular value, in float32."""
+    def _sigma(self) -> Tensor:
+        """Take one step of power iteration and return the singular value."""
         matrix = self.weight.flatten(1)
-        with torch.autocast(x.device.type, enabled=False):
-            with torch.no_grad():
-                v = F.normalize(matrix.t() @ self.u, dim=0)
-                u = F.normalize(matrix @ v, dim=0)
-            # New tensors, not written in place: an earlier forward's backward still needs the old.
-            self.u, self.v = u, v
-            return torch.dot(u, matrix @ v)
+        with torch.no_grad():
+            v = F.normalize(matrix.t() @ self.u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        # New tensors, not written in place: an earlier forward's backward still needs the old.
+        self.u, self.v = u, v
+        return torch.dot(u, matrix @ v)
 
 
 class SelfAttention(nn.Module):
@@ -71,6 +72,8 @@ class Discriminator(nn.Module):
     self-attention after the last two; a 4x4 convolution without padding. The last one needs a grid
     of at least 64 x 64 logits: smaller ones are padded with zeros after the norm (kdprof's
     extension; the published network refuses them).
+
+    Always float32: its loss is not scaled, and the penalty differentiates it twice.
     """
 
     def __init__(self, num_classes: int):
@@ -78,7 +81,7 @@ class Discriminator(nn.Module):
         widths = (num_classes, 64, 128, 256, 512)
         stages = [
             nn.Sequential(SpectralConv(before, after), nn.LeakyReLU(0.1))
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         ]
         self.norm = nn.BatchNorm2d(num_classes)
         self.body = nn.Sequential(
@@ -89,7 +92,8 @@ class Discriminator(nn.Module):
         """Score (N, C, h, w) logits."""
         height, width = logits.shape[-2:]
         below, beside = max(0, SMALLEST_GRID - height), max(0, SMALLEST_GRID - width)
-        return self.body(F.pad(self.norm(logits), (0, beside, 0, below)))
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.body(F.pad(self.norm(logits.float()), (0, beside, 0, below)))
 
 
 def discriminator_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
@@ -115,10 +119,10 @@ def gradient_penalty(
     Args:
         mix: (N, 1, 1, 1), uniform in 0 to 1, one for each image.
     """
-    # A slope of a slope: in float32 whatever the step's precision.
-    with torch.autocast(student.device.type, enabled=False):
-        between = (mix * teacher.float() + (1 - mix) * student.float()).detach().requires_grad_()
-        (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    between = (mix * teacher.float() + (1 - mix) * student.float()).detach().requires_grad_()
+    # Handed over as a view: torch's FLOP counter hooks a module's inputs and fails on a leaf here.
+    scores = discriminator(between.view_as(between))
+    (slope,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
@@ -139,13 +143,13 @@ class Adversary(nn.Module):
         self.discriminator.requires_grad_(False)
         loss = generator_loss(self.discriminator(logits))
         self.discriminator.requires_grad_(True)
-        return loss.float()
+        return loss
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the discriminator's own term for logits of both."""
         student = match_grid(student, teacher)
         scores = self.discriminator(student), self.discriminator(teacher)
-        return discriminator_loss(self.kind, *scores).float()
+        return discriminator_loss(self.kind, *scores)
 
     def penalty(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the gradient penalty at random mixtures of the logits of both."""
@@ -156,9 +160,9 @@ class Adversary(nn.Module):
 
 def _note_padding(logits: Tensor, notes: list[str]) -> None:
     height, width = logits.shape[-2:]
-    if min(height, width) >= SMALLEST_GRID or notes:
-        return
-    notes.append(
+    note = (
         f"logits of {height}x{width} are padded to {SMALLEST_GRID} for the discriminator, which "
         "the published one does not take: its cost here is that of larger logits"
     )
+    if min(height, width) < SMALLEST_GRID and note not in notes:
+        notes.append(note)

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
-from kdprof.methods._common import match_grid
+from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import Adversary
 from kdprof.methods.kd import pixel_kl
+
+NORMS = ("channel", "spatial")
+DIVERGENCES = ("kl", "mse")
 
 
 def channel_kl(
@@ -45,6 +49,9 @@ class CWD(Method):
     L = T^2 / (N C) sum_{n,c} KL( p^T_{n,c} || p^S_{n,c} ). T = 4, weight 3, no pixel-wise kd and no
     discriminator: the authors' TorchDistiller command. No label mask.
 
+    ``norm = "spatial"`` takes the softmax over channels at each position, divided by N h w, which
+    is kd. ``divergence = "mse"`` compares the softmax maps by squared difference, at T = 1.
+
     The authors compute log(softmax), which is -inf or NaN for peaked maps; here it is log-softmax,
     the same number wherever theirs is finite.
     """
@@ -64,10 +71,24 @@ class CWD(Method):
     )  # fmt: skip
 
     temperature: float = 4.0
+    norm: str = "channel"
+    divergence: str = "kl"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, {"norm": NORMS, "divergence": DIVERGENCES}, positive=("temperature",))
+        if self.divergence == "mse" and (self.norm, self.temperature) != ("channel", 1.0):
+            raise UserError(
+                f"method '{self.name}': divergence 'mse' is defined for norm 'channel' and "
+                "temperature 1 only; set both"
+            )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``cwd``."""
-        return {"cwd": channel_kl(student.logits, teacher.logits, self.temperature)}
+        if self.divergence == "mse":
+            return {"cwd": channel_mse(student.logits, teacher.logits)}
+        divergence = channel_kl if self.norm == "channel" else pixel_kl
+        return {"cwd": divergence(student.logits, teacher.logits, self.temperature)}
 
 
 class CWDMmrazor(CWD):
@@ -95,9 +116,9 @@ class CWDFeature(Method):
 
     L as in ``cwd`` with p taken of A f_S and f_T; A = 1x1 convolution C_S -> C_T without bias,
     batch norm, ReLU. T = 4, divided by N C_T, weight 50 (TorchDistiller; the weight is from memory
-    of the paper, its example scripts use 35-40). The authors' activated batch norm is a leaky ReLU
-    in place; ReLU is what the paper's card states. The authors never decay the adaptor's learning
-    rate; here it decays with the student's.
+    of the paper, its example scripts use 35-40). In the authors' code a leaky ReLU stands before
+    the ReLU, which is the ReLU alone. They never decay the adaptor's learning rate; here it decays
+    with the student's.
     """
 
     name = "cwd:feature"
@@ -115,6 +136,10 @@ class CWDFeature(Method):
     )  # fmt: skip
 
     temperature: float = 4.0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, positive=("temperature",))
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
         """Create the adaptor."""
@@ -150,6 +175,11 @@ class CWDCirkd(Method):
     auxiliary_weights = {"discriminator": 0.1}
     recipes = (
         Recipe(
+            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
+            baseline_miou=74.21, miou=75.55,
+        ),
+        Recipe(
             "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
             "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9",
             "CIRKD repository (mIoU recalled, not re-verified)", gpus="8 x 2",
@@ -158,6 +188,10 @@ class CWDCirkd(Method):
     )  # fmt: skip
 
     temperature: float = 4.0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, positive=("temperature",))
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
         """Create the adaptor and the discriminator."""

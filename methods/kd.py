@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.errors import UserError, unknown
 from kdprof.method import Method, Recipe, Taps
-from kdprof.methods._common import match_grid
+from kdprof.methods._common import check_settings, match_grid
 
-REDUCTIONS = ("pixel", "element", "image", "sum")
+REDUCTIONS = ("pixel", "element", "image", "sum", "soft_cross_entropy")
 
 
 def pixel_kl(
@@ -25,7 +24,8 @@ def pixel_kl(
         student, teacher: logits, (N, C, h, w).
         reduction: the divisor. ``pixel``: N h w, times T^2 (CIRKD). ``element``: N C h w, no T^2
             (the IFVD and TorchDistiller repositories). ``image``: N, times T^2 (mmrazor's
-            batchmean on a map). ``sum``: 1, times T^2.
+            batchmean on a map). ``sum``: 1, times T^2. ``soft_cross_entropy``: see
+            :func:`pixel_cross_entropy`.
         upsample: enlarge both maps this much first, bilinear with aligned corners (a switch of
             the IFVD repository, off by default; 8 is 64 times the work).
     """
@@ -35,6 +35,8 @@ def pixel_kl(
             F.interpolate(z.float(), scale_factor=upsample, mode="bilinear", align_corners=True)
             for z in (student, teacher)
         )
+    if reduction == "soft_cross_entropy":
+        return pixel_cross_entropy(student, teacher, temperature)
     target = F.log_softmax(teacher.float() / temperature, dim=1)
     log_p = F.log_softmax(student.float() / temperature, dim=1)
     total = F.kl_div(log_p, target, reduction="sum", log_target=True)
@@ -45,14 +47,15 @@ def pixel_kl(
     return temperature**2 * total / divisor
 
 
-def pixel_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+def pixel_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the soft cross-entropy summed over everything, divided by h w but not by N.
 
-    The original SKD's form; its gradient is that of N times :func:`pixel_kl`.
+    The original SKD's form, at T = 1, weight 10; there its gradient is N times that of
+    :func:`pixel_kl`. No T^2.
     """
     student = match_grid(student, teacher)
-    target = F.softmax(teacher.float(), dim=1)
-    total = -(target * F.log_softmax(student.float(), dim=1)).sum()
+    target = F.softmax(teacher.float() / temperature, dim=1)
+    total = -(target * F.log_softmax(student.float() / temperature, dim=1)).sum()
     return total / student.shape[-2:].numel()
 
 
@@ -77,7 +80,7 @@ class KD(Method):
         Recipe(
             "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
             "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
-            "structure-KD repository, row +Pi (its sum form, weight 10)", gpus="1",
+            "structure-KD repository, row +Pi (soft_cross_entropy, weight 10)", gpus="1",
             baseline_miou=69.10, miou=70.51,
         ),
         Recipe(
@@ -93,8 +96,7 @@ class KD(Method):
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        if self.reduction not in REDUCTIONS:
-            raise UserError(f"method 'kd': {unknown('reduction', self.reduction, REDUCTIONS)}")
+        check_settings(self, {"reduction": REDUCTIONS}, positive=("temperature", "upsample"))
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd``."""

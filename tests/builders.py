@@ -104,9 +104,7 @@ def make_cost(method: str, seconds: float, *, flop: float = 1e9, session="s", **
         "samples_s": rounds,
         "end_to_end_samples_s": [],
         "phases_s": {},
-        "flop": Flop(
-            teacher=0, student=flop, objective=0, backward=0, auxiliary=0, total=flop
-        ),
+        "flop": Flop(teacher=0, student=flop, objective=0, backward=0, auxiliary=0, total=flop),
         "bytes_moved": None,
         "memory_bytes": Memory(peak_allocated=None, peak_reserved=None, process=1),
         "energy_j": None,

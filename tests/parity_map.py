@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import _discriminator as adversarial
 from kdprof.methods import cwd, fitnet, ifvd, kd
-from kdprof.method import NetworkInfo, Taps
 from kdprof.step import task_loss
 
 
@@ -130,16 +130,14 @@ def _fitnet(case: Case) -> Outcome:
 
 
 def _cwd_logits(case: Case) -> Outcome:
-    student, teacher = case.maps("logits")
-    if "hp.tau" in case.arrays:
-        loss = case.hp("loss_weight") * cwd.channel_kl(student, teacher, case.hp("tau"))
-    elif case.hp("norm_type") == "spatial":
-        loss = kd.pixel_kl(student, teacher, case.hp("temperature"))
-    elif case.hp("divergence") == "mse":
-        loss = cwd.channel_mse(student, teacher)
+    if "hp.tau" in case.arrays:  # mmrazor
+        weight, method = case.hp("loss_weight"), cwd.CWD(temperature=case.hp("tau"))
     else:
-        loss = cwd.channel_kl(student, teacher, case.hp("temperature"))
-    return Outcome({"loss": loss}, _inputs(case))
+        norm, divergence = case.hp("norm_type"), case.hp("divergence")
+        temperature = case.hp("temperature")
+        weight, method = 1.0, cwd.CWD(temperature=temperature, norm=norm, divergence=divergence)
+    terms = method(*(Taps(logits=logits) for logits in case.maps("logits")), None)
+    return Outcome({"loss": weight * terms["cwd"]}, _inputs(case))
 
 
 def _cwd_feature(case: Case) -> Outcome:

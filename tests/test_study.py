@@ -21,9 +21,7 @@ def test_presets_load_and_survive_a_round_trip(preset, tmp_path):
 
 
 def test_unknown_key_names_the_nearest():
-    assert problems({"step.bach": 4}) == (
-        "study: unknown key 'step.bach'; did you mean 'batch'?",
-    )
+    assert problems({"step.bach": 4}) == ("study: unknown key 'step.bach'; did you mean 'batch'?",)
     assert "did you mean 'student'" in problems({"studnt": "x"})[0]
 
 

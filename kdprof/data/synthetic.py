@@ -8,6 +8,8 @@ tell the classes apart, which is what a larger network is better at.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
@@ -187,7 +189,7 @@ class _Scene:
         depths = [NEAR * 0.6]
         while depths[-1] < 2 * FAR:
             depths.append(depths[-1] + self.rng.uniform(5, 18))
-        for near, far in reversed(list(zip(depths, depths[1:], strict=False))):
+        for near, far in reversed(list(pairwise(depths))):
             kind = self.rng.random()
             if kind < 0.62:
                 self._building(side, near, far)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from torch import Tensor
 
 from kdprof.data import Batches, SegmentationData
 from kdprof.device import synchronize
@@ -71,8 +73,11 @@ class TrainingRun:
         self.batches, self.val_data, self.settings = batches, val_data, settings
         self.flop_per_iteration = flop_per_iteration
         self.done = 0
+        self.losses: dict[str, float] = {}
+        """Unweighted terms of the last step that was waited for."""
         self.spent_s: Counter[str] = Counter()
         """Sums of the ledger, by kind of entry."""
+        self._evaluated: set[int] = set()
         self._stop = StopSignal()
         points = settings.points
         self._stops = sorted({math.ceil(run.iterations * k / points) for k in range(1, points + 1)})
@@ -90,10 +95,9 @@ class TrainingRun:
             progress.task(label, self.run.iterations, self.done) as advance,
         ):
             self._save_record()
-            evaluated = {point.iteration for point in self.folder.read_curve()}
-            for stop in (s for s in self._stops if s not in evaluated):
-                losses = self._train_until(stop, advance)
-                self._evaluate(losses)
+            for stop in (s for s in self._stops if s not in self._evaluated):
+                self._train_until(stop, advance)
+                self._evaluate()
                 self._checkpoint()
         return self.run
 
@@ -104,8 +108,10 @@ class TrainingRun:
         if state is not None:
             self.step.load_state_dict(state["step"])
             self.done = state["iteration"]
+            self.losses = state["losses"]
             self.run = Run.model_validate(state["run"])
-        self._forget(self.folder.curve, self.folder.read_curve())
+        curve = self._forget(self.folder.curve, self.folder.read_curve())
+        self._evaluated = {point.iteration for point in curve}
         for entry in self._forget(self.folder.ledger, self.folder.read_ledger()):
             self.spent_s[entry.kind] += entry.seconds
 
@@ -117,10 +123,10 @@ class TrainingRun:
             write_atomic(path, "".join(lines))
         return kept
 
-    def _train_until(self, stop: int, advance: Advance) -> dict[str, float]:
+    def _train_until(self, stop: int, advance: Advance) -> None:
         """Train to an iteration; checkpoints and the stop signal interrupt between steps."""
         batches = self.batches.iterate(self.done, stop)
-        losses: dict[str, Any] = {}
+        losses: dict[str, Tensor] = {}
         synchronize(self.step.device)
         began = time.perf_counter()
         start = self.done
@@ -131,20 +137,19 @@ class TrainingRun:
                 advance(1)
                 due = time.perf_counter() - began > CHECKPOINT_EVERY_S
                 if self._stop.raised or (due and self.done < stop):
-                    self._book_training(began, start)
+                    self._book_training(began, losses)
                     self._checkpoint()
                     self._leave_if_asked()
                     began, start = time.perf_counter(), self.done
         finally:
             batches.close()
-        self._book_training(began, start)
-        return self._finite({name: float(value) for name, value in losses.items()})
-
-    def _book_training(self, began: float, start: int) -> None:
-        synchronize(self.step.device)
-        seconds = time.perf_counter() - began
         if self.done > start:
-            self._book("train", seconds)
+            self._book_training(began, losses)
+
+    def _book_training(self, began: float, losses: dict[str, Tensor]) -> None:
+        synchronize(self.step.device)
+        self._book("train", time.perf_counter() - began)
+        self.losses = self._finite({name: float(value) for name, value in losses.items()})
 
     def _book(self, kind: str, seconds: float) -> None:
         self.spent_s[kind] += seconds
@@ -167,7 +172,7 @@ class TrainingRun:
             )
         return losses
 
-    def _evaluate(self, losses: dict[str, float]) -> None:
+    def _evaluate(self) -> None:
         began = time.perf_counter()
         found = evaluate(
             self.step.student,
@@ -181,10 +186,11 @@ class TrainingRun:
             iteration=self.done,
             train_s=self.spent_s["train"],
             miou=found.miou,
-            losses=losses,
-            learning_rate=self.step.learning_rate,
+            losses=self.losses,
+            learning_rate=self.step.learning_rate(self.done - 1),
         )
         append_line(self.folder.curve, point)
+        self._evaluated.add(self.done)
         self._book("eval", seconds)
         names = self.val_data.class_names
         self.run = self.run.model_copy(
@@ -200,6 +206,7 @@ class TrainingRun:
         began = time.perf_counter()
         state = {
             "iteration": self.done,
+            "losses": self.losses,
             "run": self.run.model_dump(mode="json", by_alias=True),
             "step": self.step.state_dict(),
         }
@@ -216,7 +223,7 @@ class TrainingRun:
                 "eval_s": spent_s["eval"],
                 "checkpoint_s": spent_s["checkpoint"],
                 "flop": None if flop is None else flop * self.done,
-                "finished": self.done >= self.run.iterations and self.run.miou is not None,
+                "finished": self.run.iterations in self._evaluated,
             }
         )
         write_record(self.folder.record, self.run)

@@ -1,0 +1,43 @@
+"""A real study that trains in seconds."""
+
+from pathlib import Path
+
+from kdprof.progress import Progress
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Store
+from kdprof.study import Study, claim_folder, load_study
+from kdprof.train import Summary, train
+
+SMALL = {
+    "student": "pspnet-test_resnet",
+    "teacher": "pspnet-test_resnet",
+    "device": "cpu",
+    "methods": ["none", "kd"],
+    "budgets": ["6"],
+    "step.batch": 2,
+    "step.crop": [32, 48],
+    "data_settings.synthetic_size": [40, 56],
+    "data_settings.synthetic_train": 6,
+    "data_settings.synthetic_val": 3,
+    "teacher_training.iterations": 4,
+    "evaluation.points": 2,
+    "measure.rounds": 3,
+    "measure.steps": 1,
+}
+
+
+def small_study(**changes) -> Study:
+    return load_study(None, {**SMALL, **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+def small_toml(folder: Path, **changes) -> Path:
+    path = folder / "small.toml"
+    path.write_text(small_study(**changes).to_toml())
+    return path
+
+
+def train_small(out: Path, *, control=False, **changes) -> Summary:
+    study, store = small_study(**changes), Store(out)
+    resolved = ResolvedStudy(study)
+    claim_folder(store.study, study)
+    return train(resolved, store, Progress(None), control=control)

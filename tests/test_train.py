@@ -1,0 +1,293 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from small_study import small_study, small_toml, train_small
+
+from kdprof.errors import KdprofError, UserError
+from kdprof.resolve import ResolvedStudy
+from kdprof.step import TrainStep
+from kdprof.store import RunFolder, Store
+from kdprof.train import checkpoint, loop
+from kdprof.train.loop import Interrupted
+
+
+def weights(folder: RunFolder) -> dict:
+    state, damage = checkpoint.load(folder)
+    assert damage is None
+    return state["step"]
+
+
+def assert_same_training(one: RunFolder, other: RunFolder) -> None:
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+    curves = [
+        [(p.iteration, p.miou, p.losses) for p in folder.read_curve()] for folder in (one, other)
+    ]
+    assert curves[0] == curves[1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Store:
+    """none and kd, two budgets in iterations, trained without a break."""
+    out = tmp_path_factory.mktemp("trained")
+    summary = train_small(out, budgets=["3", "6"])
+    assert (len(summary.finished), summary.skipped, summary.failures) == (4, 0, [])
+    return Store(out)
+
+
+def test_every_cell_has_its_record_curve_and_ledger(trained):
+    assert len(trained.runs()) == 4
+    for folder in trained.run_folders():
+        run = folder.read_run()
+        assert run.finished
+        assert run.iterations_done == run.iterations == int(run.budget)
+        assert [p.iteration for p in folder.read_curve()] == [
+            -(-run.iterations // 2),
+            run.iterations,
+        ]
+        ledger = folder.read_ledger()
+        assert run.train_s.actual == pytest.approx(
+            sum(e.seconds for e in ledger if e.kind == "train")
+        )
+        assert run.eval_s == pytest.approx(sum(e.seconds for e in ledger if e.kind == "eval"))
+        assert run.miou == folder.read_curve()[-1].miou
+        assert run.best_miou == max(p.miou for p in folder.read_curve())
+        assert run.train_s.planned > 0
+        cost = trained.read_cost(run.method, run.cost_key)
+        assert run.flop == cost.flop.total * run.iterations
+
+
+def test_finished_runs_are_left_alone(trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.root.rglob("*.pt")}
+    summary = train_small(trained.root, budgets=["3", "6"])
+    assert (len(summary.finished), summary.skipped) == (0, 4)
+    assert {p: p.stat().st_mtime_ns for p in trained.root.rglob("*.pt")} == before
+
+
+def test_teacher_is_trained_once_and_reported_apart(trained):
+    run = trained.teacher_run()
+    assert run.finished
+    assert run.iterations == 4
+    assert "teacher" not in {r.method for r in trained.runs()}
+    before = trained.teacher_folder().checkpoint.stat().st_mtime_ns
+    train_small(trained.root, budgets=["2"], methods=["kd"])
+    assert trained.teacher_folder().checkpoint.stat().st_mtime_ns == before
+
+
+def test_controls_are_part_of_a_comparison(tmp_path):
+    names = ResolvedStudy(small_study(methods=["cwd"])).method_names(control=True)
+    assert names == ["none", "kd", "cwd"]
+
+
+def test_paired_seeds_share_initialisation_and_data():
+    study = ResolvedStudy(small_study(methods=["none", "kd", "fitnet"]))
+    teacher = study.placed_teacher()
+    steps = [study.step(name, teacher, seed=3) for name in ("none", "kd", "fitnet")]
+    for step in steps[1:]:
+        for ours, theirs in zip(
+            step.student.parameters(), steps[0].student.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    other = study.step("none", None, seed=4)
+    assert not torch.equal(
+        other.student.decode_head.conv_seg.weight, steps[0].student.decode_head.conv_seg.weight
+    )
+    assert not torch.equal(study.batches(3).batch(0)[0], study.batches(4).batch(0)[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_after", [1, 3, 6])
+def test_stopped_and_continued_is_the_uninterrupted_run(
+    trained, tmp_path, monkeypatch, number, stop_after
+):
+    """A signal in the middle, at an evaluation, and after the last iteration."""
+    real = TrainStep.__call__
+    steps = 0
+
+    def counted(self, *arguments, **keywords):
+        nonlocal steps
+        steps += self.iterations == 6
+        if steps == stop_after:
+            os.kill(os.getpid(), number)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+    with pytest.raises(Interrupted, match="run the same command again"):
+        train_small(tmp_path, methods=["kd"])
+    monkeypatch.undo()
+    folder = Store(tmp_path).run_folder("kd", "6", 0)
+    assert folder.read_run().iterations_done == stop_after
+    assert not folder.read_run().finished
+    train_small(tmp_path, methods=["kd"])
+    assert folder.read_run().finished
+    assert_same_training(folder, trained.run_folder("kd", "6", 0))
+
+
+def test_killed_again_and_again_ends_with_the_same_weights(trained, tmp_path):
+    """SIGKILL of the real process at growing times; what is left is continued each time."""
+    study = small_toml(tmp_path, methods=["kd"], evaluation__points=6)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "kdprof", "train", "--study", str(study), "--out", str(out)]
+    folder = Store(out).run_folder("kd", "6", 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for kill in range(3):
+        process = subprocess.Popen([*command, "--no-control", "-q"], env=environment)
+        deadline = time.monotonic() + 120
+        wanted = kill + 1
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(folder.read_curve()) >= wanted:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "--no-control", "-q"], env=environment, check=True)
+    assert folder.read_run().finished
+    torch.testing.assert_close(
+        weights(folder), weights(trained.run_folder("kd", "6", 0)), rtol=0, atol=0
+    )
+    assert [p.iteration for p in folder.read_curve()] == [1, 2, 3, 4, 5, 6]
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = bytearray()
+    else:
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda info: info.file_size)
+        content[largest.header_offset + 200 + largest.file_size // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "bit flipped"])
+def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path, how):
+    folder = RunFolder(tmp_path)
+    for iteration in (1, 2):
+        checkpoint.save(folder, {"iteration": iteration, "w": torch.arange(5000.0) + iteration})
+    damage(folder.checkpoint, how)
+    state, told = checkpoint.load(folder)
+    assert state["iteration"] == 1
+    assert "checkpoint.pt is damaged" in told
+    assert "\n" not in told
+    damage(folder.previous_checkpoint, how)
+    with pytest.raises(KdprofError, match="no whole one is left"):
+        checkpoint.load(folder)
+
+
+def test_run_with_damaged_checkpoint_ends_the_same(trained, tmp_path, monkeypatch):
+    real = TrainStep.__call__
+
+    def stop_at_five(self, images, labels, iteration, *rest):
+        if self.iterations == 6 and iteration == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, images, labels, iteration, *rest)
+
+    monkeypatch.setattr(TrainStep, "__call__", stop_at_five)
+    with pytest.raises(Interrupted):
+        train_small(tmp_path, methods=["kd"])
+    monkeypatch.undo()
+    folder = Store(tmp_path).run_folder("kd", "6", 0)
+    damage(folder.checkpoint, "truncated")
+    train_small(tmp_path, methods=["kd"])
+    assert_same_training(folder, trained.run_folder("kd", "6", 0))
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_failing_write_keeps_a_whole_checkpoint(tmp_path, monkeypatch, failing, call):
+    """Disk trouble at each file operation of the writer in turn."""
+    folder = RunFolder(tmp_path)
+    for iteration in (1, 2):
+        checkpoint.save(folder, {"iteration": iteration})
+    owner = os if failing == "fsync" else Path
+    real, calls = getattr(owner, failing), 0
+
+    def fail(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, failing, fail)
+    try:
+        checkpoint.save(folder, {"iteration": 3})
+    except OSError:
+        pass
+    monkeypatch.undo()
+    state, told = checkpoint.load(folder)
+    assert told is None
+    assert state["iteration"] in (2, 3)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/kdprof-was-here",))
+
+
+def test_checkpoint_never_runs_code(tmp_path):
+    folder = RunFolder(tmp_path)
+    torch.save({"iteration": Malicious()}, folder.checkpoint)
+    with pytest.raises((KdprofError, pickle.UnpicklingError)):
+        checkpoint.load(folder)
+    assert not Path("/tmp/kdprof-was-here").exists()
+
+
+NAN_METHOD = '''
+from kdprof.method import Method
+class Nan(Method):
+    """Not a number from the second call on."""
+    taps = ("logits",)
+    weights = {"bad": 1.0}
+    calls = 0
+    def forward(self, student, teacher, labels):
+        type(self).calls += 1
+        factor = float("nan") if self.calls > 1 else 1.0
+        return {"bad": factor * student.logits.mean()}
+'''
+
+
+def test_run_that_diverges_does_not_spoil_the_others(tmp_path):
+    file = tmp_path / "nan.py"
+    file.write_text(NAN_METHOD)
+    summary = train_small(tmp_path / "out", methods=["none", f"{file}:Nan", "kd"])
+    assert {run.method for run in summary.finished} == {"none", "kd"}
+    assert len(summary.failures) == 1
+    assert "bad" in summary.failures[0]
+    assert "not finite" in summary.failures[0]
+    runs = {run.method: run for run in Store(tmp_path / "out").runs()}
+    assert not runs["nan"].finished
+
+
+def test_interrupted_run_keeps_its_length(tmp_path, monkeypatch):
+    """Its learning rates were set for it, whatever a later measurement says."""
+    monkeypatch.setattr(loop.TrainingRun, "_train_until", _interrupt)
+    with pytest.raises(Interrupted):
+        train_small(tmp_path, methods=["none"], budgets=["1s"])
+    monkeypatch.undo()
+    folder = Store(tmp_path).run_folder("none", "1s", 0)
+    record = json.loads(folder.record.read_text())
+    record["iterations"] = 5
+    folder.record.write_text(json.dumps(record))
+    train_small(tmp_path, methods=["none"], budgets=["1s"])
+    assert folder.read_run().iterations_done == 5
+
+
+def _interrupt(self, stop, advance):
+    raise Interrupted("stopped")
+
+
+def test_budget_that_buys_nothing_is_refused_before_any_training(tmp_path):
+    with pytest.raises(UserError, match="smaller than one iteration of 'none'"):
+        train_small(tmp_path, budgets=["0.0001s"])
+    assert not list(tmp_path.rglob("run.json"))
