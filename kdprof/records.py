@@ -74,7 +74,8 @@ class Cost(Record):
     """Step latencies, one list per round."""
     end_to_end_samples_s: list[list[float]]
     phases_s: dict[str, float] | None
-    """Median seconds of each phase; they add up to the step."""
+    """Seconds of each phase: its mean share of the timed steps times the median step, so that the
+    phases add up to ``latency_s.median``."""
     flop: Flop | None
     bytes_moved: float | None
     memory_bytes: Memory

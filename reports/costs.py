@@ -107,7 +107,8 @@ def _share(cost: Cost, phase: str) -> str:
 def _notes(costs: Sequence[Cost]) -> list[str]:
     found = [
         "Medians; brackets are 95 % intervals. 1 multiply-add = 2 FLOP; all passes of a step are "
-        "counted, backward included. Memory is the peak allocated."
+        "counted, backward included. Memory is the allocator's peak, or (process) the peak of the "
+        "whole process where there is no allocator to ask."
     ]
     if len({cost.session for cost in costs}) > 1:
         found.append("From several measuring sessions: only ratios within one were interleaved.")

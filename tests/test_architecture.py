@@ -106,7 +106,8 @@ def test_help_imports_no_torch():
         "import sys, kdprof.cli\n"
         "try: kdprof.cli.cli(['--help'], standalone_mode=False)\n"
         "except SystemExit: pass\n"
-        "loaded = {'torch', 'numpy', 'pydantic', 'rich', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'rich', 'matplotlib', 'scipy'}\n"
+        "loaded = heavy & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
     )
     done = subprocess.run(

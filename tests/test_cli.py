@@ -199,6 +199,7 @@ MY_METHOD = '''
 import torch.nn.functional as F
 from kdprof.method import Method
 
+
 class MyKD(Method):
     """Mean squared error between logits."""
 

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kdprof.reports
 import pytest
-from kdprof.reports import conversion, costs, curves, results, table
-from kdprof.reports.text import Estimate, Grid, duration, size
 from matplotlib.text import Text
 from rich.console import Console
 
+import kdprof.reports
 from kdprof.budget import Conversion
 from kdprof.errors import UserError
 from kdprof.records import Cost, Flop, Interval, Memory, Ratio, Run, Spent
+from kdprof.reports import conversion, costs, curves, results, table
+from kdprof.reports.text import Estimate, Grid, duration, size
 from kdprof.store import Store, write_record
 
 SIX = ("none", "kd", "cwd", "cirkd", "mgd", "af_dcd")

@@ -83,7 +83,7 @@ class Augmentation:
         classes = label[_nearest(rows, height)][:, _nearest(columns, width)]
         classes = classes.masked_fill(outside, IGNORE)
         pixels = _interpolated(_interpolated(image, 1, rows), 2, columns)
-        pixels = _distort(pixels.div_(255).masked_fill_(outside, FILL), draw)
+        pixels = _distort(pixels.div_(255), draw).masked_fill_(outside, FILL)
         return pixels.mul_(255).round_().byte(), classes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -80,37 +81,47 @@ class Batches(Dataset):
             UserError: a file cannot be used.
             KdprofError: a loader process died.
         """
-        loader = iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=range(start, stop),
-                num_workers=self.workers,
-                prefetch_factor=PREFETCHED if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_loader_process,
-                # Its own, or starting a loader would draw from torch's global generator.
-                generator=torch.Generator(),
+        # In a list that is emptied at the latest when Python exits: a loader that something still
+        # holds then, a traceback for one, would leave processes that Python waits for in vain.
+        loader = [
+            iter(
+                DataLoader(
+                    self,
+                    batch_size=None,
+                    sampler=range(start, stop),
+                    num_workers=self.workers,
+                    prefetch_factor=PREFETCHED if self.workers else None,
+                    pin_memory=torch.cuda.is_available(),
+                    worker_init_fn=_loader_process,
+                    # Its own, or starting a loader would draw from torch's global generator.
+                    generator=torch.Generator(),
+                )
             )
-        )
-        while (batch := _next(loader)) is not None:
-            if isinstance(batch, UserError):
-                raise batch
-            yield tuple(batch)
+        ]
+        atexit.register(loader.clear)
+        try:
+            while (batch := _next(loader)) is not None:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield tuple(batch)
+        finally:
+            loader.clear()
+            atexit.unregister(loader.clear)
 
 
-def _next(loader: Iterator[Batch | UserError]) -> Batch | UserError | None:
+def _next(loader: list[Iterator[Batch | UserError]]) -> Batch | UserError | None:
     """Return the next item, None after the last one."""
     try:
-        return next(loader, None)
-    except RuntimeError as error:
-        # torch's wording for a process that is gone; what a live one raised starts otherwise.
-        if str(error).startswith("DataLoader worker"):
-            raise KdprofError(
-                "a loader process died, most often for lack of memory or of space in /dev/shm; "
-                "set data_settings.workers lower"
-            ) from error
-        raise
+        return next(loader[0], None)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # torch's wording for a process that is gone; what a live one raised starts otherwise. The
+        # other two: it went before its last batch was fetched from it.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise KdprofError(
+            "a loader process died, most often for lack of memory or of space in /dev/shm; "
+            "set data_settings.workers lower"
+        ) from error
 
 
 def _loader_process(worker: int) -> None:

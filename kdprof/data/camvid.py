@@ -23,6 +23,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LABEL_SUFFIXES = (".png",)
 LABEL_MODES = ("L", "P")
 """Pillow's names for 8-bit grey and palette images, whose values are class indices."""
+DEEP_MODES = ("I", "F")
+"""How Pillow's names for images of 16 bits and more begin; it cuts those to white when asked for
+RGB."""
 UNLABELLED = 11
 CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("sky", (128, 128, 128)),
@@ -141,7 +144,9 @@ def _pair_problems(image: Path, label: Path) -> list[str]:
             problems += error.problems
     if problems:
         return problems
-    (_, size), (mode, label_size) = headers
+    (image_mode, size), (mode, label_size) = headers
+    if image_mode.startswith(DEEP_MODES):
+        problems.append(f"{image} is {image_mode}, not 8 bits per channel; convert it to 8-bit RGB")
     if mode not in LABEL_MODES:
         problems.append(
             f"{label} is {mode}, not 8-bit class indices; convert colours to class indices"

@@ -3,7 +3,8 @@
 A pinhole camera 1.5 m above a road looks along it. Objects have sizes in metres and stand at
 random depths, so small and far ones abound. Colours are drawn per object and overlap between
 classes (a car may have the grey of the road, a wall the blue of the sky): shape, texture and place
-tell the classes apart, which is what a larger network is better at.
+tell the classes apart, which is what a larger network is better at. "sign" includes traffic lights.
+The own car's bonnet and the frame's edge are void.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+from kdprof.data.streams import Stream, generator
 from kdprof.method import IGNORE
 
 CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
@@ -63,7 +65,7 @@ class SyntheticScenes:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        rng = np.random.default_rng([self.seed, _SPLITS.index(self.split), index])
+        rng = generator(Stream.SCENE, self.seed, _SPLITS.index(self.split), index)
         image, label = _Scene(rng, self.size).render()
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
@@ -78,8 +80,8 @@ class _Scene:
         self.horizon = self.height * rng.uniform(0.35, 0.52)
         self.centre = self.width * rng.uniform(0.3, 0.7)
         self.road = rng.uniform(3.0, 6.0)
-        self.pavement = self.road + rng.uniform(1.2, 3.5)
-        self.verge = self.pavement + rng.uniform(0.5, 5.0)
+        self.pavement = self.road + rng.uniform(1.5, 4.5)
+        self.verge = self.pavement + rng.uniform(0.5, 8.0)
         self._image = Image.new("RGB", (self.width, self.height))
         self._label = Image.new("L", (self.width, self.height), _ID["sky"])
         self._paint, self._tag = ImageDraw.Draw(self._image), ImageDraw.Draw(self._label)
@@ -88,10 +90,12 @@ class _Scene:
         """Paint everything and return (image, label)."""
         self._sky()
         self._ground()
+        self._street_end()
         for side in (-1, 1):
             self._street_front(side)
         self._shadows()
         self._objects()
+        self._bonnet()
         label = np.asarray(self._label).copy()
         image = self._photograph(label)
         self._mark_void(label)
@@ -134,6 +138,12 @@ class _Scene:
     def _any_colour(self) -> Colour:
         return tuple(int(v) for v in self.rng.integers(20, 236, 3))
 
+    def _muted(self) -> Colour:
+        """Return a colour of brick, plaster, car paint or cloth: any hue, seldom a pure one."""
+        colour = self.rng.integers(20, 236, 3)
+        colour = colour.mean() + self.rng.uniform(0.1, 0.8) * (colour - colour.mean())
+        return tuple(int(v) for v in colour)
+
     def _grey(self, low: int = 60, high: int = 190, tint: int = 18) -> Colour:
         base = self.rng.integers(low, high)
         return tuple(int(v) for v in np.clip(base + self.rng.integers(-tint, tint + 1, 3), 0, 255))
@@ -159,12 +169,14 @@ class _Scene:
     def _ground(self) -> None:
         horizon = self._project(0, 0, 4 * FAR)[1]
         bottom = [(0, horizon), (self.width, horizon), (self.width, self.height), (0, self.height)]
-        outside = "terrain" if self.rng.random() < 0.6 else "pavement"
+        outside = "terrain" if self.rng.random() < 0.7 else "pavement"
         self._polygon(bottom, outside, self._green() if outside == "terrain" else self._grey())
         self._strip(-self.pavement, self.pavement, "pavement", self._grey(80, 200))
         self._strip(-self.road, self.road, "road", self._grey(50, 140, 10))
         if self.rng.random() < 0.7:
             self._lane_marks()
+        if self.rng.random() < 0.25:
+            self._crossing()
 
     def _strip(
         self, left: float, right: float, name: str, colour: Colour, near: float = 1.0
@@ -184,6 +196,23 @@ class _Scene:
             ]
             self._polygon([self._project(x, 0, d) for x, d in corners], "road", paint)
 
+    def _crossing(self) -> None:
+        paint, near = self._grey(170, 250), self.rng.uniform(5, 20)
+        for across in np.arange(-self.road, self.road - 0.5, 1.0):
+            corners = [(across, near), (across, near + 3), (across + 0.5, near + 3)]
+            corners.append((across + 0.5, near))
+            self._polygon([self._project(x, 0, d) for x, d in corners], "road", paint)
+
+    def _street_end(self) -> None:
+        """Close the street, in half of the scenes, by houses or trees across it."""
+        if self.rng.random() < 0.5:
+            return
+        leafy = self.rng.random() < 0.5
+        for across in np.arange(-60, 60, self.rng.uniform(8, 16)):
+            size = (18.0, self.rng.uniform(4, 14))
+            name, colour = ("vegetation", self._green()) if leafy else ("building", self._muted())
+            self._upright(across, 1.8 * FAR, size, 0, name, colour)
+
     def _street_front(self, side: int) -> None:
         """Paint buildings, gaps with trees, and fences along one side, far to near."""
         depths = [NEAR * 0.6]
@@ -195,20 +224,24 @@ class _Scene:
                 self._building(side, near, far)
             elif kind < 0.85:
                 self._trees(side, near, far)
-            if self.rng.random() < 0.3:
+            barrier = self.rng.random()
+            if barrier < 0.3:
                 self._fence(side, near, far)
+            elif barrier < 0.45:
+                self._along("vegetation", side * (self.verge - 0.3), near, far, self._green())
 
     def _building(self, side: int, near: float, far: float) -> None:
         across = side * (self.verge + self.rng.uniform(0, 3))
         height = self.rng.uniform(4, 18)
-        wall = self._any_colour() if self.rng.random() < 0.5 else self._grey()
+        wall = self._muted()
         end = self._project(across + side * 20, 0, near)[0]
         # The side that faces the camera, then the front along the street.
         low, high = self._project(across, 0, near), self._project(across, height, near)
         shade = tuple(int(v * 0.8) for v in wall)
         self._polygon([low, high, (end, high[1]), (end, low[1])], "building", shade)
-        quad = [(0.0, near), (height, near), (height, far), (0.0, far)]
-        self._polygon([self._project(across, u, d) for u, d in quad], "building", wall)
+        self._along("building", across, near, far, wall, height)
+        if self.rng.random() < 0.4:  # a shop on the ground floor
+            self._along("building", across, near, far, self._muted(), 3.0)
         self._windows(across, near, far, height)
 
     def _windows(self, across: float, near: float, far: float, height: float) -> None:
@@ -223,21 +256,28 @@ class _Scene:
             across = side * (self.verge + self.rng.uniform(-0.5, 4))
             height = self.rng.uniform(3, 9)
             self._upright(across, depth, (0.35, height * 0.6), 0, "vegetation", (80, 60, 40))
-            leaves = self._green()
-            for _ in range(6):
+            leaves = np.array(self._green())
+            for light in np.linspace(0.65, 1.15, 7):
                 centre = self._project(
                     across + self.rng.normal(0, 0.2 * height),
                     height * self.rng.uniform(0.45, 1),
                     depth,
                 )
                 radius = self.focal / depth * height * self.rng.uniform(0.12, 0.28)
-                self._ellipse(centre, (radius, 0.9 * radius), "vegetation", leaves)
+                shade = tuple(int(v) for v in light * leaves)
+                self._ellipse(centre, (radius, 0.9 * radius), "vegetation", shade)
+
+    def _along(
+        self, name: str, across: float, near: float, far: float, colour: Colour, height: float = 1.0
+    ) -> None:
+        """Paint a wall along the street."""
+        quad = [(0.0, near), (height, near), (height, far), (0.0, far)]
+        self._polygon([self._project(across, u, d) for u, d in quad], name, colour)
 
     def _fence(self, side: int, near: float, far: float) -> None:
         across, height = side * (self.verge - 0.2), self.rng.uniform(0.8, 1.6)
-        colour = self._grey() if self.rng.random() < 0.5 else self._any_colour()
-        quad = [(0.0, near), (height, near), (height, far), (0.0, far)]
-        self._polygon([self._project(across, u, d) for u, d in quad], "fence", colour)
+        colour = self._grey() if self.rng.random() < 0.5 else self._muted()
+        self._along("fence", across, near, far, colour, height)
         dark = tuple(v // 2 for v in colour)
         for depth in np.arange(near, far, 0.7):
             ends = [self._project(across, 0, depth), self._project(across, height, depth)]
@@ -270,30 +310,45 @@ class _Scene:
             makers[place](float(depths[place]))
 
     def _car(self, depth: float) -> None:
-        side = self.rng.choice([-1, 1])
-        across = side * self.rng.uniform(0.25, 0.85) * self.road
-        width, height = self.rng.uniform(1.6, 2.6), self.rng.uniform(1.3, 2.6)
-        body = self._grey(20, 240) if self.rng.random() < 0.6 else self._any_colour()
-        dark = self._grey(5, 50, 4)
-        self._upright(across, depth, (0.85 * width, 0.35), 0, "car", dark)
-        self._upright(across, depth, (width, 0.5 * height), 0.25, "car", body)
-        self._upright(across, depth, (0.78 * width, 0.5 * height), 0.4 * height, "car", body)
+        """Paint a car or van from behind, in front or (one in four) the side."""
+        across = self.rng.choice([-1, 1]) * self.rng.uniform(0.25, 0.85) * self.road
+        aside = self.rng.random() < 0.25
+        width = self.rng.uniform(3.6, 5.0) if aside else self.rng.uniform(1.6, 2.2)
+        height = self.rng.uniform(1.3, 2.6)
+        self._under(across, depth, width, wheel=0.32 if aside else 0.18)
+        body = self._grey(20, 240) if self.rng.random() < 0.5 else self._muted()
         glass = self._grey(20, 200, 20)
-        self._upright(across, depth, (0.66 * width, 0.28 * height), 0.52 * height, "car", glass)
-        for lamp in (-0.38, 0.38):
-            light = self._any_colour()
-            self._upright(across + lamp * width, depth, (0.2, 0.15), 0.6, "car", light)
+        self._upright(across, depth, (width, 0.5 * height), 0.25, "car", body)
+        roof, pane = (0.6, 0.52) if aside else (0.78, 0.66)
+        self._upright(across, depth, (roof * width, 0.5 * height), 0.4 * height, "car", body)
+        up = 0.55 * height
+        self._upright(across, depth, (pane * width, 0.28 * height), up, "car", glass)
+        for end in (-0.4, 0.4):
+            lamp = (0.2, 0.15)
+            self._upright(across + end * width, depth, lamp, 0.6, "car", self._any_colour())
+
+    def _under(self, across: float, depth: float, width: float, wheel: float) -> None:
+        """Paint the shadow under a car, which is road, and its wheels, which are not."""
+        dark = self._grey(5, 45, 4)
+        x, y = self._project(across, 0.05, depth)
+        scale = self.focal / depth
+        box = [(x - 0.55 * width * scale, y - 0.15 * scale)]
+        box.append((x + 0.55 * width * scale, y + 0.15 * scale))
+        self._paint.ellipse(box, fill=dark)
+        for end in (-0.36, 0.36):
+            hub = self._project(across + end * width, 0.3, depth)
+            self._ellipse(hub, (wheel * scale, 0.32 * scale), "car", dark)
 
     def _person(self, depth: float, name: str = "person", up: float = 0.0) -> None:
         across = self.rng.choice([-1, 1]) * self.rng.uniform(0.3, 1.1) * self.pavement
         self._figure(across, depth, name, up)
 
     def _figure(self, across: float, depth: float, name: str, up: float) -> None:
-        height = self.rng.uniform(1.2, 1.9)
+        height, trousers = self.rng.uniform(1.2, 1.9), self._muted()
         for leg in (-0.1, 0.1):
             size = (0.14, 0.48 * height)
-            self._upright(across + leg, depth, size, up, name, self._any_colour())
-        coat = self._any_colour()
+            self._upright(across + leg, depth, size, up, name, trousers)
+        coat = self._any_colour() if self.rng.random() < 0.3 else self._muted()
         self._upright(across, depth, (0.48, 0.4 * height), up + 0.45 * height, name, coat)
         head = self._project(across, up + 0.92 * height, depth)
         radius = max(0.6, 0.12 * self.focal / depth)
@@ -314,14 +369,33 @@ class _Scene:
         height = self.rng.uniform(2.2, 7)
         self._upright(across, depth, (0.14, height), 0, "pole", self._grey(40, 220))
         if self.rng.random() < 0.65:
-            size = self.rng.uniform(0.5, 1.0)
-            face, up = self._any_colour(), self.rng.uniform(0.7, 0.95) * height
-            if self.rng.random() < 0.5:
-                self._upright(across, depth, (size, size), up, "sign", face)
-            else:
-                radius = max(1.0, size / 2 * self.focal / depth)
-                centre = self._project(across, up, depth)
-                self._ellipse(centre, (radius, radius), "sign", face)
+            up = self.rng.uniform(0.7, 0.95) * height
+            self.rng.choice([self._board, self._disc, self._traffic_light])(across, depth, up)
+
+    def _board(self, across: float, depth: float, up: float) -> None:
+        size = self.rng.uniform(0.5, 1.0)
+        self._upright(across, depth, (size, size), up, "sign", self._any_colour())
+
+    def _disc(self, across: float, depth: float, up: float) -> None:
+        radius = max(1.0, self.rng.uniform(0.25, 0.5) * self.focal / depth)
+        centre = self._project(across, up, depth)
+        self._ellipse(centre, (radius, radius), "sign", self._any_colour())
+        self._ellipse(centre, (0.6 * radius, 0.6 * radius), "sign", self._grey(150, 250))
+
+    def _traffic_light(self, across: float, depth: float, up: float) -> None:
+        self._upright(across, depth, (0.4, 1.1), up, "sign", self._grey(10, 60, 5))
+        lit = int(self.rng.integers(3))
+        colour = ((60, 240, 120), (250, 190, 40), (250, 50, 40))[lit]
+        self._upright(across, depth, (0.25, 0.28), up + 0.06 + 0.35 * lit, "sign", colour)
+
+    def _bonnet(self) -> None:
+        """Paint the own car's bonnet, in most scenes, and remember its outline."""
+        x = (np.arange(self.width) / self.width - 0.5) / 0.6
+        share = self.rng.uniform(0.04, 0.12) if self.rng.random() < 0.6 else 0.0
+        self.bonnet = self.height * (1 - share * (1 - x**2).clip(0))
+        if share:
+            outline = [(0, self.height), *enumerate(self.bonnet), (self.width, self.height)]
+            self._paint.polygon([(x, float(y)) for x, y in outline], fill=self._grey(15, 120))
 
     # The camera
 
@@ -330,14 +404,15 @@ class _Scene:
         rng, size = self.rng, (self.height, self.width)
         image = np.asarray(self._image, dtype=np.float32) / 255
         texture = rng.standard_normal(size, dtype=np.float32) + 1.5 * self._blobs(6)
-        image += (_ROUGHNESS[label] * texture)[..., None] * rng.uniform(0.5, 1)
+        clouds = self._blobs(max(1, self.width // 8)) * np.float32(0.12) * (label == _ID["sky"])
+        image += (_ROUGHNESS[label] * texture + clouds)[..., None] * rng.uniform(0.3, 1)
         haze = rng.uniform(0, 0.5) * np.exp(
             -np.abs(np.arange(self.height) - self.horizon) / (0.15 * self.height)
         )
         image += (haze[:, None, None] * (0.75 - image)).astype(np.float32)
         light = 1 + 0.35 * rng.uniform(-1, 1) * np.linspace(-1, 1, self.width, dtype=np.float32)
         gain = rng.uniform(0.25, 0.6) if rng.random() < 0.2 else rng.uniform(0.65, 1.25)
-        cast = rng.uniform(0.85, 1.15, 3).astype(np.float32)
+        cast = rng.uniform(0.9, 1.1, 3).astype(np.float32)
         image = image * light[None, :, None] * (gain * cast)
         image += rng.normal(0, rng.uniform(0.01, 0.05), (*size, 3)).astype(np.float32)
         picture = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
@@ -354,9 +429,6 @@ class _Scene:
 
     def _mark_void(self, label: np.ndarray) -> None:
         """Leave the own car's bonnet and the frame's edge unlabelled, as real data sets do."""
-        edge = max(1, self.width // 80)
-        label[:, :edge] = label[:, -edge:] = IGNORE
-        if self.rng.random() < 0.6:
-            x = (np.arange(self.width) / self.width - 0.5) / 0.6
-            bonnet = self.height * (1 - self.rng.uniform(0.04, 0.12) * (1 - x**2).clip(0))
-            label[np.arange(self.height)[:, None] >= bonnet[None]] = IGNORE
+        edge = self.width // 80
+        label[:, :edge] = label[:, self.width - edge :] = IGNORE
+        label[np.arange(self.height)[:, None] >= self.bonnet[None]] = IGNORE

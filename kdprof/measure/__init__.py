@@ -8,6 +8,7 @@ import torch
 
 from kdprof.device import versions
 from kdprof.errors import UserError
+from kdprof.measure.clock import StepClock
 from kdprof.measure.count import Count, count_step
 from kdprof.measure.latency import Samples, Timer, time_rounds, to_device
 from kdprof.measure.memory import available_bytes, peak_memory
@@ -51,7 +52,7 @@ def measure(study: ResolvedStudy, names: list[str], progress: Progress) -> list[
     session = uuid.uuid4().hex[:12]
     hardware = {"name": study.hardware.name, "before": before, "after": after}
     timing = {
-        "clock": timers[REFERENCE].clock.name,
+        "clock": StepClock(study.device).name,
         "rounds": rounds,
         "steps_per_round": study.study.measure.steps,
         "stopped": stopped,
@@ -127,7 +128,7 @@ def _cost(
         end_to_end_s=end_to_end,
         samples_s=samples.step_s,
         end_to_end_samples_s=samples.end_to_end_s,
-        phases_s=samples.phase_medians(),
+        phases_s=samples.phases_of(latency.median),
         flop=count.flop,
         bytes_moved=None,
         memory_bytes=memory[0],
@@ -153,7 +154,7 @@ def _interval(rounds: list[list[float]]) -> Interval:
 
 def _loader_notes(step: Interval, end_to_end: Interval) -> list[str]:
     excess = end_to_end.median / step.median - 1
-    if excess <= LOADER_BOUND:
+    if excess <= LOADER_BOUND or end_to_end.low <= step.median:
         return []
     return [
         f"LOADER-BOUND: an iteration with the loader takes {excess:.0%} longer than its step; "

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kdprof.data import Batches
+from kdprof.data import PREFETCHED, Batches
 from kdprof.device import synchronize
 from kdprof.measure.clock import StepClock
 from kdprof.progress import Advance
@@ -41,11 +41,13 @@ class Samples:
     warmup_steps: int = 0
     settled: bool = False
 
-    def phase_medians(self) -> dict[str, float]:
-        """Return the phases of the median step, so that they add up to a step."""
-        ordered = sorted(self.phases_s, key=lambda phases: sum(phases.values()))
-        middle = ordered[len(ordered) // 4 : -(len(ordered) // 4) or None]
-        return {name: statistics.fmean(p[name] for p in middle) for name in ordered[0]}
+    def phases_of(self, latency_s: float) -> dict[str, float]:
+        """Return the phases of a step of this latency: their mean shares of the timed steps."""
+        shares = [
+            {name: seconds / sum(phases.values()) for name, seconds in phases.items()}
+            for phases in self.phases_s
+        ]
+        return {name: latency_s * statistics.fmean(s[name] for s in shares) for name in shares[0]}
 
 
 class Timer:
@@ -53,14 +55,15 @@ class Timer:
 
     def __init__(self, step: TrainStep, resident: Batch, batches: Batches):
         self.step, self.resident, self.batches = step, resident, batches
-        self.clock = StepClock(step.device)
         self.samples = Samples()
         self._iteration = 0
 
-    def _timed_step(self) -> tuple[float, dict[str, float]]:
-        self.clock.start()
-        self.step(*self.resident, self._next(), self.clock.mark)
-        return self.clock.seconds()
+    def _run_step(self) -> StepClock:
+        """Take one step without waiting for it; read its clock when the device is done."""
+        clock = StepClock(self.step.device)
+        clock.start()
+        self.step(*self.resident, self._next(), clock.mark)
+        return clock
 
     def _next(self) -> int:
         self._iteration = (self._iteration + 1) % self.step.iterations
@@ -71,7 +74,7 @@ class Timer:
         times: list[float] = []
         began = time.perf_counter()
         while len(times) < WARMUP_MOST_STEPS and time.perf_counter() - began < WARMUP_MOST_S:
-            times.append(self._timed_step()[0])
+            times.append(self._run_step().seconds()[0])
             if len(times) >= 2 * WARMUP_WINDOW and _settled(times):
                 self.samples.settled = True
                 break
@@ -79,31 +82,34 @@ class Timer:
 
     def time_steps(self, count: int) -> None:
         """Time ``count`` steps with the batch already on the device, after one untimed step that
-        brings caches back to this method."""
-        self._timed_step()
-        timed = [self._timed_step() for _ in range(count)]
+        brings caches back to this method.
+
+        The steps are queued without waiting in between, as in training: on a GPU the host runs
+        ahead and its launches are hidden.
+        """
+        self._run_step()
+        clocks = [self._run_step() for _ in range(count)]
+        timed = [clock.seconds() for clock in clocks]
         self.samples.step_s.append([seconds for seconds, _ in timed])
         self.samples.phases_s += [phases for _, phases in timed]
 
     def time_with_loader(self, count: int, first: int) -> None:
-        """Time ``count`` iterations with the real loader in steady state.
+        """Time ``count`` iterations with the real loader in steady state, as one block.
 
-        Worker processes have a full queue when the block begins; it is drained untimed.
+        Loader processes have a full queue when the block begins; it is drained untimed.
         """
-        ahead = 2 * self.batches.workers
+        ahead = 1 + PREFETCHED * self.batches.workers
         batches = self.batches.iterate(first, first + ahead + count)
-        for _ in range(ahead):
-            self.step(*next(batches), self._next())
-        self.samples.end_to_end_s.append([self._timed_iteration(batches) for _ in range(count)])
-        for _ in batches:
-            pass
-
-    def _timed_iteration(self, batches: Iterator[Batch]) -> float:
-        synchronize(self.step.device)
+        self._iterate(batches, ahead)
         began = time.perf_counter()
-        self.step(*next(batches), self._next())
+        self._iterate(batches, count)
+        self.samples.end_to_end_s.append([(time.perf_counter() - began) / count])
+        batches.close()
+
+    def _iterate(self, batches: Iterator[Batch], count: int) -> None:
+        for _ in range(count):
+            self.step(*next(batches), self._next())
         synchronize(self.step.device)
-        return time.perf_counter() - began
 
 
 def _settled(times: list[float]) -> bool:

@@ -1,0 +1,726 @@
+"""Data sets, augmentation and batches."""
+
+import colorsys
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from kdprof.data import Augmentation, Batches, Decoded, evaluation_batches, open_data
+from kdprof.data.augment import Draw
+from kdprof.data.batches import _next
+from kdprof.data.camvid import CamVid
+from kdprof.data.streams import Stream, generator
+from kdprof.data.synthetic import SyntheticScenes
+from kdprof.errors import KdprofError, UserError
+
+same_every_time = settings(derandomize=True, deadline=None, max_examples=60)
+
+PLAIN = Draw(
+    scale=1.0,
+    top=0.0,
+    left=0.0,
+    flip=False,
+    brightness=None,
+    contrast=None,
+    saturation=None,
+    hue=None,
+    contrast_last=False,
+)
+
+
+def noise(height, width, classes=11, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (3, height, width), dtype=np.uint8)
+    label = rng.integers(0, classes, (height, width), dtype=np.uint8)
+    return torch.from_numpy(image), torch.from_numpy(label)
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+# Augmentation: where pixels come from
+
+
+@pytest.mark.parametrize(("height", "width"), [(17, 23), (64, 96)])
+def test_scale_1_copies_the_image(height, width):
+    image, label = noise(height, width)
+    assert equal(Augmentation((height, width)).apply(image, label, PLAIN), (image, label))
+
+
+def test_crop_is_a_window_of_the_image():
+    image, label = noise(40, 50)
+    draw = replace(PLAIN, top=0.5, left=1.0)
+    cropped = Augmentation((20, 30)).apply(image, label, draw)
+    assert equal(cropped, (image[:, 10:30, 20:], label[10:30, 20:]))
+
+
+geometry = {
+    "size": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    "crop": st.tuples(st.integers(1, 48), st.integers(1, 48)),
+    "scale": st.floats(0.25, 3),
+    "top": st.floats(0, 1, exclude_max=True),
+    "left": st.floats(0, 1, exclude_max=True),
+    "colour": st.booleans(),
+}
+
+
+@same_every_time
+@given(**geometry)
+def test_any_crop_of_any_image(size, crop, scale, top, left, colour):
+    """Flips are exact, label values come from the source, and what lies outside the image is void
+    and mid-grey whatever the colours do: as many rows and columns as the crop is too large."""
+    image, label = noise(*size)
+    draw = replace(PLAIN, scale=scale, top=top, left=left)
+    if colour:
+        draw = replace(draw, brightness=0.1, contrast=1.4, saturation=0.6, hue=-0.08)
+    augmentation = Augmentation(crop)
+    pixels, classes = augmentation.apply(image, label, draw)
+    flipped = augmentation.apply(image, label, replace(draw, flip=True))
+
+    assert equal(flipped, (pixels.flip(2), classes.flip(1)))
+    assert pixels.dtype == classes.dtype == torch.uint8
+    assert pixels.shape == (3, *crop)
+    assert classes.shape == crop
+    assert set(classes.unique().tolist()) <= set(label.unique().tolist()) | {255}
+    covered = [min(c, max(1, round(s * scale))) for c, s in zip(crop, size, strict=True)]
+    inside = classes != 255
+    assert inside.any(1).sum() == covered[0]
+    assert inside.any(0).sum() == covered[1]
+    assert inside.sum() == covered[0] * covered[1]
+    assert (pixels[:, ~inside] == 128).all()
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.73, 1.31, 2.0])
+def test_resizing_agrees_with_torch(scale):
+    image, label = noise(31, 44)
+    size = (round(31 * scale), round(44 * scale))
+    pixels, classes = Augmentation(size).apply(image, label, replace(PLAIN, scale=scale))
+    wanted = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+    assert (pixels - wanted).abs().max() <= 0.51
+    nearest = F.interpolate(label[None, None].float(), size, mode="nearest-exact")[0, 0]
+    # torch's positions are float32: on the very border of two pixels they may go to either.
+    assert (classes == nearest).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.4, 1.9])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_image_and_label_stay_aligned(scale, axis):
+    """An edge in the image lies where the label changes, to the pixel."""
+    label = torch.zeros(32, 32, dtype=torch.uint8)
+    label.narrow(axis, 13, 19).fill_(1)
+    image = (255 * label).expand(3, -1, -1)
+    side = round(32 * scale)
+    pixels, classes = Augmentation((side, side)).apply(image, label, replace(PLAIN, scale=scale))
+    clear = (pixels[0].int() - 127).abs() > 2
+    assert torch.equal((pixels[0] > 127)[clear], classes.bool()[clear])
+    assert clear.float().mean() > 0.95
+
+
+def test_void_stays_void():
+    image, label = noise(20, 20)
+    label[:] = 255
+    _, classes = Augmentation((30, 30)).apply(image, label, replace(PLAIN, scale=1.3))
+    assert (classes == 255).all()
+
+
+# Augmentation: colour
+
+
+def distorted(pixel, draw):
+    """PhotoMetricDistortion of an RGB pixel in 0 to 1, step by step; saturation blends with grey."""
+    rgb = np.array(pixel)
+    if draw.brightness is not None:
+        rgb = (rgb + draw.brightness).clip(0, 1)
+    if draw.contrast is not None and not draw.contrast_last:
+        rgb = (rgb * draw.contrast).clip(0, 1)
+    if draw.saturation is not None:
+        grey = rgb @ [0.2989, 0.587, 0.114]
+        rgb = (grey + draw.saturation * (rgb - grey)).clip(0, 1)
+    if draw.hue is not None:
+        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
+        rgb = np.array(colorsys.hsv_to_rgb((hue + draw.hue) % 1, saturation, value))
+    if draw.contrast is not None and draw.contrast_last:
+        rgb = (rgb * draw.contrast).clip(0, 1)
+    return rgb
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"brightness": -0.12},
+        {"contrast": 1.5},
+        {"saturation": 1.5},
+        {"saturation": 0.5},
+        {"hue": 0.1},
+        {"hue": -0.1},
+        {"brightness": 0.1, "contrast": 1.4, "saturation": 1.3, "hue": 0.07},
+        {"brightness": 0.1, "contrast": 0.6, "saturation": 1.3, "hue": 0.07, "contrast_last": True},
+    ],
+)
+def test_colours_pixel_by_pixel(changes):
+    image, label = noise(12, 12)
+    image[:, 0] = image[:1, 0]  # greys, which have no hue
+    draw = replace(PLAIN, **changes)
+    pixels, classes = Augmentation((12, 12)).apply(image, label, draw)
+    assert torch.equal(classes, label)
+    for got, source in zip(pixels.flatten(1).T, image.flatten(1).T, strict=True):
+        wanted = 255 * distorted(source.numpy() / 255, draw)
+        assert np.abs(got.numpy() - wanted).max() <= 0.51
+
+
+def test_ranges_of_the_draws():
+    """Those of PhotoMetricDistortion: 32 of 255, a half to one and a half, 18 of 180 degrees of
+    OpenCV's hue circle, each half of the time."""
+    augmentation = Augmentation((8, 8), scale=(0.5, 2.0))
+    draws = [augmentation.draw(0, batch, slot) for batch in range(250) for slot in range(8)]
+    ranges = {
+        "brightness": (-32 / 255, 32 / 255),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "hue": (-18 / 180, 18 / 180),
+    }
+    for name, (low, high) in ranges.items():
+        values = np.array([v for d in draws if (v := getattr(d, name)) is not None])
+        assert 0.45 < len(values) / len(draws) < 0.55
+        assert low <= values.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < values.max() <= high
+    scales = np.array([d.scale for d in draws])
+    assert 0.5 <= scales.min() < 0.51
+    assert 1.99 < scales.max() <= 2
+    for name in ("flip", "contrast_last"):
+        assert 0.45 < np.mean([getattr(d, name) for d in draws]) < 0.55
+    # Independent of each other, of the place and of the scale.
+    table = np.array(
+        [[d.scale, d.top, d.left, d.flip, d.hue is None, d.contrast is None] for d in draws], float
+    )
+    assert np.abs(np.corrcoef(table.T) - np.eye(6)).max() < 0.09
+
+
+def test_no_colour_and_no_flip_on_request():
+    augmentation = Augmentation((8, 8), flip=0.0, photometric=False)
+    for slot in range(50):
+        draw = augmentation.draw(0, 0, slot)
+        assert not draw.flip
+        assert draw.brightness is draw.contrast is draw.saturation is draw.hue is None
+
+
+@same_every_time
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 1000))
+def test_draws_are_functions_of_their_address(seed, batch, slot):
+    augmentation = Augmentation((8, 8))
+    first = augmentation.draw(seed, batch, slot)
+    others = [(seed + 1, batch, slot), (seed, batch + 1, slot), (seed, batch, slot + 1)]
+    assert all(augmentation.draw(*other) != first for other in others)
+    assert augmentation.draw(seed, batch, slot) == first
+
+
+def test_streams_are_apart():
+    """Among them the addresses that numpy's zero padding would make one."""
+    addresses = [(stream, *tail) for stream in Stream for tail in [(1, 2), (2, 1), (3, 4)]]
+    addresses += [(Stream.AUGMENTATION, 1, 2, 3), (Stream.AUGMENTATION, 1, 3, 2)]
+    drawn = [generator(*address).random() for address in addresses]
+    assert len(set(drawn)) == len(drawn)
+    assert drawn == [generator(*address).random() for address in addresses]
+
+
+# Batches
+
+
+class Numbered:
+    """Image i is filled with i."""
+
+    name, split, num_classes = "numbered", "train", 3
+    class_names, palette = ("a", "b", "c"), ((0, 0, 0),) * 3
+
+    def __init__(self, sizes, unusable=()):
+        self.sizes, self.unusable = sizes, unusable
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        if index in self.unusable:
+            raise UserError(f"image {index} cannot be read; replace it")
+        size = self.sizes[index]
+        return (
+            torch.full((3, *size), index, dtype=torch.uint8),
+            torch.full(size, index % 3, dtype=torch.uint8),
+        )
+
+
+def numbered_batches(count, batch, *, seed=0, workers=0, unusable=()):
+    return Batches(
+        Numbered([(6, 8)] * count, unusable),
+        seed=seed,
+        batch=batch,
+        augmentation=Augmentation((6, 8), scale=(1.0, 1.0), photometric=False),
+        workers=workers,
+    )
+
+
+def scene_batches(workers, seed=0):
+    return Batches(
+        SyntheticScenes("train", (24, 32), 7),
+        seed=seed,
+        batch=3,
+        augmentation=Augmentation((20, 28)),
+        workers=workers,
+    )
+
+
+@same_every_time
+@given(st.integers(1, 12), st.integers(1, 15), st.integers(0, 100))
+def test_every_epoch_holds_each_sample_once(count, batch, seed):
+    """Also where a batch holds more than one epoch."""
+    batches = numbered_batches(count, batch, seed=seed)
+    epochs = 3
+    needed = -(-epochs * count // batch)
+    visited = [int(image[0, 0, 0]) for i in range(needed) for image in batches.batch(i)[0]]
+    for epoch in range(epochs):
+        assert sorted(visited[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {
+        tuple(numbered_batches(20, 1, seed=seed).sample_index(20 * epoch + i) for i in range(20))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_batch_depends_on_nothing_but_its_index():
+    in_order, mixed = scene_batches(0), scene_batches(0)
+    wanted = [in_order.batch(i) for i in range(6)]
+    np.random.seed(7)
+    torch.manual_seed(7)
+    for i in (5, 0, 3, 3, 4, 1, 2):
+        assert equal(mixed.batch(i), wanted[i])
+    assert not equal(scene_batches(0, seed=1).batch(0), wanted[0])
+
+
+def test_images_and_labels_of_a_batch():
+    images, labels = scene_batches(0).batch(0)
+    assert images.shape == (3, 3, 20, 28)
+    assert labels.shape == (3, 20, 28)
+    assert images.dtype == labels.dtype == torch.uint8
+
+
+def test_loader_processes_change_nothing():
+    """Bit for bit, from any start, and torch's global generator is left alone."""
+    wanted = [scene_batches(0).batch(i) for i in range(2, 9)]
+    for workers in (0, 2):
+        before = torch.get_rng_state()
+        batches = list(scene_batches(workers).iterate(2, 9))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert len(batches) == 7
+        assert all(isinstance(b, tuple) for b in batches)
+        assert all(equal(b, w) for b, w in zip(batches, wanted, strict=True))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_to_iterate(workers):
+    assert list(scene_batches(workers).iterate(4, 4)) == []
+
+
+def test_closing_midway_ends_the_processes():
+    batches = scene_batches(2).iterate(0, 1000)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_loader_processes_outlive_the_signals_of_the_job():
+    """Slurm and Ctrl-C signal the whole group; the main process decides."""
+    wanted = [scene_batches(0).batch(i) for i in range(12)]
+    batches = scene_batches(2).iterate(0, 12)
+    got = [next(batches)]
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    got += batches
+    assert all(equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_file_is_one_line_from_any_process(workers):
+    batches = numbered_batches(8, 2, workers=workers, unusable={5})
+    with pytest.raises(UserError) as caught:
+        list(batches.iterate(0, 4))
+    assert str(caught.value) == "image 5 cannot be read; replace it"
+    assert caught.value.problems == (str(caught.value),)
+    # While the error, and with it the iterator's frame, is still held.
+    assert multiprocessing.active_children() == []
+
+
+LEFT_OPEN = """
+from kdprof.data import Augmentation, Batches
+from kdprof.data.synthetic import SyntheticScenes
+data = SyntheticScenes("train", (24, 32), 8)
+batches = Batches(data, seed=0, batch=2, augmentation=Augmentation((16, 16)), workers=2)
+held = batches.iterate(0, 1000)
+next(held)
+print("leaving")
+"""
+
+
+def test_iterator_left_open_does_not_keep_python_from_exiting():
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
+        RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+)
+def test_dead_loader_process_is_one_line_with_the_mend(error):
+    with pytest.raises(KdprofError, match=r"^a loader process died.*workers lower$"):
+        _next([raising(error)])
+
+
+def test_other_failures_are_not_taken_for_a_dead_process():
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _next([raising(RuntimeError("CUDA out of memory"))])
+
+
+def raising(error):
+    raise error
+    yield
+
+
+# Evaluation
+
+
+def test_evaluation_shows_every_image_once_in_order():
+    sizes = [(4, 6)] * 3 + [(6, 4)] * 2 + [(4, 6)]
+    batches = list(evaluation_batches(Numbered(sizes), 2))
+    assert [len(images) for images, _ in batches] == [2, 1, 2, 1]
+    seen = [(int(i[0, 0, 0]), tuple(i.shape[1:])) for images, _ in batches for i in images]
+    assert seen == list(enumerate(sizes))
+    assert all(images.shape[-2:] == labels.shape[-2:] for images, labels in batches)
+
+
+def test_decoded_is_the_data_it_was_made_from():
+    data = Numbered([(4, 6), (6, 4)])
+    decoded = Decoded(data)
+    assert len(decoded) == 2
+    assert all(equal(decoded[i], data[i]) for i in range(2))
+    for name in ("name", "split", "num_classes", "class_names", "palette"):
+        assert getattr(decoded, name) == getattr(data, name)
+
+
+def test_decoding_tells_all_unusable_files():
+    with pytest.raises(UserError) as caught:
+        Decoded(Numbered([(4, 6)] * 5, unusable={1, 3}))
+    assert caught.value.problems == tuple(f"image {i} cannot be read; replace it" for i in (1, 3))
+
+
+# Synthetic scenes
+
+
+def test_scene_is_a_function_of_split_and_index():
+    def scene(split, index, count=9):
+        return SyntheticScenes(split, (24, 32), count)[index]
+
+    assert equal(scene("train", 3), scene("train", 3))
+    assert equal(scene("train", 3), scene("train", 3, count=400))
+    images = [scene(split, index)[0] for split in ("train", "val", "test") for index in range(4)]
+    assert len({image.numpy().tobytes() for image in images}) == 12
+
+
+def test_content_of_the_scenes():
+    data = SyntheticScenes("train", (60, 80), 50)
+    shares = torch.stack([torch.bincount(label.flatten(), minlength=256) for _, label in data])
+    shares = shares.double() / (60 * 80)
+    used = shares.mean(0)
+    assert set(used.nonzero().flatten().tolist()) <= {*range(data.num_classes), 255}
+    classes = used[: data.num_classes]
+    assert (classes > 0).sum() >= 11
+    assert classes.max() > 20 * classes[classes > 0].min()  # imbalanced, as streets are
+    void = shares[:, 255]
+    assert void.max() < 0.25
+    assert (void > 0).double().mean() > 0.3
+    brightness = torch.tensor([float(image.float().mean()) for image, _ in data])
+    assert brightness.std() > 10
+
+
+@pytest.mark.parametrize("size", [(17, 23), (64, 96), (96, 64), (8, 8)])
+def test_sizes_of_scenes(size):
+    data = SyntheticScenes("val", size, 6)
+    for image, label in data:
+        assert image.shape == (3, *size)
+        assert label.shape == size
+        assert image.dtype == label.dtype == torch.uint8
+        assert image.is_contiguous()
+        assert (label == 255).double().mean() < 0.25
+
+
+def test_scenes_end():
+    """Iteration by index stops there."""
+    data = SyntheticScenes("train", (16, 16), 2)
+    assert len(data) == len(list(data)) == 2
+    for index in (2, -1):
+        with pytest.raises(IndexError):
+            data[index]
+
+
+# CamVid
+
+
+def png(path, values, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    (image.convert(mode) if mode else image).save(path)
+
+
+def picture(height=12, width=16):
+    return noise(height, width)[0].permute(1, 2, 0).numpy()
+
+
+def indices(height=12, width=16):
+    return noise(height, width, classes=12)[1].numpy()
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """A good tree of three pairs."""
+    root = tmp_path / "camvid"
+    for stem in ("c", "a", "b"):
+        png(root / "train" / f"{stem}.png", picture())
+        png(root / "trainannot" / f"{stem}.png", indices())
+    return root
+
+
+def problems(root, split="train", read=False):
+    """Return what opening, or reading too, complains about; each in one line."""
+    use = Decoded if read else len
+    with pytest.raises(UserError) as caught:
+        use(CamVid(root, split))
+    assert all("\n" not in p and "Traceback" not in p for p in caught.value.problems)
+    return caught.value.problems
+
+
+def test_good_tree(camvid):
+    data = CamVid(camvid, "train")
+    assert [image.stem for image, _ in data.pairs] == ["a", "b", "c"]
+    image, label = data[0]
+    assert torch.equal(image, noise(12, 16)[0])
+    wanted = torch.from_numpy(indices())
+    assert torch.equal(label, wanted.masked_fill(wanted == 11, 255))
+    assert (label == 255).any()
+    assert data.num_classes == len(data.class_names) == len(data.palette) == 11
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "1"])
+def test_images_of_other_kinds_become_rgb(camvid, mode):
+    png(camvid / "train/a.png", picture(), mode)
+    image, _ = CamVid(camvid, "train")[0]
+    assert image.shape == (3, 12, 16)
+    if mode == "RGBA":
+        assert torch.equal(image, noise(12, 16)[0])
+    if mode.startswith("L"):
+        assert torch.equal(image[0], image[1])
+    assert 100 < image.float().mean() < 160
+
+
+def test_jpeg_and_capital_suffixes(camvid):
+    (camvid / "train/a.png").unlink()
+    Image.fromarray(picture()).save(camvid / "train/a.JPG", "JPEG")
+    (camvid / "train/Thumbs.db").write_bytes(b"not an image, and nobody's business")
+    assert len(CamVid(camvid, "train")) == 3
+    assert CamVid(camvid, "train")[0][0].shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_palette_labels_are_read_as_indices(camvid, bits):
+    labels = Image.fromarray(indices())
+    labels.putpalette([value for colour in CamVid.palette for value in colour] + [0, 0, 0])
+    labels.save(camvid / "trainannot/b.png", bits=bits)
+    data = CamVid(camvid, "train")
+    assert torch.equal(data[0][1], data[1][1])
+
+
+def test_label_without_image_and_image_without_label(camvid):
+    (camvid / "train/a.png").unlink()
+    (camvid / "trainannot/b.png").unlink()
+    first, second = problems(camvid)
+    assert "b.png has no label" in first
+    assert "a.png has no image" in second
+
+
+def test_pair_of_two_sizes(camvid):
+    png(camvid / "trainannot/b.png", indices(10, 16))
+    (problem,) = problems(camvid)
+    assert "12x16" in problem
+    assert "10x16" in problem
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "1", "LA"])
+def test_labels_that_are_no_indices(camvid, mode):
+    values = indices().astype(np.uint16) if mode == "I;16" else indices()
+    png(camvid / "trainannot/b.png", values, None if mode == "I;16" else mode)
+    (problem,) = problems(camvid)
+    assert f"b.png is {mode}, not 8-bit class indices" in problem
+
+
+def test_deep_images_are_refused_not_cut_to_white(camvid):
+    deep = np.linspace(0, 65535, 12 * 16).reshape(12, 16).astype(np.uint16)
+    png(camvid / "train/b.png", deep)
+    (problem,) = problems(camvid)
+    assert "b.png is I;16, not 8 bits" in problem
+
+
+@pytest.mark.parametrize("value", [12, 255])
+def test_label_value_out_of_range(camvid, value):
+    labels = indices()
+    labels[3, 4] = value
+    png(camvid / "trainannot/b.png", labels)
+    (problem,) = problems(camvid, read=True)
+    assert f"label value {value} in" in problem
+    assert "b.png" in problem
+
+
+@pytest.mark.parametrize("name", ["train/b.png", "trainannot/b.png", "train/b.jpg"])
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.3, 0.7])
+def test_truncated_file(camvid, name, keep):
+    path = camvid / name
+    if path.suffix == ".jpg":
+        path.with_suffix(".png").unlink()
+        Image.fromarray(picture()).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    (problem,) = problems(camvid, read=True)
+    assert f"{path} cannot be read" in problem
+
+
+def test_damaged_and_foreign_content(camvid):
+    path = camvid / "train/a.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    (camvid / "train/b.png").write_text("<html>404</html>")
+    (problem,) = problems(camvid)
+    assert "b.png cannot be read" in problem
+    png(camvid / "train/b.png", picture())
+    (problem,) = problems(camvid, read=True)
+    assert "a.png cannot be read" in problem
+
+
+def test_truncated_file_in_a_loader_process(camvid):
+    path = camvid / "train/b.png"
+    path.write_bytes(path.read_bytes()[:200])
+    batches = Batches(
+        CamVid(camvid, "train"), seed=0, batch=2, augmentation=Augmentation((8, 8)), workers=2
+    )
+    with pytest.raises(UserError) as caught:
+        list(batches.iterate(0, 6))
+    assert str(caught.value).startswith(f"{path} cannot be read")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_name_twice(camvid):
+    Image.fromarray(picture()).save(camvid / "train/a.jpg")
+    (problem,) = problems(camvid)
+    assert "a.jpg" in problem
+    assert "a.png" in problem
+
+
+def test_all_problems_at_once(camvid):
+    png(camvid / "train/d.png", picture())
+    png(camvid / "trainannot/a.png", picture())
+    (camvid / "train/b.png").write_bytes(b"")
+    png(camvid / "trainannot/c.png", indices(6, 6))
+    assert len(problems(camvid)) == 4
+
+
+def test_empty_and_missing_folders(camvid):
+    for path in camvid.glob("train/*"):
+        path.unlink()
+    (camvid / "trainannot").rename(camvid / "trainanot")
+    empty, missing = problems(camvid)
+    assert "holds no .png" in empty
+    assert "did you mean 'trainanot'?" in missing
+    assert len(problems(camvid, "val")) == 2
+
+
+def test_missing_root_suggests_the_nearest(camvid, tmp_path, monkeypatch):
+    (problem,) = problems(tmp_path / "camvod")
+    assert f"did you mean '{tmp_path / 'camvid'}'?" in problem
+    (problem,) = problems(tmp_path / "camvod" / "deeper")
+    assert f"did you mean '{tmp_path / 'camvid'}'?" in problem
+    (problem,) = problems(tmp_path / "nothing-like-it")
+    assert "did you mean" not in problem
+    (problem,) = problems(camvid / "train/a.png")
+    assert "no folder" in problem
+
+
+def test_the_real_camvid(repo):
+    root = repo.parent / "shared" / "camvid"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    train, val = CamVid(root, "train"), CamVid(root, "val")
+    assert (len(train), len(val)) == (367, 101)
+    seen = torch.zeros(256, dtype=torch.int64)
+    for index in range(0, 360, 60):
+        image, label = train[index]
+        assert image.shape == (3, 360, 480)
+        seen += torch.bincount(label.flatten(), minlength=256)
+        assert image.float().std() > 20
+    assert set(seen.nonzero().flatten().tolist()) <= {*range(11), 255}
+    assert (seen[:11] > 0).sum() >= 10
+    assert train.class_names[int(seen[:11].argmax())] in {"sky", "road", "building", "tree"}
+    _, label = val[0]
+    assert (label[-60:] == train.class_names.index("road")).float().mean() > 0.3
+
+
+# Opening by name
+
+
+def opened(spec, split="train"):
+    return open_data(spec, split, synthetic_size=(16, 24), synthetic_count=4)
+
+
+def test_open_data(camvid):
+    scenes = opened("synthetic", "val")
+    assert (scenes.name, scenes.split, len(scenes)) == ("synthetic", "val", 4)
+    assert scenes[0][1].shape == (16, 24)
+    pairs = opened(f"camvid:{camvid}")
+    assert (pairs.name, pairs.split, len(pairs)) == ("camvid", "train", 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "split", "message"),
+    [
+        ("camvidd:/x", "train", "did you mean 'camvid'?"),
+        ("camvid", "train", "give camvid:ROOT"),
+        ("camvid:", "train", "give camvid:ROOT"),
+        ("synthetic:/x", "train", "takes no folder"),
+        ("synthetic", "vall", "did you mean 'val'?"),
+    ],
+)
+def test_unusable_names(spec, split, message):
+    with pytest.raises(UserError) as caught:
+        opened(spec, split)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
