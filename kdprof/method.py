@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import sys
 import typing
@@ -93,6 +94,7 @@ class Hyper:
 def _hyper_parameters(cls: type) -> dict[str, Hyper]:
     """Collect the annotated, non-ClassVar class attributes of a method and its bases."""
     found: dict[str, Hyper] = {}
+    contract = inspect.get_annotations(Method)
     for base in reversed(cls.__mro__):
         if not (isinstance(base, type) and issubclass(base, Method)) or base is Method:
             continue
@@ -100,6 +102,13 @@ def _hyper_parameters(cls: type) -> dict[str, Hyper]:
         for name in inspect.get_annotations(base):
             if typing.get_origin(hints[name]) is ClassVar or not hasattr(base, name):
                 continue
+            if name in contract:  # ``name: str = "mine"``: no setting, however it is annotated
+                continue
+            if hints[name] not in (bool, float, int, str):
+                raise UserError(
+                    f"{cls.__name__}: hyper-parameter '{name}' must be bool, float, int or str, "
+                    f"not {hints[name]}; annotate what no study sets as ClassVar"
+                )
             found[name] = Hyper(hints[name], getattr(base, name))
     return {name: Hyper(hyper.type, getattr(cls, name)) for name, hyper in found.items()}
 
@@ -143,11 +152,7 @@ class Method(nn.Module):
 
     def __init__(self, weights: Mapping[str, float] | None = None, **hyper: Any):
         super().__init__()
-        problems = [
-            f"method '{self.name}': {unknown('weight', term, self.weights)}"
-            for term in weights or {}
-            if term not in self.weights
-        ]
+        problems = [f"method '{self.name}': {problem}" for problem in self._wrong_weights(weights)]
         for name, value in hyper.items():
             if name not in self.hyper:
                 valid = [*self.hyper, "weights"]
@@ -166,6 +171,18 @@ class Method(nn.Module):
         self.weights = {**type(self).weights, **(weights or {})}
         self.notes: list[str] = []
         """What the user must know of this method under these shapes; printed with its Cost."""
+
+    @classmethod
+    def _wrong_weights(cls, weights: Any) -> Iterator[str]:
+        """Yield what is wrong with the weights that a study sets."""
+        if not isinstance(weights or {}, Mapping):
+            yield f"weights must be a table of numbers, not {weights!r}"
+            return
+        for term, weight in (weights or {}).items():
+            if term not in cls.weights:
+                yield unknown("weight", term, cls.weights)
+            elif type(weight) not in (int, float) or not math.isfinite(weight):
+                yield f"the weight of {term} must be a number, not {weight!r}"
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None) -> None:
         """Create learnable extras (adaptors, projectors, banks). Called once, before any step.

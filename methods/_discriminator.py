@@ -137,11 +137,15 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminator, self.kind = Discriminator(num_classes), kind
 
-    def generator_loss(self, logits: Tensor, notes: list[str]) -> Tensor:
-        """Return the student's term; the discriminator's parameters get no gradient from it."""
-        _note_padding(logits, notes)
+    def generator_loss(self, student: Tensor, teacher: Tensor, notes: list[str]) -> Tensor:
+        """Return the student's term; the discriminator's parameters get no gradient from it.
+
+        The teacher's logits give the grid only: the one the discriminator is trained on.
+        """
+        student = match_grid(student, teacher)
+        _note_padding(student, notes)
         self.discriminator.requires_grad_(False)
-        loss = generator_loss(self.discriminator(logits))
+        loss = generator_loss(self.discriminator(student))
         self.discriminator.requires_grad_(True)
         return loss
 

@@ -216,7 +216,7 @@ class CWDCirkd(Method):
             "cwd_feature": channel_kl(adapted, teacher.head, self.temperature, divisor),
             "cwd": channel_kl(student.logits, teacher.logits, self.temperature),
             "kd": pixel_kl(student.logits, teacher.logits),
-            "adv": self.adversary.generator_loss(student.logits, self.notes),
+            "adv": self.adversary.generator_loss(student.logits, teacher.logits, self.notes),
         }
 
     def auxiliary_forward(

@@ -154,7 +154,8 @@ class IFVD(IFVDPlain):
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         """Return ``ifv``, ``kd`` and ``adv``."""
         terms = super().forward(student, teacher, labels)
-        return {**terms, "adv": self.adversary.generator_loss(student.logits, self.notes)}
+        adv = self.adversary.generator_loss(student.logits, teacher.logits, self.notes)
+        return {**terms, "adv": adv}
 
     def auxiliary_forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         """Return ``discriminator`` and, for wgan-gp, ``gradient_penalty``."""

@@ -139,7 +139,7 @@ def test_void_stays_void():
 
 
 def distorted(pixel, draw):
-    """PhotoMetricDistortion of an RGB pixel in 0 to 1, step by step; saturation blends with grey."""
+    """PhotoMetricDistortion of an RGB pixel in 0 to 1; saturation blends with grey."""
     rgb = np.array(pixel)
     if draw.brightness is not None:
         rgb = (rgb + draw.brightness).clip(0, 1)
@@ -364,6 +364,19 @@ def test_unusable_file_is_one_line_from_any_process(workers):
     assert str(caught.value) == "image 5 cannot be read; replace it"
     assert caught.value.problems == (str(caught.value),)
     # While the error, and with it the iterator's frame, is still held.
+    assert multiprocessing.active_children() == []
+
+
+class Broken(Numbered):
+    def __getitem__(self, index):
+        raise ValueError("a fault of the program")
+
+
+def test_fault_in_a_loader_process_ends_them_all():
+    batches = numbered_batches(8, 2, workers=2)
+    batches.data = Broken(batches.data.sizes)
+    with pytest.raises(ValueError, match="a fault of the program"):
+        list(batches.iterate(0, 4))
     assert multiprocessing.active_children() == []
 
 

@@ -2,21 +2,25 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from builders import TinyNet, tiny_batch, tiny_step
+from builders import tiny_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from kdprof.errors import UserError
 from kdprof.measure.count import count_step
-from kdprof.method import NetworkInfo, Taps, builtin_methods, find_method
+from kdprof.method import Method, NetworkInfo, Taps, builtin_methods, find_method
 from kdprof.methods._discriminator import Adversary, Discriminator, SpectralConv
 from kdprof.methods.cwd import CWD, CWDCirkd, CWDFeature
 from kdprof.methods.fitnet import FitNet
 from kdprof.methods.ifvd import IFVDPlain, intra_class_variation
 from kdprof.methods.kd import KD, pixel_kl
+from kdprof.step import TrainStep
+from kdprof.study import StepSettings
 
 CLASSES = 5
 NAMES = sorted(name for name, found in builtin_methods().items() if found.origin == "built-in")
@@ -25,7 +29,7 @@ ADVERSARIAL = [name for name in NAMES if find_method(name).cls.auxiliary_weights
 few = settings(max_examples=15, deadline=None, derandomize=True)
 shapes = st.tuples(*(st.integers(1, top) for top in (3, 4, 5, 5)))
 seeds = st.integers(0, 2**16)
-scales = st.sampled_from([0.1, 3.0, 40.0])
+scales = st.sampled_from([0.1, 3.0, 40.0, 1e4])
 temperatures = st.sampled_from([1.0, 2.5, 4.0])
 
 
@@ -86,15 +90,15 @@ def assert_finite_with_gradients(method, student, teacher, labels):
 # The equations in loops, in float64.
 
 
-def softmax(values, temperature):
-    top = max(values)
-    powers = [math.exp((v - top) / temperature) for v in values]
-    return [p / sum(powers) for p in powers]
+def log_softmax(values, temperature):
+    above = [(v - max(values)) / temperature for v in values]
+    total = math.log(sum(math.exp(a) for a in above))
+    return [a - total for a in above]
 
 
 def kl(teacher, student, temperature):
-    p, q = softmax(teacher, temperature), softmax(student, temperature)
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+    p, q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    return sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
 
 
 def pixels(maps):
@@ -175,8 +179,17 @@ def two_maps(shape, seed, scale, teacher_channels=None):
     return tuple(scale * torch.randn(s, generator=generator) for s in (shape, other))
 
 
-def close(value, expected):
-    return value.item() == pytest.approx(expected, rel=2e-4, abs=2e-6)
+def random_labels(size, seed, present):
+    """Return labels of ``present`` classes (0: all void), some void, some of no class (4)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, max(present, 1), size, generator=generator)
+    labels[torch.rand(size, generator=generator) < (0.2 if present else 1.0)] = 255
+    labels[torch.rand(size, generator=generator) < 0.1] = 4
+    return labels
+
+
+def close(value, expected, rel=2e-4, absolute=2e-6):
+    return value.item() == pytest.approx(expected, rel=rel, abs=absolute)
 
 
 @few
@@ -229,17 +242,26 @@ def test_cwd_feature_equations():
 
 
 @few
-@given(shapes, seeds, st.sampled_from([0.1, 3.0]), st.integers(1, 3), st.integers(1, 4))
+@given(shapes, seeds, st.sampled_from([0.1, 3.0]), st.integers(1, 3), st.integers(0, 4))
 def test_ifv_equation(shape, seed, scale, factor, present):
-    """Any number of classes present, one among them; void and ids out of range."""
+    """Any number of classes present, one or none among them; labels larger than the grid."""
     student, teacher = two_maps(shape, seed, scale, teacher_channels=3)
-    generator = torch.Generator().manual_seed(seed)
-    size = (shape[0], factor * shape[2] + 1, factor * shape[3])
-    labels = torch.randint(0, present, size, generator=generator)
-    labels[torch.rand(size, generator=generator) < 0.2] = 255
-    labels[torch.rand(size, generator=generator) < 0.1] = 4  # not a class
+    labels = random_labels((shape[0], factor * shape[2] + 1, factor * shape[3]), seed, present)
     value = intra_class_variation(student, teacher, labels, 4)
     assert close(value, slow_ifv(student.double(), teacher.double(), labels, 4))
+
+
+@few
+@given(shapes, seeds, st.sampled_from([torch.bfloat16, torch.float16]))
+def test_equations_on_half_precision_maps(shape, seed, dtype):
+    student, teacher = (maps.to(dtype) for maps in two_maps(shape, seed, 3.0))
+    exact = student.double(), teacher.double()
+    labels = random_labels((shape[0], 4 * shape[2], 4 * shape[3]), seed, 3)
+    taps = Taps(logits=student), Taps(logits=teacher)
+    assert close(KD(temperature=2.5)(*taps, None)["kd"], slow_kd(*exact, 2.5), 2e-3)
+    assert close(CWD()(*taps, None)["cwd"], slow_cwd(*exact, 4.0), 2e-3)
+    value = intra_class_variation(student, teacher, labels, 4)
+    assert close(value, slow_ifv(*exact, labels, 4), 2e-3, 1e-5)
 
 
 # Identities (method cards, 25.5).
@@ -261,11 +283,13 @@ def test_equal_features_have_equal_variation():
 def test_constants_that_do_not_matter():
     student, teacher = two_maps((2, 4, 5, 7), 0, 3.0)
     per_pixel, per_channel = torch.randn(2, 1, 5, 7), torch.randn(2, 4, 1, 1)
-    taps = Taps(logits=student), Taps(logits=teacher)
+    ours, theirs = Taps(logits=student), Taps(logits=teacher)
     for method, shift in ((KD(), per_pixel), (CWD(), per_channel)):
-        (plain,) = method(*taps, None).values()
-        (shifted,) = method(Taps(logits=student + shift), taps[1], None).values()
-        torch.testing.assert_close(shifted, plain)
+        (plain,) = method(ours, theirs, None).values()
+        (of_ours,) = method(Taps(logits=student + shift), theirs, None).values()
+        (of_theirs,) = method(ours, Taps(logits=teacher + shift), None).values()
+        torch.testing.assert_close(of_ours, plain)
+        torch.testing.assert_close(of_theirs, plain)
 
 
 def test_reductions_of_kd():
@@ -319,6 +343,7 @@ def test_discriminator_is_the_published_one():
     """3.19 M parameters at 19 classes; 64x64 is the smallest grid with a score of its own."""
     judge = Discriminator(19)
     assert sum(p.numel() for p in judge.parameters()) == 3_191_721
+    assert judge(torch.randn(2, 19, 64, 64)).shape == (2, 1, 1, 1)
     assert judge(torch.randn(1, 19, 64, 128)).shape == (1, 1, 1, 5)
     assert judge(torch.randn(1, 19, 9, 70)).shape == (1, 1, 1, 1)
 
@@ -326,9 +351,21 @@ def test_discriminator_is_the_published_one():
 def test_padding_is_told_once():
     adversary, notes = Adversary(CLASSES, "hinge"), []
     for grid in ((64, 64), (9, 70), (9, 70)):
-        adversary.generator_loss(torch.randn(2, CLASSES, *grid), notes)
+        adversary.generator_loss(*torch.randn(2, 2, CLASSES, *grid), notes)
     (note,) = notes
     assert "9x70" in note
+
+
+def test_padding_is_zeros_after_the_norm():
+    """Below and beside the logits, where they leave the norm's statistics alone."""
+    judge, logits = Discriminator(CLASSES).train(), torch.randn(2, CLASSES, 12, 16)
+    seen = []
+    judge.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    judge(logits)
+    (padded,) = seen
+    assert padded.shape == (2, CLASSES, 64, 64)
+    assert padded.count_nonzero() == padded[:, :, :12, :16].count_nonzero()
+    torch.testing.assert_close(padded.sum((0, 2, 3)), torch.zeros(CLASSES), atol=1e-3, rtol=0)
 
 
 def test_power_iteration_finds_the_largest_singular_value():
@@ -358,26 +395,39 @@ def test_the_game(name):
     assert (group["lr"], group["betas"]) == (4e-4, (0.9, 0.99))
 
 
-# What every method must hold to.
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_both_sides_of_the_game_score_the_same_logits(name):
+    """On a coarser grid than the teacher's too: the student is judged as it was told apart."""
+    method = make(name)
+    student, teacher, labels = draw(method, grid=(5, 6), teacher_grid=(10, 12))
+    scored = []
+    judge = next(m for m in method.modules() if isinstance(m, Discriminator))
+    judge.register_forward_pre_hook(lambda _, inputs: scored.append(inputs[0].detach()))
+    method(student, teacher, labels)
+    method.auxiliary_forward(student.detach(), teacher, labels)
+    torch.testing.assert_close(scored[0], scored[1])
+    assert scored[0].shape[-2:] == (10, 12)
+
+
+# What every method must hold to. A later method is held to it as soon as it is found.
 
 
 class Recorded(Taps):
-    """Taps that remember what was read of them."""
+    """Taps that remember what was read of them, or tried to be."""
 
     def __init__(self, taps: Taps):
         self.__dict__.update(_maps=vars(taps), read=set())
 
     def __getattr__(self, name):
-        if name not in self._maps:
-            return super().__getattr__(name)
         self.read.add(name)
-        return self._maps[name]
+        return self._maps[name] if name in self._maps else super().__getattr__(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_description(name):
     cls = find_method(name).cls
-    assert all((cls.name, cls.title, cls.paper, cls.family, cls.__doc__))
+    assert all((cls.name, cls.title, cls.paper, cls.family, cls.__dict__["__doc__"]))
+    assert cls.family != Method.family
     assert name == "none" or cls.taps
     assert all(weight > 0 for weight in {**cls.weights, **cls.auxiliary_weights}.values())
     for recipe in cls.recipes:
@@ -392,8 +442,22 @@ def test_reads_what_it_declares(name):
     student, teacher = Recorded(student), Recorded(teacher)
     terms = method(student, teacher, labels)
     assert terms.keys() == method.weights.keys()
+    if method.auxiliary() is not None:
+        terms = method.auxiliary_forward(student, teacher, labels)
+        assert terms.keys() == method.auxiliary_weights.keys()
     assert student.read == set(method.student_taps())
     assert teacher.read == set(method.read_of_teacher())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "labels" in find_method(n).cls.taps])
+def test_declared_labels_matter(name):
+    method = make(name)
+    student, teacher, labels = draw(method)
+    values = []
+    for one in (labels, torch.zeros_like(labels)):
+        torch.manual_seed(3)
+        values.append(weighted(method, copy.deepcopy(method)(student, teacher, one)))
+    assert values[0] != values[1]
 
 
 @pytest.mark.parametrize("name", DISTILLING)
@@ -438,8 +502,10 @@ def test_half_precision(name):
     """Under autocast within 2 %; from bfloat16 taps finite and float32."""
     method = make(name)
     student, teacher, labels = draw(method)
+    torch.manual_seed(3)
     exact = copy.deepcopy(method)(student, teacher, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.manual_seed(3)
         rough = copy.deepcopy(method)(student, teacher, labels)
         taps = cast(student, torch.bfloat16), cast(teacher, torch.bfloat16)
         of_bf16 = method(*taps, labels)
@@ -467,17 +533,76 @@ def test_state_is_complete_and_draws_are_seeded(name):
         assert torch.equal(value, results[1][term]), term
 
 
-on_tiny = pytest.mark.parametrize(
-    "name", [n for n in NAMES if set(find_method(n).cls.student_taps()) <= {"logits", "head", "c4"}]
-)
+class StagedNet(nn.Module):
+    """A network with every tap there is: c2 at stride 4, the others at stride 8."""
+
+    align_corners = False
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.info = network(width)
+        self.info.stride.update(dict.fromkeys(self.info.stride, 8), c2=4)
+        c = self.info.channels
+        self.c2 = nn.Sequential(nn.Conv2d(3, c["c2"], 3, 4, 1), nn.BatchNorm2d(c["c2"]), nn.ReLU())
+        self.c3 = nn.Sequential(nn.Conv2d(c["c2"], c["c3"], 3, 2, 1), nn.ReLU())
+        self.c4 = nn.Sequential(nn.Conv2d(c["c3"], c["c4"], 1), nn.ReLU())
+        self.c5 = nn.Sequential(nn.Conv2d(c["c4"], c["c5"], 1), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(c["c5"], c["head"], 1), nn.ReLU(), nn.Dropout2d(0.1))
+        self.logits = nn.Conv2d(c["head"], CLASSES, 1)
+        self.aux = nn.Conv2d(c["c4"], CLASSES, 1)
+
+    def forward(self, images, taps):
+        made = {"c2": self.c2((images.float() - 128) / 64)}
+        path = ("c2", "c3", "c4", "c5", "head", "logits")
+        for before, after in pairwise(path):
+            made[after] = getattr(self, after)(made[before])
+        made["aux"] = self.aux(made["c4"])
+        return Taps(**{tap: made[tap] for tap in taps})
 
 
-@on_tiny
+def real_step(name: str, *, initial_seed: int = 0, precision: str = "fp32") -> TrainStep:
+    """Return the step of a method on networks with logits of 12 x 16; run seed 0."""
+    torch.manual_seed(9)
+    teacher = StagedNet(4)
+    torch.manual_seed(initial_seed)
+    student, method = StagedNet(2), find_method(name).cls()
+    method.build(student.info, teacher.info if method.needs_teacher() else None)
+    values = {"batch": 2, "crop": (96, 128), "learning_rate": 0.01, "precision": precision}
+    return TrainStep(
+        student=student,
+        teacher=teacher if method.needs_teacher() else None,
+        method=method,
+        settings=StepSettings(**values),
+        iterations=10,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+
+
+def real_batch(index=0):
+    return tiny_batch(index, (96, 128), 2)
+
+
+def train(step, first, last):
+    return [step(*real_batch(i), i) for i in range(first, last)]
+
+
+def assert_same(a, b):
+    """Compare nested dicts, lists and tensors bit for bit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def everything(step):
+    state = step.state_dict()
+    return {**state["student"], **{f"method.{n}": v for n, v in state["method"].items()}}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_takes_a_real_step(name):
-    step = tiny_step(find_method(name).cls)
+    step = real_step(name)
     method = step.method
     before = copy.deepcopy(method.state_dict())
-    losses = step(*tiny_batch(), 0)
+    (losses,) = train(step, 0, 1)
     assert {"task", "task_aux", *method.weights, *method.auxiliary_weights} == losses.keys()
     assert all(value.isfinite() for value in losses.values())
     changed = {n for n, v in method.state_dict().items() if not torch.equal(v, before[n])}
@@ -486,20 +611,62 @@ def test_takes_a_real_step(name):
     assert {n for n in weights if n.split(".")[-2] not in gated} <= changed
 
 
-@on_tiny
-def test_stays_finite_in_float16(name):
-    step = tiny_step(find_method(name).cls, precision="fp16")
-    for i in range(2):
-        assert all(value.isfinite() for value in step(*tiny_batch(i), i).values())
-    state = [*step.student.state_dict().values(), *step.method.state_dict().values()]
-    assert all(value.isfinite().all() for value in state)
+@pytest.mark.parametrize("name", NAMES)
+def test_is_given_no_more_than_it_declares(name):
+    step = real_step(name)
+    forward, given = step.method.forward, []
+
+    def spy(student, teacher, labels):
+        given.append((set(vars(student)), set(vars(teacher)), labels))
+        return forward(student, teacher, labels)
+
+    step.method.forward = spy
+    train(step, 0, 1)
+    ((student, teacher, labels),) = given
+    assert student == set(step.method.student_taps())
+    assert teacher == set(step.method.read_of_teacher())
+    assert (labels is not None) == ("labels" in step.method.taps)
 
 
-@on_tiny
+@pytest.mark.parametrize("name", DISTILLING)
+def test_training_never_touches_the_teacher(name):
+    step = real_step(name)
+    before = copy.deepcopy(step.teacher.state_dict())
+    train(step, 0, 2)
+    assert_same(step.teacher.state_dict(), before)
+    assert all(p.grad is None for p in step.teacher.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_training(name):
+    first, second = real_step(name), real_step(name)
+    assert_same(train(first, 0, 2), train(second, 0, 2))
+    assert_same(everything(first), everything(second))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_in_the_middle_it_is_the_same_training(name):
+    whole, resumed = real_step(name), real_step(name, initial_seed=1)
+    train(whole, 0, 2)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert_same(train(whole, 2, 4), train(resumed, 2, 4))
+    assert_same(everything(whole), everything(resumed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_training_stays_finite_in_half_precision(name, precision):
+    step = real_step(name, precision=precision)
+    for losses in train(step, 0, 2):
+        assert all(value.isfinite() for value in losses.values())
+    assert all(value.isfinite().all() for value in everything(step).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_can_be_counted(name):
     """The FLOP counter gets through, the gradient penalty's second derivative included."""
     cls = find_method(name).cls
-    flop = count_step(lambda: tiny_step(cls), 2, (16, 20)).flop
+    flop = count_step(lambda: real_step(name), 2, (96, 128)).flop
     assert (flop.teacher > 0) == cls.needs_teacher()
     assert (flop.auxiliary > 0) == bool(cls.auxiliary_weights)
 
@@ -533,6 +700,179 @@ def test_nearest_name_is_offered():
         IFVDPlain(kd_reduction="elements")
 
 
-def test_tiny_network_matches_the_contract():
-    """These tests' own network has the taps that the real step above relies on."""
-    assert {"logits", "head", "c4"} <= TinyNet().info.channels.keys()
+# What a method's author, and a study that sets a method, are told.
+
+
+class Own(Method):
+    """A method of one's own."""
+
+    name: str = "own"
+    taps = ("logits",)
+    weights = {"mine": 1.0}
+    rate: float = 0.5
+    count: int = 3
+    sharp: bool = False
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"sharp": "False"}, "sharp must be bool, not 'False'"),
+        ({"sharp": 0}, "sharp must be bool, not 0"),
+        ({"count": 2.0}, "count must be int, not 2.0"),
+        ({"count": True}, "count must be int, not True"),
+        ({"rate": True}, "rate must be float, not True"),
+        ({"rate": None}, "rate must be float, not None"),
+        ({"rat": 1.0}, "unknown hyper-parameter 'rat'; did you mean 'rate'?"),
+        ({"taps": ("head",)}, "unknown hyper-parameter 'taps'"),
+        ({"weights": {"mien": 1.0}}, "unknown weight 'mien'; did you mean 'mine'?"),
+        ({"weights": {"mine": "2"}}, "the weight of mine must be a number, not '2'"),
+        ({"weights": {"mine": True}}, "the weight of mine must be a number, not True"),
+        ({"weights": {"mine": math.nan}}, "the weight of mine must be a number, not nan"),
+        ({"weights": 2.0}, "weights must be a table of numbers, not 2.0"),
+        ({"weights": ["mine"]}, "weights must be a table of numbers"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_one_line(setting, message):
+    with pytest.raises(UserError) as raised:
+        Own(**setting)
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"method 'own': {message}")
+
+
+def test_all_wrong_settings_are_named_at_once():
+    with pytest.raises(UserError) as raised:
+        Own(weights={"a": 1.0, "mine": None}, rat=1.0, count="3")
+    assert len(raised.value.problems) == 4
+
+
+def test_an_integer_will_do_for_a_float():
+    method = Own(rate=2, weights={"mine": 3})
+    assert type(method.rate) is float
+    assert method.settings() == {
+        "rate": 2.0, "count": 3, "sharp": False, "weights": {"mine": 3}
+    }  # fmt: skip
+
+
+def test_a_setting_changes_one_object_only():
+    Own(rate=2.0, weights={"mine": 9.0})
+    assert Own().settings() == {
+        "rate": 0.5, "count": 3, "sharp": False, "weights": {"mine": 1.0}
+    }  # fmt: skip
+
+
+def test_hyper_parameters_are_inherited_with_the_subclass_default():
+    class Child(Own):
+        count = 7
+
+    assert Child().settings()["count"] == 7
+    assert Child.hyper.keys() == Own.hyper.keys()
+    assert Child.name == "child"
+
+
+def test_the_class_contract_is_not_a_hyper_parameter():
+    assert Own.hyper.keys() == {"rate", "count", "sharp"}
+    assert Own.name == "own"
+
+
+@pytest.mark.parametrize("hint", [int | None, tuple[str, ...], list])
+def test_a_hyper_parameter_of_a_type_that_no_study_can_set_is_refused(hint):
+    with pytest.raises(UserError, match="hyper-parameter 'layers' must be bool, float, int or str"):
+        type("Odd", (Method,), {"__annotations__": {"layers": hint}, "layers": None})
+
+
+@pytest.mark.parametrize("where", ["taps", "teacher_taps"])
+def test_an_unknown_tap_is_refused_with_the_class(where):
+    with pytest.raises(UserError, match="Bad: unknown tap 'heads'; did you mean 'head'"):
+        type("Bad", (Method,), {where: ("logits", "heads")})
+
+
+def test_reading_an_undeclared_tap_names_it():
+    with pytest.raises(AttributeError, match="'head' was read but not declared"):
+        _ = Taps(logits=torch.zeros(1)).head
+
+
+def test_an_unknown_method_suggests_the_nearest():
+    with pytest.raises(UserError, match="unknown method 'cwdd'; did you mean 'cwd'"):
+        find_method("cwdd")
+
+
+MINE = """
+from __future__ import annotations
+from kdprof.method import Method
+
+class MyKD(Method):
+    taps = ("logits",)
+    weights = {"mine": 1.0}
+    temperature: float = 2.0
+
+    def forward(self, student, teacher, labels):
+        return {"mine": (student.logits - teacher.logits).square().mean()}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="mine.py"):
+        (tmp_path / name).write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize("spec", ["./mine.py:MyKD", "mine.py:MyKD", "mine.py"])
+def test_a_method_in_a_file_is_found(mine, spec):
+    mine(MINE)
+    found = find_method(spec)
+    assert (found.cls.name, found.origin) == ("mykd", "mine.py")
+    assert found.cls(temperature=3).settings() == {"temperature": 3.0, "weights": {"mine": 1.0}}
+    assert find_method(spec).cls is found.cls
+
+
+def test_a_file_may_use_the_name_of_a_built_in(mine):
+    """Found all the same; that a study cannot hold both is said where it is resolved."""
+    mine(MINE.replace("class MyKD(Method):", "class MyKD(Method):\n    name = 'cwd'"))
+    assert find_method("mine.py:MyKD").cls.name == "cwd"
+    assert find_method("cwd").cls is CWD
+
+
+def test_imported_methods_are_not_the_files_own(mine):
+    mine(MINE + "\nfrom kdprof.methods.kd import KD\n")
+    assert find_method("mine.py").cls.__name__ == "MyKD"
+    with pytest.raises(UserError, match="unknown method class 'KD'"):
+        find_method("mine.py:KD")
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "message"),
+    [
+        (MINE, "gone.py:MyKD", r"no method file gone\.py"),
+        (MINE, "mine.py:MyKd", r"mine\.py: unknown method class 'MyKd'; did you mean 'MyKD'"),
+        (
+            MINE + "\nclass Two(Method): pass",
+            "mine.py",
+            "unknown method class ''; valid: MyKD, Two",
+        ),
+        ("x = 1", "mine.py:MyKD", "unknown method class 'MyKD'; there are none"),
+        ("1 / 0", "mine.py:MyKD", r"mine\.py cannot be imported: ZeroDivisionError"),
+        ("import nowhere", "mine.py:MyKD", "cannot be imported: ModuleNotFoundError"),
+        ("x = (", "mine.py:MyKD", "cannot be imported: SyntaxError"),
+        (MINE.replace('"logits"', '"logit"'), "mine.py", "unknown tap 'logit'; did you mean"),
+    ],
+    ids=["no-file", "no-class", "which-class", "empty", "raises", "import", "syntax", "tap"],
+)
+def test_a_bad_file_is_one_line(mine, text, spec, message):
+    mine(text)
+    with pytest.raises(UserError, match=message) as raised:
+        find_method(spec)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_mended_file_is_read_again(mine):
+    mine("1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        find_method("mine.py:MyKD")
+    mine(MINE)
+    assert find_method("mine.py:MyKD").cls.name == "mykd"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -113,15 +114,23 @@ def _next(loader: list[Iterator[Batch | UserError]]) -> Batch | UserError | None
     """Return the next item, None after the last one."""
     try:
         return next(loader[0], None)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # torch's wording for a process that is gone; what a live one raised starts otherwise. The
-        # other two: it went before its last batch was fetched from it.
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+    except Exception as error:
+        # Or the loader would live, with its processes, as long as the traceback.
+        traceback.clear_frames(error.__traceback__)
+        if not _tells_of_death(error):
             raise
         raise KdprofError(
             "a loader process died, most often for lack of memory or of space in /dev/shm; "
             "set data_settings.workers lower"
         ) from error
+
+
+def _tells_of_death(error: Exception) -> bool:
+    """Whether a loader process is gone; what a live one raised has another wording."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    # It went before the last batch it made was fetched from it.
+    return isinstance(error, (ConnectionError, EOFError))
 
 
 def _loader_process(worker: int) -> None:
