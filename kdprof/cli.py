@@ -100,14 +100,19 @@ def methods(name: str | None) -> None:
 
 @cli.command()
 @_study
-def measure(**given: Any) -> None:
+@click.option("--count-only", is_flag=True, help="Count FLOP at full size; run and store nothing.")
+def measure(count_only: bool, **given: Any) -> None:
     """Measure what one training step of each method costs on this device."""
+    from kdprof.measure import count_costs
     from kdprof.measure import measure as run
-    from kdprof.reports.costs import measure_table
+    from kdprof.reports.costs import count_table, measure_table
     from kdprof.resolve import ResolvedStudy
 
     study, store, progress = _begin(given)
     resolved = ResolvedStudy(study)
+    if count_only:
+        counted = count_costs(resolved, resolved.method_names(control=False), progress)
+        return _print_json(counted) if given["as_json"] else count_table(counted, _stdout())
     _claim(store, study)
     costs = run(resolved, resolved.method_names(control=False), progress)
     paths = [store.write_cost(cost) for cost in costs]
@@ -116,6 +121,7 @@ def measure(**given: Any) -> None:
     if not given["quiet"]:
         measure_table(costs, _stdout())
         _name_files(paths)
+    return None
 
 
 @cli.command()
@@ -249,9 +255,9 @@ def _claim(store: Store, study: Study) -> None:
 
 
 def _reports(store: Store, x: str) -> list[Path]:
-    from kdprof.reports import curves, table
+    from kdprof.reports import costs, curves, table
 
-    return [*curves.render(store, x=x), *table.render(store)]
+    return [*curves.render(store, x=x), *table.render(store), *costs.render(store)]
 
 
 def _stdout() -> Console:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from kdprof.budget import convert, parse_budget
 from kdprof.progress import Progress
+from kdprof.reports import costs as cost_report
 from kdprof.reports import curves, table
 from kdprof.reports.conversion import conversion_table
 from kdprof.reports.costs import measure_table
@@ -27,7 +28,7 @@ def run(out: Path, progress: Progress, console: Console) -> None:
     for budget in study.budgets:
         conversion_table(budget, convert(parse_budget(budget), costs), console)
     train(resolved, store, progress)
-    paths = [*curves.render(store), *table.render(store)]
+    paths = [*curves.render(store), *table.render(store), *cost_report.render(store)]
     table.print_table(store, console)
     for path in [store.study, *paths]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

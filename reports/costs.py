@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from kdprof.errors import UserError
 from kdprof.records import Cost, Interval
+from kdprof.store import Store, write_atomic
 
 from .results import device_text
 from .text import MISSING, Estimate, Grid, print_notes, size
@@ -22,6 +24,40 @@ def measure_table(costs: Sequence[Cost], console: Console) -> None:
     for grid in _grids(costs):
         grid.print(console)
     print_notes(_notes(costs), console)
+
+
+def count_table(costs: Sequence[Cost], console: Console) -> None:
+    """Print the matrix FLOP of one step by part; for costs that were counted, not timed."""
+    parts = ("teacher", "student", "objective", "backward", "auxiliary", "total")
+    reference = next((c.flop.total for c in costs if c.flop and c.method == "none"), None)
+    rows = [
+        [
+            cost.method,
+            *(f"{getattr(cost.flop, part) / 1e9:,.2f}" for part in parts),
+            MISSING if reference is None else f"{cost.flop.total / reference:.2f}",
+        ]
+        for cost in costs
+        if cost.flop is not None
+    ]
+    Grid("GFLOP of one step, counted", ("method", *parts, "/ none"), rows).print(console)
+    note = (
+        "1 multiply-add = 2 FLOP; convolutions and matrix products only. Teacher, student and "
+        "objective are forward; auxiliary is a second optimiser's work."
+    )
+    print_notes([note], console)
+
+
+def render(store: Store) -> list[Path]:
+    """Write ``reports/costs.md`` of the newest Cost of each method; nothing where none is stored.
+
+    Raises:
+        UserError: the costs come from different devices.
+    """
+    if not store.costs():
+        return []
+    path = store.reports / "costs.md"
+    write_atomic(path, costs_markdown(list(store.latest_costs().values())))
+    return [path]
 
 
 def costs_markdown(costs: Sequence[Cost]) -> str:

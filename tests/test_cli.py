@@ -245,8 +245,28 @@ def test_whole_road_as_processes_with_a_method_from_outside(tmp_path):
     plotted = kdprof("plot", "--out", out)
     assert plotted.returncode == 0, plotted.stderr
     written = re.findall(r"wrote (.+)", plotted.stdout)
-    assert {Path(p).name for p in written} >= {"curves.png", "curves.pdf", "table.md", "table.csv"}
+    names = {"curves.png", "curves.svg", "curves.pdf", "table.md", "table.csv", "costs.md"}
+    assert {Path(p).name for p in written} == names
     assert all(Path(p).stat().st_size > 0 for p in written)
+
+
+def test_count_only_at_full_published_size(capsys, monkeypatch, tmp_path):
+    """PSPNet-R101 -> R18, batch 8, 512x1024: the teacher's convolutions take 511.749 G
+    multiply-adds an image with 19 classes, and the synthetic data has 7 fewer. Without a GPU,
+    without the memory, and without leaving a file."""
+    out = tmp_path / "out"
+    arguments = ["kdprof", "measure", "--method", "kd", "--count-only", "--json", "-q"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--device", "cpu", "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    costs = {cost["method"]: cost for cost in json.loads(capsys.readouterr().out)}
+    multiply_adds = 511.749e9 - 7 * 512 * 64 * 128
+    assert costs["kd"]["flop"]["teacher"] == pytest.approx(2 * 8 * multiply_adds, rel=1e-5)
+    assert costs["none"]["flop"]["teacher"] == 0
+    assert costs["kd"]["latency_s"] is None
+    assert costs["kd"]["unavailable"]["latency_s"] == "counted, not run (--count-only)"
+    assert not out.exists()
 
 
 def test_traceback_only_with_debug(tmp_path):

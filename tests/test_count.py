@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdprof.measure import count
-from kdprof.measure.count import count_step
+from kdprof.measure.count import count_step, fake_tensors
 
 
 def flop_of(module: nn.Module, shape: tuple[int, ...], *, first: bool) -> tuple[int, int]:
@@ -58,7 +58,7 @@ def tiny_forward(width: int, positions: int) -> dict[str, int]:
 def test_whole_step_by_hand():
     """Student: every layer forward, twice backward, but the first layer's input needs no
     gradient. Teacher: forward only, without its auxiliary head. Adaptor: 12 -> 20 channels."""
-    found = count_step(lambda: tiny_step(Mimic), 4, (16, 20)).flop
+    found = count_step(tiny_step(Mimic), fake_tensors()).flop
     positions = 4 * 4 * 5
     student, teacher = tiny_forward(6, positions), tiny_forward(10, positions)
     adapt = positions * 12 * 20
@@ -71,14 +71,14 @@ def test_whole_step_by_hand():
 
 
 def test_student_alone_pays_no_teacher():
-    found = count_step(lambda: tiny_step(Alone), 4, (16, 20)).flop
+    found = count_step(tiny_step(Alone), fake_tensors()).flop
     assert (found.teacher, found.objective) == (0, 0)
 
 
 def test_counting_neither_runs_nor_allocates():
     """A crop that would need terabytes is counted all the same, in proportion."""
-    small = count_step(lambda: tiny_step(Alone), 2, (64, 64))
-    large = count_step(lambda: tiny_step(Alone), 2, (65536, 65536))
+    small = count_step(tiny_step(Alone, batch=2, crop=(64, 64)), fake_tensors())
+    large = count_step(tiny_step(Alone, batch=2, crop=(65536, 65536)), fake_tensors())
     assert large.flop.total == pytest.approx(small.flop.total * 2**20)
     assert large.least_memory_bytes > 2**38
 
@@ -99,5 +99,5 @@ def test_step_and_fvcore_agree_on_the_forward():
     step = tiny_step(Alone)
     analysis = FlopCountAnalysis(Logits(step.student.eval()), torch.zeros(4, 3, 16, 20))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    counted = count_step(lambda: tiny_step(Alone), 4, (16, 20)).flop.student
+    counted = count_step(tiny_step(Alone), fake_tensors()).flop.student
     assert 2 * analysis.by_operator()["conv"] == counted

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 
 import torch
 
 from kdprof.device import versions
 from kdprof.errors import UserError
 from kdprof.measure.clock import StepClock
-from kdprof.measure.count import Count, count_step
+from kdprof.measure.count import Count, count_step, fake_tensors
 from kdprof.measure.latency import Samples, Timer, time_rounds, to_device
 from kdprof.measure.memory import available_bytes, peak_memory
 from kdprof.progress import Progress
-from kdprof.records import Cost, Interval, Memory, Ratio
+from kdprof.records import Cost, Flop, Interval, Memory, Ratio
 from kdprof.resolve import REFERENCE, ResolvedStudy
 from kdprof.stats import median_interval, ratio_interval
 
 LOADER_BOUND = 0.02
 """An iteration this much longer than its step is bound by the loader."""
 MEMORY_STEPS = 2
+NO_BYTES = "this version counts matrix FLOP only"
 
 
 def measure(study: ResolvedStudy, names: list[str], progress: Progress) -> list[Cost]:
@@ -29,7 +31,7 @@ def measure(study: ResolvedStudy, names: list[str], progress: Progress) -> list[
         UserError: a step cannot fit into the device's memory.
     """
     names = list(dict.fromkeys([REFERENCE, *names]))
-    counts = _count(study, names, progress)
+    counts = _counts_that_fit(study, names, progress)
     before = study.hardware.state()
     teacher = study.placed_teacher()
     batches = study.batches(seed=0)
@@ -71,24 +73,68 @@ def measure(study: ResolvedStudy, names: list[str], progress: Progress) -> list[
     ]
 
 
-def _count(study: ResolvedStudy, names: list[str], progress: Progress) -> dict[str, Count]:
-    """Count each step and refuse, before any of them runs, what cannot fit into memory."""
-    step = study.study.step
-    cpu = torch.device("cpu")
-    counts, problems = {}, []
-    free = available_bytes(study.device)
+def count_costs(study: ResolvedStudy, names: list[str], progress: Progress) -> list[Cost]:
+    """Count the FLOP of each named method's step without running it: no device is needed.
+
+    The Costs have no latency and no memory, with the reason; they are no basis for a budget.
+    """
+    names = list(dict.fromkeys([REFERENCE, *names]))
+    return [_counted(study, name, made.flop) for name, made in _counts(study, names, progress)]
+
+
+def _counted(study: ResolvedStudy, name: str, flop: Flop) -> Cost:
+    fields = ("latency_s", "ratio", "end_to_end_s", "phases_s", "memory_bytes", "energy_j")
+    return Cost(
+        method=name,
+        device="none: counted, not run",
+        key=study.cost_key(name),
+        session="",
+        latency_s=None,
+        ratio=None,
+        end_to_end_s=None,
+        samples_s=[],
+        end_to_end_samples_s=[],
+        phases_s=None,
+        flop=flop,
+        bytes_moved=None,
+        memory_bytes=Memory(peak_allocated=None, peak_reserved=None, process=None),
+        energy_j=None,
+        reliable=True,
+        warnings=[],
+        unavailable={
+            **dict.fromkeys(fields, "counted, not run (--count-only)"),
+            "bytes_moved": NO_BYTES,
+        },
+        timing={},
+        hardware={},
+        settings=study.cost_settings(name),
+        versions=versions(),
+    )
+
+
+def _counts(
+    study: ResolvedStudy, names: list[str], progress: Progress
+) -> Iterator[tuple[str, Count]]:
+    mode, teacher = fake_tensors(), study.teacher()
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
-            make = lambda name=name: study.step(name, study.teacher(), device=cpu)  # noqa: E731
-            counts[name] = count_step(make, step.batch, step.crop)
-            needed = counts[name].least_memory_bytes
-            if free is not None and needed > free:
-                problems.append(
-                    f"a step of '{name}' with batch {step.batch} and crop {step.crop[0]}x"
-                    f"{step.crop[1]} needs at least {needed / 2**30:.1f} GiB, {study.device} has "
-                    f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
-                )
+            yield name, count_step(study.step(name, teacher, device=torch.device("cpu")), mode)
             advance(1)
+
+
+def _counts_that_fit(
+    study: ResolvedStudy, names: list[str], progress: Progress
+) -> dict[str, Count]:
+    """Count each step and refuse, before any of them runs, what cannot fit into memory."""
+    step, free = study.study.step, available_bytes(study.device)
+    counts = dict(_counts(study, names, progress))
+    problems = [
+        f"a step of '{name}' with batch {step.batch} and crop {step.crop[0]}x{step.crop[1]} needs "
+        f"at least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
+        f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
+        for name, made in counts.items()
+        if free is not None and made.least_memory_bytes > free
+    ]
     if problems:
         raise UserError(*problems)
     return counts
@@ -136,7 +182,7 @@ def _cost(
         reliable=not untrusted,
         warnings=untrusted + notes,
         unavailable={
-            "bytes_moved": "this version counts matrix FLOP only",
+            "bytes_moved": NO_BYTES,
             "energy_j": study.hardware.energy_unavailable(),
             **memory[1],
         },

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdprof.records import Flop
@@ -23,7 +23,7 @@ class Count:
 
     flop: Flop
     least_memory_bytes: int
-    """A lower bound: parameters, gradients, momentum, teacher, and what backward has saved."""
+    """A lower bound: parameters, gradients, momentum, teacher, and what backward keeps."""
 
 
 def convolution_flop(
@@ -65,33 +65,76 @@ _FORMULAS = {
 }
 
 
-def count_step(make_step: Callable[[], TrainStep], batch: int, crop: tuple[int, int]) -> Count:
-    """Count one step of the given batch and crop.
+class _Held:
+    """A saved tensor, for as long as the graph keeps it."""
 
-    ``make_step`` builds the step on the CPU; its tensors are replaced by fakes before it runs.
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class SavedForBackward:
+    """Adds up what the graphs of a step keep for their backward, parameters left out."""
+
+    def __init__(self, step: TrainStep):
+        parts = (step.student, step.method)
+        self._parameters = {_storage(p) for part in parts for p in part.parameters()}
+        self._holders: Counter[int] = Counter()
+        self._now_bytes = 0
+        self.peak_bytes = 0
+
+    def pack(self, tensor: Tensor) -> _Held:
+        """Note a tensor that is being saved; views of one storage count once."""
+        held, key = _Held(tensor), _storage(tensor)
+        if key in self._parameters:
+            return held
+        size = tensor.untyped_storage().nbytes()
+        self._holders[key] += 1
+        if self._holders[key] == 1:
+            self._now_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self._now_bytes)
+        weakref.finalize(held, self._release, key, size)
+        return held
+
+    def unpack(self, held: _Held) -> Tensor:
+        """Hand a saved tensor back to the graph."""
+        return held.tensor
+
+    def _release(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if self._holders[key] == 0:
+            self._now_bytes -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what identifies a tensor's storage while it lives; fakes have no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a mode to count under. Steps counted under one mode may share a teacher."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:
+    """Count one step of the study's batch and crop.
+
+    ``step`` lies on the CPU; its tensors are replaced by fakes, so it cannot run afterwards.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    step = make_step()
     for module in (step.student, step.teacher, step.method):
         if module is not None:
             _make_fake(module, mode)
     step = _rebuilt(step)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     phases: Counter[str] = Counter()
-    saved: dict[int, int] = {}
+    saved = SavedForBackward(step)
 
     def mark(phase: str) -> None:
         phases[phase] = counter.get_total_flops() - phases.total()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with mode, counter, hooks:
-        images = torch.zeros(batch, 3, *crop, dtype=torch.uint8)
-        labels = torch.zeros(batch, *crop, dtype=torch.uint8)
+    with mode, counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        batch, (height, width) = step.settings.batch, step.settings.crop
+        images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+        labels = torch.zeros(batch, height, width, dtype=torch.uint8)
         step(images, labels, 0, mark)
     backward = phases["objective_backward"] + phases["student_backward"]
     forward = {p: phases[f"{p}_forward"] for p in ("teacher", "student")}
@@ -102,17 +145,17 @@ def count_step(make_step: Callable[[], TrainStep], batch: int, crop: tuple[int, 
         auxiliary=phases["auxiliary"],
         total=phases.total(),
     )
-    return Count(flop, sum(saved.values()) + _fixed_bytes(step))
+    return Count(flop, saved.peak_bytes + _fixed_bytes(step))
 
 
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     for part in module.modules():
         for name, value in part._parameters.items():
-            if value is not None:
+            if value is not None and not isinstance(value, FakeTensor):
                 fake = nn.Parameter(mode.from_tensor(value.detach()), value.requires_grad)
                 part._parameters[name] = fake
         for name, value in part._buffers.items():
-            if value is not None:
+            if value is not None and not isinstance(value, FakeTensor):
                 part._buffers[name] = mode.from_tensor(value)
 
 
