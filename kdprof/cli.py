@@ -46,7 +46,7 @@ def _out(default: str) -> Callable[[Command], Command]:
 _json = click.option("--json", "as_json", is_flag=True, help="Records on stdout, nothing else.")
 _loudness = _options(
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
-    click.option("-v", "--verbose", is_flag=True, help="Print every evaluation and phase."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every warm-up and evaluation."),
 )
 _study = _options(
     click.option("--study", "source", metavar="FILE|PRESET", help="quickstart, camvid, or a TOML."),
@@ -107,21 +107,22 @@ def measure(count_only: bool, **given: Any) -> None:
     from kdprof.measure import measure as run
     from kdprof.reports.costs import count_table, measure_table
     from kdprof.resolve import ResolvedStudy
+    from kdprof.study import claim_folder
 
     study, store, progress = _begin(given)
     resolved = ResolvedStudy(study)
+    names = resolved.method_names(control=False)
     if count_only:
-        counted = count_costs(resolved, resolved.method_names(control=False), progress)
-        return _print_json(counted) if given["as_json"] else count_table(counted, _stdout())
-    _claim(store, study)
-    costs = run(resolved, resolved.method_names(control=False), progress)
-    paths = [store.write_cost(cost) for cost in costs]
+        costs, paths, table = count_costs(resolved, names, progress), [], count_table
+    else:
+        costs, table = run(resolved, names, progress), measure_table
+        claim_folder(store.study, study)
+        paths = [store.write_cost(cost) for cost in costs]
     if given["as_json"]:
-        return _print_json(costs)
-    if not given["quiet"]:
-        measure_table(costs, _stdout())
+        _print_json(costs)
+    elif not given["quiet"]:
+        table(costs, _stdout())
         _name_files(paths)
-    return None
 
 
 @cli.command()
@@ -159,14 +160,19 @@ def train(no_control: bool, **given: Any) -> None:
     """Train every method at every budget; measures first what is missing."""
     from kdprof.reports.table import print_table
     from kdprof.resolve import ResolvedStudy
+    from kdprof.study import claim_folder
+    from kdprof.train import costs_of
     from kdprof.train import train as run
 
     study, store, progress = _begin(given)
     if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
     resolved = ResolvedStudy(study)
-    _claim(store, study)
-    summary = run(resolved, store, progress, control=not no_control)
+    control = not no_control
+    # First, because it is where a step that cannot fit is refused: nothing is written by then.
+    costs_of(resolved, store, resolved.method_names(control=control), progress)
+    claim_folder(store.study, study)
+    summary = run(resolved, store, progress, control=control)
     if given["as_json"]:
         _print_json(store.runs())
     elif not given["quiet"]:
@@ -217,9 +223,13 @@ def doctor() -> None:
 
 
 def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
-    """Return the study that the options describe, the results folder and where to report."""
+    """Return the study that the options describe, the results folder and where to report.
+
+    Raises:
+        UserError: invalid options, or a results folder of another study.
+    """
     from kdprof.store import Store
-    from kdprof.study import load_study, parse_assignments
+    from kdprof.study import join_study, load_study, parse_assignments
 
     store = Store(given["out"])
     overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
@@ -231,7 +241,9 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
     overrides.update(parse_assignments(given["assignments"]))
     source = given["source"] or (str(store.study) if store.study.is_file() else None)
     progress = _progress(given["quiet"], given["verbose"], given["as_json"])
-    return load_study(source, overrides), store, progress
+    study = load_study(source, overrides)
+    join_study(store.study, study)
+    return study, store, progress
 
 
 def _method_specs(given: tuple[str, ...]) -> list[str]:
@@ -246,12 +258,6 @@ def _method_specs(given: tuple[str, ...]) -> list[str]:
         else:
             specs.append(f"{Path(path).resolve()}{colon}{name}" if colon else spec)
     return specs
-
-
-def _claim(store: Store, study: Study) -> None:
-    from kdprof.study import claim_folder
-
-    claim_folder(store.study, study)
 
 
 def _reports(store: Store, x: str) -> list[Path]:

@@ -14,7 +14,7 @@ from kdprof.reports.conversion import conversion_table
 from kdprof.reports.costs import measure_table
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
-from kdprof.study import claim_folder, load_study
+from kdprof.study import claim_folder, join_study, load_study
 from kdprof.train import costs_of, train
 
 
@@ -22,8 +22,9 @@ def run(out: Path, progress: Progress, console: Console) -> None:
     """Measure, convert, train and plot the ``quickstart`` study into a folder."""
     study = load_study("quickstart", {})
     resolved, store = ResolvedStudy(study), Store(out)
-    claim_folder(store.study, study)
+    join_study(store.study, study)
     costs = costs_of(resolved, store, resolved.method_names(control=True), progress)
+    claim_folder(store.study, study)
     measure_table(list(costs.values()), console)
     for budget in study.budgets:
         conversion_table(budget, convert(parse_budget(budget), costs), console)

@@ -257,34 +257,38 @@ def _fields_at(path: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def claim_folder(file: Path, study: Study) -> Study:
-    """Write the study into a results folder, joined with what is compared there already.
+def join_study(file: Path, study: Study) -> Study:
+    """Return the study joined with what a results folder already compares.
 
     Methods, budgets and seeds add up over calls; everything else must agree.
 
     Args:
-        file: the folder's ``study.toml``.
+        file: the folder's ``study.toml``, which need not exist.
 
     Raises:
         UserError: the folder holds another study.
     """
-    if file.is_file():
-        there = load_study(str(file), {})
-        differing = _differences(there.comparable(), study.comparable())
-        if differing:
-            raise UserError(
-                f"{file.parent} holds another study ({'; '.join(differing)}); use another --out"
-            )
-        study = study.model_copy(
-            update={
-                "methods": list(dict.fromkeys([*there.methods, *study.methods])),
-                "budgets": list(dict.fromkeys([*there.budgets, *study.budgets])),
-                "seeds": max(there.seeds, study.seeds),
-                "method_settings": {**there.method_settings, **study.method_settings},
-            }
+    if not file.is_file():
+        return study
+    there = load_study(str(file), {})
+    differing = _differences(there.comparable(), study.comparable())
+    if differing:
+        raise UserError(
+            f"{file.parent} holds another study ({'; '.join(differing)}); use another --out"
         )
-    write_atomic(file, study.to_toml())
-    return study
+    return study.model_copy(
+        update={
+            "methods": list(dict.fromkeys([*there.methods, *study.methods])),
+            "budgets": list(dict.fromkeys([*there.budgets, *study.budgets])),
+            "seeds": max(there.seeds, study.seeds),
+            "method_settings": {**there.method_settings, **study.method_settings},
+        }
+    )
+
+
+def claim_folder(file: Path, study: Study) -> None:
+    """Write the joined study into a results folder, see :func:`join_study`."""
+    write_atomic(file, join_study(file, study).to_toml())
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -132,13 +132,17 @@ def test_all_problems_at_once(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_crop_larger_than_memory_is_refused_before_it_runs(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", ["measure", "train"])
+def test_crop_larger_than_memory_is_refused_and_leaves_nothing(
+    command, capsys, monkeypatch, tmp_path
+):
     study = small_toml(tmp_path)
     lines = refused(
-        capsys, monkeypatch, "measure", "--study", study, "--out", tmp_path / "out", "-q",
+        capsys, monkeypatch, command, "--study", study, "--out", tmp_path / "out", "-q",
         "--crop", "32768x32768",
     )  # fmt: skip
     assert all("GiB free; lower --crop or --batch" in line for line in lines)
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_folder_of_another_study(capsys, monkeypatch, tmp_path):
@@ -235,9 +239,19 @@ def test_whole_road_as_processes_with_a_method_from_outside(tmp_path):
     converted = kdprof("convert", "4@mykd", "--out", out, "--json")
     assert {c["method"] for c in json.loads(converted.stdout)} == {"none", "mykd"}
     trained = kdprof(
-        "train", "--out", out, "--method", "./mine.py:MyKD", "--budget", "4@mykd", cwd=tmp_path
+        "train",
+        "-v",
+        "--out",
+        out,
+        "--method",
+        "./mine.py:MyKD",
+        "--budget",
+        "4@mykd",
+        cwd=tmp_path,
     )
     assert trained.returncode == 0, trained.stderr
+    assert re.search(r"mykd 4@mykd seed 0: iteration 4: mIoU [\d.]+ %; task [\d.]+", trained.stderr)
+    assert "kd: settled after" in trained.stderr or "kd: had not settled" in trained.stderr
     assert "mykd" in trained.stdout
     runs = {run.method: run for run in Store(out).runs()}
     assert runs.keys() == {"none", "kd", "mykd"}

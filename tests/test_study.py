@@ -76,7 +76,8 @@ def test_missing_file_unknown_preset_and_malformed_toml(tmp_path):
 def test_folder_collects_methods_and_budgets_but_no_other_study(tmp_path):
     file = tmp_path / "out" / "study.toml"
     claim_folder(file, Study(methods=["kd"], budgets=["1h"], seeds=1))
-    joined = claim_folder(file, Study(methods=["cwd"], budgets=["2h"], seeds=3, device="cpu"))
+    claim_folder(file, Study(methods=["cwd"], budgets=["2h"], seeds=3, device="cpu"))
+    joined = load_study(str(file), {})
     assert joined.methods == ["kd", "cwd"]
     assert joined.budgets == ["1h", "2h"]
     assert tomllib.loads(file.read_text())["seeds"] == 3

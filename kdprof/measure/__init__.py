@@ -51,6 +51,9 @@ def measure(study: ResolvedStudy, names: list[str], progress: Progress) -> list[
     with progress.task("latency", study.study.measure.rounds) as advance:
         rounds, stopped = time_rounds(timers, study.study.measure, advance)
     after = study.hardware.state()
+    for name, timer in timers.items():
+        settled = "settled" if timer.samples.settled else "had not settled"
+        progress.detail(f"{name}: {settled} after {timer.samples.warmup_steps} warm-up steps")
     session = uuid.uuid4().hex[:12]
     hardware = {"name": study.hardware.name, "before": before, "after": after}
     timing = {

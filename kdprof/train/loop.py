@@ -97,8 +97,9 @@ class TrainingRun:
             self._save_record()
             for stop in (s for s in self._stops if s not in self._evaluated):
                 self._train_until(stop, advance)
-                self._evaluate()
+                point = self._evaluate()
                 self._checkpoint()
+                progress.detail(f"{label}: {_told(point)}")
         return self.run
 
     def _resume(self, progress: Progress) -> None:
@@ -172,7 +173,7 @@ class TrainingRun:
             )
         return losses
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> CurvePoint:
         began = time.perf_counter()
         found = evaluate(
             self.step.student,
@@ -200,6 +201,7 @@ class TrainingRun:
                 "best_miou": max(found.miou, self.run.best_miou or 0.0),
             }
         )
+        return point
 
     def _checkpoint(self) -> None:
         """Save everything, then the record; the time it takes is booked apart."""
@@ -227,3 +229,8 @@ class TrainingRun:
             }
         )
         write_record(self.folder.record, self.run)
+
+
+def _told(point: CurvePoint) -> str:
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in point.losses.items())
+    return f"iteration {point.iteration}: mIoU {100 * point.miou:.2f} %; {losses}"
