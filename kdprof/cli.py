@@ -161,7 +161,7 @@ def train(no_control: bool, **given: Any) -> None:
     from kdprof.reports.table import print_table
     from kdprof.resolve import ResolvedStudy
     from kdprof.study import claim_folder
-    from kdprof.train import costs_of
+    from kdprof.train import check_runs, costs_of
     from kdprof.train import train as run
 
     study, store, progress = _begin(given)
@@ -169,8 +169,10 @@ def train(no_control: bool, **given: Any) -> None:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
     resolved = ResolvedStudy(study)
     control = not no_control
+    names = resolved.method_names(control=control)
+    check_runs(resolved, store, names)
     # First, because it is where a step that cannot fit is refused: nothing is written by then.
-    costs_of(resolved, store, resolved.method_names(control=control), progress)
+    costs_of(resolved, store, names, progress)
     claim_folder(store.study, study)
     summary = run(resolved, store, progress, control=control)
     if given["as_json"]:

@@ -299,7 +299,14 @@ def _methods_in(module: Any, origin: str) -> list[Found]:
 
 
 def _source_hash(module: Any) -> str:
-    return sha256(Path(module.__file__).read_bytes()).hexdigest()
+    """Return the hash of the code that a method is made of.
+
+    Built-in methods share parts, so all their files count; of any other, its own file.
+    """
+    path = Path(module.__file__)
+    builtin = module.__name__.startswith("kdprof.methods.")
+    files = sorted(path.parent.glob("*.py")) if builtin else [path]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _method_from_file(path: Path, cls_name: str) -> Found:

@@ -73,6 +73,12 @@ def test_finished_runs_are_left_alone(trained):
     assert {p: p.stat().st_mtime_ns for p in trained.root.rglob("*.pt")} == before
 
 
+def test_finished_run_with_other_settings_is_not_taken_for_this_one(trained):
+    changes = {"method_settings.kd.temperature": 4.0}
+    with pytest.raises(UserError, match=r"runs/kd/3/0 was trained with other method settings"):
+        train_small(trained.root, budgets=["3"], methods=["kd"], **changes)
+
+
 def test_teacher_is_trained_once_and_reported_apart(trained):
     run = trained.teacher_run()
     assert run.finished

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kdprof.budget import convert, parse_budget
 from kdprof.device import versions
-from kdprof.errors import KdprofError
+from kdprof.errors import KdprofError, UserError
 from kdprof.measure import measure
 from kdprof.models import SegmentationNetwork
 from kdprof.progress import Progress
@@ -54,6 +54,7 @@ def train(
         Interrupted: a signal came; everything is saved.
     """
     names = study.method_names(control=control)
+    check_runs(study, store, names)
     costs = costs_of(study, store, names, progress)
     cells = _cells(study, names, costs)
     summary = Summary()
@@ -76,6 +77,24 @@ def train(
         summary.finished.append(run)
         progress.say(f"{label}: {_outcome(run)}")
     return summary
+
+
+def check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
+    """Refuse a folder whose runs were made under other conditions than this study would make.
+
+    Raises:
+        UserError: runs of the named methods had other settings, another device or other versions.
+    """
+    problems = [
+        f"{folder.path} was trained with other method settings, on another device or with other "
+        "versions; use another --out, or delete it to train it again"
+        for folder in store.run_folders()
+        if (run := folder.read_run()) is not None
+        and run.method in names
+        and run.cost_key != study.cost_key(run.method)
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def costs_of(
