@@ -196,12 +196,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def configure_backends(precision: str) -> None:
+def configure_backends(device: torch.device, precision: str) -> None:
     """Set torch's global switches the way every measured and trained step has them.
 
     fp32 means float32: torch lets cuDNN use TF32 by default. cuDNN may search for the fastest
     kernels, because shapes do not change during a run.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams belong to the current device
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"

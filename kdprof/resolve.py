@@ -46,7 +46,7 @@ class ResolvedStudy:
         if problems:
             raise UserError(*dict.fromkeys(problems))
         self._check_crop()
-        configure_backends(study.step.precision)
+        configure_backends(self.device, study.step.precision)
 
     def _find_methods(self, problems: list[str]) -> dict[str, Found]:
         """Return the study's methods, those its budgets name, and the controls."""
