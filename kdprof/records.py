@@ -134,7 +134,7 @@ class Run(Record):
     flop: float | None
     energy_j: float | None
     cost_key: str | None
-    """The Cost the budget was converted with; None for a budget in plain iterations."""
+    """The Cost the budget was converted with; None for the teacher."""
     finished: bool
     unavailable: dict[str, str] = {}
     versions: dict[str, str]

@@ -32,6 +32,7 @@ from .results import (
     device_count,
     device_text,
     drifted,
+    in_iterations,
     is_cpu,
     run_name,
     shortened,
@@ -463,7 +464,7 @@ def notes(results: Results, axis: XAxis) -> list[str]:
     if bad := results.unreliable():
         named = shortened(sorted({cost.method for cost in bad}))
         found.append(f"†\u00a0planned with a cost marked unreliable: {named}; table.md says why.")
-    if plain := sorted({run.budget for run in results.finished if run.cost_key is None}):
+    if plain := sorted({run.budget for run in results.finished if in_iterations(run)}):
         found.append(f"Budgets in plain iterations, compute not matched: {shortened(plain)}.")
     if without := [run for run in results.finished if axis.of(run) is None]:
         named = shortened([run_name(run) for run in without])

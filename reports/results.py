@@ -154,3 +154,8 @@ def shortened(names: Sequence[str]) -> str:
 def count(number: int, noun: str) -> str:
     """Return ``1 seed`` or ``3 seeds``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def in_iterations(run: Run) -> bool:
+    """Say whether a run's budget is plain iterations (``40k``), which match no compute."""
+    return re.fullmatch(r"[\d.]+(e\+?\d+)?\s*[kM]?", run.budget) is not None

@@ -25,6 +25,7 @@ from .results import (
     count,
     device_text,
     drifted,
+    in_iterations,
     run_name,
     study_text,
 )
@@ -127,7 +128,7 @@ def matched(run: Run) -> str:
         return "FLOP"
     if re.search(r"(J|Wh)$", run.budget):
         return "energy"
-    return "iterations" if run.cost_key is None else "wall-clock"
+    return "iterations" if in_iterations(run) else "wall-clock"
 
 
 def _delta(results: Results, group: list[Run], missing: dict[str, str]) -> Estimate | None:

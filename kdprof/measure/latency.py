@@ -6,6 +6,7 @@ are formed round by round.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -96,11 +97,16 @@ class Timer:
     def time_with_loader(self, count: int, first: int) -> None:
         """Time ``count`` iterations with the real loader in steady state, as one block.
 
-        Loader processes have a full queue when the block begins; it is drained untimed.
+        Loader processes have a full queue when the block begins; it is drained untimed. They
+        deliver in bunches, so the block is whole bunches long, and the stream goes on past its end,
+        or they would stop working inside it.
         """
-        ahead = 1 + PREFETCHED * self.batches.workers
-        batches = self.batches.iterate(first, first + ahead + count)
-        self._iterate(batches, ahead)
+        workers = self.batches.workers
+        queued = PREFETCHED * workers
+        if workers:
+            count = workers * math.ceil(max(count, 2 * workers) / workers)
+        batches = self.batches.iterate(first, first + 1 + queued + count + queued)
+        self._iterate(batches, 1 + queued)
         began = time.perf_counter()
         self._iterate(batches, count)
         self.samples.end_to_end_s.append([(time.perf_counter() - began) / count])

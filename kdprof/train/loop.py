@@ -100,6 +100,7 @@ class TrainingRun:
                 point = self._evaluate()
                 self._checkpoint()
                 progress.detail(f"{label}: {_told(point)}")
+                self._leave_if_asked()
         return self.run
 
     def _resume(self, progress: Progress) -> None:
@@ -111,8 +112,11 @@ class TrainingRun:
             self.done = state["iteration"]
             self.losses = state["losses"]
             self.run = Run.model_validate(state["run"])
-        curve = self._forget(self.folder.curve, self.folder.read_curve())
-        self._evaluated = {point.iteration for point in curve}
+            self._evaluated = set(state["evaluated"])
+        # An evaluation that the checkpoint does not know is made again, the one at its own
+        # iteration too: its score is not in the record.
+        curve = [p for p in self.folder.read_curve() if p.iteration in self._evaluated]
+        self._forget(self.folder.curve, curve)
         for entry in self._forget(self.folder.ledger, self.folder.read_ledger()):
             self.spent_s[entry.kind] += entry.seconds
 
@@ -209,6 +213,7 @@ class TrainingRun:
         state = {
             "iteration": self.done,
             "losses": self.losses,
+            "evaluated": sorted(self._evaluated),
             "run": self.run.model_dump(mode="json", by_alias=True),
             "step": self.step.state_dict(),
         }
