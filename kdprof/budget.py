@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdprof.errors import UserError
-from kdprof.records import Cost
-from kdprof.stats import ratio_interval
+from kdprof.records import Cost, Interval
+from kdprof.stats import Numbers, product_of, ratio_of
 
 Unit = Literal["iterations", "s", "flop", "J"]
 
@@ -116,34 +116,32 @@ def convert(budget: Budget, costs: Mapping[str, Cost]) -> list[Conversion]:
 def _convert_one(budget: Budget, method: str, cost: Cost, costs: Mapping[str, Cost]) -> Conversion:
     exact, low, high = _iterations(budget, cost, costs)
     iterations = round(exact)
+    seconds, *_ = seconds_per_iteration(cost, costs)
     if iterations < 1:
         raise UserError(
             f"budget '{budget.text}' is smaller than one iteration of '{method}' "
-            f"({cost.seconds_per_iteration().median:.3g} s); give more"
+            f"({seconds:.3g} s); give more"
         )
     return Conversion(
         method,
         iterations,
         round(low),
         round(high),
-        iterations * cost.seconds_per_iteration().median,
+        iterations * seconds,
         _equal_flop(budget, cost, costs),
     )
 
 
-def _iterations(
-    budget: Budget, cost: Cost, costs: Mapping[str, Cost]
-) -> tuple[float, float, float]:
+def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
     amount = budget.amount
     if budget.method:
-        reference = costs[budget.method]
-        ratio, low, high = _cost_ratio(reference, cost)
+        ratio, low, high = _cost_ratio(costs[budget.method], cost)
         return amount * ratio, amount * low, amount * high
     if budget.unit == "iterations":
         return amount, amount, amount
     if budget.unit == "s":
-        per = cost.seconds_per_iteration()
-        return amount / per.median, amount / per.high, amount / per.low
+        per, low, high = seconds_per_iteration(cost, costs)
+        return amount / per, amount / high, amount / low
     if budget.unit == "flop":
         if cost.flop is None:
             raise UserError(_missing(budget, cost, "flop"))
@@ -163,15 +161,29 @@ def _missing(budget: Budget, cost: Cost, field: str) -> str:
     )
 
 
-def _cost_ratio(above: Cost, below: Cost) -> tuple[float, float, float]:
-    """Return seconds per iteration of ``above`` over ``below``, with its interval."""
-    if above.key == below.key and above.method == below.method:
+def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
+    """Return (seconds, low, high) that an iteration takes from a run's clock.
+
+    Where the reference's own Cost is at hand, its seconds times the method's ratio to it: each
+    method was measured beside the reference, at its own time, so that only ratios compare.
+    """
+    ratio = cost.ratio_per_iteration()
+    reference = costs.get(ratio.to)
+    if reference is None or reference is cost:
+        return _numbers(cost.seconds_per_iteration())
+    return product_of(_numbers(reference.seconds_per_iteration()), _numbers(ratio))
+
+
+def _numbers(interval: Interval) -> Numbers:
+    return interval.median, interval.low, interval.high
+
+
+def _cost_ratio(above: Cost, below: Cost) -> Numbers:
+    """Return seconds per iteration of ``above`` over ``below``, with its interval: the ratio of
+    their ratios to the reference, each paired round by round with its own."""
+    if above is below:
         return 1.0, 1.0, 1.0
-    looped = above.end_to_end_s is not None and below.end_to_end_s is not None
-    top = above.end_to_end_samples_s if looped else above.samples_s
-    bottom = below.end_to_end_samples_s if looped else below.samples_s
-    paired = above.session == below.session and len(top) == len(bottom)
-    return ratio_interval(top, bottom, paired=paired)
+    return ratio_of(_numbers(above.ratio_per_iteration()), _numbers(below.ratio_per_iteration()))
 
 
 def _equal_flop(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kdprof.study import Study
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_FILE = click.Path(path_type=Path)
 DEFAULT_OUT = "kdprof-out"
 DEMO_OUT = "kdprof-demo"
 
@@ -72,6 +74,17 @@ _STUDY_KEYS = {
     "batch": "step.batch",
     "crop": "step.crop",
 }
+_MEASURE_KEYS = {
+    "precision_target": "measure.precision_target",
+    "max_time": "measure.max_time_s",
+    "in_process": "measure.in_process",
+}
+
+
+class Slower(KdprofError):
+    """A measurement that is worse than its baseline."""
+
+    exit_code = 3
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -98,31 +111,159 @@ def methods(name: str | None) -> None:
         print_method(find_method(name), _stdout())
 
 
+_measuring = _options(
+    click.option("--precision-target", type=float, help="Stop at ratios this precise: 0.01 = 1 %."),
+    click.option(
+        "--max-time", type=float, metavar="SECONDS", help="... or after this, per method."
+    ),
+    click.option("--in-process", is_flag=True, help="No process per method: for debugging."),
+    click.option("--count-only", is_flag=True, help="Count at full size; run and store nothing."),
+    click.option("--modules", is_flag=True, help="With --count-only: FLOP by module, with fvcore."),
+    click.option("--step", "steps", multiple=True, metavar="FILE.py:FUNC", help="Anybody's step."),
+    click.option("--baseline", type=_FILE, help="Compare with these Costs; exit 3 where slower."),
+    click.option("--trace", type=_FILE, help="Write a Chrome trace of two steps."),
+    click.option("--memory-timeline", type=_FILE, help="Write the CUDA allocator's history."),
+)
+
+
 @cli.command()
 @_study
-@click.option("--count-only", is_flag=True, help="Count FLOP at full size; run and store nothing.")
-def measure(count_only: bool, **given: Any) -> None:
+@_measuring
+def measure(count_only: bool, modules: bool, steps: tuple[str, ...], **given: Any) -> None:
     """Measure what one training step of each method costs on this device."""
-    from kdprof.measure import count_costs
+    if steps:
+        _measure_steps(steps, given, count_only or modules)
+    elif count_only:
+        _count(given, modules)
+    elif modules:
+        raise UserError("--modules counts without running; add --count-only")
+    else:
+        _measure(given)
+
+
+def _measure(given: dict[str, Any]) -> None:
+    from kdprof.measure import check_files
     from kdprof.measure import measure as run
-    from kdprof.reports.costs import count_table, measure_table
-    from kdprof.resolve import ResolvedStudy
+    from kdprof.measure.session import Files
+    from kdprof.resolve import REFERENCE, ResolvedStudy
     from kdprof.study import claim_folder
 
+    baseline = _baseline(given)
     study, store, progress = _begin(given)
     resolved = ResolvedStudy(study)
+    files = Files(given["trace"], given["memory_timeline"])
+    check_files(resolved, files)
     names = resolved.method_names(control=False)
-    if count_only:
-        costs, paths, table = count_costs(resolved, names, progress), [], count_table
-    else:
-        costs, table = run(resolved, names, progress), measure_table
+    if store.read_cost(REFERENCE, resolved.cost_key(REFERENCE)) is None:
+        names = list(dict.fromkeys([REFERENCE, *names]))
+    measured = run(resolved, names, progress, files)
+    if measured.costs:
         claim_folder(store.study, study)
-        paths = [store.write_cost(cost) for cost in costs]
+    paths = [store.write_cost(cost) for cost in measured.costs]
+    _show_costs(measured.costs, given, paths)
+    _judge(baseline, measured.costs, given)
+    if measured.failures:
+        raise KdprofError(measured.summary())
+
+
+def _count(given: dict[str, Any], modules: bool) -> None:
+    from kdprof.measure import count_costs
+    from kdprof.reports.costs import count_table
+    from kdprof.resolve import REFERENCE, ResolvedStudy
+
+    study, _, progress = _begin(given)
+    resolved = ResolvedStudy(study)
+    names = list(dict.fromkeys([REFERENCE, *resolved.method_names(control=False)]))
+    measured = count_costs(resolved, names, progress, modules=modules)
+    if given["as_json"]:
+        _print_json(measured.costs)
+    elif not given["quiet"]:
+        count_table(measured.costs, _stdout(), detail=given["verbose"])
+    if measured.failures:
+        raise KdprofError(measured.summary())
+
+
+def _measure_steps(steps: tuple[str, ...], given: dict[str, Any], counting: bool) -> None:
+    """Measure the steps that files make; the study's options do not apply to them."""
+    from kdprof.measure.callables import StepSource, measure_files
+    from kdprof.store import Store
+
+    apart = [f"--{o}" for o in ("methods", "source", "student", "teacher", "data", "batch", "crop")]
+    taken = [option for option in apart if given[option[2:]]]
+    taken += [f"--{o}".replace("_", "-") for o in ("trace", "memory_timeline") if given[o]]
+    if taken or counting:
+        told = ", ".join(taken) or "--count-only"
+        raise UserError(f"--step measures a step as it is made: {told} cannot apply; leave it out")
+    baseline = _baseline(given)
+    progress = _progress(given["quiet"], given["verbose"], given["as_json"])
+    costs, failures = measure_files(
+        [StepSource.parse(spec) for spec in steps],
+        device=given["device"] or "auto",
+        precision=given["precision"] or "fp32",
+        settings=_measure_settings(given),
+        progress=progress,
+    )
+    store = Store(given["out"])
+    paths = [store.write_step_cost(cost) for cost in costs]
+    _show_costs(costs, given, paths)
+    _judge(baseline, costs, given)
+    if failures:
+        raise KdprofError("\n".join(f"step '{name}': {why}" for name, why in failures.items()))
+
+
+def _measure_settings(given: dict[str, Any]) -> Any:
+    from kdprof.study import load_study
+
+    overrides = {k: given[o] for o, k in _MEASURE_KEYS.items() if given[o]}
+    return load_study(None, overrides).measure
+
+
+def _show_costs(costs: list[Any], given: dict[str, Any], paths: list[Path]) -> None:
+    from kdprof.reports.costs import measure_table
+
     if given["as_json"]:
         _print_json(costs)
-    elif not given["quiet"]:
-        table(costs, _stdout())
+    elif costs and not given["quiet"]:
+        measure_table(costs, _stdout(), detail=given["verbose"])
         _name_files(paths)
+
+
+def _baseline(given: dict[str, Any]) -> list[Any] | None:
+    """Read the baseline first: a file that cannot be read is found before anything is measured."""
+    from kdprof.comparison import read_costs
+
+    return None if given["baseline"] is None else read_costs(given["baseline"])
+
+
+def _judge(baseline: list[Any] | None, costs: list[Any], given: dict[str, Any]) -> None:
+    """Compare with the baseline, where one was given.
+
+    Raises:
+        Slower: a method takes longer than it did.
+    """
+    if baseline is None:
+        return
+    from kdprof.comparison import compare as run
+    from kdprof.reports.comparison import comparison_table
+
+    comparison = run(baseline, costs)
+    if not given["quiet"] and not given["as_json"]:
+        comparison_table(comparison, _stdout())
+    slower = [row.method for row in comparison.rows if row.verdict == "slower"]
+    if slower:
+        raise Slower(f"slower than the baseline: {', '.join(slower)}")
+
+
+@cli.command()
+@click.argument("old", type=_FILE)
+@click.argument("new", type=_FILE)
+def compare(old: Path, new: Path) -> None:
+    """Compare the Costs in OLD with those in NEW: record files, or folders of results."""
+    from kdprof.comparison import compare as run
+    from kdprof.comparison import read_costs
+    from kdprof.reports.comparison import comparison_table
+
+    comparison_table(run(read_costs(old), read_costs(new)), _stdout())
 
 
 @cli.command()
@@ -161,7 +302,7 @@ def train(no_control: bool, **given: Any) -> None:
     from kdprof.reports.table import print_table
     from kdprof.resolve import ResolvedStudy
     from kdprof.study import claim_folder
-    from kdprof.train import check_runs, costs_of
+    from kdprof.train import prepare
     from kdprof.train import train as run
 
     study, store, progress = _begin(given)
@@ -170,11 +311,10 @@ def train(no_control: bool, **given: Any) -> None:
     resolved = ResolvedStudy(study)
     control = not no_control
     names = resolved.method_names(control=control)
-    check_runs(resolved, store, names)
     # First, because it is where a step that cannot fit is refused: nothing is written by then.
-    costs_of(resolved, store, names, progress)
+    prepared = prepare(resolved, store, names, progress)
     claim_folder(store.study, study)
-    summary = run(resolved, store, progress, control=control)
+    summary = run(resolved, store, progress, control=control, prepared=prepared)
     if given["as_json"]:
         _print_json(store.runs())
     elif not given["quiet"]:
@@ -235,6 +375,7 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
 
     store = Store(given["out"])
     overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
+    overrides |= {k: given[o] for o, k in _MEASURE_KEYS.items() if given.get(o)}
     for key in ("methods", "budgets"):
         if given.get(key):
             overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])
@@ -296,6 +437,7 @@ def _name_files(paths: list[Path]) -> None:
 def main() -> None:
     """Run the command line; every failure is one line unless ``--debug`` asks for more."""
     if "--debug" in sys.argv:
+        os.environ["KDPROF_DEBUG"] = "1"  # for the processes that measure
         sys.exit(cli(standalone_mode=False))
     try:
         sys.exit(cli(standalone_mode=False))

@@ -15,7 +15,7 @@ from kdprof.reports.costs import measure_table
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
 from kdprof.study import claim_folder, join_study, load_study
-from kdprof.train import costs_of, train
+from kdprof.train import prepare, train
 
 
 def run(out: Path, progress: Progress, console: Console) -> None:
@@ -23,12 +23,13 @@ def run(out: Path, progress: Progress, console: Console) -> None:
     study = load_study("quickstart", {})
     resolved, store = ResolvedStudy(study), Store(out)
     join_study(store.study, study)
-    costs = costs_of(resolved, store, resolved.method_names(control=True), progress)
+    prepared = prepare(resolved, store, resolved.method_names(control=True), progress)
+    costs = prepared.costs
     claim_folder(store.study, study)
     measure_table(list(costs.values()), console)
     for budget in study.budgets:
         conversion_table(budget, convert(parse_budget(budget), costs), console)
-    train(resolved, store, progress)
+    train(resolved, store, progress, prepared=prepared)
     paths = [*curves.render(store), *table.render(store), *cost_report.render(store)]
     table.print_table(store, console)
     for path in [store.study, *paths]:

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdprof.device import find_device, hardware_of, versions
+from kdprof.device import find_device, installed_version, versions
+from kdprof.hardware import HARMLESS_CLOCK_REASONS, Hardware, hardware_of
+from kdprof.measure.clock import clock_of
 from kdprof.measure.memory import available_bytes
+
+PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
+LEAST_SHARED_BYTES = 512 * 2**20
+"""Eight batches of 16 images of 512 x 1024 with labels are 256 MiB; containers often get 64."""
+LEAST_OPEN_FILES = 1024
+"""Loader processes pass each tensor through an open file."""
+FIELD_COSTS = {
+    "sm_clock_mhz": "a wandering clock is not noticed",
+    "throttle_reasons": "throttling is not noticed: a throttled measurement counts as reliable",
+    "other_processes": "strangers on the GPU are not noticed",
+    "power_w": "the energy of a step has no cross-check",
+    "cpu_busy_s": "other processes' work is not noticed",
+    "own_cpu_s": "other processes' work is not noticed",
+}
+"""What a reading is for. Those that are not here are recorded only."""
+RECORDED_ONLY = "missing from the record"
+NOT_SHOWN = {"time_s", "other_process_count", "memory_available_bytes", "unavailable"}
+COUNTERS = {"cpu_busy_s", "own_cpu_s"}
+"""Not shown: the hour, what another row tells; and counters, unless they are missing."""
 
 
 @dataclass(frozen=True)
@@ -22,36 +47,141 @@ class Finding:
     costs: str = ""
 
 
-def findings() -> list[Finding]:
-    """Look at this machine."""
-    device = find_device("auto")
-    hardware = hardware_of(device)
-    memory = available_bytes(device)
-    found = [Finding(name, value) for name, value in versions().items()]
-    found += [
+def findings(device: torch.device, hardware: Hardware) -> list[Finding]:
+    """Look at this machine.
+
+    Args:
+        device: the one that ``--device auto`` means.
+        hardware: of that device.
+    """
+    packages = {**versions(), **{name: installed_version(name) for name in PACKAGES}}
+    return [
+        *(Finding(name, version) for name, version in packages.items()),
         Finding("device", f"{device}: {hardware.name}"),
+        _gpu(device),
+        *_readings(hardware.state()),
+        _energy(hardware),
+        Finding("clock", clock_of(device).name),
+        _allocator(device),
+        _process_peak(),
+        _free_memory(device),
         Finding("CPU cores", str(os.cpu_count())),
-        Finding("free memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"),
-        _gpu(),
+        _shared_memory(Path("/dev/shm")),
+        _open_files(),
+        _resume(device),
+        _compiler(),
     ]
-    found += [
-        Finding(key, str(value) if value is not None else "not readable")
-        for key, value in hardware.state().items()
-    ]
-    found.append(Finding("energy", "not measured", hardware.energy_unavailable()))
-    return found
 
 
-def _gpu() -> Finding:
-    if torch.cuda.is_available():
-        return Finding("GPU", torch.cuda.get_device_name(0))
-    reason = "torch has no CUDA" if torch.version.cuda is None else "no driver or no GPU"
-    return Finding("GPU", f"none ({reason})", "times are a CPU's: ranks may differ on a GPU")
+def _gpu(device: torch.device) -> Finding:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        count = torch.cuda.device_count()
+        return Finding("GPU", f"compute capability {major}.{minor}, {count} in this machine")
+    reason = "torch is built without CUDA" if torch.version.cuda is None else "no driver or no GPU"
+    return Finding("GPU", f"none: {reason}", "times are a CPU's; methods may rank otherwise on one")
+
+
+def _readings(state: dict[str, Any]) -> list[Finding]:
+    """Return one row for each reading; one for all where not a single one could be had."""
+    reasons = state.get("unavailable", {})
+    shown = [
+        name
+        for name, value in state.items()
+        if name not in NOT_SHOWN and (value is None or name not in COUNTERS)
+    ]
+    if all(name in reasons for name in shown):
+        cost = "throttling, clocks, strangers and energy are not seen"
+        return [Finding("state of the device", f"none: {reasons[shown[0]]}", cost)]
+    return [
+        Finding(name, f"none: {reasons[name]}", FIELD_COSTS.get(name, RECORDED_ONLY))
+        if name in reasons
+        else Finding(name, _text(name, state[name]))
+        for name in shown
+    ]
+
+
+def _text(name: str, value: Any) -> str:
+    if name == "throttle_reasons":
+        harmful = [reason for reason in value if reason not in HARMLESS_CLOCK_REASONS]
+        return ", ".join(value) + (" (it is slowed down now)" if harmful else "") or "none"
+    if name == "other_processes":
+        held = sum(process["memory_bytes"] or 0 for process in value)
+        return f"{len(value)}, {held / 2**30:.1f} GiB" if value else "none"
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.1f} GiB"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _energy(hardware: Hardware) -> Finding:
+    meter = hardware.energy_meter()
+    if meter.reason is None:
+        return Finding("energy", meter.source)
+    return Finding("energy", f"none: {meter.reason}", "no energy per step, no budgets in joules")
+
+
+def _allocator(device: torch.device) -> Finding:
+    if device.type == "cuda":
+        return Finding("allocator statistics", "torch's CUDA allocator")
+    cost = "memory is the process's resident set, Python and torch included"
+    return Finding("allocator statistics", "none: a CPU has no caching allocator", cost)
+
+
+def _process_peak() -> Finding:
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        return Finding("peak of the process", "can be reset for each phase")
+    cost = "no memory of a step on a CPU"
+    return Finding("peak of the process", "cannot be reset on this system", cost)
+
+
+def _free_memory(device: torch.device) -> Finding:
+    free = available_bytes(device)
+    if free is None:
+        return Finding("free memory", "unknown", "a step that cannot fit is not refused beforehand")
+    return Finding("free memory", f"{free / 2**30:.1f} GiB on {device}")
+
+
+def _shared_memory(folder: Path) -> Finding:
+    """Look at what loader processes hand their batches over in."""
+    if not folder.exists():
+        return Finding(str(folder), "not on this system")
+    free = shutil.disk_usage(folder).free
+    cost = "loader processes may die; data_settings.workers = 0, or docker run --shm-size=2g"
+    found = f"{free / 2**20:.0f} MiB free"
+    return Finding(str(folder), found, cost if free < LEAST_SHARED_BYTES else "")
+
+
+def _open_files() -> Finding:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return Finding("open files", "no limit")
+    cost = "loader processes may fail; raise it with ulimit -n" if most < LEAST_OPEN_FILES else ""
+    return Finding("open files", f"at most {most}", cost)
+
+
+def _resume(device: torch.device) -> Finding:
+    if device.type == "cpu":
+        return Finding("resumed training", "the same as an uninterrupted one")
+    cost = "a resumed run is another of the same distribution, not the same numbers"
+    return Finding("resumed training", "differs by rounding: CUDA adds in any order", cost)
+
+
+def _compiler() -> Finding:
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    paths = [path for path in map(shutil.which, names) if path]
+    if paths:
+        return Finding("torch.compile", f"possible: {paths[0]}")
+    return Finding(
+        "torch.compile", "none: no C++ compiler", "a step that calls torch.compile fails"
+    )
 
 
 def print_findings(console: Console) -> None:
-    """Print the findings as a table."""
-    table = Table("what", "found", "what that costs you")
-    for finding in findings():
+    """Print the findings about the device that ``--device auto`` means as a table."""
+    device = find_device("auto")
+    table = Table("what", "found", "what that costs you", box=None, pad_edge=False)
+    for finding in findings(device, hardware_of(device)):
         table.add_row(finding.what, finding.found, finding.costs)
     console.print(table)

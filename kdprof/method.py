@@ -305,7 +305,12 @@ def _source_hash(module: Any) -> str:
     """
     path = Path(module.__file__)
     builtin = module.__name__.startswith("kdprof.methods.")
-    files = sorted(path.parent.glob("*.py")) if builtin else [path]
+    return source_hash(path.parent, ("*.py",) if builtin else (path.name,))
+
+
+def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Return the hash of the files in ``folder`` that match any of the patterns."""
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

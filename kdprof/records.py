@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 1
-
 
 class Record(BaseModel):
     """Base of everything stored: unknown keys are refused, so an old reader fails loudly."""
@@ -37,15 +35,56 @@ class Flop(Record):
     """Matrix FLOP of one step (convolutions and matrix products; 1 multiply-add = 2 FLOP).
 
     teacher, student and objective are forward; backward is everything the backward passes do;
-    auxiliary is the second optimiser's phase, forward and backward.
+    auxiliary is the second optimiser's phase, forward and backward. The parts are None of a step
+    that is not kdprof's own: nobody knows where one ends there.
     """
 
-    teacher: float
-    student: float
-    objective: float
-    backward: float
-    auxiliary: float
+    teacher: float | None
+    student: float | None
+    objective: float | None
+    backward: float | None
+    auxiliary: float | None
     total: float
+
+
+class TermCost(Record):
+    """What one term of the objective costs: its forward and its own share of the backward.
+
+    Work that several terms need is shared out equally among them.
+    """
+
+    weight: float
+    forward_flop: float
+    backward_flop: float
+    """Matrix FLOP."""
+    bytes_moved: float
+    forward_s: float | None
+    backward_s: float | None
+
+
+OperationKind = Literal[
+    "matrix", "elementwise", "reduction", "softmax", "normalisation", "resize", "pooling",
+    "gather", "copy", "optimizer", "uncounted",
+]  # fmt: skip
+"""What a torch operator does. ``uncounted``: no formula knows it."""
+
+
+class Operation(Record):
+    """One operator within one phase of a step, all its calls together."""
+
+    phase: str
+    name: str
+    """As torch calls it: ``aten.convolution``."""
+    kind: OperationKind
+    calls: int
+    matrix_flop: float
+    other_flop: float | None
+    """Arithmetic outside matrix products, by the table in docs/measuring.md; None where no formula
+    knows the operator."""
+    bytes_read: float
+    bytes_written: float
+    seconds: float | None
+    """Share of the phase's measured seconds; None where the step was counted, not run."""
 
 
 class Memory(Record):
@@ -54,32 +93,112 @@ class Memory(Record):
     peak_allocated: int | None
     peak_reserved: int | None
     process: int | None
+    phases: dict[str, int] | None
+    """Peak within each phase: allocated on a GPU, resident set of the process on a CPU."""
+
+
+class Energy(Record):
+    """How ``energy_j`` was measured."""
+
+    source: str
+    """The counter that was read."""
+    window_s: float
+    steps: int
+    counter_period_s: float
+    """How often the counter moves; a window is at least ten of these."""
+    idle_w: float | None
+    """Power before the steps ran; it is part of ``energy_j``."""
+    power_integral_j: float | None
+    """Energy per step by integrating sampled power instead: a cross-check."""
+
+
+class Ceilings(Record):
+    """What the device reaches here, measured in place, not a datasheet's."""
+
+    matmul_flop_per_s: float
+    copy_bytes_per_s: float
+    """Bytes read plus bytes written."""
+    precision: str
+
+
+class PhaseBound(Record):
+    """What bounds one phase, by the roofline of the measured ceilings."""
+
+    matrix_flop: float
+    bytes_moved: float
+    intensity: float | None
+    """Matrix FLOP per byte; None where nothing is moved."""
+    ceiling_share: float
+    """Time the roofline allows divided by the time measured: 1 = at the ceiling."""
+    bound: Literal["compute", "memory", "overhead"]
+    """overhead: under a third of the measured time is explained by either ceiling."""
+
+
+class Canary(Record):
+    """A fixed kernel timed between the blocks: what the machine itself did meanwhile."""
+
+    median_s: float
+    drift: float
+    """Largest relative change between quarters of the measurement."""
+    steady: bool
+    """False where that change exceeds the precision target and is no noise."""
+    samples_s: list[float]
+
+
+class Outlier(Record):
+    """A sample far above the others. It stays in the samples."""
+
+    round: int
+    step: int
+    seconds: float
+    times_median: float
+    cause: str
+    """``unknown`` where nothing was seen."""
 
 
 class Cost(Record):
     """What one TrainStep of a method costs on one device."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[2] = Field(default=2, alias="schema")
     method: str
     device: str
     key: str
     """Hash of everything that changes the cost."""
     session: str
-    """Costs measured in the same interleaved rounds share it; their samples are paired."""
+    """The process that measured it; samples of one session are paired round by round."""
     latency_s: Interval | None
     ratio: Ratio | None
     end_to_end_s: Interval | None
     """Seconds per iteration with the real loader."""
+    end_to_end_ratio: Ratio | None
     samples_s: list[list[float]]
     """Step latencies, one list per round."""
-    end_to_end_samples_s: list[list[float]]
+    reference_samples_s: list[list[float]]
+    """Step latencies of the method ``ratio.to``, taken in turn with these."""
+    end_to_end_samples_s: list[float]
+    """One per round."""
+    reference_end_to_end_samples_s: list[float]
+    outliers: list[Outlier]
+    canary: Canary | None
     phases_s: dict[str, float] | None
     """Seconds of each phase: its mean share of the timed steps times the median step, so that the
     phases add up to ``latency_s.median``."""
+    terms: dict[str, TermCost] | None
     flop: Flop | None
+    modules_flop: dict[str, dict[str, float]] | None
+    """Forward matrix FLOP of ``student`` and ``teacher`` by module, as fvcore counts them."""
+    operations: list[Operation] | None
     bytes_moved: float | None
+    hidden_cost: float | None
+    """Hidden-cost index: the share of the step's time that its matrix FLOP do not explain at the
+    reference's seconds per FLOP. Negative where they promise more time than is taken."""
+    ceilings: Ceilings | None
+    bounds: dict[str, PhaseBound] | None
+    mfu: float | None
+    """Model FLOP utilisation: FLOP per second over the device's published peak."""
     memory_bytes: Memory
     energy_j: float | None
+    energy: Energy | None
     reliable: bool
     warnings: list[str]
     unavailable: dict[str, str]
@@ -87,7 +206,7 @@ class Cost(Record):
     timing: dict[str, Any]
     """Which timing rules applied: clock, warm-up steps, rounds, why measuring stopped."""
     hardware: dict[str, Any]
-    """State of the device before and after."""
+    """State of the device before, during and after."""
     settings: dict[str, Any]
     """The study's fields and method settings that the key is made of."""
     versions: dict[str, str]
@@ -97,6 +216,12 @@ class Cost(Record):
         measured, else the step alone."""
         found = self.end_to_end_s or self.latency_s
         assert found is not None, "a stored Cost has a latency"
+        return found
+
+    def ratio_per_iteration(self) -> Ratio:
+        """Return :meth:`seconds_per_iteration` divided by that of the reference beside it."""
+        found = self.end_to_end_ratio or self.ratio
+        assert found is not None, "a stored Cost has a ratio"
         return found
 
 
@@ -114,7 +239,7 @@ class Spent(Record):
 class Run(Record):
     """One training of (method, budget, seed)."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     method: str
     budget: str
     seed: int

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdprof.budget import parse_budget
 from kdprof.data import Augmentation, Batches, Decoded, SegmentationData, open_data
-from kdprof.device import Hardware, configure_backends, find_device, hardware_of, versions
+from kdprof.device import configure_backends, find_device, versions
 from kdprof.errors import UserError, unknown
-from kdprof.method import Found, Method, find_method
+from kdprof.hardware import Hardware, hardware_of
+from kdprof.method import Found, Method, builtin_methods, find_method, source_hash
 from kdprof.models import SegmentationNetwork, build, parse_name
 from kdprof.step import TrainStep
 from kdprof.study import Study
@@ -28,12 +31,16 @@ CONTROLS = (REFERENCE, "kd")
 class ResolvedStudy:
     """A study whose every name was found: device, data, networks, methods.
 
+    Args:
+        parent: another process of ours on the device, which is no stranger there.
+
     Raises:
         UserError: whatever is wrong, all of it at once.
     """
 
-    def __init__(self, study: Study):
+    def __init__(self, study: Study, *, parent: int | None = None):
         self.study = study
+        self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
         problems: list[str] = []
         self.device = _checked(problems, lambda: find_device(study.device), torch.device("cpu"))
         self.methods = self._find_methods(problems)
@@ -50,10 +57,8 @@ class ResolvedStudy:
 
     def _find_methods(self, problems: list[str]) -> dict[str, Found]:
         """Return the study's methods, those its budgets name, and the controls."""
-        budgets = [parse_budget(text) for text in self.study.budgets]
-        specs = [*CONTROLS, *self.study.methods, *(b.method for b in budgets if b.method)]
         found: dict[str, Found] = {}
-        for spec in dict.fromkeys(specs):
+        for spec in dict.fromkeys([*CONTROLS, *self.study.methods]):
             if spec in found:
                 continue
             method = _checked(problems, lambda spec=spec: find_method(spec), None)
@@ -66,14 +71,26 @@ class ResolvedStudy:
                     "give its class another 'name'"
                 )
             found[method.cls.name] = method
-            settings = self.study.method_settings.get(method.cls.name, {})
-            _checked(problems, lambda m=method, s=settings: m.cls(**s), None)
-        problems += [
-            f"method_settings: {unknown('method', name, found)}"
-            for name in self.study.method_settings
-            if name not in found
-        ]
+        known = {**builtin_methods(), **found}
+        for name in self._budget_methods():
+            if name in known:
+                found[name] = known[name]
+            elif name.partition(":")[0].endswith(".py"):
+                problems.append(
+                    f"budget of '{name}': write the method's own name, one of {', '.join(found)}"
+                )
+            else:
+                problems.append(f"budget of '{name}': {unknown('method', name, known)}")
+        for name, settings in self.study.method_settings.items():
+            if name in known:
+                _checked(problems, lambda n=name, s=settings: known[n].cls(**s), None)
+            else:
+                problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
+
+    def _budget_methods(self) -> list[str]:
+        budgets = [parse_budget(text) for text in self.study.budgets]
+        return [budget.method for budget in budgets if budget.method]
 
     def _open(self, split: str) -> SegmentationData:
         settings = self.study.data_settings
@@ -110,7 +127,7 @@ class ResolvedStudy:
     @cached_property
     def hardware(self) -> Hardware:
         """The device's hardware."""
-        return hardware_of(self.device)
+        return hardware_of(self.device, self._own_pids)
 
     def method_names(self, *, control: bool) -> list[str]:
         """Return the methods to compare; with ``control`` the equal-cost controls lead."""
@@ -219,8 +236,13 @@ class ResolvedStudy:
 
     def cost_key(self, name: str) -> str:
         """Return the hash under which the Cost of a method is stored."""
-        content = [self.cost_settings(name), self.hardware.name, versions()]
+        content = [self.cost_settings(name), self.hardware.name, versions(), _engine_sha256()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _engine_sha256() -> str:
+    """Return the hash of the code that every step runs through."""
+    return source_hash(Path(__file__).parent, ("step.py", "method.py", "models/*.py"))
 
 
 def _checked(problems: list[str], attempt: Callable[[], Any], default: Any) -> Any:

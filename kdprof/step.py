@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdprof.errors import UserError, unknown
+from kdprof.errors import KdprofError, unknown
 from kdprof.method import IGNORE, Method, Taps
 from kdprof.study import StepSettings
 
@@ -230,7 +230,7 @@ class TrainStep:
     def _backward(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
         for term in terms:
             if term not in weights:
-                raise UserError(
+                raise KdprofError(
                     f"method '{self.method.name}' returns a term without a weight: "
                     f"{unknown('term', term, weights)}"
                 )

@@ -4,6 +4,7 @@ The only module that knows file names::
 
     study.toml                        the resolved study
     costs/<method>-<key>.json         Cost records
+    steps/<name>-<key>.json           Cost records of steps that are no method's
     teacher/                          the teacher's own run, with its weights
     runs/<method>/<budget>/<seed>/    run.json ledger.jsonl curve.jsonl checkpoint.pt
     reports/                          figures and tables
@@ -178,6 +179,12 @@ class Store:
     def write_cost(self, cost: Cost) -> Path:
         """Store a Cost and return its file."""
         path = self.cost_path(cost.method, cost.key)
+        write_record(path, cost)
+        return path
+
+    def write_step_cost(self, cost: Cost) -> Path:
+        """Store the Cost of a step that is no method of this folder's study; return its file."""
+        path = self.root / "steps" / f"{slug(cost.method)}-{cost.key}.json"
         write_record(path, cost)
         return path
 

@@ -109,14 +109,20 @@ class EvaluationSettings(Section):
 
 
 class MeasureSettings(Section):
-    """How long to measure."""
+    """How long to measure each method."""
 
-    rounds: int = Field(12, ge=3)
-    """Interleaved rounds over the compared methods."""
+    precision_target: float = Field(0.01, gt=0)
+    """Stop when the 95 % interval of the ratio to the reference is this narrow, as a fraction of
+    the ratio."""
+    max_time_s: float = Field(60, gt=0)
+    """No further round of a method is started after this long."""
+    least_rounds: int = Field(10, ge=3)
+    """Rounds made in any case: fewer tell nothing about their own spread."""
     steps: int = Field(3, ge=1)
     """Steps of each method in a round."""
-    max_time_s: float = Field(600, gt=0)
-    """No further round is started after this long."""
+    in_process: bool = False
+    """Measure every method in this process, one after the other, instead of each in its own: for
+    debugging. A crash then takes all of them with it."""
 
 
 class Study(Section):

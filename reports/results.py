@@ -50,11 +50,9 @@ class Results:
 
     def cost_of(self, run: Run) -> Cost | None:
         """Return the Cost a run was planned with, or the newest of its method on its device."""
-        same = [cost for cost in self.costs if cost.method == run.method]
-        if run.cost_key is not None:
-            same = [cost for cost in same if cost.key == run.cost_key]
-        else:
-            same = [cost for cost in same if cost.device == run.device]
+        if run.cost_key is None:
+            return self._newest(run.method, run.device)
+        same = [c for c in self.costs if (c.method, c.key) == (run.method, run.cost_key)]
         return same[-1] if same else None
 
     def planning_costs(self, run: Run) -> list[Cost]:
@@ -62,14 +60,13 @@ class Results:
         own = self.cost_of(run)
         if own is None or run.cost_key is None:
             return []
-        reference = run.budget.partition("@")[2]
-        beside = self.measured_beside(own, reference) if reference != run.method else None
+        other = run.budget.partition("@")[2]
+        beside = self._newest(other, own.device) if other != run.method else None
         return [own] if beside is None else [own, beside]
 
-    def measured_beside(self, cost: Cost, method: str) -> Cost | None:
-        """Return the Cost of ``method`` from the same measuring session as ``cost``."""
-        beside = [c for c in self.costs if (c.method, c.session) == (method, cost.session)]
-        return beside[-1] if beside else None
+    def _newest(self, method: str, device: str) -> Cost | None:
+        found = [c for c in self.costs if (c.method, c.device) == (method, device)]
+        return found[-1] if found else None
 
     def unreliable(self) -> list[Cost]:
         """Return the Costs marked unreliable that a finished run was planned with."""

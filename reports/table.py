@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from kdprof.records import Cost, Run
-from kdprof.stats import mean_interval, ratio_interval
+from kdprof.stats import mean_interval
 from kdprof.store import Store, write_atomic
 
 from .results import (
@@ -115,7 +115,7 @@ def _row(results: Results, group: list[Run]) -> Row:
         seeds=len(group),
         delta_points=_delta(results, group, missing),
         rank=0,
-        latency_ratio=_latency_ratio(results, results.cost_of(group[-1]), missing),
+        latency_ratio=_latency_ratio(results.cost_of(group[-1]), missing),
         reliable=all(cost.reliable for cost in costs) if costs else None,
         drifted=any(map(drifted, group)),
         missing=missing,
@@ -144,19 +144,17 @@ def _delta(results: Results, group: list[Run], missing: dict[str, str]) -> Estim
     return Estimate(*mean_interval(gains))
 
 
-def _latency_ratio(results: Results, cost: Cost | None, missing: dict[str, str]) -> Estimate | None:
+def _latency_ratio(cost: Cost | None, missing: dict[str, str]) -> Estimate | None:
     if cost is None:
         missing["latency_ratio"] = "no stored cost of the method"
         return None
-    if cost.ratio is not None and cost.ratio.to == REFERENCE:
-        return Estimate(cost.ratio.median, cost.ratio.low, cost.ratio.high)
-    reference = results.measured_beside(cost, REFERENCE)
-    if reference is None or not reference.samples_s or not cost.samples_s:
-        # Two sessions differ by clocks and neighbours; their ratio would have no honest interval.
-        missing["latency_ratio"] = f"not measured in one session with {REFERENCE}"
+    ratio = cost.ratio
+    if ratio is None or ratio.to != REFERENCE:
+        # Two separate sessions differ by clocks and neighbours: no ratio is made of those.
+        why = f"measured beside {ratio.to}" if ratio else cost.unavailable.get("ratio", "not known")
+        missing["latency_ratio"] = why
         return None
-    paired = len(cost.samples_s) == len(reference.samples_s)
-    return Estimate(*ratio_interval(cost.samples_s, reference.samples_s, paired=paired))
+    return Estimate(ratio.median, ratio.low, ratio.high)
 
 
 def render(store: Store) -> list[Path]:

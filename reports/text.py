@@ -1,9 +1,11 @@
-"""How reports write numbers, and grids of cells as Markdown or on a terminal."""
+"""How reports write numbers, and grids of cells as Markdown, as LaTeX or on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,6 +15,12 @@ from rich.text import Text
 
 MISSING = "-"
 """Stands for what is not available; a note under the table says why."""
+
+FLAGS = ("\N{DAGGER}", "\N{DOUBLE DAGGER}")
+"""End the text of a cell that a note warns about; a terminal shows it in colour."""
+
+SYMMETRIC = 1.1
+"""Up to this quotient of high end and value, an interval on a log scale is nearly symmetric."""
 
 NARROW = {"show_edge": False, "padding": (0, 1, 0, 0), "pad_edge": False}
 """Nine columns have to fit a terminal of 80."""
@@ -34,6 +42,12 @@ class Estimate:
         )
         return f"{value}" if low is None else f"{value} [{low}-{high}]"
 
+    def brief(self, decimals: int) -> str:
+        """Return ``71.3±0.4`` for an interval on a log scale; its ends where it is so wide that a
+        single number would misstate them."""
+        wide = self.high is not None and self.high > SYMMETRIC * self.value
+        return self.text(decimals) if wide else self.plus_minus(decimals)
+
     def plus_minus(self, decimals: int, *, signed: bool = False) -> str:
         """Return ``71.3±0.4``, for an interval that is symmetric; the value alone without."""
         value = f"{self.value:{'+' if signed else ''}.{decimals}f}"
@@ -47,44 +61,137 @@ class Grid:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: Collection[str] = ()
+    """Names of further columns that are read from the left."""
+
+    def _is_left(self, column: int) -> bool:
+        return column == 0 or self.header[column] in self.words
 
     def markdown(self) -> str:
         """Return the grid as a Markdown table, without its title."""
-        rule = [":--", *("--:" for _ in self.header[1:])]
+        rule = [":--" if self._is_left(column) else "--:" for column in range(len(self.header))]
         lines = [self.header, rule, *self.rows]
         return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
 
+    def without_empty(self) -> Grid:
+        """Return the grid without the columns in which every method has a dash."""
+        kept = [
+            number
+            for number in range(len(self.header))
+            if number == 0 or any(row[number] != MISSING for row in self.rows)
+        ]
+        rows = [[row[number] for number in kept] for row in self.rows]
+        return replace(self, header=[self.header[number] for number in kept], rows=rows)
+
+    def latex(self, label: str, notes: Sequence[str]) -> str:
+        r"""Return a ``table`` environment for ``\usepackage{booktabs}``, the notes below it."""
+        lines = [" & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows)]
+        below = [rf"    {latex_text(note)}\par" for note in notes]
+        sides = "".join("l" if self._is_left(column) else "r" for column in range(len(self.header)))
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"  \centering",
+                rf"  \caption{{{latex_text(self.title)}}}",
+                rf"  \label{{{label}}}",
+                r"  \footnotesize",
+                r"  \setlength{\tabcolsep}{3pt}",
+                rf"  \begin{{tabular}}{{{sides}}}",
+                r"    \toprule",
+                f"    {lines[0]}",
+                r"    \midrule",
+                *(f"    {line}" for line in lines[1:]),
+                r"    \bottomrule",
+                r"  \end{tabular}",
+                r"  \par\smallskip",
+                r"  \begin{minipage}{\linewidth}",
+                r"    \raggedright\scriptsize",
+                *below,
+                r"  \end{minipage}",
+                r"\end{table}",
+            ]
+        )
+
     def print(self, console: Console) -> None:
         """Print the grid; at its natural width where the output is no terminal."""
-        table = Table(
-            title=Text(self.title, "bold"), title_justify="left", box=SIMPLE_HEAD, **NARROW
-        )
+        table = Table(box=SIMPLE_HEAD, **NARROW)
         for number, name in enumerate(self.header):
             words = " ".join(row[number] for row in self.rows).split(" ")
             # Where the terminal is narrow, cells break between words, never inside a number.
             table.add_column(
                 Text(name),
-                justify="right" if number else "left",
+                justify="left" if self._is_left(number) else "right",
                 min_width=max(map(len, words)),
                 overflow="fold",
             )
         for row in self.rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(cell, _style(cell)) for cell in row))
         limits = Measurement.get(console, console.options.update(max_width=1000), table)
         # Piped: a terminal's width does not apply, and folded numbers cannot be searched for.
         room = console.width if console.is_terminal else limits.maximum
         table.width = min(max(room, limits.minimum), limits.maximum)
+        # Not the table's own title, which folds at the width of the table.
+        console.print(Text(self.title, "bold"), soft_wrap=True)
         console.print(table, "", sep="\n", crop=False)
 
 
+_STYLES = {MISSING: "dim", "slower": "red", "faster": "green"}
+
+
+def _style(cell: str) -> str:
+    return _STYLES.get(cell, "yellow" if cell.endswith(FLAGS) else "")
+
+
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    return " ".join(cell.split()).replace("|", "\\|")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
+    # After \\ a bracket would be read as its argument.
+    "[": "{[}", "]": "{]}", "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$", FLAGS[0]: r"$^{\dagger}$", FLAGS[1]: r"$^{\ddagger}$",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}  # fmt: skip
+_LATIN = 0x180
+"""Below this code point every LaTeX of this century reads UTF-8 by itself."""
+
+
+def latex_text(text: str) -> str:
+    """Return text escaped for LaTeX; what no standard font has becomes a question mark."""
+    if text == MISSING:
+        return "--"
+    escaped = "".join(_LATEX.get(c, c if ord(c) < _LATIN else "?") for c in " ".join(text.split()))
+    # A dash between numbers is a range, one before a number its sign; quotes open differently.
+    for pattern, sign in (
+        (r"(?<=\d)-(?=\d)", "--"),
+        (r"(?<!\S)-(?=\d)", "$-$"),
+        (r"(?<!\S)'", "`"),
+    ):
+        escaped = re.sub(pattern, sign, escaped)
+    return escaped
 
 
 def print_notes(notes: Iterable[str], console: Console) -> None:
     """Print notes under a grid, one per line, without reading them as markup."""
     for note in notes:
-        console.print(Text(note), soft_wrap=True)
+        console.print(Text(" ".join(note.split())), soft_wrap=True)
+
+
+def digits(value: float, half_width: float) -> int:
+    """Return how many decimals to write: four figures, more where the interval would read as 0."""
+    decimals = 1 if value >= 100 else 2 if value >= 1 else 3
+    needed = math.ceil(-math.log10(half_width)) if half_width > 0 else 0
+    return min(max(decimals, needed), decimals + 2)
+
+
+def figures(value: float, number: int = 3) -> str:
+    """Return a value with at least so many figures, never with an exponent."""
+    if value == 0:
+        return "0"
+    decimals = number - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(0, decimals)}f}"
 
 
 def duration(seconds: float) -> str:

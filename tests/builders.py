@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.records import SCHEMA, Cost, Flop, Interval, Memory, Ratio
 from kdprof.step import TrainStep
 from kdprof.study import StepSettings
 
@@ -86,34 +85,3 @@ def tiny_batch(index=0, size=(16, 20), batch=4):
     labels = images[:, 0] // 86  # learnable: three bands of brightness
     labels[:, :2] = 255
     return images, labels
-
-
-def make_cost(method: str, seconds: float, *, flop: float = 1e9, session="s", **changes) -> Cost:
-    """A Cost whose every sample is ``seconds``, apart from what ``changes`` says."""
-    rounds = [[seconds] * 2 for _ in range(4)]
-    interval = Interval(median=seconds, low=seconds, high=seconds)
-    fields = {
-        "schema_version": SCHEMA,
-        "method": method,
-        "device": "cpu",
-        "key": f"key-{method}",
-        "session": session,
-        "latency_s": interval,
-        "ratio": Ratio(median=1.0, low=1.0, high=1.0, to="none"),
-        "end_to_end_s": None,
-        "samples_s": rounds,
-        "end_to_end_samples_s": [],
-        "phases_s": {},
-        "flop": Flop(teacher=0, student=flop, objective=0, backward=0, auxiliary=0, total=flop),
-        "bytes_moved": None,
-        "memory_bytes": Memory(peak_allocated=None, peak_reserved=None, process=1),
-        "energy_j": None,
-        "reliable": True,
-        "warnings": [],
-        "unavailable": {"energy_j": "no counter", "end_to_end_s": "not asked for"},
-        "timing": {},
-        "hardware": {},
-        "settings": {},
-        "versions": {},
-    }
-    return Cost(**{**fields, **changes})

@@ -21,7 +21,9 @@ SMALL = {
     "data_settings.synthetic_val": 3,
     "teacher_training.iterations": 4,
     "evaluation.points": 2,
-    "measure.rounds": 3,
+    "measure.least_rounds": 3,
+    "measure.max_time_s": 0.01,
+    "measure.in_process": True,
     "measure.steps": 1,
 }
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kdprof": ROOT / "kdprof", "kdprof.methods": ROOT / "methods"}
 FOLDERS["kdprof.reports"] = ROOT / "reports"
 
-LEAVES = {"errors", "records", "stats", "store", "budget", "study"}
+LEAVES = {"errors", "records", "stats", "store", "budget", "study", "comparison"}
 """Know neither torch nor each other's users."""
 
 MAY_IMPORT = {
@@ -25,23 +25,27 @@ MAY_IMPORT = {
     "progress": set(),
     "method": {"errors"},
     "device": {"errors"},
+    "hardware": set(),
     "data": {"errors", "method"},
     "models": {"errors", "method"},
     "step": {"errors", "method", "study"},
-    "resolve": {"budget", "data", "device", "errors", "method", "models", "step", "study"},
+    "resolve": {
+        "budget", "data", "device", "errors", "hardware", "method", "models", "step", "study",
+    },
     "measure": {
-        "data", "device", "errors", "models", "progress", "records", "resolve", "stats", "step",
-        "study",
+        "data", "device", "errors", "hardware", "models", "progress", "records", "resolve", "stats",
+        "step", "store", "study",
     },
     "train": {
         "budget", "data", "device", "errors", "measure", "method", "models", "progress", "records",
         "resolve", "step", "store", "study",
     },
     "methods": {"errors", "method"},
-    "reports": {"budget", "errors", "records", "stats", "store"},
+    "comparison": {"errors", "records", "stats", "store"},
+    "reports": {"budget", "comparison", "errors", "records", "stats", "store"},
     "presets": set(),
     "catalogue": {"method"},
-    "doctor": {"device", "measure"},
+    "doctor": {"device", "hardware", "measure"},
     "demo": {
         "budget", "progress", "reports", "resolve", "store", "study", "train",
     },

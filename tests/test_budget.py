@@ -1,11 +1,13 @@
+from math import exp
+
 import pytest
-from builders import make_cost
+from cost_records import make_cost
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdprof.budget import convert, parse_budget
 from kdprof.errors import UserError
-from kdprof.records import Interval
+from kdprof.records import Interval, Ratio
 
 
 @pytest.mark.parametrize(
@@ -82,22 +84,44 @@ def test_interval_follows_from_the_measurement():
     assert (found.low, found.iterations, found.high) == (800, 1000, 1250)
 
 
-def test_paired_rounds_cancel_drift():
-    """Every round of kd takes half of cwd's same round, while both drift by a factor of four."""
-    rounds = [[0.1 * k] * 2 for k in (1, 2, 3, 4)]
-    cwd = make_cost("cwd", 0.25, samples_s=rounds)
-    kd = make_cost("kd", 0.125, samples_s=[[s / 2 for s in r] for r in rounds])
-    found = by_method("1000@cwd", {"cwd": cwd, "kd": kd})["kd"]
-    assert found.low == found.iterations == found.high == 2000
-    apart = kd.model_copy(update={"session": "another"})
-    wide = by_method("1000@cwd", {"cwd": cwd, "kd": apart})["kd"]
-    assert wide.low < 1500 < 2500 < wide.high
+def ratio(median: float, error: float = 0.0) -> Ratio:
+    """A ratio to none whose interval is ``error`` wide to each side on the log scale."""
+    return Ratio(median=median, low=median * exp(-error), high=median * exp(error), to="none")
+
+
+def test_only_ratios_compare_methods():
+    """Measured while the machine was three times slower, kd still takes half as long as cwd."""
+    cwd = make_cost("cwd", 0.2, ratio=ratio(2.0))
+    kd = make_cost("kd", 0.3, ratio=ratio(1.0))
+    assert by_method("1000@cwd", {"cwd": cwd, "kd": kd})["kd"].iterations == 2000
+
+
+def test_errors_of_two_sessions_add_up_in_quadrature():
+    """3 and 4 % make 5 %."""
+    cwd, kd = make_cost("cwd", ratio=ratio(2.0, 0.03)), make_cost("kd", ratio=ratio(1.0, 0.04))
+    found = by_method("100k@cwd", {"cwd": cwd, "kd": kd})["kd"]
+    assert found.iterations == 200_000
+    assert found.low == pytest.approx(200_000 * exp(-0.05), abs=1)
+    assert found.high == pytest.approx(200_000 * exp(0.05), abs=1)
+
+
+def test_seconds_are_the_references_times_the_ratio():
+    """So that equal budgets are equal seconds, whenever the methods were measured."""
+    none = make_cost("none", 0.1, ratio=ratio(1.0))
+    kd = make_cost("kd", 0.5, ratio=ratio(2.0))
+    found = by_method("100@kd", {"none": none, "kd": kd})
+    assert found["kd"].seconds == pytest.approx(20)
+    assert found["none"].seconds == pytest.approx(20)
+    assert by_method("60s", {"none": none, "kd": kd})["kd"].iterations == 300
 
 
 def test_loader_seconds_are_used_where_they_were_measured():
     looped = Interval(median=0.4, low=0.4, high=0.4)
-    cost = make_cost("a", 0.2, end_to_end_s=looped, end_to_end_samples_s=[[0.4, 0.4]] * 4)
+    cost = make_cost("a", 0.2, end_to_end_s=looped, end_to_end_samples_s=[0.4] * 4)
     assert by_method("40s", {"a": cost})["a"].iterations == 100
+    none = make_cost("none", 0.1, ratio=ratio(1.0))
+    bound = make_cost("a", 0.2, ratio=ratio(2.0), end_to_end_ratio=ratio(5.0))
+    assert by_method("40s", {"none": none, "a": bound})["a"].iterations == 80
 
 
 def test_budget_below_one_iteration_names_every_method():

@@ -8,13 +8,15 @@ from builders import Alone, Mimic, tiny_step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdprof.measure import count
-from kdprof.measure.count import count_step, fake_tensors
+from kdprof.measure.count import Uncountable, count_step, fake_tensors
+from kdprof.measure.modules import modules_flop
+from kdprof.measure.operators import CONVOLUTION_FORMULAS
+from kdprof.method import Method, Taps
 
 
 def flop_of(module: nn.Module, shape: tuple[int, ...], *, first: bool) -> tuple[int, int]:
     """Forward, and forward + backward; ``first``: the input itself needs no gradient."""
-    counter = FlopCounterMode(display=False, custom_mapping=count._FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTION_FORMULAS)
     x = torch.randn(shape, requires_grad=not first)
     with counter:
         out = module(x)
@@ -83,21 +85,91 @@ def test_counting_neither_runs_nor_allocates():
     assert large.least_memory_bytes > 2**38
 
 
+def test_a_count_names_every_operation():
+    counted = count_step(tiny_step(Mimic), fake_tensors())
+    assert sum(o.matrix_flop for o in counted.operations) == counted.flop.total
+    assert {o.kind for o in counted.operations if o.phase == "optimizer"} == {"optimizer"}
+    assert all(o.seconds is None for o in counted.operations)
+    assert counted.synchronisations == []
+
+
+def test_a_count_shares_the_objective_out_among_its_terms():
+    """``logits``: sub, square, mean of 80 x 3 maps and nothing to multiply; ``head``: the adaptor,
+    for whose weight and input the backward runs once each."""
+    found = count_step(tiny_step(Mimic), fake_tensors()).terms
+    adapt = 2 * 4 * 4 * 5 * 12 * 20
+    assert (found["logits"].forward_flop, found["logits"].backward_flop) == (0, 0)
+    assert (found["head"].forward_flop, found["head"].backward_flop) == (adapt, 2 * adapt)
+    assert (found["logits"].weight, found["head"].weight) == (2.0, 0.5)
+    assert found["logits"].forward_s is None
+
+
+def test_steps_counted_under_one_mode_share_their_networks():
+    mode, first, second = fake_tensors(), tiny_step(Mimic), tiny_step(Mimic)
+    second.teacher = first.teacher
+    alone = count_step(tiny_step(Mimic), fake_tensors())
+    assert count_step(first, mode) == count_step(second, mode) == alone
+
+
+class Reads(Method):
+    """Needs values; ``how`` says which."""
+
+    taps = ("logits",)
+    weights = {"a": 1.0}
+    how = staticmethod(lambda logits: logits)
+
+    def forward(self, student, teacher, labels):
+        return {"a": self.how(student.logits).mean()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "how"),
+    [
+        ("aten._local_scalar_dense", lambda logits: logits * logits.sum().item()),
+        ("aten._local_scalar_dense", lambda logits: logits if logits.sum() > 0 else -logits),
+        ("aten.nonzero", lambda logits: logits.gt(0).nonzero() * logits.sum()),
+        ("aten.index", lambda logits: logits[logits > 0]),
+        ("aten.masked_select", lambda logits: logits.masked_select(logits > 0)),
+        ("numpy", lambda logits: logits * float(logits.detach().numpy().sum())),
+    ],
+)
+def test_what_needs_values_is_no_work_for_fakes(asked, how, monkeypatch):
+    monkeypatch.setattr(Reads, "how", staticmethod(how))
+    with pytest.raises(Uncountable) as caught:
+        count_step(tiny_step(Reads), fake_tensors())
+    line = how.__code__.co_firstlineno
+    message = str(caught.value)
+    assert "method 'reads'" in message
+    assert asked in message
+    assert f"test_count.py:{line} in <lambda>" in message
+    assert "counted when it runs" in message
+    assert "\n" not in message
+    assert Reads.forward(tiny_step(Reads).method, Taps(logits=torch.ones(1, 3, 2, 2)), None, None)
+
+
+@pytest.mark.parametrize("how", [lambda logits: logits @ logits[:, :1], lambda logits: logits.oops])
+def test_a_mistake_in_a_method_is_shown_as_it_is(how, monkeypatch):
+    monkeypatch.setattr(Reads, "how", staticmethod(how))
+    with pytest.raises((RuntimeError, AttributeError)):
+        count_step(tiny_step(Reads), fake_tensors())
+
+
 def test_step_and_fvcore_agree_on_the_forward():
     """Two counters that share no code: fvcore's convolution multiply-adds, doubled, are torch's."""
-    from fvcore.nn import FlopCountAnalysis
-
-    class Logits(nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-        def forward(self, images):
-            taps = self.network(images, ["logits", "aux"])
-            return taps.logits, taps.aux
-
     step = tiny_step(Alone)
-    analysis = FlopCountAnalysis(Logits(step.student.eval()), torch.zeros(4, 3, 16, 20))
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    counted = count_step(tiny_step(Alone), fake_tensors()).flop.student
-    assert 2 * analysis.by_operator()["conv"] == counted
+    found = modules_flop(step.student, 4, (16, 20), taps=("logits", "aux"))
+    assert found["total"] == count_step(tiny_step(Alone), fake_tensors()).flop.student
+
+
+def test_modules_by_hand():
+    step = tiny_step(Alone, dropout=0.5)
+    before = copy.deepcopy(step.student.state_dict())
+    step.student.stem.eval()
+    modes = [module.training for module in step.student.modules()]
+    found = modules_flop(step.student, 4, (16, 20), taps=("logits", "aux"))
+    layers = {name: 2 * flop for name, flop in tiny_forward(6, 4 * 4 * 5).items()}
+    assert found == {**layers, "stem.0": layers["stem"], "total": sum(layers.values())}
+    assert "stem.0" not in modules_flop(step.student, 4, (16, 20), depth=1)
+    assert "auxiliary" not in modules_flop(step.student, 4, (16, 20))
+    assert [module.training for module in step.student.modules()] == modes
+    torch.testing.assert_close(before, step.student.state_dict(), rtol=0, atol=0)

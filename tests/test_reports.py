@@ -2,23 +2,27 @@ import ast
 import csv
 import io
 import itertools
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cost_records import GFLOP, alike, gpu_cost, make_cost, outlier
 from matplotlib.text import Text
 from rich.console import Console
 
 import kdprof.reports
 from kdprof.budget import Conversion
 from kdprof.errors import UserError
-from kdprof.records import Cost, Flop, Interval, Memory, Ratio, Run, Spent
+from kdprof.records import Canary, Cost, Interval, Memory, Ratio, Run, Spent, TermCost
 from kdprof.reports import conversion, costs, curves, results, table
-from kdprof.reports.text import Estimate, Grid, duration, size
+from kdprof.reports.text import Estimate, Grid, duration, figures, size
 from kdprof.store import Store, write_record
 
 SIX = ("none", "kd", "cwd", "cirkd", "mgd", "af_dcd")
+SNAPSHOTS = Path(__file__).parent / "snapshots"
 BUDGETS = ("5k@cwd", "10k@cwd", "40k@cwd")
 
 
@@ -47,29 +51,18 @@ def a_run(method="cwd", budget="40k@cwd", seed=0, miou=0.7, **changes) -> Run:
 
 def a_cost(method="cwd", latency=0.2, **changes) -> Cost:
     values = {
-        "method": method,
         "device": "NVIDIA H200",
         "key": "key",
-        "session": "one",
         "latency_s": Interval(median=latency, low=0.99 * latency, high=1.02 * latency),
         "ratio": Ratio(median=latency / 0.1, low=latency / 0.11, high=latency / 0.09, to="none"),
-        "end_to_end_s": None,
-        "samples_s": [[latency, latency]] * 3,
-        "end_to_end_samples_s": [],
         "phases_s": {"teacher_forward": 0.3 * latency, "objective": 0.7 * latency, "data": 0.0},
-        "flop": Flop(teacher=1e9, student=1e9, objective=0, backward=2e9, auxiliary=0, total=4e9),
-        "bytes_moved": None,
-        "memory_bytes": Memory(peak_allocated=3 * 2**30, peak_reserved=None, process=None),
-        "energy_j": None,
-        "reliable": True,
-        "warnings": [],
-        "unavailable": {"energy_j": "no NVML", "end_to_end_s": "no loader"},
-        "timing": {},
-        "hardware": {},
-        "settings": {},
-        "versions": {},
+        "memory_bytes": allocated(3 * 2**30),
     }
-    return Cost(**(values | changes))
+    return make_cost(method, latency, **(values | changes))
+
+
+def allocated(peak: int | None, process: int | None = None) -> Memory:
+    return Memory(peak_allocated=peak, peak_reserved=None, process=process, phases=None)
 
 
 def a_store(root: Path, runs=(), stored_costs=(), teacher: float | None = 0.79) -> Store:
@@ -218,20 +211,23 @@ def test_iteration_budget_has_no_plan_and_says_so(tmp_path):
     curves.render(store, formats=["svg"])
 
 
-def test_latency_ratio_is_taken_from_the_cost_or_from_its_session(tmp_path):
-    other = Ratio(median=1, low=1, high=1, to="cwd")
-    stored = [a_cost("none", 0.1, ratio=other), a_cost("cwd", 0.3, ratio=other), a_cost("kd", 0.15)]
-    runs = [a_run(m) for m in ("none", "cwd", "kd")]
-    ratio = {row.method: row.latency_ratio for row in table.rows(a_store(tmp_path, runs, stored))}
-    assert ratio["cwd"].value == pytest.approx(3)
-    assert (ratio["kd"].value, ratio["kd"].high) == pytest.approx((1.5, 0.15 / 0.09))
-
-
-def test_latency_ratio_across_sessions_is_refused(tmp_path):
-    stored = [a_cost("none", 0.1, session="two"), a_cost("cwd", 0.3, ratio=None)]
-    (row,) = table.rows(a_store(tmp_path, [a_run()], stored))
-    assert row.latency_ratio is None
-    assert row.missing["latency_ratio"] == "not measured in one session with none"
+def test_latency_ratio_is_the_costs_own(tmp_path):
+    beside_cwd = Ratio(median=1, low=1, high=1, to="cwd")
+    unknown = {"ratio": "the reference failed"}
+    stored = [
+        a_cost("kd", 0.15),
+        a_cost("cwd", 0.3, ratio=beside_cwd),
+        a_cost("mgd", ratio=None, unavailable=unknown),
+    ]
+    runs = [a_run(m) for m in ("none", "cwd", "kd", "mgd")]
+    made = {row.method: row for row in table.rows(a_store(tmp_path, runs, stored))}
+    ratio = made["kd"].latency_ratio
+    assert (ratio.value, ratio.high) == pytest.approx((1.5, 0.15 / 0.09))
+    assert {m: row.missing["latency_ratio"] for m, row in made.items() if m != "kd"} == {
+        "none": "no stored cost of the method",
+        "cwd": "measured beside cwd",
+        "mgd": "the reference failed",
+    }
 
 
 def test_unreliable_cost_of_the_budgets_method_taints_every_run_planned_with_it(tmp_path):
@@ -399,26 +395,165 @@ def test_key_positions_keep_their_gap_order_and_bounds():
 # Costs, conversion, text
 
 
+def gpu_costs() -> list[Cost]:
+    no_peak = {"mfu": "no published fp32 peak is known for NVIDIA H200"}
+    late = {"stopped": "max_time_s = 60 was up before the target of 1.00%", "rounds": 12}
+    seen = [outlier("another process"), outlier("another process"), outlier("unknown")]
+    throttled = ["the GPU was throttled (power cap)"]
+    return [
+        gpu_cost("cirkd", outliers=seen, timing=late, warnings=["synchronises the device"]),
+        gpu_cost("cwd", reliable=False, warnings=throttled, mfu=None, unavailable=no_peak),
+        gpu_cost("none"),
+        gpu_cost("kd"),
+    ]
+
+
+def on_a_terminal(call, *arguments, **options) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    call(*arguments, console, **options)
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())
+
+
+RENDERED = {
+    "costs.txt": lambda: on_a_terminal(costs.measure_table, gpu_costs()),
+    "costs-detail.txt": lambda: on_a_terminal(costs.measure_table, gpu_costs(), detail=True),
+    "costs-cpu.txt": lambda: on_a_terminal(costs.measure_table, [a_cost(device="cpu")]),
+    "costs-count.txt": lambda: on_a_terminal(costs.count_table, gpu_costs()),
+    "costs.md": lambda: costs.costs_markdown(gpu_costs()),
+    "costs.tex": lambda: costs.costs_latex(gpu_costs()),
+    "costs.csv": lambda: costs.costs_csv(gpu_costs()),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_rendered_costs_snapshot(name):
+    """Run with KDPROF_UPDATE_SNAPSHOTS=1 to accept a change, and review its diff."""
+    path, found = SNAPSHOTS / name, RENDERED[name]()
+    if os.environ.get("KDPROF_UPDATE_SNAPSHOTS"):
+        path.write_text(found)
+    assert found == path.read_text()
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_costs_fit_a_terminal_of_a_hundred_columns(detail):
+    text = on_a_terminal(costs.measure_table, gpu_costs(), detail=detail)
+    grids = text[: text.index("Medians with")]
+    assert max(map(len, grids.splitlines())) <= 100
+    assert ("Terms" in text, "What bounds" in text, "Operators" in text) == (detail,) * 3
+
+
 def test_measure_table_shows_units_reasons_and_unreliable_costs():
     stored = [
         a_cost("none", 0.1),
         a_cost("cwd", 0.2, reliable=False, warnings=["GPU throttled"], flop=None,
-               unavailable={"flop": "unknown operator", "energy_j": "no NVML"},
-               memory_bytes=Memory(peak_allocated=None, peak_reserved=None, process=2**29)),
+               unavailable={"flop": "unknown operator", "energy_j": "no counter"},
+               memory_bytes=allocated(None, process=2**29)),
     ]  # fmt: skip
+    assert "200.0 [198.0-204.0]" in costs.costs_markdown(stored)
+    assert "2.00 [1.82-2.22]" in costs.costs_markdown(stored)
+    assert "200.0±4.0" in printed(costs.measure_table, stored)
     for text in (costs.costs_markdown(stored), printed(costs.measure_table, stored)):
-        assert "200.0 [198.0-204.0]" in text
-        assert "2.00 [1.82-2.22]" in text
         assert "3.00 GiB" in text
         assert "512 MiB (process)" in text
         assert "1 multiply-add = 2 FLOP" in text
-        assert "UNRELIABLE: cwd: GPU throttled." in text
-        assert "'-' in flop: unknown operator (cwd)." in text
-        assert "'-' in energy_j: no NVML (all)." in text
+        assert "† cwd is UNRELIABLE: GPU throttled." in text
+        assert "No FLOP (cwd): unknown operator." in text
+        assert "No energy (all methods): no counter." in text
         assert "30.0" in text
         assert "70.0" in text
     with pytest.raises(UserError, match="kdprof measure"):
         costs.costs_markdown([])
+
+
+def test_hidden_cost_says_what_matching_by_flop_would_do():
+    """With a quarter of the time explained by FLOP, FLOP promise four times the iterations."""
+    index = {"a": 0.75, "b": -0.25, "c": 0.1, "d": 1.0}
+    text = costs.costs_markdown([a_cost(m, hidden_cost=value) for m, value in index.items()])
+    assert "equal time gives: a 4.00 times, b 0.800 times, d without limit." in text
+    assert [cell in text for cell in ("+75‡", "-25‡", "+10 |", "+100‡")] == [True] * 4
+
+
+def test_outliers_canary_and_stop_are_told():
+    canary = Canary(median_s=1e-3, drift=0.062, steady=False, samples_s=[1e-3])
+    text = costs.costs_markdown(
+        [
+            a_cost("cwd", outliers=[outlier("unknown")], canary=canary),
+            a_cost("kd", 0.1, latency_s=alike(0.1), timing={"stopped": "interrupted"}),
+        ]
+    )
+    assert "cwd: 1 of 8 samples is an outlier (1 unknown)." in text
+    assert "drifted by 6.2 %; the machine was not steady while measuring cwd (6.2 %)." in text
+    assert "Measuring stopped, interrupted: kd 20 %" in text
+    assert "No canary (kd): not asked for." in text
+
+
+def test_every_reason_is_in_every_file(tmp_path):
+    stored = [a_cost("none", 0.1), a_cost("cwd", reliable=False, warnings=["GPU throttled"])]
+    paths = costs.render(a_store(tmp_path, stored_costs=stored))
+    assert [path.name for path in paths] == ["costs.md", "costs.csv", "costs.tex"]
+    assert all("GPU throttled" in path.read_text() for path in paths)
+    assert all("no counter" in path.read_text() for path in paths)
+    first = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in costs.render(Store(tmp_path))] == first
+    assert costs.render(a_store(tmp_path / "empty")) == []
+
+
+def test_csv_keeps_full_precision_and_explains_empty_cells():
+    stored = [a_cost("cwd", 0.1 + 0.2), gpu_cost("kd")]
+    kd, cwd = csv.DictReader(io.StringIO(costs.costs_csv(stored)))
+    assert float(cwd["step_s"]) == 0.1 + 0.2
+    assert float(kd["matrix_flop"]) == GFLOP["kd"] * 1e9
+    assert (cwd["energy_j"], cwd["phase_optimizer_s"]) == ("", "")
+    assert "energy_j: no counter" in cwd["missing"]
+    assert kd["missing"] == ""
+
+
+def test_a_term_that_is_paid_for_nothing_is_named():
+    def term(weight, seconds):
+        return TermCost(weight=weight, forward_flop=0, backward_flop=0, bytes_moved=0,
+                        forward_s=seconds, backward_s=0.0)  # fmt: skip
+
+    terms = {"free": term(0, 0.0), "wasted": term(0, 0.01), "used": term(1, 0.01)}
+    lines = costs.costs_markdown([a_cost(terms=terms)]).splitlines()
+    assert [line.split(" | ")[1] for line in lines if "paid but weight 0" in line] == ["wasted"]
+
+
+def test_latex_is_balanced_and_escaped():
+    stored = [
+        a_cost("my_kd#1&{x}", reliable=False, warnings=["50% of $HOME\\a ~^ [x] \u2192 <|>"]),
+        a_cost("none", 0.1, hidden_cost=-0.2),
+    ]
+    text = costs.costs_latex(stored)
+    for name in ("table", "tabular", "minipage"):
+        assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}") == 1
+    assert "my\\_kd\\#1\\&\\{x\\}$^{\\dagger}$ & " in text
+    assert "hidden \\%" in text
+    assert "$-$20$^{\\ddagger}$" in text
+    bare = re.sub(r"\\[\\&%$#_{}]|\$(-|\\pm|\^\{\\d?dagger\})\$", "", text)
+    assert not re.search(r"[$#~^<>|†‡±]|[^\x00-\x7f]", bare)
+    assert bare.count("{") == bare.count("}")
+    # One comment in front; all else that starts one is escaped.
+    assert bare.count("%") == 1
+    rows = text[text.index("\\toprule") : text.index("\\bottomrule")].split("\\\\\n")[:-1]
+    columns = len(re.search(r"\{tabular\}\{(\w+)\}", text).group(1))
+    assert [len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows] == [columns] * 3
+
+
+def test_counted_costs_are_told_by_part_term_and_module():
+    modules = {"student": {"": 4e9, "head": 1e9, "head.a": 1e9, "head.a.b": 1e9, "body": 0.0}}
+    counted = [gpu_cost("none", modules_flop=modules), gpu_cost("cirkd", modules_flop=modules)]
+    text = printed(costs.count_table, counted)
+    assert "2.44" in text
+    assert "memory_region" in text
+    assert "Not in other: aten.topk, aten.grid_sampler_2d (cirkd), which no formula knows." in text
+    shown = [line.split() for line in text.splitlines() if line.startswith("student")]
+    assert shown == [
+        ["student", "(all)", "4.000", "100.0"],
+        ["student", "head", "1.000", "25.0"],
+        ["student", "head.a", "1.000", "25.0"],
+    ]
+    assert "head.a.b" in on_a_terminal(costs.count_table, counted, detail=True)
+    assert "by module" not in on_a_terminal(costs.count_table, gpu_costs(), detail=True)
 
 
 def test_conversion_table_puts_the_cheapest_first_and_explains_dashes():
@@ -451,6 +586,22 @@ def test_markup_and_pipes_in_names_are_text():
 
 
 @pytest.mark.parametrize(
+    ("high", "text"), [(105.0, "100.0±5.0"), (125.0, "100.0 [80.0-125.0]"), (100.02, "100.00±0.02")]
+)
+def test_a_terminal_shows_the_ends_of_wide_intervals(high, text):
+    interval = Interval(median=0.1, low=10 / high, high=high / 1e3)
+    assert f" {text} " in printed(costs.measure_table, [a_cost(latency_s=interval)])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.012345, "0.0123"), (9.876, "9.88"), (1234.5, "1,234"), (-56.78, "-56.8")],
+)
+def test_figures_have_no_exponent(value, text):
+    assert figures(value) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.5, "0.50 s"), (41, "41.0 s"), (119, "119 s"), (120, "2.00 min"), (36_000, "10.0 h")],
 )
@@ -473,9 +624,10 @@ def test_reports_need_neither_torch_nor_the_engine():
             if module.startswith("kdprof"):
                 assert module in {
                     "kdprof.store", "kdprof.stats", "kdprof.records", "kdprof.errors",
+                    "kdprof.comparison",
                 }  # fmt: skip
     code = (
-        "import sys; from kdprof.reports import curves, table, costs, conversion; "
+        "import sys; from kdprof.reports import curves, table, costs, conversion, comparison; "
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

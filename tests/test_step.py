@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from builders import Alone, Mimic, TinyNet, tiny_batch, tiny_step
 from torch import nn
 
-from kdprof.errors import UserError
+from kdprof.errors import KdprofError
 from kdprof.method import Method
 from kdprof.step import PHASES, TrainStep, learning_rate_factor, step_seed, task_loss
 from kdprof.study import StepSettings
@@ -158,7 +158,7 @@ class Unweighted(Alone):
 
 
 def test_term_without_weight_is_named():
-    with pytest.raises(UserError, match=r"without a weight.*'msee'; did you mean 'mse'"):
+    with pytest.raises(KdprofError, match=r"without a weight.*'msee'; did you mean 'mse'"):
         tiny_step(Unweighted)(*tiny_batch(), 0)
 
 

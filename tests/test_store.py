@@ -2,7 +2,7 @@ import multiprocessing
 import os
 
 import pytest
-from builders import make_cost
+from cost_records import make_cost
 
 from kdprof.errors import KdprofError, UserError
 from kdprof.records import LedgerEntry
@@ -15,7 +15,7 @@ def test_cost_round_trip_is_exact(tmp_path):
     path = store.write_cost(cost)
     assert path.name == "cwd.feature-key-cwd:feature.json"
     assert store.read_cost("cwd:feature", cost.key) == cost
-    assert '"schema": 1' in path.read_text()
+    assert '"schema": 2' in path.read_text()
 
 
 def test_damaged_record_names_file_and_mend(tmp_path):

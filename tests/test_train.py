@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 from small_study import small_study, small_toml, train_small
 
 from kdprof.errors import KdprofError, UserError
+from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.step import TrainStep
 from kdprof.store import RunFolder, Store
-from kdprof.train import checkpoint, loop
+from kdprof.study import claim_folder
+from kdprof.train import checkpoint, loop, prepare, train
 from kdprof.train.loop import Interrupted
 
 
@@ -248,30 +251,47 @@ def test_checkpoint_never_runs_code(tmp_path):
     assert not Path("/tmp/kdprof-was-here").exists()
 
 
-NAN_METHOD = '''
+BAD_METHODS = '''
 from kdprof.method import Method
 class Nan(Method):
-    """Not a number from the second call on."""
+    """Not a number, once it is armed."""
     taps = ("logits",)
     weights = {"bad": 1.0}
-    calls = 0
+    armed = False
     def forward(self, student, teacher, labels):
-        type(self).calls += 1
-        factor = float("nan") if self.calls > 1 else 1.0
-        return {"bad": factor * student.logits.mean()}
+        return {"bad": (float("nan") if self.armed else 1.0) * student.logits.mean()}
+class Raises(Nan):
+    pass
+class Unmeasurable(Nan):
+    def forward(self, student, teacher, labels):
+        raise ValueError("never works")
 '''
 
 
-def test_run_that_diverges_does_not_spoil_the_others(tmp_path):
-    file = tmp_path / "nan.py"
-    file.write_text(NAN_METHOD)
-    summary = train_small(tmp_path / "out", methods=["none", f"{file}:Nan", "kd"])
-    assert {run.method for run in summary.finished} == {"none", "kd"}
-    assert len(summary.failures) == 1
-    assert "bad" in summary.failures[0]
-    assert "not finite" in summary.failures[0]
-    runs = {run.method: run for run in Store(tmp_path / "out").runs()}
+def test_runs_that_fail_do_not_spoil_the_others(tmp_path):
+    file, store = tmp_path / "bad.py", Store(tmp_path / "out")
+    file.write_text(BAD_METHODS)
+    names = ["nan", "raises", "unmeasurable", "kd"]
+    specs = [f"{file}:{name.title()}" for name in names[:-1]]
+    study = small_study(methods=[*specs, "kd"])
+    resolved = ResolvedStudy(study)
+    prepared = prepare(resolved, store, names, Progress(None))
+    claim_folder(store.study, study)
+    resolved.methods["nan"].cls.armed = True
+    resolved.methods["raises"].cls.forward = _divide_by_zero
+    summary = train(resolved, store, Progress(None), control=False, prepared=prepared)
+    assert {run.method for run in summary.finished} == {"kd"}
+    unmeasured, nan, raised = summary.failures
+    assert "method 'unmeasurable': the step raised ValueError: never works" in unmeasured
+    assert re.search(r"nan 6 seed 0: .*not finite.*bad", nan)
+    assert re.search(r"raises 6 seed 0: the step raised ZeroDivisionError: .*test_train.py", raised)
+    runs = {run.method: run for run in store.runs()}
+    assert runs.keys() == {"nan", "raises", "kd"}
     assert not runs["nan"].finished
+
+
+def _divide_by_zero(self, student, teacher, labels):
+    return 1 / 0
 
 
 def test_interrupted_run_keeps_its_length(tmp_path, monkeypatch):
@@ -296,3 +316,16 @@ def test_budget_that_buys_nothing_is_refused_before_any_training(tmp_path):
     with pytest.raises(UserError, match="smaller than one iteration of 'none'"):
         train_small(tmp_path, budgets=["0.0001s"])
     assert not list(tmp_path.rglob("run.json"))
+
+
+def test_other_seeds_are_as_long_as_the_first(tmp_path):
+    """Measured again in between, on a machine of another mood."""
+    train_small(tmp_path, methods=["none", "kd"], budgets=["6@kd"])
+    store = Store(tmp_path)
+    lengths = {run.method: run.iterations for run in store.runs()}
+    for cost in store.costs():
+        slower = {key: 3 * value for key, value in vars(cost.ratio).items() if key != "to"}
+        ratio = cost.ratio.model_copy(update=slower if cost.method == "kd" else {})
+        store.write_cost(cost.model_copy(update={"ratio": ratio, "end_to_end_ratio": ratio}))
+    train_small(tmp_path, methods=["none", "kd"], budgets=["6@kd"], seeds=2)
+    assert {run.method: run.iterations for run in store.runs() if run.seed == 1} == lengths

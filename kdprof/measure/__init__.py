@@ -2,112 +2,172 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from kdprof.device import versions
 from kdprof.errors import UserError
-from kdprof.measure.clock import StepClock
 from kdprof.measure.count import Count, count_step, fake_tensors
-from kdprof.measure.latency import Samples, Timer, time_rounds, to_device
-from kdprof.measure.memory import available_bytes, peak_memory
+from kdprof.measure.isolation import Failure, Request, explain, guarded, run_isolated
+from kdprof.measure.latency import Report
+from kdprof.measure.memory import available_bytes
+from kdprof.measure.methods import measure_here
+from kdprof.measure.modules import modules_flop
+from kdprof.measure.session import Files
 from kdprof.progress import Progress
-from kdprof.records import Cost, Flop, Interval, Memory, Ratio
-from kdprof.resolve import REFERENCE, ResolvedStudy
-from kdprof.stats import median_interval, ratio_interval
+from kdprof.records import Cost, Memory
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import slug
 
-LOADER_BOUND = 0.02
-"""An iteration this much longer than its step is bound by the loader."""
-MEMORY_STEPS = 2
-NO_BYTES = "this version counts matrix FLOP only"
+COUNTED = "counted, not run (--count-only)"
 
 
-def measure(study: ResolvedStudy, names: list[str], progress: Progress) -> list[Cost]:
-    """Measure the step of each named method, and of the reference beside them.
+@dataclass
+class Measured:
+    """What a call of :func:`measure` found."""
+
+    costs: list[Cost] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Methods that could not be measured, with the reason."""
+
+    def summary(self) -> str:
+        """Return the failures, one line each."""
+        return "\n".join(f"method '{name}': {why}" for name, why in self.failures.items())
+
+
+def measure(
+    study: ResolvedStudy, names: Sequence[str], progress: Progress, files: Files | None = None
+) -> Measured:
+    """Measure the step of each named method, each in a process of its own in turn with the
+    reference's.
+
+    A method whose step fails is among the failures and does not keep the others from being
+    measured.
 
     Raises:
         UserError: a step cannot fit into the device's memory.
     """
-    names = list(dict.fromkeys([REFERENCE, *names]))
-    counts = _counts_that_fit(study, names, progress)
-    before = study.hardware.state()
-    teacher = study.placed_teacher()
-    batches = study.batches(seed=0)
-    resident = to_device(batches.batch(0), study.device)
-    steps, memories = {}, {}
-    with progress.task("memory", len(names)) as advance:
-        for name in names:
-            memories[name] = peak_memory(
-                lambda name=name: _run_steps(study, name, teacher, resident),
-                study.device,
-                study.hardware,
-            )
-            advance(1)
+    _refuse_what_cannot_fit(study, names, progress)
+    measured = Measured()
     for name in names:
-        steps[name] = study.step(name, teacher)
-    timers = {name: Timer(step, resident, batches) for name, step in steps.items()}
-    with progress.task("latency", study.study.measure.rounds) as advance:
-        rounds, stopped = time_rounds(timers, study.study.measure, advance)
-    after = study.hardware.state()
-    for name, timer in timers.items():
-        settled = "settled" if timer.samples.settled else "had not settled"
-        progress.detail(f"{name}: {settled} after {timer.samples.warmup_steps} warm-up steps")
-    session = uuid.uuid4().hex[:12]
-    hardware = {"name": study.hardware.name, "before": before, "after": after}
-    timing = {
-        "clock": StepClock(study.device).name,
-        "rounds": rounds,
-        "steps_per_round": study.study.measure.steps,
-        "stopped": stopped,
-        "interval": "95 %, bootstrap over rounds",
+        own = _files_of(files or Files(), name, several=len(names) > 1)
+        try:
+            with _bar(study, name, progress) as report:
+                cost = _measure_one(study, name, own, report)
+        except Failure as failure:
+            measured.failures[name] = str(failure)
+            progress.say(f"{name}: failed: {failure}")
+            continue
+        measured.costs.append(cost)
+        progress.detail(f"{name}: {cost.timing['rounds']} rounds; {cost.timing['stopped']}")
+    return measured
+
+
+def _measure_one(study: ResolvedStudy, name: str, files: Files, report: Report) -> Cost:
+    if study.study.measure.in_process:
+        return guarded(lambda: measure_here(study, name, files, report))
+    arguments = {
+        "study": study.study.model_dump(mode="json"),
+        "name": name,
+        "files": {key: str(path) for key, path in vars(files).items() if path is not None},
+        "parent": os.getpid(),
     }
-    return [
-        _cost(
-            study,
-            timer,
-            timers[REFERENCE].samples,
-            counts[name],
-            memories[name],
-            {"session": session, "hardware": hardware, "timing": timing},
-        )
-        for name, timer in timers.items()
-    ]
+    return run_isolated(Request("method", arguments), report)
 
 
-def count_costs(study: ResolvedStudy, names: list[str], progress: Progress) -> list[Cost]:
-    """Count the FLOP of each named method's step without running it: no device is needed.
+def _files_of(files: Files, name: str, *, several: bool) -> Files:
+    """Return the files of one method: its name is put in where several write their own."""
+    if not several:
+        return files
+    named = {
+        key: path.with_stem(f"{path.stem}.{slug(name)}")
+        for key, path in vars(files).items()
+        if path is not None
+    }
+    return Files(**named)
+
+
+@contextmanager
+def _bar(study: ResolvedStudy, name: str, progress: Progress) -> Iterator[Report]:
+    """Show the seconds that a method's rounds take, of those they may take."""
+    limit = round(study.study.measure.max_time_s)
+    with progress.task(f"{name} (seconds at most)", limit) as advance:
+        began, shown = None, 0
+
+        def report(done: int, width: float | None) -> None:
+            nonlocal began, shown
+            began = began or time.monotonic()
+            passed = min(limit, round(time.monotonic() - began))
+            advance(passed - shown)
+            shown = passed
+
+        yield report
+
+
+def count_costs(
+    study: ResolvedStudy, names: Sequence[str], progress: Progress, *, modules: bool = False
+) -> Measured:
+    """Count each named method's step without running it: no device is needed.
 
     The Costs have no latency and no memory, with the reason; they are no basis for a budget.
+
+    Args:
+        modules: count the networks' modules with fvcore, too; takes seconds.
     """
-    names = list(dict.fromkeys([REFERENCE, *names]))
-    return [_counted(study, name, made.flop) for name, made in _counts(study, names, progress)]
+    measured = Measured()
+    by_module = _modules_of(study) if modules else None
+    for name, made in _counts(study, names, progress):
+        if isinstance(made, Failure):
+            measured.failures[name] = str(made)
+        else:
+            measured.costs.append(_counted(study, name, made, by_module))
+    return measured
 
 
-def _counted(study: ResolvedStudy, name: str, flop: Flop) -> Cost:
-    fields = ("latency_s", "ratio", "end_to_end_s", "phases_s", "memory_bytes", "energy_j")
+def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
+    step = study.study.step
+    networks = {"student": study.student(0), "teacher": study.teacher()}
+    return {
+        role: modules_flop(network, step.batch, step.crop) for role, network in networks.items()
+    }
+
+
+def _counted(
+    study: ResolvedStudy, name: str, made: Count, modules: dict[str, dict[str, float]] | None
+) -> Cost:
+    run_only = (
+        "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary", "phases_s",
+        "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
+    )  # fmt: skip
+    unavailable = dict.fromkeys((*run_only, "memory_bytes"), COUNTED)
+    if modules is None:
+        unavailable["modules_flop"] = "not asked for (--modules)"
     return Cost(
         method=name,
         device="none: counted, not run",
         key=study.cost_key(name),
         session="",
-        latency_s=None,
-        ratio=None,
-        end_to_end_s=None,
+        **dict.fromkeys(run_only),
         samples_s=[],
+        reference_samples_s=[],
         end_to_end_samples_s=[],
-        phases_s=None,
-        flop=flop,
-        bytes_moved=None,
-        memory_bytes=Memory(peak_allocated=None, peak_reserved=None, process=None),
-        energy_j=None,
+        reference_end_to_end_samples_s=[],
+        outliers=[],
+        terms=made.terms,
+        flop=made.flop,
+        modules_flop=modules,
+        operations=made.operations,
+        bytes_moved=sum(o.bytes_read + o.bytes_written for o in made.operations),
+        memory_bytes=Memory(peak_allocated=None, peak_reserved=None, process=None, phases=None),
         reliable=True,
         warnings=[],
-        unavailable={
-            **dict.fromkeys(fields, "counted, not run (--count-only)"),
-            "bytes_moved": NO_BYTES,
-        },
+        unavailable=unavailable,
         timing={},
         hardware={},
         settings=study.cost_settings(name),
@@ -116,96 +176,56 @@ def _counted(study: ResolvedStudy, name: str, flop: Flop) -> Cost:
 
 
 def _counts(
-    study: ResolvedStudy, names: list[str], progress: Progress
-) -> Iterator[tuple[str, Count]]:
+    study: ResolvedStudy, names: Sequence[str], progress: Progress
+) -> Iterator[tuple[str, Count | Failure]]:
     mode, teacher = fake_tensors(), study.teacher()
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
-            yield name, count_step(study.step(name, teacher, device=torch.device("cpu")), mode)
+            step = study.step(name, teacher, device=torch.device("cpu"))
+            try:
+                made: Count | Failure = count_step(step, mode)
+            except Exception as error:
+                made = Failure(explain(error))
+            yield name, made
             advance(1)
 
 
-def _counts_that_fit(
-    study: ResolvedStudy, names: list[str], progress: Progress
-) -> dict[str, Count]:
-    """Count each step and refuse, before any of them runs, what cannot fit into memory."""
+def _refuse_what_cannot_fit(study: ResolvedStudy, names: Sequence[str], progress: Progress) -> None:
+    """Refuse, before any of them runs, the steps that cannot fit into memory.
+
+    A step that cannot be counted on fake tensors is let through: it will be seen when it runs.
+
+    Raises:
+        UserError: names all of them.
+    """
     step, free = study.study.step, available_bytes(study.device)
-    counts = dict(_counts(study, names, progress))
+    if free is None:
+        return
     problems = [
         f"a step of '{name}' with batch {step.batch} and crop {step.crop[0]}x{step.crop[1]} needs "
         f"at least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
         f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
-        for name, made in counts.items()
-        if free is not None and made.least_memory_bytes > free
+        for name, made in _counts(study, names, progress)
+        if isinstance(made, Count) and made.least_memory_bytes > free
     ]
     if problems:
         raise UserError(*problems)
-    return counts
 
 
-def _run_steps(study: ResolvedStudy, name: str, teacher: object, resident: tuple) -> None:
-    step = study.step(name, teacher)
-    for iteration in range(MEMORY_STEPS):
-        step(*resident, iteration)
+def check_files(study: ResolvedStudy, files: Files) -> None:
+    """Refuse files that this device cannot make.
 
-
-def _cost(
-    study: ResolvedStudy,
-    timer: Timer,
-    reference: Samples,
-    count: Count,
-    memory: tuple[Memory, dict[str, str]],
-    session: dict,
-) -> Cost:
-    name, samples = timer.step.method.name, timer.samples
-    latency = _interval(samples.step_s)
-    end_to_end = _interval(samples.end_to_end_s)
-    paired = ratio_interval(samples.step_s, reference.step_s, paired=True)
-    hardware, timing = session["hardware"], dict(session["timing"])
-    untrusted = study.hardware.problems(hardware["before"], hardware["after"])
-    if not samples.settled:
-        untrusted.append(f"the latency never settled in {samples.warmup_steps} warm-up steps")
-    notes = _loader_notes(latency, end_to_end) + list(timer.step.method.notes)
-    timing["warmup_steps"] = samples.warmup_steps
-    return Cost(
-        method=name,
-        device=study.hardware.name,
-        key=study.cost_key(name),
-        session=session["session"],
-        latency_s=latency,
-        ratio=Ratio(**dict(zip(("median", "low", "high"), paired, strict=True)), to=REFERENCE),
-        end_to_end_s=end_to_end,
-        samples_s=samples.step_s,
-        end_to_end_samples_s=samples.end_to_end_s,
-        phases_s=samples.phases_of(latency.median),
-        flop=count.flop,
-        bytes_moved=None,
-        memory_bytes=memory[0],
-        energy_j=None,
-        reliable=not untrusted,
-        warnings=untrusted + notes,
-        unavailable={
-            "bytes_moved": NO_BYTES,
-            "energy_j": study.hardware.energy_unavailable(),
-            **memory[1],
-        },
-        timing=timing,
-        hardware=hardware,
-        settings=study.cost_settings(name),
-        versions=versions(),
-    )
-
-
-def _interval(rounds: list[list[float]]) -> Interval:
-    median, low, high = median_interval(rounds)
-    return Interval(median=median, low=low, high=high)
-
-
-def _loader_notes(step: Interval, end_to_end: Interval) -> list[str]:
-    excess = end_to_end.median / step.median - 1
-    if excess <= LOADER_BOUND or end_to_end.low <= step.median:
-        return []
-    return [
-        f"LOADER-BOUND: an iteration with the loader takes {excess:.0%} longer than its step; "
-        "part of the comparison is about loading data (raise data_settings.workers)"
+    Raises:
+        UserError: a CUDA allocator's history on a CPU, or a folder that does not exist.
+    """
+    problems = [
+        f"no folder {path.parent} for {path.name}; make it first"
+        for path in vars(files).values()
+        if isinstance(path, Path) and not path.parent.is_dir()
     ]
+    if files.memory_timeline is not None and study.device.type != "cuda":
+        problems.append(
+            "--memory-timeline is the CUDA allocator's history; a CPU has none, leave it out"
+        )
+    if problems:
+        raise UserError(*problems)

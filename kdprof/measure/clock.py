@@ -1,53 +1,92 @@
-"""One clock for every device: stamps at phase boundaries, read after the step.
-
-Stamping never synchronises: on a GPU it records an event in the stream, on the CPU it reads the
-monotonic clock.
-"""
+"""Clocks: stamps taken while steps are queued, read afterwards. Taking one never synchronises."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from kdprof.device import synchronize
-from kdprof.step import PHASES
+Stamps = list[tuple[str, Any]]
+"""Stamps with what each one ends; the first ends nothing."""
 
 
-class StepClock:
-    """Times one step: ``start()``, hand ``mark`` to the step, then ``seconds()``."""
+class Clock(Protocol):
+    """What steps are timed with."""
+
+    name: str
+
+    def stamp(self) -> Any:
+        """Return a mark in the device's time."""
+
+    def between(self, before: Any, after: Any) -> float:
+        """Return the seconds between two stamps that the device has passed."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+
+    def now(self) -> float:
+        """Return the host's monotonic seconds."""
+
+
+class CpuClock:
+    """The monotonic clock: on a CPU the host is the device."""
+
+    name = "perf_counter"
+
+    def stamp(self) -> float:
+        """Return the monotonic clock's seconds."""
+        return time.perf_counter()
+
+    def between(self, before: float, after: float) -> float:
+        """Return the seconds between two stamps."""
+        return after - before
+
+    def synchronize(self) -> None:
+        """Return at once: nothing is queued on a CPU."""
+
+    def now(self) -> float:
+        """Return the monotonic clock's seconds."""
+        return time.perf_counter()
+
+
+class CudaClock:
+    """CUDA events, recorded in the current stream."""
+
+    name = "CUDA events"
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.name = "CUDA events" if device.type == "cuda" else "perf_counter"
-        self._stamps: list[tuple[str, Any]] = []
 
-    def _stamp(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
+    def stamp(self) -> torch.cuda.Event:
+        """Record an event."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def start(self) -> None:
-        """Begin a step."""
-        self._stamps = [("", self._stamp())]
+    def between(self, before: torch.cuda.Event, after: torch.cuda.Event) -> float:
+        """Return the seconds between two events that have happened."""
+        return before.elapsed_time(after) / 1e3
 
-    def mark(self, phase: str) -> None:
-        """End a phase."""
-        self._stamps.append((phase, self._stamp()))
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self.device)
 
-    def seconds(self) -> tuple[float, dict[str, float]]:
-        """Return the step's seconds and those of each phase. Waits for the device."""
-        synchronize(self.device)
-        stamps = [stamp for _, stamp in self._stamps]
-        phases = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, after) in zip(self._stamps, self._stamps[1:], strict=False):
-            phases[phase] = self._between(before, after)
-        return self._between(stamps[0], stamps[-1]), phases
+    def now(self) -> float:
+        """Return the host's monotonic seconds."""
+        return time.perf_counter()
 
-    def _between(self, before: Any, after: Any) -> float:
-        if self.device.type == "cuda":
-            return float(before.elapsed_time(after)) / 1e3
-        return float(after - before)
+
+def clock_of(device: torch.device) -> Clock:
+    """Return the clock that times what runs on a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def phase_seconds(clock: Clock, stamps: Stamps, phases: Sequence[str]) -> dict[str, float]:
+    """Return the seconds of each of ``phases``; 0 for one that the step did not mark."""
+    found = dict.fromkeys(phases, 0.0)
+    for (_, before), (phase, after) in itertools.pairwise(stamps):
+        found[phase] = found.get(phase, 0.0) + clock.between(before, after)
+    return found

@@ -1,68 +1,47 @@
-"""FLOP and activation memory of a step, counted under FakeTensorMode: no GPU, no memory needed."""
+"""What a step does and must hold, counted under FakeTensorMode: no GPU, no memory needed."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
-from kdprof.records import Flop
+from kdprof.errors import KdprofError
+from kdprof.measure.operators import operator_of
+from kdprof.measure.trace import StepTrace, Synchronisation, location_of, storage_key
+from kdprof.records import Flop, Operation, TermCost
 from kdprof.step import TrainStep
+
+REFUSED_BY_FAKES = ("FakeTensor", "tensor subclasses")
+"""Words of torch where code reaches for a tensor's memory: ``.numpy()``, ``.data_ptr()``."""
+
+
+class Uncountable(KdprofError):
+    """A step that fake tensors cannot take; it can be run, and counted then."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a step does, whatever the device: matrix FLOP, and bytes it must hold at its peak."""
+    """What a step does, whatever the device."""
 
     flop: Flop
+    operations: list[Operation]
+    """Without seconds: nothing ran."""
+    terms: dict[str, TermCost]
+    synchronisations: list[Synchronisation]
     least_memory_bytes: int
     """A lower bound: parameters, gradients, momentum, teacher, and what backward keeps."""
-
-
-def convolution_flop(
-    x_shape: Any, w_shape: Any, out_shape: Any, groups: int, transposed: bool
-) -> int:
-    """Return the FLOP of a convolution: 2 per multiply-add.
-
-    ``w_shape`` is (out, in / groups, *kernel), or (in, out / groups, *kernel) when transposed: the
-    weight already holds the division by groups.
-    """
-    positions = math.prod(x_shape[2:] if transposed else out_shape[2:])
-    return 2 * x_shape[0] * positions * math.prod(w_shape)
-
-
-def _forward_flop(
-    x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
-    output_padding: Any, groups: int, *rest: Any, out_shape: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    return convolution_flop(x, w, out_shape, groups, transposed)
-
-
-def _backward_flop(
-    grad: Any, x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, output_mask: Any,
-    *rest: Any, out_shape: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Each gradient asked for (input, weight) costs as much as the forward.
-
-    torch's own formula leaves ``groups`` out of the weight gradient: a depthwise convolution then
-    counts as many times too much as it has channels.
-    """
-    return convolution_flop(x, w, grad, groups, transposed) * sum(map(bool, output_mask[:2]))
-
-
-_FORMULAS = {
-    torch.ops.aten.convolution: _forward_flop,
-    torch.ops.aten._convolution: _forward_flop,
-    torch.ops.aten.convolution_backward: _backward_flop,
-}
 
 
 class _Held:
@@ -77,14 +56,14 @@ class SavedForBackward:
 
     def __init__(self, step: TrainStep):
         parts = (step.student, step.method)
-        self._parameters = {_storage(p) for part in parts for p in part.parameters()}
+        self._parameters = {storage_key(p) for part in parts for p in part.parameters()}
         self._holders: Counter[int] = Counter()
         self._now_bytes = 0
         self.peak_bytes = 0
 
     def pack(self, tensor: Tensor) -> _Held:
         """Note a tensor that is being saved; views of one storage count once."""
-        held, key = _Held(tensor), _storage(tensor)
+        held, key = _Held(tensor), storage_key(tensor)
         if key in self._parameters:
             return held
         size = tensor.untyped_storage().nbytes()
@@ -105,11 +84,6 @@ class SavedForBackward:
             self._now_bytes -= size
 
 
-def _storage(tensor: Tensor) -> int:
-    """Return what identifies a tensor's storage while it lives; fakes have no address."""
-    return tensor.untyped_storage()._cdata
-
-
 def fake_tensors() -> FakeTensorMode:
     """Return a mode to count under. Steps counted under one mode may share a teacher."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -119,33 +93,82 @@ def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:
     """Count one step of the study's batch and crop.
 
     ``step`` lies on the CPU; its tensors are replaced by fakes, so it cannot run afterwards.
+    Networks built under ``mode`` are fakes already, which spares their initialisation.
+
+    Raises:
+        Uncountable: the method asks for a value or a shape that only real tensors have.
     """
     for module in (step.student, step.teacher, step.method):
         if module is not None:
             _make_fake(module, mode)
     step = _rebuilt(step)
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    phases: Counter[str] = Counter()
-    saved = SavedForBackward(step)
-
-    def mark(phase: str) -> None:
-        phases[phase] = counter.get_total_flops() - phases.total()
-
-    with mode, counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        batch, (height, width) = step.settings.batch, step.settings.crop
+    saved, trace = SavedForBackward(step), StepTrace(step)
+    batch, (height, width) = step.settings.batch, step.settings.crop
+    with mode:
         images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
         labels = torch.zeros(batch, height, width, dtype=torch.uint8)
-        step(images, labels, 0, mark)
-    backward = phases["objective_backward"] + phases["student_backward"]
-    forward = {p: phases[f"{p}_forward"] for p in ("teacher", "student")}
-    flop = Flop(
-        **forward,
-        objective=phases["objective"],
-        backward=backward,
-        auxiliary=phases["auxiliary"],
-        total=phases.total(),
+        _settle(step)
+    with mode, trace, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        _run(step, images, labels, trace)
+    return Count(
+        flop=_flop(trace.matrix_flop()),
+        operations=trace.operations(),
+        terms=trace.terms(step.method.weights),
+        synchronisations=trace.synchronisations(),
+        least_memory_bytes=saved.peak_bytes + _fixed_bytes(step),
     )
-    return Count(flop, saved.peak_bytes + _fixed_bytes(step))
+
+
+def _settle(step: TrainStep) -> None:
+    """Let the second optimiser make its state, which it does once and not at every step."""
+    optimizer = step._auxiliary_optimizer
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _run(step: TrainStep, images: Tensor, labels: Tensor, trace: StepTrace) -> None:
+    try:
+        step(images, labels, 0, trace.mark)
+    except Exception as error:
+        asked, where = _asked_of_fakes(error), location_of(error)
+        if asked is None:
+            raise
+        # A boolean index fails deep within torch; the trace saw the operator that the line calls.
+        asked = next((s.operator for s in trace.synchronisations() if s.where == where), asked)
+        raise Uncountable(
+            f"method '{step.method.name}' cannot be counted without running it: {asked} at "
+            f"{where} needs real values; it is counted when it runs"
+        ) from error
+
+
+def _asked_of_fakes(error: Exception) -> str | None:
+    """Return what the step asked of a fake tensor that only a real one has; None where the error
+    is another one, which a real step would raise too."""
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return operator_of(error.func).name
+    if isinstance(error, UnsupportedOperatorException):
+        return str(error.func)
+    words = str(error)
+    if isinstance(error, RuntimeError) and any(part in words for part in REFUSED_BY_FAKES):
+        return words.splitlines()[0].rstrip(".")
+    return None
+
+
+def _flop(phases: Mapping[str, float]) -> Flop:
+    found = Counter(phases)
+    return Flop(
+        teacher=found["teacher_forward"],
+        student=found["student_forward"],
+        objective=found["objective"],
+        backward=found["objective_backward"] + found["student_backward"],
+        auxiliary=found["auxiliary"],
+        total=found.total(),
+    )
 
 
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:

@@ -1,154 +1,286 @@
-"""Step and end-to-end latency of several methods, in interleaved rounds.
+"""Step and end-to-end latency of several steps, in interleaved rounds of random order.
 
-Drift of the machine (clocks, neighbours, temperature) hits every method of a round alike, so ratios
+Drift of the machine (clocks, neighbours, temperature) hits every step of a round alike, so ratios
 are formed round by round.
 """
 
 from __future__ import annotations
 
-import math
+import gc
 import random
 import statistics
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from kdprof.data import PREFETCHED, Batches
-from kdprof.device import synchronize
-from kdprof.measure.clock import StepClock
-from kdprof.progress import Advance
-from kdprof.step import TrainStep
+from kdprof.hardware import Hardware
+from kdprof.measure.canary import Canary
+from kdprof.measure.clock import Clock, Stamps, phase_seconds
+from kdprof.measure.subject import Subject
+from kdprof.records import Outlier
+from kdprof.stats import median_interval, outliers, paired_ratio, relative_width
 from kdprof.study import MeasureSettings
 
-Batch = tuple[Tensor, Tensor]
-
 WARMUP_WINDOW = 3
-WARMUP_MOST_STEPS = 30
+WARMUP_MOST_STEPS = 60
 WARMUP_MOST_S = 60.0
 SETTLED = 0.03
 """Warm-up ends when the median of a window of steps is within 3 % of the window's before."""
+CHECK_GROWTH = 1.2
+"""The interval is looked at again after this many times more rounds: a stop that is tested at
+every round would pick the luckiest of them."""
+LOOKS_IN_A_ROW = 2
+"""An interval must be found narrow enough this often: once may be luck."""
+COLLECTED = "off inside blocks, run between rounds"
+"""What is done about Python's garbage collector."""
+
+Report = Callable[[int, float | None], None]
+"""Told after each round: rounds done, relative width of the widest interval when it was looked at.
+"""
+
+
+def _silent(done: int, width: float | None) -> None:
+    """Report nothing."""
+
+
+@dataclass
+class Block:
+    """Steps of one subject queued one after the other."""
+
+    step_s: list[float]
+    phases_s: list[dict[str, float]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    """Readings of the device around the block."""
+    collections: int
+    """Runs of the garbage collector inside it."""
 
 
 @dataclass
 class Samples:
-    """What was timed of one method: one list per round, seconds."""
+    """What was timed of one subject, one entry per round."""
 
-    step_s: list[list[float]] = field(default_factory=list)
-    end_to_end_s: list[list[float]] = field(default_factory=list)
-    phases_s: list[dict[str, float]] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    fed_s: list[float] = field(default_factory=list)
+    waited_s: list[float] = field(default_factory=list)
     warmup_steps: int = 0
-    settled: bool = False
+    settled: str | None = None
+    """Why the latency had not settled before it was timed; None where it had."""
+
+    @property
+    def rounds(self) -> list[list[float]]:
+        """Step latencies, seconds, one list per round."""
+        return [block.step_s for block in self.blocks]
 
     def phases_of(self, latency_s: float) -> dict[str, float]:
         """Return the phases of a step of this latency: their mean shares of the timed steps."""
+        timed = [phases for block in self.blocks for phases in block.phases_s]
         shares = [
             {name: seconds / sum(phases.values()) for name, seconds in phases.items()}
-            for phases in self.phases_s
+            for phases in timed
         ]
         return {name: latency_s * statistics.fmean(s[name] for s in shares) for name in shares[0]}
 
+    def outliers(self, hardware: Hardware) -> list[Outlier]:
+        """Return the samples far above the others, each with its cause where one was seen."""
+        return [
+            Outlier(
+                round=number,
+                step=step,
+                seconds=self.blocks[number].step_s[step],
+                times_median=times,
+                cause=_cause(self.blocks[number], hardware),
+            )
+            for number, step, times in outliers(self.rounds)
+        ]
 
-class Timer:
-    """Runs and times the steps of one method."""
 
-    def __init__(self, step: TrainStep, resident: Batch, batches: Batches):
-        self.step, self.resident, self.batches = step, resident, batches
+def _cause(block: Block, hardware: Hardware) -> str:
+    if block.collections:
+        return "garbage collection"
+    return hardware.cause(block.before, block.after) or "unknown"
+
+
+@dataclass(frozen=True)
+class Session:
+    """Samples of the compared subjects, taken in turn."""
+
+    samples: dict[str, Samples]
+    canary_s: list[float]
+    rounds: int
+    stopped: str
+    """Why measuring stopped."""
+
+
+class Stopwatch:
+    """Times one subject's steps in blocks."""
+
+    def __init__(self, subject: Subject, clock: Clock, hardware: Hardware):
+        self.subject, self.clock, self.hardware = subject, clock, hardware
         self.samples = Samples()
-        self._iteration = 0
+        self._result: Any = None
 
-    def _run_step(self) -> StepClock:
-        """Take one step without waiting for it; read its clock when the device is done."""
-        clock = StepClock(self.step.device)
-        clock.start()
-        self.step(*self.resident, self._next(), clock.mark)
-        return clock
-
-    def _next(self) -> int:
-        self._iteration = (self._iteration + 1) % self.step.iterations
-        return self._iteration
+    def _queue(self) -> Stamps:
+        stamps: Stamps = [("", self.clock.stamp())]
+        self._result = self.subject.run(lambda name: stamps.append((name, self.clock.stamp())))
+        if not self.subject.phases:
+            stamps.append(("step", self.clock.stamp()))
+        return stamps
 
     def warm_up(self) -> None:
-        """Step until the latency has settled, or the limits say that it will not."""
+        """Step until the latency and the allocator have settled, or the limits say that they will
+        not, and check the result."""
         times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < WARMUP_MOST_STEPS and time.perf_counter() - began < WARMUP_MOST_S:
-            times.append(self._run_step().seconds()[0])
-            if len(times) >= 2 * WARMUP_WINDOW and _settled(times):
-                self.samples.settled = True
+        reserved: list[int] = []
+        began = self.clock.now()
+        while True:
+            times.append(self._timed_step())
+            reserved.append(_reserved_bytes())
+            self.samples.settled = _unsettled(times, reserved)
+            late = self.clock.now() - began > WARMUP_MOST_S or len(times) >= WARMUP_MOST_STEPS
+            if self.samples.settled is None or (late and len(times) >= 2):
                 break
         self.samples.warmup_steps = len(times)
+        self.subject.check(self._result)
 
-    def time_steps(self, count: int) -> None:
-        """Time ``count`` steps with the batch already on the device, after one untimed step that
-        brings caches back to this method.
+    def _timed_step(self) -> float:
+        stamps = self._queue()
+        self.clock.synchronize()
+        return self.clock.between(stamps[0][1], stamps[-1][1])
+
+    def time_block(self, count: int) -> None:
+        """Time ``count`` steps after one untimed step that brings caches back to this subject.
 
         The steps are queued without waiting in between, as in training: on a GPU the host runs
         ahead and its launches are hidden.
         """
-        self._run_step()
-        clocks = [self._run_step() for _ in range(count)]
-        timed = [clock.seconds() for clock in clocks]
-        self.samples.step_s.append([seconds for seconds, _ in timed])
-        self.samples.phases_s += [phases for _, phases in timed]
+        self._queue()
+        before = self.hardware.during()
+        with collector_off() as runs:
+            steps = [self._queue() for _ in range(count)]
+            # Before the wait: a GPU is read while it works, not when it has fallen idle.
+            after = self.hardware.during()
+            self.clock.synchronize()
+        self.subject.check(self._result)
+        self.samples.blocks.append(
+            Block(
+                [self.clock.between(stamps[0][1], stamps[-1][1]) for stamps in steps],
+                [self._phases(stamps) for stamps in steps],
+                before,
+                after,
+                len(runs),
+            )
+        )
 
-    def time_with_loader(self, count: int, first: int) -> None:
-        """Time ``count`` iterations with the real loader in steady state, as one block.
+    def _phases(self, stamps: Stamps) -> dict[str, float]:
+        phases = self.subject.phases
+        return phase_seconds(self.clock, stamps, phases) if phases else {}
 
-        Loader processes have a full queue when the block begins; it is drained untimed. They
-        deliver in bunches, so the block is whole bunches long, and the stream goes on past its end,
-        or they would stop working inside it.
-        """
-        workers = self.batches.workers
-        queued = PREFETCHED * workers
-        if workers:
-            count = workers * math.ceil(max(count, 2 * workers) / workers)
-        batches = self.batches.iterate(first, first + 1 + queued + count + queued)
-        self._iterate(batches, 1 + queued)
-        began = time.perf_counter()
-        self._iterate(batches, count)
-        self.samples.end_to_end_s.append([(time.perf_counter() - began) / count])
-        batches.close()
-
-    def _iterate(self, batches: Iterator[Batch], count: int) -> None:
-        for _ in range(count):
-            self.step(*next(batches), self._next())
-        synchronize(self.step.device)
+    def time_fed(self, count: int, first: int) -> None:
+        """Time a block of iterations with the loader, where there is one."""
+        fed = self.subject.run_fed(count, first)
+        if fed is not None:
+            self.samples.fed_s.append(fed.seconds)
+            self.samples.waited_s.append(fed.waited_s)
 
 
-def _settled(times: list[float]) -> bool:
+def _reserved_bytes() -> int:
+    """Return what the CUDA allocator holds; 0 where there is none, which never grows."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+
+
+def _unsettled(times: Sequence[float], reserved: Sequence[int]) -> str | None:
+    """Return what still changes from step to step, None once nothing does."""
+    if len(times) < 2 * WARMUP_WINDOW:
+        return f"only {len(times)} warm-up steps fitted into {WARMUP_MOST_S:.0f} s"
     last = statistics.median(times[-WARMUP_WINDOW:])
     before = statistics.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
-    return abs(last / before - 1) <= SETTLED
+    if abs(last / before - 1) > SETTLED:
+        return f"the latency still changed by {last / before - 1:+.0%} in {len(times)} steps"
+    if reserved[-1] > reserved[-WARMUP_WINDOW]:
+        return f"the allocator still grew after {len(times)} steps"
+    return None
 
 
-def time_rounds(
-    timers: Mapping[str, Timer], settings: MeasureSettings, advance: Advance
-) -> tuple[int, str]:
-    """Warm every method up, then time interleaved rounds in random order.
+@contextmanager
+def collector_off() -> Iterator[list[int]]:
+    """Keep Python's garbage collector from running on its own; yields the generations of the
+    runs that happened all the same, because the step asked for them."""
+    runs: list[int] = []
 
-    Returns:
-        The number of rounds made and why measuring stopped.
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            runs.append(info["generation"])
+
+    was_on = gc.isenabled()
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        yield runs
+    finally:
+        gc.callbacks.remove(note)
+        if was_on:
+            gc.enable()
+
+
+def time_in_turn(
+    subjects: Sequence[Subject],
+    settings: MeasureSettings,
+    *,
+    clock: Clock,
+    canary: Canary,
+    hardware: Hardware,
+    report: Report = _silent,
+) -> Session:
+    """Warm every subject up, then time interleaved rounds in random order.
+
+    The last subject is the reference. Rounds go on until each ratio's 95 % interval (of a single
+    subject: its latency's) is narrower than ``settings.precision_target``, or
+    ``settings.max_time_s`` is up.
+
+    Raises:
+        BadStep: a loss is not finite.
     """
-    for timer in timers.values():
-        timer.warm_up()
-    shuffle = random.Random(0)
-    order = list(timers)
-    began = time.perf_counter()
-    for done in range(settings.rounds):
-        if done >= 3 and time.perf_counter() - began > settings.max_time_s:
-            return done, f"max_time_s = {settings.max_time_s:g} s was up"
+    watches = [Stopwatch(subject, clock, hardware) for subject in subjects]
+    for watch in watches:
+        watch.warm_up()
+    canary.warm_up()
+    canary_s: list[float] = []
+    order, shuffle = list(watches), random.Random(0)
+    began, done, look, narrow, stopped = clock.now(), 0, settings.least_rounds, 0, ""
+    while not stopped:
+        canary_s += canary.seconds()
         shuffle.shuffle(order)
-        for name in order:
-            timers[name].time_steps(settings.steps)
-            timers[name].time_with_loader(settings.steps, done * settings.steps)
-        advance(1)
-    return settings.rounds, "all rounds done"
+        for watch in order:
+            watch.time_block(settings.steps)
+            watch.time_fed(settings.steps, done * settings.steps)
+        gc.collect(0)  # what the blocks left, not all that torch ever made
+        done += 1
+        width = _widest(watches) if done >= look else None
+        if width is not None:
+            look = max(done + 1, int(done * CHECK_GROWTH))
+            narrow = narrow + 1 if width <= settings.precision_target else 0
+        report(done, width)
+        late = done >= settings.least_rounds and clock.now() - began > settings.max_time_s
+        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, settings)
+    return Session({w.subject.name: w.samples for w in watches}, canary_s, done, stopped)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch that lies on the device."""
-    images, labels = batch
-    return images.to(device), labels.to(device)
+def _widest(watches: Sequence[Stopwatch]) -> float:
+    """Return the relative width of the widest interval there is to narrow."""
+    *compared, reference = [watch.samples.rounds for watch in watches]
+    if not compared:
+        return relative_width(median_interval(reference))
+    return max(relative_width(paired_ratio(rounds, reference)) for rounds in compared)
+
+
+def _why_stop(width: float | None, narrow: bool, late: bool, settings: MeasureSettings) -> str:
+    target = settings.precision_target
+    if narrow:
+        return f"the interval is {width:.2%} wide, target {target:.2%}"
+    if late:
+        return f"max_time_s = {settings.max_time_s:g} was up before the target of {target:.2%}"
+    return ""

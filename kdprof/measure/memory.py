@@ -1,59 +1,152 @@
-"""Peak memory of a step: the CUDA allocator's, or the process's resident set on a CPU."""
+"""Peak memory of a step, phase by phase: the CUDA allocator's, or the process's resident set on a
+CPU. Taken with nothing but this step resident."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kdprof.device import Hardware
+from kdprof.hardware import Hardware
+from kdprof.measure.subject import Subject
 from kdprof.records import Memory
 
 NO_ALLOCATOR = "the CPU has no caching allocator to ask; see memory_bytes.process"
+NO_RESET = "this system cannot reset a process's peak memory"
+SETTLING_STEPS = 2
+"""Steps before the peaks are read: cuDNN's search for kernels and the optimiser's first allocation
+are not part of a step."""
+LEAK_STEPS = 6
+LEAST_LEAK_BYTES = {"cuda": 1, "cpu": 2**18}
+"""Growth per step that counts: the CUDA allocator is exact, a resident set is not."""
 
 
-def peak_memory(
-    steps: Callable[[], None], device: torch.device, hardware: Hardware
-) -> tuple[Memory, dict[str, str]]:
-    """Run ``steps`` and return the peaks, with the reason for each that is not available."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        steps()
-        torch.cuda.synchronize(device)
-        process, reason = hardware.process_memory_bytes()
-        memory = Memory(
-            peak_allocated=torch.cuda.max_memory_allocated(device),
-            peak_reserved=torch.cuda.max_memory_reserved(device),
-            process=process,
-        )
-        return memory, {} if reason is None else {"memory_bytes.process": reason}
-    reset = _reset_peak_rss()
-    steps()
-    process = _peak_rss_bytes() if reset else None
-    missing = dict.fromkeys(("memory_bytes.peak_allocated", "memory_bytes.peak_reserved"))
-    unavailable = dict.fromkeys(missing, NO_ALLOCATOR)
-    if process is None:
-        unavailable["memory_bytes.process"] = "this system cannot reset a process's peak memory"
-    return Memory(peak_allocated=None, peak_reserved=None, process=process), unavailable
+@dataclass(frozen=True)
+class MemoryReading:
+    """What one step needs, and whether it gives it back."""
+
+    memory: Memory
+    unavailable: dict[str, str]
+    leaked_bytes: int
+    """Kept by every further step, on average; 0 where memory is given back."""
 
 
-def _reset_peak_rss() -> bool:
-    """Make the kernel forget the process's peak so far (Linux), so that a step has its own."""
-    try:
+class _CudaPeaks:
+    """The allocator's peaks. Host-side counters: reading them waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def held_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+
+class _ResidentPeaks:
+    """The kernel's book of the process's resident set (Linux)."""
+
+    def reset(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> int:
+        return _status_bytes("VmHWM")
+
+    def held_bytes(self) -> int:
+        return _status_bytes("VmRSS")
+
+
+def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> MemoryReading:
+    """Run a few steps and return their peaks, with the reason for each that is not available.
+
+    Raises:
+        BadStep: a loss is not finite.
+    """
+    for _ in range(SETTLING_STEPS):
+        subject.check(subject.run(_ignore))
+    if device.type == "cuda":
+        return _cuda_reading(subject, device, hardware)
+    unavailable = dict.fromkeys(
+        ("memory_bytes.peak_allocated", "memory_bytes.peak_reserved"), NO_ALLOCATOR
+    )
+    if not _can_reset():
+        missing = dict.fromkeys(("memory_bytes.process", "memory_bytes.phases"), NO_RESET)
+        memory = Memory(peak_allocated=None, peak_reserved=None, process=None, phases=None)
+        return MemoryReading(memory, unavailable | missing, 0)
+    phases, leaked = _peaks_by_phase(subject, _ResidentPeaks(), LEAST_LEAK_BYTES["cpu"])
+    memory = Memory(
+        peak_allocated=None,
+        peak_reserved=None,
+        process=max(phases.values()),
+        phases=phases,
+    )
+    return MemoryReading(memory, unavailable, leaked)
+
+
+def _ignore(phase: str) -> None:
+    """Mark nothing."""
+
+
+def _cuda_reading(subject: Subject, device: torch.device, hardware: Hardware) -> MemoryReading:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # the workspaces that cuDNN's search left behind
+    torch.cuda.reset_peak_memory_stats(device)
+    phases, leaked = _peaks_by_phase(subject, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"])
+    torch.cuda.synchronize(device)
+    process, reason = hardware.process_memory_bytes()
+    memory = Memory(
+        peak_allocated=max(phases.values()),
+        peak_reserved=torch.cuda.memory_reserved(device),
+        process=process,
+        phases=phases,
+    )
+    return MemoryReading(memory, {} if reason is None else {"memory_bytes.process": reason}, leaked)
+
+
+def _peaks_by_phase(
+    subject: Subject, peaks: _CudaPeaks | _ResidentPeaks, least_leak: int
+) -> tuple[dict[str, int], int]:
+    """Return the highest peak of each phase over a few steps, and the bytes leaked per step."""
+    found: dict[str, int] = {}
+    held: list[int] = []
+
+    def mark(phase: str) -> None:
+        found[phase] = max(found.get(phase, 0), peaks.peak_bytes())
+        peaks.reset()
+
+    for _ in range(LEAK_STEPS):
+        peaks.reset()
+        result = subject.run(mark)
+        if not subject.phases:
+            mark("step")
+        subject.check(result)
+        del result
+        held.append(peaks.held_bytes())
+    grown = [after - before for before, after in itertools.pairwise(held)]
+    leaks = min(grown) >= least_leak
+    return found, sum(grown) // len(grown) if leaks else 0
+
+
+def _can_reset() -> bool:
+    try:
+        _ResidentPeaks().reset()
     except OSError:
         return False
     return True
 
 
-def _peak_rss_bytes() -> int | None:
+def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    return None
+    raise OSError(f"/proc/self/status has no {key}")
 
 
 def available_bytes(device: torch.device) -> int | None:

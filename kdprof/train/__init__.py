@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kdprof.budget import convert, parse_budget
 from kdprof.device import versions
 from kdprof.errors import KdprofError, UserError
 from kdprof.measure import measure
+from kdprof.measure.isolation import explain
 from kdprof.models import SegmentationNetwork
 from kdprof.progress import Progress
 from kdprof.records import Cost, Run, Spent
-from kdprof.resolve import ResolvedStudy
+from kdprof.resolve import REFERENCE, ResolvedStudy
 from kdprof.store import Store
 from kdprof.train import checkpoint
 from kdprof.train.loop import Interrupted, TrainingRun
@@ -28,7 +30,15 @@ class Cell:
     budget: str
     seed: int
     iterations: int
-    planned_s: float
+    planned_s: float | None
+
+
+class Prepared(NamedTuple):
+    """What training needs to know before it begins."""
+
+    costs: dict[str, Cost]
+    failures: list[str]
+    """Methods that could not be measured, with the reason."""
 
 
 @dataclass
@@ -42,22 +52,29 @@ class Summary:
 
 
 def train(
-    study: ResolvedStudy, store: Store, progress: Progress, *, control: bool = True
+    study: ResolvedStudy,
+    store: Store,
+    progress: Progress,
+    *,
+    control: bool = True,
+    prepared: Prepared | None = None,
 ) -> Summary:
     """Measure what is missing, train the teacher, then every cell of the study.
 
     A finished run is left alone, an interrupted one continues. A run that fails does not keep the
     others from being made.
 
+    Args:
+        prepared: what :func:`prepare` returned for these methods, where it was called before.
+
     Raises:
         UserError: a budget buys less than an iteration of a method, or a step does not fit.
         Interrupted: a signal came; everything is saved.
     """
     names = study.method_names(control=control)
-    check_runs(study, store, names)
-    costs = costs_of(study, store, names, progress)
-    cells = _cells(study, names, costs)
-    summary = Summary()
+    costs, failures = prepared or prepare(study, store, names, progress)
+    summary = Summary(failures=list(failures))
+    cells = _cells(study, store, [name for name in names if name in costs], costs)
     waiting = [cell for cell in cells if not _is_finished(store, cell)]
     summary.skipped = len(cells) - len(waiting)
     if not waiting:
@@ -70,16 +87,18 @@ def train(
             run = _train_cell(study, store, costs[cell.method], cell, teacher, progress, label)
         except Interrupted:
             raise
-        except KdprofError as error:
-            summary.failures.append(str(error))
-            progress.say(f"{label}: failed: {error}")
+        except Exception as error:
+            # Out of memory, a mistake in a user's method: the other runs are still wanted.
+            failure = f"{cell.method} {cell.budget} seed {cell.seed}: {explain(error)}"
+            summary.failures.append(failure)
+            progress.say(f"[{number}/{len(waiting)}] failed: {failure}")
             continue
         summary.finished.append(run)
         progress.say(f"{label}: {_outcome(run)}")
     return summary
 
 
-def check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
+def _check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
     """Refuse a folder whose runs were made under other conditions than this study would make.
 
     Raises:
@@ -97,33 +116,50 @@ def check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
         raise UserError(*problems)
 
 
-def costs_of(
-    study: ResolvedStudy, store: Store, names: list[str], progress: Progress
-) -> dict[str, Cost]:
-    """Return the Cost of every named method and of those that budgets name; measure what is
-    missing."""
+def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Progress) -> Prepared:
+    """Return the Cost of every named method, of those that budgets name and of the reference,
+    measuring what is missing and no more, and which could not be measured.
+
+    Raises:
+        UserError: a step cannot fit into the device's memory, or the folder's runs were made under
+            other conditions than this study would make.
+        KdprofError: no Cost of a method that a budget is measured in.
+    """
+    _check_runs(study, store, names)
     budgets = [parse_budget(text) for text in study.study.budgets]
-    wanted = list(dict.fromkeys([*names, *(b.method for b in budgets if b.method)]))
+    named = [b.method for b in budgets if b.method]
+    wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     found = {name: store.read_cost(name, study.cost_key(name)) for name in wanted}
     missing = [name for name, cost in found.items() if cost is None]
-    if missing:
-        progress.say(f"measuring {', '.join(missing)}")
-        for cost in measure(study, missing, progress):
-            if found.get(cost.method) is None:
-                store.write_cost(cost)
-                found[cost.method] = cost
-    return {name: found[name] for name in wanted if found[name] is not None}
+    if not missing:
+        return Prepared(found, [])
+    progress.say(f"measuring {', '.join(missing)}")
+    measured = measure(study, missing, progress)
+    for cost in measured.costs:
+        store.write_cost(cost)
+        found[cost.method] = cost
+    if lost := [name for name in (REFERENCE, *named) if name in measured.failures]:
+        raise KdprofError(
+            f"nothing can be converted without {', '.join(lost)}\n{measured.summary()}"
+        )
+    costs = {name: cost for name, cost in found.items() if cost is not None}
+    return Prepared(costs, measured.summary().splitlines())
 
 
-def _cells(study: ResolvedStudy, names: list[str], costs: dict[str, Cost]) -> list[Cell]:
+def _cells(
+    study: ResolvedStudy, store: Store, names: list[str], costs: dict[str, Cost]
+) -> list[Cell]:
     cells = []
+    # Other seeds of a run must be as long, even where its method was measured again since.
+    before = {(run.method, run.budget): run for run in store.runs()}
     for text in study.study.budgets:
         bought = {c.method: c for c in convert(parse_budget(text), costs)}
         for seed in range(study.study.seeds):
             for name in names:
-                conversion = bought[name]
-                planned = conversion.seconds
-                cells.append(Cell(name, text, seed, conversion.iterations, planned))
+                made = before.get((name, text))
+                iterations = made.iterations if made else bought[name].iterations
+                planned = made.train_s.planned if made else bought[name].seconds
+                cells.append(Cell(name, text, seed, iterations, planned))
     return cells
 
 
@@ -195,7 +231,7 @@ def _new_run(
         energy_j=None,
         cost_key=cost_key,
         finished=False,
-        unavailable={"energy_j": study.hardware.energy_unavailable()},
+        unavailable={"energy_j": "measured per step, in the Cost; a run is not metered"},
         versions=versions(),
     )
 

@@ -1,0 +1,81 @@
+"""What does watching cost? A step with its phases marked against the same step unwatched.
+
+    python benchmarks/overhead.py [--study quickstart] [--method cwd] [--max-time 60]
+
+Both take turns in one process, as in `kdprof measure`; the ratio must stay below 1.01. The study is
+a preset or a TOML file. The sum of the phases is compared with the step that they were marked in.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from kdprof.measure.canary import Canary
+from kdprof.measure.clock import clock_of
+from kdprof.measure.latency import time_in_turn
+from kdprof.measure.subject import Batch, StudySubject
+from kdprof.resolve import ResolvedStudy
+from kdprof.stats import drift_of, paired_ratio, relative_width
+from kdprof.step import Mark
+from kdprof.study import MeasureSettings, load_study
+
+
+class Unwatched(StudySubject):
+    """The same step, nobody told of its phases."""
+
+    phases = ()
+
+    def run(self, mark: Mark) -> dict:
+        return self.step(*self.resident, self._next())
+
+
+def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
+    """Return the step of a method twice: watched, and not."""
+    clock, batches = clock_of(study.device), study.batches(seed=0)
+    images, labels = batches.batch(0)
+    resident: Batch = (images.to(study.device), labels.to(study.device))
+    found = []
+    for kind, label in ((StudySubject, "watched"), (Unwatched, "unwatched")):
+        teacher = study.placed_teacher() if study.methods[name].cls.needs_teacher() else None
+        subject = kind(study.step(name, teacher), resident, batches, clock.synchronize)
+        subject.name = label
+        subject.run_fed = lambda count, first: None
+        found.append(subject)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", default="quickstart")
+    parser.add_argument("--method", default="cwd")
+    parser.add_argument("--max-time", type=float, default=60.0)
+    parser.add_argument("--precision-target", type=float, default=0.005)
+    given = parser.parse_args()
+    study = ResolvedStudy(load_study(given.study, {}))
+    settings = MeasureSettings(
+        max_time_s=given.max_time, precision_target=given.precision_target, steps=3
+    )
+    clock = clock_of(study.device)
+    session = time_in_turn(
+        subjects(study, given.method),
+        settings,
+        clock=clock,
+        canary=Canary(study.device, clock),
+        hardware=study.hardware,
+    )
+    watched, unwatched = (session.samples[name] for name in ("watched", "unwatched"))
+    ratio = paired_ratio(watched.rounds, unwatched.rounds)
+    steps = np.concatenate(watched.rounds)
+    sums = [sum(phases.values()) for block in watched.blocks for phases in block.phases_s]
+    drift, steady = drift_of(session.canary_s, settings.precision_target)
+    print(f"{given.method} of {given.study} on {study.hardware.name}, {session.rounds} rounds")
+    print(f"step, watched / unwatched: {ratio[0]:.4f} [{ratio[1]:.4f}-{ratio[2]:.4f}], aim < 1.01")
+    print(f"interval {relative_width(ratio):.2%} wide; {session.stopped}")
+    print(f"phases / step: {np.median(np.array(sums) / steps):.6f}")
+    print(f"canary drifted {drift:.1%} ({'steady' if steady else 'NOT steady'})")
+
+
+if __name__ == "__main__":
+    main()

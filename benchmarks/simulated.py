@@ -1,0 +1,128 @@
+"""A machine whose noise is known: a clock that steps move, and steps that take what they are told.
+
+The measuring code runs on it unchanged; only the clock, the canary and the hardware are these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from kdprof.measure.latency import Session, time_in_turn
+from kdprof.study import MeasureSettings
+
+Noise = Iterator[float]
+"""Factors by which steps take longer than they should, one per step, in order of time."""
+
+
+class SimulatedClock:
+    """Time passes only when a step says so."""
+
+    name = "simulated"
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def stamp(self) -> float:
+        return self.seconds
+
+    def between(self, before: float, after: float) -> float:
+        return after - before
+
+    def synchronize(self) -> None:
+        pass
+
+    def now(self) -> float:
+        return self.seconds
+
+
+class SimulatedStep:
+    """A step of ``latency_s`` on a noisy machine; ``loader_s`` more with a loader."""
+
+    phases = ()
+
+    def __init__(self, name: str, latency_s: float, clock: SimulatedClock, noise: Noise):
+        self.name, self.latency_s, self.clock, self.noise = name, latency_s, clock, noise
+
+    def run(self, mark: Callable[[str], None]) -> None:
+        self.clock.seconds += self.latency_s * next(self.noise)
+
+    def check(self, result: None) -> None:
+        pass
+
+    def run_fed(self, count: int, first: int) -> None:
+        return None
+
+
+class SimulatedCanary:
+    """A fixed kernel on the same noisy machine."""
+
+    def __init__(self, clock: SimulatedClock, noise: Noise):
+        self.clock, self.noise = clock, noise
+
+    def warm_up(self) -> None:
+        pass
+
+    def seconds(self) -> list[float]:
+        taken = 1e-3 * next(self.noise)
+        self.clock.seconds += taken
+        return [taken]
+
+
+class QuietHardware:
+    """Hardware that never has anything to say."""
+
+    name = "simulated"
+
+    def during(self) -> dict:
+        return {}
+
+    def cause(self, before: dict, after: dict) -> None:
+        return None
+
+
+def quiet() -> Noise:
+    """A machine without noise."""
+    while True:
+        yield 1.0
+
+
+def independent(rng: np.random.Generator, spread: float = 0.02) -> Noise:
+    """Normal noise, every step for itself."""
+    while True:
+        yield float(np.exp(spread * rng.standard_normal()))
+
+
+def drifting(rng: np.random.Generator, spread: float = 0.02) -> Noise:
+    """A level that wanders and returns (a clock, a neighbour) under independent noise."""
+    level = 0.0
+    while True:
+        level = 0.98 * level + 0.01 * rng.standard_normal()
+        yield float(np.exp(level + spread * rng.standard_normal()))
+
+
+def disturbed(rng: np.random.Generator, spread: float = 0.01) -> Noise:
+    """One step in twelve is held up, to twice its time at most."""
+    while True:
+        held_up = rng.random() if rng.random() < 1 / 12 else 0.0
+        yield float(np.exp(spread * rng.standard_normal()) * (1 + held_up))
+
+
+MACHINES = {"independent": independent, "drifting": drifting, "disturbed": disturbed}
+
+
+def measure_simulated(
+    latencies_s: dict[str, float], noise: Noise, **settings: float
+) -> tuple[Session, SimulatedClock]:
+    """Measure steps of known latency; the last one is the reference."""
+    clock = SimulatedClock()
+    steps = [SimulatedStep(name, s, clock, noise) for name, s in latencies_s.items()]
+    session = time_in_turn(
+        steps,
+        MeasureSettings(**settings),
+        clock=clock,
+        canary=SimulatedCanary(clock, noise),
+        hardware=QuietHardware(),
+    )
+    return session, clock

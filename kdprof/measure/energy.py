@@ -1,0 +1,197 @@
+"""Energy of a step, by the device's own counter over a window that is long for that counter."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+from kdprof.hardware import EnergyMeter
+from kdprof.records import Energy
+
+IDLE_SETTLE_S = 1.0
+"""Since Ampere NVML's power is the mean of the last second, which shall hold no step."""
+IDLE_S = 0.5
+POLL_S = 0.001
+LOADED_S = 1.0
+"""Steps before the window: as long as NVML's mean of power reaches back."""
+CHANGES = 5
+"""Changes of the counter that its period is taken from."""
+CHANGES_MOST_S = 5.0
+"""How long changes are waited for."""
+WINDOW_PERIODS = 10
+WINDOW_LEAST_S = 0.5
+SAMPLE_S = 0.02
+"""Between two samples of power, unless one step takes longer."""
+
+Change = tuple[float, float]
+"""When a change of the counter was seen, and the joules it then showed."""
+
+
+class _NoReadingError(Exception):
+    """The counter cannot be read any more, or cannot be right."""
+
+
+class _Steps:
+    """Runs steps and counts them."""
+
+    def __init__(self, run_steps: Callable[[int], None], synchronize: Callable[[], None]):
+        self._run_steps, self._synchronize = run_steps, synchronize
+        self.done = 0
+
+    def queue(self, count: int) -> None:
+        self._run_steps(count)
+        self.done += count
+
+    def finish(self) -> None:
+        self._synchronize()
+
+    def one(self) -> None:
+        self.queue(1)
+        self.finish()
+
+
+class _Counter:
+    """A meter read against a clock."""
+
+    def __init__(self, meter: EnergyMeter, clock: Callable[[], float]):
+        self.meter, self.clock = meter, clock
+
+    def read_j(self) -> float:
+        joules = self.meter.read_j()
+        if joules is None:
+            raise _NoReadingError(f"the energy counter stopped answering: {self.meter.reason}")
+        return joules
+
+    def changes(
+        self, between: Callable[[], None], count: int, least_s: float = 0.0, most_s: float = 0.0
+    ) -> list[Change]:
+        """Return the counter's changes while ``between`` is done again and again: for at least
+        ``least_s``, then until there are ``count`` or ``most_s`` have passed."""
+        began, last = self.clock(), self.read_j()
+        found: list[Change] = []
+        while (passed := self.clock() - began) < least_s or (
+            len(found) < count and passed < most_s
+        ):
+            between()
+            joules = self.read_j()
+            if joules != last:
+                found.append((self.clock(), joules))
+                last = joules
+        return found
+
+    def next_change(self, between: Callable[[], None]) -> Change:
+        found = self.changes(between, 1, most_s=CHANGES_MOST_S)
+        if not found:
+            raise _NoReadingError(
+                f"the energy counter did not move in {CHANGES_MOST_S:g} s of steps"
+            )
+        return found[0]
+
+
+def measure_energy(
+    run_steps: Callable[[int], None],
+    meter: EnergyMeter,
+    synchronize: Callable[[], None],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[float | None, Energy | None, str | None]:
+    """Return the joules of one step, what the device draws at rest included.
+
+    The window begins and ends at a change of the counter, both seen the same way after a finished
+    step, so that what the counter lags behind cancels.
+
+    Args:
+        run_steps: queues so many steps.
+        synchronize: waits until they are done.
+        clock, sleep: monotonic seconds and a pause in seconds.
+
+    Returns:
+        Joules per step, how they were measured, and None; or twice None and the reason.
+    """
+    if meter.reason is not None:
+        return None, None, meter.reason
+    steps, counter = _Steps(run_steps, synchronize), _Counter(meter, clock)
+    try:
+        joules, how = _measure(steps, counter, sleep)
+    except _NoReadingError as error:
+        return None, None, str(error)
+    return joules, how, None
+
+
+def _measure(
+    steps: _Steps, counter: _Counter, sleep: Callable[[float], None]
+) -> tuple[float, Energy]:
+    steps.finish()
+    sleep(IDLE_SETTLE_S)
+    idle = counter.changes(lambda: sleep(POLL_S), 0, least_s=IDLE_S)
+    began = counter.clock()
+    loaded = counter.changes(steps.one, CHANGES, least_s=LOADED_S, most_s=CHANGES_MOST_S)
+    step_s = (counter.clock() - began) / steps.done
+    # A step longer than the counter's period hides it; at rest the counter may move less often.
+    periods = [period for period in (_period_s(idle), _period_s(loaded)) if period is not None]
+    if not periods:
+        raise _NoReadingError("the energy counter moves too rarely to be measured with")
+    period_s = min(periods)
+    window_s = max(WINDOW_LEAST_S, WINDOW_PERIODS * period_s)
+    first, last, count, samples = _window(steps, counter, window_s, step_s)
+    if last[1] < first[1]:
+        raise _NoReadingError("the energy counter was reset while steps ran")
+    power_w = _sampled_w(samples)
+    return (last[1] - first[1]) / count, Energy(
+        source=counter.meter.source,
+        window_s=last[0] - first[0],
+        steps=count,
+        counter_period_s=period_s,
+        idle_w=_power_w(idle),
+        power_integral_j=None if power_w is None else power_w * (last[0] - first[0]) / count,
+    )
+
+
+def _window(
+    steps: _Steps, counter: _Counter, window_s: float, step_s: float
+) -> tuple[Change, Change, int, list[tuple[float, float | None]]]:
+    """Run steps from one change of the counter to the first one after ``window_s``.
+
+    Returns:
+        Both changes, the steps between them, and power in watts with the moments it was read, all
+        while steps ran.
+    """
+    chunk = max(1, round(SAMPLE_S / step_s))
+    first = counter.next_change(steps.one)
+    began, before = first[0], steps.done
+    samples: list[tuple[float, float | None]] = []
+    while counter.clock() - began < window_s:
+        # Read while the device still works: the host does not wait between chunks.
+        steps.queue(chunk)
+        samples.append((counter.clock(), counter.meter.power_w()))
+    steps.finish()
+    last = counter.next_change(steps.one)
+    return first, last, steps.done - before, samples
+
+
+def _period_s(changes: list[Change]) -> float | None:
+    """Return the usual time between changes; None where fewer than two were seen."""
+    gaps = [late - early for (early, _), (late, _) in pairwise(changes)]
+    return statistics.median(gaps) if gaps else None
+
+
+def _power_w(changes: list[Change]) -> float | None:
+    """Return the mean power from the first change to the last."""
+    if len(changes) < 2:
+        return None
+    (began, before), (ended, after) = changes[0], changes[-1]
+    return (after - before) / (ended - began)
+
+
+def _sampled_w(samples: list[tuple[float, float | None]]) -> float | None:
+    """Return the mean power by the trapezoidal rule; None where a sample is missing."""
+    if any(watts is None for _, watts in samples):
+        return None
+    span_s = samples[-1][0] - samples[0][0]
+    if not span_s:
+        return samples[0][1]
+    areas = ((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(samples))
+    return sum(areas) / span_s

@@ -1,0 +1,169 @@
+"""One process per method: a crash, a leak or a full memory costs one method, not the others.
+
+The parent writes a request, starts a process of this module, follows its progress and reads its
+result; what the request holds is all that crosses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdprof.errors import KdprofError, UserError
+from kdprof.measure.latency import Report
+from kdprof.records import Cost
+
+DEBUG = "KDPROF_DEBUG"
+"""Environment variable that asks for tracebacks, here and in the children."""
+PROGRESS = "@kdprof "
+"""Begins a line of the child's output that is meant for the parent."""
+TOLD_OF_STDERR = 300
+"""Characters of a dead child's last words that are passed on."""
+
+
+class Failure(KdprofError):
+    """A step that could not be measured, with the reason."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a child is asked to measure."""
+
+    kind: str
+    """``method`` of a study, or ``step`` that a file makes."""
+    arguments: dict[str, Any]
+    """Of measure_method or measure_file, JSON-able."""
+
+
+def run_isolated(request: Request, report: Report) -> Cost:
+    """Measure in a process of its own.
+
+    Raises:
+        Failure: the step raised, is no step, or its process died.
+        UserError: what every method of the study would fail of, such as a damaged image.
+    """
+    with tempfile.TemporaryDirectory(prefix="kdprof-") as folder:
+        asked, result, errors = (Path(folder) / n for n in ("request", "result", "errors"))
+        asked.write_text(json.dumps(vars(request)))
+        with errors.open("w") as file:
+            stderr = None if debugging() else file  # None: where ours goes
+            status = _follow([str(asked), str(result)], stderr, report)
+        if not result.exists():
+            raise Failure(_last_words(status, errors.read_text()))
+        found = json.loads(result.read_text())
+    if "refused" in found:
+        raise UserError(*found["refused"])
+    if "failure" in found:
+        raise Failure(found["failure"])
+    return Cost.model_validate(found["cost"])
+
+
+def _follow(arguments: list[str], stderr: Any, report: Report) -> int:
+    """Run the child to its end and return its exit status; it never outlives the parent's call."""
+    command = [sys.executable, "-m", "kdprof.measure.isolation", *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        for line in child.stdout or ():
+            if line.startswith(PROGRESS):
+                report(*json.loads(line.removeprefix(PROGRESS)))
+            else:
+                sys.stderr.write(line)  # what a user's own step prints
+        return child.wait()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _last_words(status: int, stderr: str) -> str:
+    if status == -9:
+        return (
+            "its process was killed, most often by the system for lack of memory; "
+            "lower --batch or --crop"
+        )
+    last = stderr.strip().splitlines()[-1:] or ["no message"]
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"its process died with {how}: {last[0][:TOLD_OF_STDERR]}"
+
+
+def explain(error: Exception) -> str:
+    """Return why a step could not be measured, in one line with the mend."""
+    if isinstance(error, KdprofError):
+        return str(error)
+    told = " ".join(str(error).split())[:TOLD_OF_STDERR] or "no message"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in told:
+        return (
+            f"it ran out of memory ({told}); lower --batch or --crop: kdprof never does by itself"
+        )
+    return f"the step raised {type(error).__name__}: {told} ({_origin(error)})"
+
+
+def _origin(error: Exception) -> str:
+    """Return where an error came from: the innermost frame that is not torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_folder = str(Path(torch.__file__).parent)
+    own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "no origin"
+
+
+def debugging() -> bool:
+    """Say whether tracebacks were asked for."""
+    return bool(os.environ.get(DEBUG))
+
+
+def guarded(measure: Callable[[], Cost]) -> Cost:
+    """Measure here and turn whatever goes wrong with the step into a Failure.
+
+    Raises:
+        Failure: the step raised or is no step.
+        UserError: what every method of the study would fail of, such as a damaged image.
+    """
+    try:
+        return measure()
+    except UserError:
+        raise
+    except Exception as error:
+        if debugging():
+            traceback.print_exc()
+        raise Failure(explain(error)) from error
+
+
+def _report(done: int, width: float | None) -> None:
+    print(f"{PROGRESS}{json.dumps([done, width])}", flush=True)
+
+
+def _measure(request: dict[str, Any]) -> Cost:
+    if request["kind"] == "method":
+        from kdprof.measure.methods import measure_method
+
+        return measure_method(**request["arguments"], report=_report)
+    from kdprof.measure.callables import measure_file
+
+    return measure_file(**request["arguments"], report=_report)
+
+
+def main() -> None:
+    """Be the child: read the request, measure, write the result."""
+    asked, result = map(Path, sys.argv[1:])
+    request = json.loads(asked.read_text())
+    try:
+        cost = guarded(lambda: _measure(request))
+        answer = {"cost": cost.model_dump(mode="json", by_alias=True)}
+    except UserError as error:
+        answer = {"refused": error.problems}
+    except Failure as failure:
+        answer = {"failure": str(failure)}
+    result.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

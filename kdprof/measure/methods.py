@@ -1,0 +1,75 @@
+"""The Cost of a study's method: its TrainStep, in turn with the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdprof.device import versions
+from kdprof.measure.clock import clock_of
+from kdprof.measure.latency import Report
+from kdprof.measure.session import Files, Surroundings, run_session
+from kdprof.measure.subject import StudySubject
+from kdprof.records import Cost
+from kdprof.resolve import REFERENCE, ResolvedStudy
+from kdprof.study import Study
+
+
+def measure_method(
+    study: Mapping[str, Any],
+    name: str,
+    files: Mapping[str, str | None],
+    parent: int | None,
+    report: Report,
+) -> Cost:
+    """Measure one method of a study in this process. All arguments but ``report`` are JSON-able.
+
+    Args:
+        study: a dumped Study.
+        name: of the method.
+        files: fields of :class:`~kdprof.measure.session.Files`.
+        parent: process that asked, which is no stranger on the device; None where it is this one.
+    """
+    resolved = ResolvedStudy(Study.model_validate(study), parent=parent)
+    return measure_here(
+        resolved,
+        name,
+        Files(**{key: Path(path) for key, path in files.items() if path is not None}),
+        report,
+    )
+
+
+def measure_here(study: ResolvedStudy, name: str, files: Files, report: Report) -> Cost:
+    """Measure one method of a resolved study in this process."""
+    clock = clock_of(study.device)
+    batches = study.batches(seed=0)
+    images, labels = batches.batch(0)
+    resident = (images.to(study.device), labels.to(study.device))
+    needs_teacher = study.methods[name].cls.needs_teacher()
+    # The reference reads no teacher: only a method that does may have one in its memory.
+    teacher = study.placed_teacher() if needs_teacher else None
+    step = study.step(name, teacher)
+    subject = StudySubject(step, resident, batches, clock.synchronize)
+
+    def build_reference() -> StudySubject:
+        return StudySubject(study.step(REFERENCE, None), resident, batches, clock.synchronize)
+
+    fields = run_session(
+        subject,
+        None if name == REFERENCE else build_reference,
+        device=study.device,
+        hardware=study.hardware,
+        settings=study.study.measure,
+        around=Surroundings(REFERENCE, study.study.step.precision),
+        files=files,
+        report=report,
+    )
+    fields["warnings"] += step.method.notes
+    return Cost(
+        method=name,
+        key=study.cost_key(name),
+        settings=study.cost_settings(name),
+        versions=versions(),
+        **fields,
+    )

@@ -1,0 +1,515 @@
+"""StepTrace: what every operator of one step does, which loss term needs it, and where it waits.
+
+The trace only watches: the step it sees is the step that trains, on real tensors or fake ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import walk_tb
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdprof.device import synchronize
+from kdprof.measure.operators import COMPOSITE, Operator, operator_of, tensors_in
+from kdprof.records import Operation, OperationKind, TermCost
+from kdprof.step import PHASES, TrainStep
+
+WHOLE = "step"
+"""The only phase of a step that marks none."""
+FORWARD, BACKWARD = "objective", "objective_backward"
+"""The phases that are shared out among the terms."""
+NO_NODES = (
+    "this torch does not tell which backward node runs: the terms' backward is shared out like "
+    "their forward"
+)
+
+_ROOTS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
+_current_node = getattr(torch._C, "_current_autograd_node", None)
+
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+@dataclass(frozen=True)
+class Synchronisation:
+    """An operator that makes the host wait for a CUDA device."""
+
+    operator: str
+    """As torch calls it: ``aten._local_scalar_dense``, which is ``.item()``."""
+    phase: str
+    where: str
+    """``file.py:12 in function``: the innermost line outside torch and kdprof's measuring."""
+    calls: int
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One call of an operator. FLOP, bytes; ``took`` in seconds or as a pair of CUDA events."""
+
+    name: str
+    kind: OperationKind
+    matrix_flop: float
+    other_flop: float | None
+    bytes_read: float
+    bytes_written: float
+    took: float | Events | None
+    reads: frozenset[int] = frozenset()
+    writes: frozenset[int] = frozenset()
+    """Storages, where the data flow is followed."""
+    terms: tuple[str, ...] = ()
+
+    def seconds(self) -> float:
+        """Return what it took; 0 where nothing was timed."""
+        if isinstance(self.took, tuple):
+            return self.took[0].elapsed_time(self.took[1]) / 1e3
+        return self.took or 0.0
+
+
+class _Flow:
+    """Numbers storages. An operator's new output gets a fresh number even where the allocator
+    hands out an old address; views and in-place writes keep theirs."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._fresh = itertools.count()
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor's storage."""
+        key = storage_key(tensor)
+        if key not in self._numbers:
+            self._numbers[key] = next(self._fresh)
+        return self._numbers[key]
+
+    def through(
+        self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """Return the storages that a call read and wrote."""
+        given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
+        # A constant enters the graph by this operator: its address may be an old one too.
+        known = set() if operator.name == "aten.lift_fresh" else {storage_key(t) for t in given}
+        reads = frozenset(self.number(t) for t in given)
+        made = list(tensors_in(out))
+        for tensor in made:
+            if storage_key(tensor) not in known:
+                self._numbers[storage_key(tensor)] = next(self._fresh)
+        places = dict([*enumerate(args), *kwargs.items()])
+        made += tensors_in([places[place] for place in operator.written if place in places])
+        return reads, frozenset(self.number(t) for t in made)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return what identifies a tensor's storage while it lives; fakes have no address."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return id(tensor)
+
+
+def _timed_on_host(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, float]:
+    began = time.perf_counter()
+    out = func(*args, **kwargs)
+    return out, time.perf_counter() - began
+
+
+def _timed_on_stream(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Events]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    out = func(*args, **kwargs)
+    end.record()
+    return out, (start, end)
+
+
+def _untimed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, None]:
+    return func(*args, **kwargs), None
+
+
+class StepTrace(TorchDispatchMode):
+    """Watches one step: ``with StepTrace(step) as trace: step(images, labels, i, trace.mark)``.
+
+    Args:
+        step: a TrainStep; any other callable is one phase, :data:`WHOLE`, without terms.
+        timed: time every operator, with the host's clock or, on ``device`` CUDA, with events that
+            are read after the step.
+        device: where the step runs; a TrainStep's own, else the CPU.
+
+    Views, allocations and questions about shapes launch nothing and move nothing: they are no
+    operations. Operators that torch composes of others are watched as those.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        *,
+        timed: bool = False,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self._method = step.method if isinstance(step, TrainStep) else None
+        self._timed = timed
+        self._device = device or getattr(step, "device", torch.device("cpu"))
+        clock = _timed_on_stream if self._device.type == "cuda" else _timed_on_host
+        self._run = clock if timed else _untimed
+        self._phase = PHASES[0] if self._method is not None else WHOLE
+        self._calls: dict[str, list[_Call]] = {}
+        self._pending: list[_Call] = []
+        self._waits: list[tuple[str, str, str]] = []
+        self._pending_waits: list[tuple[str, str]] = []
+        self._flow = _Flow()
+        self._term_storages: dict[str, int] = {}
+        self._node_terms: dict[int, tuple[str, ...]] = {}
+        self._nodes: list[Any] = []
+        self._running_terms: tuple[str, ...] = ()
+        self._optimizer: Optimizer | None = None
+        self._exit = ExitStack()
+        self._shared = False
+
+    def __enter__(self) -> StepTrace:
+        before = register_optimizer_step_pre_hook(self._enter_optimizer)
+        after = register_optimizer_step_post_hook(self._leave_optimizer)
+        for handle in (before, after):
+            self._exit.callback(handle.remove)
+        if self._method is not None:
+            handle = self._method.register_forward_hook(self._note_terms)
+            self._exit.callback(handle.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._exit.close()
+        self._close(self._phase)
+        self._forget_graph()
+
+    @contextmanager
+    def _watching_inside(self) -> Iterator[None]:
+        """Watch what an operator is made of, too: torch switches a mode off within itself."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def mark(self, phase: str) -> None:
+        """End a phase: what the step takes to say where it is."""
+        self._close(phase)
+        if phase == BACKWARD:
+            self._forget_graph()
+        if phase in PHASES:
+            self._phase = PHASES[(PHASES.index(phase) + 1) % len(PHASES)]
+
+    def _close(self, phase: str) -> None:
+        if self._pending:
+            self._calls.setdefault(phase, []).extend(self._pending)
+        self._waits += [(name, phase, where) for name, where in self._pending_waits]
+        self._pending, self._pending_waits, self._optimizer = [], [], None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator and note what it did."""
+        kwargs = kwargs or {}
+        operator = operator_of(func)
+        if operator.kind is None:
+            out = func(*args, **kwargs)
+            if self._phase == FORWARD:
+                self._flow.through(operator, args, kwargs, out)
+            return out
+        if operator.composite:
+            with self._watching_inside():
+                return func._op_dk(COMPOSITE, *args, **kwargs)
+        if operator.waits is not None:
+            self._note_wait(operator, args, kwargs)
+        out, took = self._run(func, args, kwargs)
+        self._note(operator, args, kwargs, out, took)
+        return out
+
+    def _note(
+        self,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        out: Any,
+        took: float | Events | None,
+    ) -> None:
+        assert operator.kind is not None
+        work = operator.work(args, kwargs, out)
+        call = _Call(operator.name, self._kind(operator.kind), *work, took)
+        if self._phase == FORWARD:
+            call.reads, call.writes = self._flow.through(operator, args, kwargs, out)
+        elif self._phase == BACKWARD:
+            call.terms = self._terms_of_node()
+        self._pending.append(call)
+
+    def _kind(self, kind: OperationKind) -> OperationKind:
+        """An optimiser's step is the optimiser's whatever it is made of, matrix products apart."""
+        if self._optimizer is None or kind in ("matrix", "uncounted"):
+            return kind
+        return "optimizer"
+
+    def _enter_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
+        self._optimizer = optimizer
+
+    def _leave_optimizer(self, *_: Any) -> None:
+        self._optimizer = None
+
+    def _note_wait(
+        self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        assert operator.waits is not None
+        if not operator.waits(args, kwargs) or self._on_host(args):
+            return
+        self._pending_waits.append((operator.name, _location(sys._getframe(2))))
+
+    def _on_host(self, args: tuple[Any, ...]) -> bool:
+        """Say whether a tensor lies on the host even where the step runs on a device."""
+        if self._optimizer is not None and _is_step_count(self._optimizer, args[0]):
+            return True
+        on_device = self._device.type != "cpu"
+        return on_device and all(t.device.type == "cpu" for t in tensors_in(args))
+
+    def _note_terms(self, method: Any, args: Any, terms: Any) -> None:
+        """Note each term's storage and the nodes of its graph, when the method returns them."""
+        if self._phase != FORWARD or not isinstance(terms, Mapping):
+            return
+        owners: dict[int, list[str]] = {}
+        for name, term in terms.items():
+            if not isinstance(term, Tensor):
+                continue
+            self._term_storages[name] = self._flow.number(term)
+            nodes = _reachable(term.grad_fn)
+            self._nodes += nodes  # keeps them alive, so that their ids stay theirs
+            for node in nodes:
+                owners.setdefault(id(node), []).append(name)
+        self._node_terms = {node: tuple(names) for node, names in owners.items()}
+
+    def _forget_graph(self) -> None:
+        self._nodes, self._node_terms, self._running_terms = [], {}, ()
+
+    def _terms_of_node(self) -> tuple[str, ...]:
+        """Return the terms whose graph holds the running backward node.
+
+        A node that no term knows belongs to a graph run inside a known one (reentrant
+        checkpointing), or to the engine's weighted sum, which comes before any known one.
+        """
+        node = _current_node() if _current_node is not None else None
+        if node is None:
+            return ()
+        self._running_terms = self._node_terms.get(id(node), self._running_terms)
+        return self._running_terms
+
+    def _share_out(self) -> None:
+        """Give every call of the objective the terms it belongs to, once."""
+        if self._shared:
+            return
+        self._shared = True
+        forward = self._calls.get(FORWARD, [])
+        for name, storage in self._term_storages.items():
+            for call in _slice(forward, storage):
+                call.terms += (name,)
+        if self.note is not None:
+            for call in self._calls.get(BACKWARD, []):
+                call.terms = ()
+
+    @property
+    def note(self) -> str | None:
+        """What limits the terms' shares with this torch; None where nothing does."""
+        return NO_NODES if _current_node is None and self._term_storages else None
+
+    def matrix_flop(self) -> dict[str, float]:
+        """Return the matrix FLOP of each phase that has any operator, in order."""
+        return {p: sum(c.matrix_flop for c in calls) for p, calls in self._calls.items()}
+
+    def operations(self) -> list[Operation]:
+        """Return what was done, one entry per phase, operator and kind (an operator is of another
+        kind inside an optimiser's step), in order of first appearance.
+
+        ``seconds`` are the operators' own, by the clock of this trace; None unless it was timed.
+        """
+        self._wait_for_events()
+        grouped: dict[tuple[str, str, OperationKind], list[_Call]] = {}
+        for phase, calls in self._calls.items():
+            for call in calls:
+                grouped.setdefault((phase, call.name, call.kind), []).append(call)
+        return [self._operation(*key, calls) for key, calls in grouped.items()]
+
+    def _operation(
+        self, phase: str, name: str, kind: OperationKind, calls: list[_Call]
+    ) -> Operation:
+        others = [call.other_flop for call in calls]
+        return Operation(
+            phase=phase,
+            name=name,
+            kind=kind,
+            calls=len(calls),
+            matrix_flop=sum(call.matrix_flop for call in calls),
+            other_flop=None if None in others else sum(others),
+            bytes_read=sum(call.bytes_read for call in calls),
+            bytes_written=sum(call.bytes_written for call in calls),
+            seconds=sum(call.seconds() for call in calls) if self._timed else None,
+        )
+
+    def terms(self, weights: Mapping[str, float]) -> dict[str, TermCost]:
+        """Return what each term that the method returned costs, unweighted or not.
+
+        A term's forward is what it was computed from, within the objective; its backward is what
+        ran for its graph, down to the student's outputs. Operators of several terms are shared
+        equally. Empty where the step has no method.
+        """
+        self._share_out()
+        self._wait_for_events()
+        forward = _Shares(self._calls.get(FORWARD, ()))
+        backward = _Shares(self._calls.get(BACKWARD, ()))
+        if self.note is not None:
+            backward = backward.like(forward, self._term_storages)
+        return {
+            name: TermCost(
+                weight=weights[name],
+                forward_flop=forward.flop[name],
+                backward_flop=backward.flop[name],
+                bytes_moved=forward.bytes[name] + backward.bytes[name],
+                forward_s=forward.seconds[name] if self._timed else None,
+                backward_s=backward.seconds[name] if self._timed else None,
+            )
+            for name in self._term_storages
+        }
+
+    @property
+    def unattributed_s(self) -> float | None:
+        """Seconds of the objective's operators, forward and backward, that no term needs: results
+        thrown away, and the engine's weighted sum. None unless timed."""
+        if not self._timed:
+            return None
+        self._share_out()
+        self._wait_for_events()
+        counted = (FORWARD,) if self.note is not None else (FORWARD, BACKWARD)
+        calls = itertools.chain(*(self._calls.get(phase, ()) for phase in counted))
+        return sum((call.seconds() for call in calls if not call.terms), 0.0)
+
+    def synchronisations(self) -> list[Synchronisation]:
+        """Return the operators that make the host wait for a CUDA device, by operator: those of a
+        CPU step too, except copies between host and device, which only a device can show."""
+        pending = [(name, self._phase, where) for name, where in self._pending_waits]
+        found = Counter(self._waits + pending)
+        return [Synchronisation(*key, calls) for key, calls in found.items()]
+
+    def _wait_for_events(self) -> None:
+        if self._timed:
+            synchronize(self._device)
+
+
+class _Shares:
+    """FLOP, bytes and seconds of calls by term; a call of several counts equally for each."""
+
+    def __init__(self, calls: Iterable[_Call]):
+        self.flop: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.totals = [0.0, 0.0, 0.0]
+        for call in calls:
+            amounts = call.matrix_flop, call.bytes_read + call.bytes_written, call.seconds()
+            self.totals = [sum(pair) for pair in zip(self.totals, amounts, strict=True)]
+            for name in call.terms:
+                self._add(name, [amount / len(call.terms) for amount in amounts])
+
+    def _add(self, name: str, amounts: Iterable[float]) -> None:
+        for counter, amount in zip((self.flop, self.bytes, self.seconds), amounts, strict=True):
+            counter[name] += amount
+
+    def like(self, other: _Shares, names: Iterable[str]) -> _Shares:
+        """Return these totals shared out in proportion to another's shares."""
+        made, names = _Shares(()), list(names)
+        for name in names:
+            parts = [c[name] / c.total() if c.total() else 1 / len(names) for c in other.counters()]
+            made._add(name, [part * total for part, total in zip(parts, self.totals, strict=True)])
+        return made
+
+    def counters(self) -> tuple[Counter[str], ...]:
+        """Return the three quantities by term."""
+        return self.flop, self.bytes, self.seconds
+
+
+def _slice(calls: list[_Call], storage: int) -> list[_Call]:
+    """Return the calls that what lies in a storage at the end was computed from."""
+    needed, found = {storage}, []
+    for call in reversed(calls):
+        if not needed.isdisjoint(call.writes):
+            needed |= call.reads
+            found.append(call)
+    return found
+
+
+def _reachable(root: Any) -> list[Any]:
+    """Return the autograd nodes of a graph, each once."""
+    found: dict[int, Any] = {}
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in found:
+            continue
+        found[id(node)] = node
+        waiting += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+def _is_step_count(optimizer: Optimizer, tensor: Any) -> bool:
+    """Say whether this is the step count that torch keeps on the host for an optimiser that is
+    neither fused nor capturable: reading it waits for nothing, though it looks like any scalar."""
+    on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+    return not on_device and any(s.get("step") is tensor for s in optimizer.state.values())
+
+
+def _location(frame: FrameType | None) -> str:
+    """Return ``file.py:12 in function`` of the innermost frame that is the user's."""
+    while frame is not None and frame.f_code.co_filename.startswith(_ROOTS):
+        frame = frame.f_back
+    if frame is not None:
+        return _line(frame.f_code, frame.f_lineno)
+    # A device's backward runs in a thread of the engine's own.
+    node = _current_node() if _current_node is not None else None
+    return f"backward of {node.name()}" if node is not None else "unknown"
+
+
+def location_of(error: BaseException) -> str:
+    """Return ``file.py:12 in function`` of the user's line that an error came from."""
+    lines = [
+        _line(frame.f_code, line)
+        for frame, line in walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(_ROOTS)
+    ]
+    return lines[-1] if lines else "unknown"
+
+
+def _line(code: CodeType, line: int) -> str:
+    return f"{Path(code.co_filename).name}:{line} in {code.co_name}"

@@ -1,0 +1,98 @@
+"""Table: how the cost of each method changed between two measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from kdprof.comparison import Change, Comparison
+from kdprof.stats import Numbers
+
+from .cost_grids import UNRELIABLE
+from .text import MISSING, Estimate, Grid, digits, print_notes
+
+_TITLES = {
+    "latency": "new / old",
+    "relative": "ratio to the reference",
+    "flop": "FLOP",
+    "memory": "memory",
+    "energy": "energy",
+}
+"""What a note calls a field that is not available."""
+
+
+def comparison_table(comparison: Comparison, console: Console) -> None:
+    """Print the changes, one method a line, and the notes."""
+    _grid(comparison, brief=True).without_empty().print(console)
+    print_notes(_notes(comparison), console)
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Return the same as Markdown, intervals by their ends."""
+    grid = _grid(comparison)
+    notes = "\n".join(f"- {' '.join(note.split())}" for note in _notes(comparison))
+    return f"## {grid.title}\n\n{grid.markdown()}\n\n{notes}\n"
+
+
+def _grid(comparison: Comparison, *, brief: bool = False) -> Grid:
+    unit, scale = _time_unit(comparison)
+    references = sorted({row.reference for row in comparison.rows if row.reference})
+    columns: dict[str, Callable[[Change], str]] = {
+        "method": lambda row: row.method + UNRELIABLE * (not row.reliable),
+        f"old ({unit})": lambda row: _seconds(row.old_s, scale),
+        f"new ({unit})": lambda row: _seconds(row.new_s, scale),
+        "new / old": lambda row: _estimate(row.latency, brief),
+        "verdict": lambda row: row.verdict or MISSING,
+        "threshold": lambda row: f"{100 * row.threshold:.1f} %" if row.verdict else MISSING,
+        f"change of / {' or '.join(references)}": lambda row: _estimate(row.relative, brief),
+        "FLOP": lambda row: _percent(row.flop),
+        "memory": lambda row: _percent(row.memory),
+        "energy": lambda row: _percent(row.energy),
+    }
+    rows = [[text(row) for text in columns.values()] for row in comparison.rows]
+    return Grid("Cost of one step, new against old", list(columns), rows, ("verdict",))
+
+
+def _time_unit(comparison: Comparison) -> tuple[str, float]:
+    """Return one unit for the whole table, and its number per second."""
+    longest = max((row.new_s or 0.0 for row in comparison.rows), default=0.0)
+    return ("s", 1.0) if longest >= 1 else ("ms", 1e3)
+
+
+def _seconds(value: float | None, scale: float) -> str:
+    return MISSING if value is None else f"{value * scale:.{digits(value * scale, 0)}f}"
+
+
+def _estimate(numbers: Numbers | None, brief: bool) -> str:
+    if numbers is None:
+        return MISSING
+    # Three decimals: a change of half a percent has to be seen.
+    found = Estimate(*numbers)
+    return found.brief(3) if brief else found.text(3)
+
+
+def _percent(ratio: float | None) -> str:
+    if ratio is None:
+        return MISSING
+    return "=" if ratio == 1 else f"{100 * (ratio - 1):+.1f} %"
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    columns = (
+        "The change of the ratio to the reference cancels the machine's own speed. FLOP, peak "
+        "memory, energy: relative change, '=' where there is none."
+    )
+    return [comparison.notes[0], columns, *comparison.notes[1:], *_missing(comparison)]
+
+
+def _missing(comparison: Comparison) -> list[str]:
+    """Return why cells hold a dash: one note per column and reason."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in comparison.rows:
+        for name, reason in row.missing.items():
+            where.setdefault((name, reason), []).append(row.method)
+    return [
+        f"No {_TITLES[name]} ({', '.join(methods)}): {reason}."
+        for (name, reason), methods in where.items()
+    ]

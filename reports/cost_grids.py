@@ -1,0 +1,363 @@
+"""The grids of what a step costs, and how their cells are written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
+
+from kdprof.records import Cost, Interval, Operation, OperationKind, Ratio, TermCost
+
+from .results import device_text
+from .text import FLAGS, MISSING, Estimate, Grid, digits, figures, size
+
+HIDDEN_LIMIT = 0.10
+"""Where the hidden-cost index is further from 0, matching by FLOP is not valid for a method."""
+UNRELIABLE, HIDDEN = FLAGS
+
+Columns = Mapping[str, Callable[[Cost], str]]
+
+
+def _grid(title: str, columns: Columns, costs: Iterable[Cost]) -> Grid:
+    rows = [[text(cost) for text in columns.values()] for cost in costs]
+    return Grid(title, list(columns), rows)
+
+
+def main_grid(costs: Sequence[Cost], *, brief: bool = False, wide: bool = False) -> Grid:
+    """Return the main grid.
+
+    Args:
+        brief: for a terminal: narrow intervals as ``±``, without what the throughput grid has.
+        wide: with it after all.
+    """
+    unit, scale = _time_unit(costs)
+    all_process = all(cost.memory_bytes.peak_allocated is None for cost in costs)
+    moved = {"moved (GB)": _moved} if wide or not brief else {}
+    used = {"MFU %": _mfu} if wide or not brief else {}
+    columns = {
+        "method": _name,
+        f"step ({unit})": lambda cost: _estimate(cost.latency_s, scale, brief),
+        f"/ {reference_name(costs)}": lambda cost: _ratio(cost, cost.ratio, brief),
+        f"with loader ({unit})": lambda cost: _estimate(cost.end_to_end_s, scale, brief),
+        "GFLOP": lambda cost: _figures(flop_total(cost), 4, 1e-9),
+        "hidden %": _hidden,
+        **moved,
+        "process memory" if all_process else "memory": lambda cost: memory_text(
+            cost, not all_process
+        ),
+        "energy (J)": lambda cost: _figures(cost.energy_j),
+        **used,
+    }
+    devices = device_text(sorted({cost.device for cost in costs}))
+    return _grid(f"Cost of one step on {devices}", columns, costs)
+
+
+def throughput_grid(costs: Sequence[Cost], *, brief: bool = False) -> Grid:
+    """Return rates of the whole step, and their shares of the ceilings measured here.
+
+    Args:
+        brief: with what the brief main grid leaves out.
+    """
+    shared = {"moved (GB)": _moved, "MFU %": _mfu} if brief else {}
+    columns = {
+        "method": _name,
+        "GFLOP/s": lambda cost: _figures(_rate(cost, flop_total(cost), 1e9)),
+        "% of matmul": lambda cost: _number(
+            _rate(cost, flop_total(cost), cost.ceilings and cost.ceilings.matmul_flop_per_s / 100),
+            ".1f",
+        ),
+        "GB/s": lambda cost: _figures(_rate(cost, cost.bytes_moved, 1e9)),
+        "% of copy": lambda cost: _number(
+            _rate(cost, cost.bytes_moved, cost.ceilings and cost.ceilings.copy_bytes_per_s / 100),
+            ".1f",
+        ),
+        "FLOP/byte": lambda cost: _figures(_intensity(cost)),
+        **shared,
+    }
+    return _grid("Throughput of one step", columns, costs)
+
+
+def phase_grid(costs: Sequence[Cost]) -> Grid:
+    """Return the phases as shares of the step."""
+    # Phases that take no time in any method would only widen the table.
+    phases = _names(cost.phases_s for cost in costs)
+    taken = {name for cost in costs for name, s in (cost.phases_s or {}).items() if s > 0}
+    columns: dict[str, Callable[[Cost], str]] = {"method": _name}
+    for phase in (phase for phase in phases if phase in taken):
+        columns[phase_words(phase)] = lambda cost, phase=phase: _phase_share(cost, phase)
+    return _grid("Phases, % of the step", columns, costs)
+
+
+def _names(records: Iterable[Mapping[str, object] | None]) -> list[str]:
+    """Return the keys of all records, in the order of the longest."""
+    found = sorted((record or {} for record in records), key=len, reverse=True)
+    return list(dict.fromkeys(name for record in found for name in record))
+
+
+def detail_grids(costs: Sequence[Cost], top: int | None = None) -> list[Grid]:
+    """Return terms, bounds and operators; of those that nobody counts the ``top`` per method."""
+    return [_term_grid(costs), _bound_grid(costs), _kind_grid(costs), _uncounted_grid(costs, top)]
+
+
+def _term_grid(costs: Sequence[Cost]) -> Grid:
+    header = ("method", "term", "weight", "forward (ms)", "backward (ms)", "% of step",
+              "GFLOP", "note")  # fmt: skip
+    rows = [
+        [
+            _name(cost),
+            name,
+            f"{term.weight:g}",
+            _number(term.forward_s, ".3f", 1e3),
+            _number(term.backward_s, ".3f", 1e3),
+            _percent_of_step(cost, _term_seconds(term)),
+            figures((term.forward_flop + term.backward_flop) / 1e9),
+            "paid but weight 0" if _paid_for_nothing(term) else "",
+        ]
+        for cost, name, term in _terms(costs)
+    ]
+    return Grid("Terms of the objectives", header, rows, ("term", "note"))
+
+
+def _bound_grid(costs: Sequence[Cost]) -> Grid:
+    columns: dict[str, Callable[[Cost], str]] = {"method": _name}
+    for phase in _names(cost.bounds for cost in costs):
+        columns[phase_words(phase)] = lambda cost, phase=phase: _bound(cost, phase)
+    title = "What bounds the phases (C compute, M memory, O overhead), % of the ceiling reached"
+    return _grid(title, columns, costs)
+
+
+def _kind_grid(costs: Sequence[Cost]) -> Grid:
+    columns: dict[str, Callable[[Cost], str]] = {"method": _name}
+    seconds = {id(cost): _seconds_by_kind(cost) for cost in costs}
+    for kind in get_args(OperationKind):
+        if any(found and found[kind] for found in seconds.values()):
+            columns[kind] = lambda cost, kind=kind: _percent_of_step(
+                cost, seconds[id(cost)][kind] if seconds[id(cost)] else None
+            )
+    return _grid("Operators by kind, % of the step", columns, costs)
+
+
+def _uncounted_grid(costs: Sequence[Cost], top: int | None) -> Grid:
+    rows = [
+        [_name(cost), name, f"{calls:,}", _percent_of_step(cost, seconds)]
+        for cost in costs
+        for name, calls, seconds in uncounted_operators(cost)[:top]
+    ]
+    header = ("method", "operator", "calls", "% of step")
+    return Grid("Operators whose FLOP nobody counts", header, rows, ("operator",))
+
+
+def count_grid(costs: Sequence[Cost]) -> Grid:
+    """Return the work of one step by part, of costs that have FLOP."""
+    parts = ("teacher", "student", "objective", "backward", "auxiliary", "total")
+    reference = next((c.flop.total for c in costs if c.flop and c.method == "none"), None)
+    columns: dict[str, Callable[[Cost], str]] = {"method": _name}
+    for part in parts:
+        columns[part] = lambda cost, part=part: _number(getattr(cost.flop, part), ",.2f", 1e-9)
+    columns["/ none"] = lambda cost: _number(reference and cost.flop.total / reference, ".2f")
+    columns["other"] = lambda cost: _number(other_flop(cost), ",.2f", 1e-9)
+    columns["moved (GB)"] = _moved
+    return _grid("GFLOP of one step, counted", columns, costs)
+
+
+def counted_terms_grid(costs: Sequence[Cost]) -> Grid:
+    """Return the work of every term."""
+    header = ("method", "term", "weight", "forward", "backward", "moved (GB)", "note")
+    rows = [
+        [
+            _name(cost),
+            name,
+            f"{term.weight:g}",
+            figures(term.forward_flop / 1e9),
+            figures(term.backward_flop / 1e9),
+            figures(term.bytes_moved / 1e9),
+            "paid but weight 0" if _paid_for_nothing(term) else "",
+        ]
+        for cost, name, term in _terms(costs)
+    ]
+    return Grid("GFLOP of the objectives' terms", header, rows, ("term", "note"))
+
+
+def module_grid(costs: Sequence[Cost], depth: int | None = None) -> Grid:
+    """Return the forward FLOP of the networks' modules, ``depth`` levels deep."""
+    rows = [
+        [
+            network,
+            name or "(all)",
+            f"{flop / 1e9:,.3f}",
+            f"{100 * flop / max(modules.values()):.1f}",
+        ]
+        for network, modules in _networks(costs)
+        for name, flop in modules.items()
+        if flop and (depth is None or name.count(".") < depth)
+    ]
+    header = ("network", "module", "GFLOP", "%")
+    return Grid("Forward GFLOP by module", header, rows, ("module",))
+
+
+# Cells
+
+
+def _name(cost: Cost) -> str:
+    return cost.method + UNRELIABLE * (not cost.reliable)
+
+
+def phase_words(phase: str) -> str:
+    """Return a phase's name for a reader."""
+    return phase.removesuffix("_s").replace("_", " ")
+
+
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return MISSING if value is None else format(value * scale, form)
+
+
+def _figures(value: float | None, number: int = 3, scale: float = 1) -> str:
+    return MISSING if value is None else figures(value * scale, number)
+
+
+def _time_unit(costs: Sequence[Cost]) -> tuple[str, float]:
+    """Return one unit for the whole table, and its number per second."""
+    longest = max((cost.latency_s.median for cost in costs if cost.latency_s), default=0.0)
+    return ("s", 1.0) if longest >= 1 else ("ms", 1e3)
+
+
+def _estimate(interval: Interval | None, scale: float, brief: bool) -> str:
+    if interval is None:
+        return MISSING
+    value, low, high = (scale * end for end in (interval.median, interval.low, interval.high))
+    found = Estimate(value, low, high)
+    decimals = digits(value, high - value)
+    return found.brief(decimals) if brief else found.text(decimals)
+
+
+def _ratio(cost: Cost, ratio: Ratio | None, brief: bool) -> str:
+    # The reference is 1 by definition: an interval would claim a measurement.
+    return "1" if ratio and ratio.to == cost.method else _estimate(ratio, 1, brief)
+
+
+def reference_name(costs: Sequence[Cost]) -> str:
+    """Return the method that the ratios are to."""
+    return " or ".join(sorted({cost.ratio.to for cost in costs if cost.ratio})) or "reference"
+
+
+def _hidden(cost: Cost) -> str:
+    if cost.hidden_cost is None:
+        return MISSING
+    return f"{round(100 * cost.hidden_cost):+d}" + HIDDEN * flop_misleads(cost)
+
+
+def flop_misleads(cost: Cost) -> bool:
+    """Return whether matching by FLOP is not valid for a method."""
+    return cost.hidden_cost is not None and abs(cost.hidden_cost) > HIDDEN_LIMIT
+
+
+def _moved(cost: Cost) -> str:
+    return _figures(cost.bytes_moved, scale=1e-9)
+
+
+def _mfu(cost: Cost) -> str:
+    return _number(cost.mfu, ".1f", 100)
+
+
+def memory_text(cost: Cost, name_kind: bool = True) -> str:
+    """Return the allocator's peak or, where there is no allocator to ask, the process's."""
+    if cost.memory_bytes.peak_allocated is not None:
+        return size(cost.memory_bytes.peak_allocated)
+    if cost.memory_bytes.process is not None:
+        return size(cost.memory_bytes.process) + " (process)" * name_kind
+    return MISSING
+
+
+def flop_total(cost: Cost) -> float | None:
+    """Return the matrix FLOP of the whole step."""
+    return None if cost.flop is None else cost.flop.total
+
+
+def _rate(cost: Cost, amount: float | None, per: float | None) -> float | None:
+    """Return an amount per second of the step, in units of ``per``."""
+    if amount is None or per is None or cost.latency_s is None:
+        return None
+    return amount / cost.latency_s.median / per
+
+
+def _intensity(cost: Cost) -> float | None:
+    return cost.flop.total / cost.bytes_moved if cost.flop and cost.bytes_moved else None
+
+
+def _phase_share(cost: Cost, phase: str) -> str:
+    if not cost.phases_s or phase not in cost.phases_s:
+        return MISSING
+    return f"{100 * cost.phases_s[phase] / sum(cost.phases_s.values()):.1f}"
+
+
+def _percent_of_step(cost: Cost, seconds: float | None) -> str:
+    if seconds is None or cost.latency_s is None:
+        return MISSING
+    return f"{100 * seconds / cost.latency_s.median:.1f}"
+
+
+def _bound(cost: Cost, phase: str) -> str:
+    found = (cost.bounds or {}).get(phase)
+    if found is None:
+        return MISSING
+    return f"{found.bound[0].upper()} {100 * found.ceiling_share:.0f}"
+
+
+def _terms(costs: Iterable[Cost]) -> list[tuple[Cost, str, TermCost]]:
+    return [(cost, name, term) for cost in costs for name, term in (cost.terms or {}).items()]
+
+
+def _term_seconds(term: TermCost) -> float | None:
+    known = [seconds for seconds in (term.forward_s, term.backward_s) if seconds is not None]
+    return sum(known) if known else None
+
+
+def _paid_for_nothing(term: TermCost) -> bool:
+    work = _term_seconds(term) or term.forward_flop or term.backward_flop or term.bytes_moved
+    return term.weight == 0 and work > 0
+
+
+def _seconds_by_kind(cost: Cost) -> Counter[str] | None:
+    timed = [one for one in cost.operations or () if one.seconds is not None]
+    seconds: Counter[str] = Counter()
+    for one in timed:
+        seconds[one.kind] += one.seconds
+    return seconds if timed else None
+
+
+def uncounted_operators(cost: Cost) -> list[tuple[str, int, float | None]]:
+    """Return name, calls and seconds of the operators no formula knows, the slowest first."""
+    by_name: dict[str, list[Operation]] = {}
+    for one in cost.operations or ():
+        if one.kind == "uncounted":
+            by_name.setdefault(one.name, []).append(one)
+    found = [
+        (
+            name,
+            sum(one.calls for one in group),
+            None if any(one.seconds is None for one in group) else sum(o.seconds for o in group),
+        )
+        for name, group in by_name.items()
+    ]
+    return sorted(found, key=lambda item: (-(item[2] or 0), item[0]))
+
+
+def other_flop(cost: Cost) -> float | None:
+    """Return the arithmetic outside matrix products, of the operators that a formula knows."""
+    if cost.operations is None:
+        return None
+    return sum(one.other_flop or 0 for one in cost.operations)
+
+
+def _networks(costs: Iterable[Cost]) -> list[tuple[str, dict[str, float]]]:
+    """Return the counts by module of each network; methods that count the same share one."""
+    found: dict[tuple, tuple[str, dict[str, float], list[str]]] = {}
+    for cost in costs:
+        for network, modules in (cost.modules_flop or {}).items():
+            key = (network, *modules.items())
+            found.setdefault(key, (network, modules, []))[2].append(cost.method)
+    several = Counter(network for network, _, _ in found.values())
+    return [
+        (f"{network} ({', '.join(methods)})" if several[network] > 1 else network, modules)
+        for network, modules, methods in found.values()
+    ]

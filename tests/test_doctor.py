@@ -1,0 +1,128 @@
+"""What `kdprof doctor` finds: here, on replayed GPUs, and where things are missing."""
+
+import resource
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from nvml_replay import replayed
+from rich.console import Console
+
+from kdprof import doctor
+from kdprof.doctor import findings, print_findings
+from kdprof.hardware import CpuHardware
+
+CPU = torch.device("cpu")
+
+
+def look(hardware=None):
+    found = findings(CPU, hardware or CpuHardware())
+    assert len({finding.what for finding in found}) == len(found)
+    return {finding.what: finding for finding in found}
+
+
+def test_every_row_says_what_was_found_and_what_is_missing_costs():
+    found = [*look().values(), *look(replayed("consumer")).values()]
+    assert all(finding.found for finding in found)
+    missing = [finding for finding in found if finding.found.startswith("none:")]
+    assert len(missing) > 5
+    assert [finding for finding in missing if not finding.costs] == []
+
+
+def test_a_machine_without_a_gpu():
+    rows = look()
+    assert rows["device"].found.startswith("cpu: ")
+    assert rows["GPU"].found.startswith("none:")
+    assert "CPU" in rows["GPU"].costs
+    assert rows["clock"].found == "perf_counter"
+    assert rows["resumed training"].costs == ""
+    assert {"torch", "timm", "fvcore", "nvidia-ml-py", "CPU cores", "free memory"} <= set(rows)
+
+
+def test_a_healthy_gpu_lacks_nothing():
+    rows = look(replayed("healthy"))
+    assert rows["driver_version"].found == "570.86.15"
+    assert rows["sm_clock_mhz"].found == "1980"
+    assert rows["throttle_reasons"].found == "idle"
+    assert rows["other_processes"].found == "none"
+    assert rows["ecc_enabled"].found == "on"
+    assert rows["mig_enabled"].found == "off"
+    assert rows["power_limit_w"].found == "700"
+    assert rows["energy"].found.startswith("NVML total energy counter")
+    assert [row for row in rows.values() if "NVML" in row.found and row.costs] == []
+
+
+def test_a_shared_and_throttled_gpu():
+    gpu = replayed("throttled_shared")
+    for _ in range(2):
+        gpu.state()
+    rows = look(gpu)
+    assert rows["throttle_reasons"].found == (
+        "power cap, software thermal slowdown (it is slowed down now)"
+    )
+    assert rows["other_processes"].found == "2, 12.0 GiB"
+
+
+def test_each_missing_reading_has_its_reason_and_its_cost():
+    rows = look(replayed("consumer"))
+    assert rows["power_w"].found == "none: NVML: Not Supported"
+    assert "cross-check" in rows["power_w"].costs
+    assert rows["ecc_enabled"].costs == doctor.RECORDED_ONLY
+    assert rows["energy"].found == "none: NVML: Not Supported"
+    assert "joules" in rows["energy"].costs
+    rows = look(replayed("no_permission"))
+    assert "Insufficient Permissions" in rows["other_processes"].found
+    assert "strangers" in rows["other_processes"].costs
+
+
+def test_a_driver_that_is_not_loaded_takes_one_row():
+    rows = look(replayed("healthy", nvmlInit={"error": 9}))
+    assert "Driver Not Loaded" in rows["state of the device"].found
+    assert "throttling" in rows["state of the device"].costs
+    assert "sm_clock_mhz" not in rows
+
+
+def test_a_system_without_proc(tmp_path):
+    no = tmp_path / "no"
+    rows = look(CpuHardware(proc=no, cpu=no, powercap=no))
+    assert "not noticed" in rows["cpu_busy_s"].costs
+    assert rows["threads"].costs == ""
+    assert "no RAPL package" in rows["energy"].found
+
+
+@pytest.mark.parametrize(("mebibytes", "warned"), [(64, True), (8192, False)])
+def test_shared_memory_of_a_container(tmp_path, monkeypatch, mebibytes, warned):
+    usage = SimpleNamespace(free=mebibytes * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    finding = doctor._shared_memory(tmp_path)
+    assert finding.found == f"{mebibytes} MiB free"
+    assert ("--shm-size" in finding.costs) == warned
+    assert doctor._shared_memory(tmp_path / "no").costs == ""
+
+
+@pytest.mark.parametrize(
+    ("most", "warned"), [(256, True), (4096, False), (resource.RLIM_INFINITY, False)]
+)
+def test_open_files(monkeypatch, most, warned):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (most, most))
+    assert bool(doctor._open_files().costs) == warned
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    finding = doctor._compiler()
+    assert finding.found == "none: no C++ compiler"
+    assert "torch.compile" in finding.costs
+
+
+def test_memory_that_nobody_can_tell(monkeypatch):
+    monkeypatch.setattr(doctor, "available_bytes", lambda device: None)
+    assert "not refused" in doctor._free_memory(CPU).costs
+
+
+def test_the_table_is_printed(capsys):
+    print_findings(Console(width=160))
+    printed = capsys.readouterr().out
+    for text in ("what that costs you", "torch", "energy", "torch.compile"):
+        assert text in printed

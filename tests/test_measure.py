@@ -1,0 +1,377 @@
+"""`kdprof measure`: whole Costs, bad steps, other people's steps, baselines."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_study import small_study, small_toml
+from test_cli import MY_METHOD, kdprof
+
+import kdprof as package
+from kdprof import cli
+from kdprof.errors import UserError
+from kdprof.measure import Failure, isolation, measure
+from kdprof.measure.isolation import Request, explain, run_isolated
+from kdprof.measure.session import hidden_cost
+from kdprof.progress import Progress
+from kdprof.records import Cost
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import read_record
+from kdprof.study import Study
+
+BAD = '''
+import os, signal
+import torch
+from kdprof.method import Method
+
+
+class Raises(Method):
+    taps = ("logits",)
+    weights = {"x": 1.0}
+
+    def forward(self, student, teacher, labels):
+        raise ValueError("no such luck")
+
+
+class Nan(Method):
+    taps = ("logits",)
+    weights = {"x": 1.0}
+
+    def forward(self, student, teacher, labels):
+        return {"x": student.logits.mean() * float("nan")}
+
+
+class Leaks(Method):
+    taps = ("logits",)
+    weights = {"x": 1.0}
+    kept = []
+
+    def forward(self, student, teacher, labels):
+        self.kept.append(torch.ones(2**20))
+        return {"x": student.logits.mean()}
+
+
+class Greedy(Method):
+    taps = ("logits",)
+    weights = {"x": 1.0}
+
+    def forward(self, student, teacher, labels):
+        return {"x": student.logits.mean() + torch.ones(2**50).mean()}
+
+
+class Killed(Method):
+    taps = ("logits",)
+    weights = {"x": 1.0}
+    calls = 0
+
+    def forward(self, student, teacher, labels):
+        self.calls += 1
+        if self.calls > 3 and not isinstance(student.logits, torch._subclasses.FakeTensor):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"x": student.logits.mean()}
+
+
+class Peeks(Method):
+    """Synchronises, and pays for a term of weight 0."""
+
+    taps = ("logits",)
+    weights = {"x": 1.0, "idle": 0.0}
+
+    def forward(self, student, teacher, labels):
+        mean = student.logits.mean()
+        if mean.item() > 1e9:
+            print("never")
+        return {"x": mean, "idle": (student.logits - teacher.logits).square().mean()}
+'''
+
+
+def study_of(folder: Path, *names: str, **changes) -> Study:
+    (folder / "bad.py").write_text(BAD)
+    return small_study(methods=[f"{folder}/bad.py:{name}" for name in names], **changes)
+
+
+def measured(folder: Path, *names: str, **changes):
+    resolved = ResolvedStudy(study_of(folder, *names, **changes))
+    return measure(resolved, resolved.method_names(control=False), Progress(None))
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Cost]:
+    """Costs of a small study, measured in this process."""
+    resolved = ResolvedStudy(small_study(methods=["none", "kd", "fitnet", "ifvd"]))
+    found = measure(resolved, ["none", "kd", "fitnet", "ifvd"], Progress(None))
+    assert found.failures == {}
+    return {cost.method: cost for cost in found.costs}
+
+
+def test_every_part_of_a_cost_is_there_or_says_why_not(costs):
+    for cost in costs.values():
+        fields = cost.model_dump()
+        absent = {name for name, value in fields.items() if value is None}
+        explained = {name.partition(".")[0] for name in cost.unavailable}
+        assert absent <= explained | {"energy"}, cost.method
+        assert Cost.model_validate_json(cost.model_dump_json(by_alias=True)) == cost
+
+
+def test_the_phases_are_the_step(costs):
+    for cost in costs.values():
+        assert sum(cost.phases_s.values()) == pytest.approx(cost.latency_s.median, rel=0.02)
+        share = cost.phases_s["teacher_forward"] / cost.latency_s.median
+        assert (share > 0.02) == (cost.method != "none")
+
+
+def test_operators_share_out_the_phases(costs):
+    for cost in costs.values():
+        for phase, seconds in cost.phases_s.items():
+            own = [o.seconds for o in cost.operations if o.phase == phase]
+            if own:
+                assert sum(own) == pytest.approx(seconds, rel=1e-6)
+
+
+def test_terms_share_out_the_objective(costs):
+    fitnet = costs["fitnet"]
+    assert set(fitnet.terms) == {"fitnet", "kd"}
+    forward = sum(term.forward_s for term in fitnet.terms.values())
+    backward = sum(term.backward_s for term in fitnet.terms.values())
+    assert 0.5 * fitnet.phases_s["objective"] < forward <= 1.001 * fitnet.phases_s["objective"]
+    assert 0 < backward <= 1.001 * fitnet.phases_s["objective_backward"]
+    assert costs["none"].terms == {}
+
+
+def test_the_reference_is_one(costs):
+    none = costs["none"]
+    assert (none.ratio.median, none.ratio.low, none.ratio.high) == (1.0, 1.0, 1.0)
+    assert none.hidden_cost == pytest.approx(0)
+    assert none.samples_s == none.reference_samples_s
+    for cost in costs.values():
+        assert cost.ratio.to == "none"
+        assert len(cost.samples_s) == len(cost.reference_samples_s) == cost.timing["rounds"]
+
+
+def test_flop_are_those_of_counting_without_running(costs):
+    from kdprof.measure import count_costs
+
+    resolved = ResolvedStudy(small_study(methods=["none", "kd", "fitnet", "ifvd"]))
+    for counted in count_costs(resolved, list(costs), Progress(None)).costs:
+        assert costs[counted.method].flop == counted.flop
+        assert costs[counted.method].bytes_moved == pytest.approx(counted.bytes_moved, rel=0.02)
+
+
+def test_hidden_cost_by_hand():
+    """Twice the FLOP in five times the time: 60 % of it is not the FLOP's."""
+    assert hidden_cost(2e9, 1e9, 5.0) == pytest.approx(0.6)
+    assert hidden_cost(1e9, 1e9, 1.0) == 0
+    assert hidden_cost(3e9, 1e9, 2.0) == pytest.approx(-0.5)
+    assert hidden_cost(1.0, 0.0, 2.0) is None
+
+
+def test_bad_steps_are_reported_and_spoil_nothing(tmp_path):
+    found = measured(tmp_path, "Raises", "Nan", "Greedy", "Leaks")
+    assert set(found.failures) == {"raises", "nan", "greedy"}
+    assert re.search(r"raised ValueError: no such luck \(.*bad.py:12\)", found.failures["raises"])
+    assert "not finite" in found.failures["nan"]
+    assert "ran out of memory" in found.failures["greedy"]
+    assert "lower --batch or --crop" in found.failures["greedy"]
+    (leaks,) = found.costs
+    assert not leaks.reliable
+    assert any(re.match(r"leaks [34](\.\d)? MiB with every step", w) for w in leaks.warnings)
+
+
+def test_what_is_paid_for_nothing_and_what_waits_is_found(tmp_path):
+    (cost,) = measured(tmp_path, "Peeks").costs
+    paid = [w for w in cost.warnings if w.startswith("paid but weight 0: term 'idle'")]
+    waits = [w for w in cost.warnings if w.startswith("synchronises the device")]
+    assert len(paid) == 1
+    (line,) = waits
+    number = BAD.splitlines().index("        if mean.item() > 1e9:") + 1
+    assert f"bad.py:{number}" in line
+    assert "1 x per step" in line
+
+
+def test_a_crash_costs_one_method(tmp_path):
+    """As a user sees it: one process per method, one of them killed, exit code 1."""
+    (tmp_path / "bad.py").write_text(BAD)
+    study = small_toml(tmp_path, budgets=[], methods=["kd"], measure__in_process=False)
+    done = kdprof(
+        "measure", "--study", study, "--out", "out", "--method", "./bad.py:Killed",
+        "--method", "kd", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("kdprof: method 'killed': its process was killed")
+    assert "kd" in done.stdout
+    stored = {path.name.split("-")[0] for path in (tmp_path / "out" / "costs").iterdir()}
+    assert stored == {"none", "kd"}
+    cost = read_record(next((tmp_path / "out" / "costs").glob("kd-*")), Cost)
+    assert cost.timing["isolated"]
+    assert cost.ratio.median > 0.5
+
+
+def test_a_child_that_cannot_start_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(Failure, match="died with status 1"):
+        run_isolated(Request("method", {}), lambda done, width: None)
+
+
+def test_what_a_dying_child_said_is_passed_on():
+    assert "killed, most often by the system for lack of memory" in isolation._last_words(-9, "")
+    assert isolation._last_words(-11, "a\nSegmentation fault\n").endswith(
+        "signal 11: Segmentation fault"
+    )
+
+
+def test_out_of_memory_is_explained():
+    told = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"))
+    assert told.startswith("it ran out of memory")
+
+
+STEPS = """
+import torch
+
+def _step(width):
+    net = torch.nn.Linear(width, width)
+    x = torch.randn(64, width)
+    def step():
+        loss = net(x).square().mean()
+        loss.backward()
+        net.zero_grad()
+        return loss.detach()
+    return step
+
+def small(): return _step(64)
+def large(): return _step(512)
+def broken(): return _step("wide")
+def empty(): return None
+"""
+
+
+def test_callables_are_measured_with_the_same_statistics(tmp_path):
+    found = {}
+    exec(STEPS, found)
+    costs = package.measure_steps(
+        {"small": found["small"](), "large": found["large"]()},
+        device="cpu",
+        max_time_s=0.05,
+    )
+    large = costs["large"]
+    assert large.ratio.to == "small"
+    assert large.ratio.low > 1
+    # Forward once, backward for the weight only: the input needs no gradient.
+    assert large.flop.total == 2 * 2 * 64 * 512 * 512
+    assert large.flop.student is None
+    assert large.phases_s is None
+    assert large.unavailable["phases_s"] == "a callable step is one phase"
+    assert large.bytes_moved > 4 * 512 * 512
+    assert len(large.samples_s) >= 10
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        package.measure_steps({"small": found["small"]()}, reference="smal")
+    with pytest.raises(Failure, match="raised ZeroDivisionError"):
+        package.measure_steps({"bad": lambda: 1 / 0}, device="cpu")
+
+
+def run_here(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["kdprof", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+def test_steps_of_files(capsys, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(STEPS)
+    options = ["--device", "cpu", "--max-time", "0.05", "--in-process", "--out", tmp_path / "out"]
+    steps = ["--step", tmp_path / "mine.py:small", "--step", tmp_path / "mine.py:large"]
+    code, out, err = run_here(capsys, monkeypatch, "measure", *steps, *options)
+    assert code == 0, err
+    assert "mine.large" in out
+    (file,) = (tmp_path / "out" / "steps").glob("mine.large-*.json")
+    assert read_record(file, Cost).ratio.to == "mine.small"
+    for step, message in (
+        ("mine.py:larg", "did you mean 'large'?"),
+        ("mine.py", "write FILE.py:FUNCTION"),
+        ("no.py:x", "there is no file"),
+        ("mine.py:empty", "must return a callable"),
+    ):
+        code, _, err = run_here(capsys, monkeypatch, "measure", "--step", tmp_path / step, *options)
+        assert code == 2, err
+        assert message in err
+    code, _, err = run_here(
+        capsys, monkeypatch, "measure", "--step", tmp_path / "mine.py:broken", *options
+    )
+    assert code == 1
+    assert "step 'mine.broken': the step raised TypeError" in err
+    code, _, err = run_here(capsys, monkeypatch, "measure", *steps, "--batch", 3, *options)
+    assert code == 2
+    assert "--batch cannot apply" in err
+
+
+def test_baseline_and_compare(capsys, monkeypatch, tmp_path):
+    study, out = small_toml(tmp_path, budgets=[], methods=["none"]), tmp_path / "out"
+    arguments = ["measure", "--study", study, "--out", out, "-q"]
+    code, *_ = run_here(capsys, monkeypatch, *arguments)
+    assert code == 0
+    (stored,) = (out / "costs").iterdir()
+    before = json.loads(stored.read_text())
+    for factor, expected in ((100.0, 0), (0.01, 3)):
+        changed = {**before, "canary": None}
+        changed["samples_s"] = [[s * factor for s in r] for r in before["samples_s"]]
+        changed["latency_s"] = {k: v * factor for k, v in before["latency_s"].items()}
+        (tmp_path / "then.json").write_text(json.dumps(changed))
+        code, _, err = run_here(
+            capsys, monkeypatch, *arguments, "--baseline", tmp_path / "then.json"
+        )
+        assert code == expected, err
+    assert "slower than the baseline: none" in err
+    code, printed, _ = run_here(capsys, monkeypatch, "compare", tmp_path / "then.json", out)
+    assert code == 0
+    assert "slower" in printed
+    code, _, err = run_here(
+        capsys, monkeypatch, *arguments, "--baseline", tmp_path / "nothing.json"
+    )
+    assert code == 2
+
+
+def test_a_chrome_trace_is_written(capsys, monkeypatch, tmp_path):
+    study = small_toml(tmp_path, budgets=[], methods=["none"])
+    options = ["--study", study, "--out", tmp_path / "out", "-q"]
+    code, _, err = run_here(
+        capsys, monkeypatch, "measure", *options, "--trace", tmp_path / "trace.json"
+    )
+    assert code == 0, err
+    names = {
+        e.get("name") for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    }
+    assert any("convolution" in str(name) for name in names)
+    code, _, err = run_here(
+        capsys, monkeypatch, "measure", *options, "--memory-timeline", tmp_path / "m.pickle"
+    )
+    assert code == 2
+    assert "a CPU has none" in err
+
+
+def test_one_reference_cost_per_folder(capsys, monkeypatch, tmp_path):
+    """Measuring one more method leaves the reference's Cost, and plans made with it, alone."""
+    study, out = small_toml(tmp_path, budgets=[], methods=["kd"]), tmp_path / "out"
+    run_here(capsys, monkeypatch, "measure", "--study", study, "--out", out, "-q")
+    before = {path.name: path.read_text() for path in (out / "costs").iterdir()}
+    assert {name.split("-")[0] for name in before} == {"none", "kd"}
+    run_here(capsys, monkeypatch, "measure", "--out", out, "--method", "fitnet", "-q")
+    after = {path.name: path.read_text() for path in (out / "costs").iterdir()}
+    assert len(after) >= 3
+    assert all(after[name] == text for name, text in before.items() if name.startswith("none"))
+
+
+def test_users_output_does_not_disturb_the_child(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        MY_METHOD.replace("    def forward", "    print('hello from mine')\n\n    def forward")
+    )
+    study = small_study(methods=[f"{tmp_path}/mine.py:MyKD"], measure__in_process=False)
+    resolved = ResolvedStudy(study)
+    found = measure(resolved, ["mykd"], Progress(None))
+    assert found.failures == {}
+    assert os.environ.get(isolation.DEBUG) is None
