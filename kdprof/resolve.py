@@ -163,14 +163,16 @@ class ResolvedStudy:
         seed: int = 0,
         iterations: int = 1_000_000,
         device: torch.device | None = None,
+        student: SegmentationNetwork | None = None,
     ) -> TrainStep:
-        """Return the step of a method: a fresh student and fresh extras, the given teacher.
+        """Return the step of a method: fresh extras, the given teacher, a fresh student unless one
+        is given, on the device already.
 
         ``iterations`` is the run's length; a step that is only measured has none of its own.
         """
         device = device or self.device
         return TrainStep(
-            student=self._placed(self.student(seed), device),
+            student=student or self._placed(self.student(seed), device),
             teacher=teacher if self.methods[name].cls.needs_teacher() else None,
             method=self.method(name).to(device),
             settings=self.study.step,

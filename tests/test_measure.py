@@ -121,7 +121,7 @@ def test_the_phases_are_the_step(costs):
     for cost in costs.values():
         assert sum(cost.phases_s.values()) == pytest.approx(cost.latency_s.median, rel=0.02)
         share = cost.phases_s["teacher_forward"] / cost.latency_s.median
-        assert (share > 0.02) == (cost.method != "none")
+        assert (share > 0.004) == (cost.method != "none")
 
 
 def test_operators_share_out_the_phases(costs):
@@ -158,7 +158,7 @@ def test_flop_are_those_of_counting_without_running(costs):
     resolved = ResolvedStudy(small_study(methods=["none", "kd", "fitnet", "ifvd"]))
     for counted in count_costs(resolved, list(costs), Progress(None)).costs:
         assert costs[counted.method].flop == counted.flop
-        assert costs[counted.method].bytes_moved == pytest.approx(counted.bytes_moved, rel=0.02)
+        assert costs[counted.method].bytes_moved == counted.bytes_moved
 
 
 def test_hidden_cost_by_hand():

@@ -478,6 +478,22 @@ def test_waits_of_a_backward_are_found():
     assert wait.where.endswith(" in backward")
 
 
+def test_blocking_copies_between_host_and_device_wait():
+    """Fakes have a device without there being one."""
+    with fake_tensors():
+        here = torch.zeros(3)
+        with StepTrace(print, device=torch.device("cuda")) as trace:
+            there = here.to("cuda")
+            there = here.to("cuda", non_blocking=True)
+            here = there.cpu()
+            here.copy_(there)
+            there.copy_(there * 2)
+            here.sum() + here.half()
+    assert [w.operator for w in trace.synchronisations()] == [
+        "aten._to_copy", "aten._to_copy", "aten.copy_",
+    ]  # fmt: skip
+
+
 def test_mobilenet_backward_is_twice_its_forward():
     """torch's own counter, which forgets the groups of a depthwise weight gradient, says 20.4."""
     with fake_tensors():

@@ -132,9 +132,10 @@ def count_costs(
 
 def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
     step = study.study.step
-    networks = {"student": study.student(0), "teacher": study.teacher()}
+    taps = ("logits", "aux") if step.aux_weight else ("logits",)
     return {
-        role: modules_flop(network, step.batch, step.crop) for role, network in networks.items()
+        "student": modules_flop(study.student(0), step.batch, step.crop, taps=taps),
+        "teacher": modules_flop(study.teacher(), step.batch, step.crop),
     }
 
 
@@ -178,10 +179,12 @@ def _counted(
 def _counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Count | Failure]]:
-    mode, teacher = fake_tensors(), study.teacher()
+    # One of each network for all methods: counting changes neither, and making them takes seconds.
+    mode, teacher, student = fake_tensors(), study.teacher(), None
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
-            step = study.step(name, teacher, device=torch.device("cpu"))
+            step = study.step(name, teacher, device=torch.device("cpu"), student=student)
+            student = step.student
             try:
                 made: Count | Failure = count_step(step, mode)
             except Exception as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -84,9 +87,31 @@ class SavedForBackward:
             self._now_bytes -= size
 
 
+@functools.cache
+def _is_fused_optimizer(func: Any) -> bool:
+    fused = isinstance(func, OpOverload) and func._opname.startswith("_fused_")
+    return fused and not func._schema.returns
+
+
+class _Fakes(FakeTensorMode):
+    """Fake tensors whose fused optimisers cost nothing, too.
+
+    torch has no fake kernel for those, and falls back to running the real one on zeros of the
+    parameters' full size: memory, and seconds. They return nothing that could be missed.
+    """
+
+    def dispatch(
+        self, func: Any, types: Any, args: Sequence[object] = (), kwargs: Any = None
+    ) -> object:
+        """Answer an operator with fakes."""
+        if _is_fused_optimizer(func):
+            return None
+        return super().dispatch(func, types, args, kwargs or {})
+
+
 def fake_tensors() -> FakeTensorMode:
     """Return a mode to count under. Steps counted under one mode may share a teacher."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _Fakes(allow_non_fake_inputs=True)
 
 
 def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:

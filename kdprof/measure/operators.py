@@ -398,6 +398,8 @@ class Operator:
     """Where the argument is that says which results are wanted; fakes deliver them all."""
     touched: Formula | None = None
     waits: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
+    transfers: bool = False
+    """Copies, perhaps from one device to another."""
 
     def work(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Work:
         """Return what a call with these arguments and this result did."""
@@ -459,6 +461,7 @@ def operator_of(func: Any) -> Operator:
         mask=next((i for i, a in arguments if a.name == "output_mask"), None),
         touched=_touched(plain),
         waits=_waits(func, plain),
+        transfers=plain in _TRANSFERS,
     )
 
 

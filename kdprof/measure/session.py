@@ -69,6 +69,8 @@ class Traced:
 
     operations: list[Operation]
     terms: dict[str, TermCost]
+    watched_s: dict[str, float]
+    """Seconds of the operators of each phase, in the trace that the terms are of."""
     synchronisations: list[Synchronisation]
 
 
@@ -115,7 +117,7 @@ def run_session(
     ceilings = measure_ceilings(device, around.precision)
     alone = _read_alone(subject, device, hardware, files)
     subjects = [subject] if build_reference is None else [subject, build_reference()]
-    reference_flop = total_flop(_trace(subjects[-1], 1).operations)
+    reference_flop = total_flop(_trace(subjects[-1], device, 1).operations)
     clock = clock_of(device)
     canary = CanaryKernel(device, clock)
     gc.collect()  # what the passes above left
@@ -152,7 +154,7 @@ def run_session(
 
 def _read_alone(subject: Subject, device: torch.device, hardware: Hardware, files: Files) -> Alone:
     memory = read_memory(subject, device, hardware)
-    traced = _trace(subject, TRACED_STEPS)
+    traced = _trace(subject, device, TRACED_STEPS)
     clock = clock_of(device)
 
     def run_steps(count: int) -> None:
@@ -171,7 +173,7 @@ def _ignore(phase: str) -> None:
     """Mark nothing."""
 
 
-def _trace(subject: Subject, steps: int) -> Traced:
+def _trace(subject: Subject, device: torch.device, steps: int) -> Traced:
     """Time the operators of a few steps one by one; the median of each counts.
 
     Watching every operator slows the step, so these seconds only share out those of the phases.
@@ -179,7 +181,7 @@ def _trace(subject: Subject, steps: int) -> Traced:
     step = subject.step if isinstance(subject, StudySubject) else None
     traces = []
     for _ in range(steps):
-        with StepTrace(step, timed=True) as trace:
+        with StepTrace(step, timed=True, device=device) as trace:
             subject.run(trace.mark)
         traces.append(trace)
     weights = step.method.weights if step is not None else {}
@@ -187,15 +189,19 @@ def _trace(subject: Subject, steps: int) -> Traced:
         same[0].model_copy(update={"seconds": statistics.median(o.seconds for o in same)})
         for same in _grouped(trace.operations() for trace in traces)
     ]
-    return Traced(operations, traces[-1].terms(weights), traces[-1].synchronisations())
+    last = traces[-1]
+    return Traced(
+        operations, last.terms(weights), _watched_s(last.operations()), last.synchronisations()
+    )
 
 
 def _grouped(traces: Iterable[list[Operation]]) -> list[list[Operation]]:
     """Return the operations of several traces, each with its like in the others."""
-    found: dict[tuple[str, str], list[Operation]] = {}
+    found: dict[tuple[str, str, str], list[Operation]] = {}
     for operations in traces:
         for operation in operations:
-            found.setdefault((operation.phase, operation.name), []).append(operation)
+            like = (operation.phase, operation.name, operation.kind)
+            found.setdefault(like, []).append(operation)
     return list(found.values())
 
 
@@ -315,9 +321,8 @@ def _watched_s(operations: Iterable[Operation]) -> dict[str, float]:
 
 
 def _scaled_terms(traced: Traced, phases: Mapping[str, float]) -> dict[str, TermCost]:
-    watched = _watched_s(traced.operations)
     forward, backward = (
-        phases[name] / watched[name] if watched.get(name) else 0.0
+        phases[name] / traced.watched_s[name] if traced.watched_s.get(name) else 0.0
         for name in ("objective", "objective_backward")
     )
     return {

@@ -288,7 +288,9 @@ class StepTrace(TorchDispatchMode):
         self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         assert operator.waits is not None
-        if not operator.waits(args, kwargs) or self._on_host(args):
+        if not operator.waits(args, kwargs):
+            return
+        if not operator.transfers and self._on_host(args):
             return
         self._pending_waits.append((operator.name, _location(sys._getframe(2))))
 

@@ -89,7 +89,9 @@ def train(
             raise
         except Exception as error:
             # Out of memory, a mistake in a user's method: the other runs are still wanted.
-            failure = f"{cell.method} {cell.budget} seed {cell.seed}: {explain(error)}"
+            own = isinstance(error, KdprofError)  # names its run itself
+            told = f"{cell.method} {cell.budget} seed {cell.seed}: "
+            failure = f"{'' if own else told}{explain(error)}"
             summary.failures.append(failure)
             progress.say(f"[{number}/{len(waiting)}] failed: {failure}")
             continue
