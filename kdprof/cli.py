@@ -145,6 +145,7 @@ def _measure(given: dict[str, Any]) -> None:
     from kdprof.measure import check_files
     from kdprof.measure import measure as run
     from kdprof.measure.session import Files
+    from kdprof.reports.costs import render
     from kdprof.resolve import REFERENCE, ResolvedStudy
     from kdprof.study import claim_folder
 
@@ -160,7 +161,7 @@ def _measure(given: dict[str, Any]) -> None:
     if measured.costs:
         claim_folder(store.study, study)
     paths = [store.write_cost(cost) for cost in measured.costs]
-    _show_costs(measured.costs, given, paths)
+    _show_costs(measured.costs, given, [*paths, *render(store)])
     _judge(baseline, measured.costs, given)
     if measured.failures:
         raise KdprofError(measured.summary())
@@ -214,8 +215,13 @@ def _measure_steps(steps: tuple[str, ...], given: dict[str, Any], counting: bool
 def _measure_settings(given: dict[str, Any]) -> Any:
     from kdprof.study import load_study
 
-    overrides = {k: given[o] for o, k in _MEASURE_KEYS.items() if given[o]}
-    return load_study(None, overrides).measure
+    return load_study(None, _measure_overrides(given)).measure
+
+
+def _measure_overrides(given: dict[str, Any]) -> dict[str, Any]:
+    taken = {key: given.get(option) for option, key in _MEASURE_KEYS.items()}
+    # A flag that was not given must not undo what the study says.
+    return {key: value for key, value in taken.items() if value is not None and value is not False}
 
 
 def _show_costs(costs: list[Any], given: dict[str, Any], paths: list[Path]) -> None:
@@ -375,7 +381,7 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
 
     store = Store(given["out"])
     overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
-    overrides |= {k: given[o] for o, k in _MEASURE_KEYS.items() if given.get(o)}
+    overrides |= _measure_overrides(given)
     for key in ("methods", "budgets"):
         if given.get(key):
             overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])
@@ -406,7 +412,11 @@ def _method_specs(given: tuple[str, ...]) -> list[str]:
 def _reports(store: Store, x: str) -> list[Path]:
     from kdprof.reports import costs, curves, table
 
-    return [*curves.render(store, x=x), *table.render(store), *costs.render(store)]
+    made = costs.render(store)
+    if made and not store.runs():
+        click.echo("nothing was trained here yet: the costs only")
+        return made
+    return [*curves.render(store, x=x), *table.render(store), *made]
 
 
 def _stdout() -> Console:

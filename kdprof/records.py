@@ -95,6 +95,8 @@ class Memory(Record):
     process: int | None
     phases: dict[str, int] | None
     """Peak within each phase: allocated on a GPU, resident set of the process on a CPU."""
+    phases_reserved: dict[str, int] | None
+    """Peak that the CUDA allocator reserved within each phase."""
 
 
 class Energy(Record):
@@ -148,8 +150,10 @@ class Canary(Record):
 class Outlier(Record):
     """A sample far above the others. It stays in the samples."""
 
+    of: Literal["step", "end_to_end"]
     round: int
     step: int
+    """Of the round; 0 for an iteration with the loader, of which a round has one sample."""
     seconds: float
     times_median: float
     cause: str

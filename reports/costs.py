@@ -263,7 +263,7 @@ def _warnings(costs: Sequence[Cost]) -> list[str]:
 def _outlier_notes(costs: Sequence[Cost]) -> list[str]:
     found = []
     for cost in (cost for cost in costs if cost.outliers):
-        total = sum(map(len, cost.samples_s))
+        total = sum(map(len, cost.samples_s)) + len(cost.end_to_end_samples_s)
         number = len(cost.outliers)
         causes = Counter(outlier.cause for outlier in cost.outliers).most_common()
         listed = ", ".join(f"{times} {cause}" for cause, times in causes)

@@ -35,6 +35,10 @@ def alike(value: float, **changes) -> Interval:
     return Interval(**{"median": value, "low": value, "high": value, **changes})
 
 
+def memory(**known: int) -> Memory:
+    return Memory(**dict.fromkeys(Memory.model_fields) | known)
+
+
 def student_only(flop: float) -> Flop:
     return Flop(teacher=0, student=flop, objective=0, backward=0, auxiliary=0, total=flop)
 
@@ -69,7 +73,7 @@ def make_cost(
         "ceilings": None,
         "bounds": None,
         "mfu": None,
-        "memory_bytes": Memory(peak_allocated=None, peak_reserved=None, process=2**30, phases=None),
+        "memory_bytes": memory(process=2**30),
         "energy_j": None,
         "energy": None,
         "reliable": True,
@@ -214,6 +218,7 @@ def gpu_cost(method: str, **changes) -> Cost:
             peak_reserved=12 * 2**30,
             process=13 * 2**30,
             phases=_fixed_phases(method),
+            phases_reserved=_fixed_phases(method),
         ),
         "energy_j": 540 * seconds,
         "energy": Energy(
@@ -235,4 +240,4 @@ def _fixed_phases(method: str) -> dict[str, int]:
 
 
 def outlier(cause: str) -> Outlier:
-    return Outlier(round=3, step=1, seconds=0.5, times_median=3.0, cause=cause)
+    return Outlier(of="step", round=3, step=1, seconds=0.5, times_median=3.0, cause=cause)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from cost_records import alike, gpu_cost, make_cost
+from cost_records import alike, gpu_cost, make_cost, memory
 from rich.console import Console
 
 from kdprof.comparison import NOISE_THRESHOLD, compare, read_costs
 from kdprof.errors import UserError
-from kdprof.records import Canary, Cost, Memory, Ratio
+from kdprof.records import Canary, Cost, Ratio
 from kdprof.reports.comparison import comparison_markdown, comparison_table
 from kdprof.store import Store, to_json
 
@@ -108,8 +108,10 @@ def test_ratios_that_do_not_compare_are_left_out():
 
 
 def test_flop_memory_and_energy_are_new_over_old():
-    memory = Memory(peak_allocated=None, peak_reserved=None, process=2**31, phases=None)
-    old, new = noisy(flop=2e9, energy_j=4.0), noisy(flop=3e9, energy_j=3.0, memory_bytes=memory)
+    old, new = (
+        noisy(flop=2e9, energy_j=4.0),
+        noisy(flop=3e9, energy_j=3.0, memory_bytes=memory(process=2**31)),
+    )
     row = only(old, new)
     assert (row.flop, row.memory, row.energy) == (1.5, 2.0, 0.75)
     row = only(noisy(), new)
@@ -117,7 +119,7 @@ def test_flop_memory_and_energy_are_new_over_old():
 
 
 def test_peaks_of_two_kinds_are_not_compared():
-    allocated = Memory(peak_allocated=2**30, peak_reserved=None, process=None, phases=None)
+    allocated = memory(peak_allocated=2**30)
     row = only(noisy(), noisy(memory_bytes=allocated))
     assert (row.memory, row.missing["memory"]) == (None, "no peak of one kind in both")
 

@@ -164,6 +164,19 @@ def test_an_outlier_keeps_its_place_and_has_its_cause():
     assert samples.rounds[found[0].round][found[0].step] == found[0].seconds, "never dropped"
 
 
+def test_a_stall_of_the_loader_is_told_from_a_slow_step():
+    samples = latency.Samples(
+        fed_s=[0.10, 0.11, 0.10, 0.11, 0.50, 0.11, 0.10, 0.30],
+        waited_s=[0.01, 0.02, 0.01, 0.02, 0.40, 0.02, 0.01, 0.02],
+    )
+    samples.blocks = [latency.Block([0.1, 0.1], [], {}, {}, 0) for _ in samples.fed_s]
+    found = samples.outliers(QuietHardware())
+    assert [(o.of, o.round, o.cause) for o in found] == [
+        ("end_to_end", 4, "data stall"),
+        ("end_to_end", 7, "unknown"),
+    ]
+
+
 def test_the_hardware_names_the_cause_of_an_outlier():
     class Throttled(QuietHardware):
         def cause(self, before, after):

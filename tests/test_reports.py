@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cost_records import GFLOP, alike, gpu_cost, make_cost, outlier
+from cost_records import GFLOP, alike, gpu_cost, make_cost, memory, outlier
 from matplotlib.text import Text
 from rich.console import Console
 
@@ -62,7 +62,7 @@ def a_cost(method="cwd", latency=0.2, **changes) -> Cost:
 
 
 def allocated(peak: int | None, process: int | None = None) -> Memory:
-    return Memory(peak_allocated=peak, peak_reserved=None, process=process, phases=None)
+    return memory(peak_allocated=peak, process=process)
 
 
 def a_store(root: Path, runs=(), stored_costs=(), teacher: float | None = 0.79) -> Store:

@@ -165,7 +165,7 @@ def _counted(
         modules_flop=modules,
         operations=made.operations,
         bytes_moved=sum(o.bytes_read + o.bytes_written for o in made.operations),
-        memory_bytes=Memory(peak_allocated=None, peak_reserved=None, process=None, phases=None),
+        memory_bytes=Memory(**dict.fromkeys(Memory.model_fields)),
         reliable=True,
         warnings=[],
         unavailable=unavailable,

@@ -86,8 +86,9 @@ class Samples:
 
     def outliers(self, hardware: Hardware) -> list[Outlier]:
         """Return the samples far above the others, each with its cause where one was seen."""
-        return [
+        found = [
             Outlier(
+                of="step",
                 round=number,
                 step=step,
                 seconds=self.blocks[number].step_s[step],
@@ -96,6 +97,24 @@ class Samples:
             )
             for number, step, times in outliers(self.rounds)
         ]
+        fed = [[seconds] for seconds in self.fed_s]
+        return found + [
+            Outlier(
+                of="end_to_end",
+                round=number,
+                step=0,
+                seconds=self.fed_s[number],
+                times_median=times,
+                cause=self._cause_of_fed(number),
+            )
+            for number, _, times in (outliers(fed) if fed else ())
+        ]
+
+    def _cause_of_fed(self, number: int) -> str:
+        """A data stall is when most of what an iteration took too long was spent waiting."""
+        excess = self.fed_s[number] - statistics.median(self.fed_s)
+        waited = self.waited_s[number] - statistics.median(self.waited_s)
+        return "data stall" if waited > excess / 2 else "unknown"
 
 
 def _cause(block: Block, hardware: Hardware) -> str:

@@ -7,6 +7,7 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,14 @@ class MemoryReading:
     """Kept by every further step, on average; 0 where memory is given back."""
 
 
+class _Peaks(NamedTuple):
+    """Bytes by phase, and what every step kept."""
+
+    phases: dict[str, int]
+    reserved: dict[str, int]
+    leaked_bytes: int
+
+
 class _CudaPeaks:
     """The allocator's peaks. Host-side counters: reading them waits for nothing."""
 
@@ -45,6 +54,9 @@ class _CudaPeaks:
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
+
+    def reserved_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device)
 
     def held_bytes(self) -> int:
         return torch.cuda.memory_allocated(self._device)
@@ -58,6 +70,9 @@ class _ResidentPeaks:
 
     def peak_bytes(self) -> int:
         return _status_bytes("VmHWM")
+
+    def reserved_bytes(self) -> int:
+        return 0  # nothing is reserved without an allocator of our own
 
     def held_bytes(self) -> int:
         return _status_bytes("VmRSS")
@@ -74,20 +89,22 @@ def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> M
     if device.type == "cuda":
         return _cuda_reading(subject, device, hardware)
     unavailable = dict.fromkeys(
-        ("memory_bytes.peak_allocated", "memory_bytes.peak_reserved"), NO_ALLOCATOR
+        (f"memory_bytes.{n}" for n in ("peak_allocated", "peak_reserved", "phases_reserved")),
+        NO_ALLOCATOR,
     )
     if not _can_reset():
         missing = dict.fromkeys(("memory_bytes.process", "memory_bytes.phases"), NO_RESET)
-        memory = Memory(peak_allocated=None, peak_reserved=None, process=None, phases=None)
+        memory = Memory(**dict.fromkeys(Memory.model_fields))
         return MemoryReading(memory, unavailable | missing, 0)
-    phases, leaked = _peaks_by_phase(subject, _ResidentPeaks(), LEAST_LEAK_BYTES["cpu"])
+    peaks = _peaks_by_phase(subject, _ResidentPeaks(), LEAST_LEAK_BYTES["cpu"])
     memory = Memory(
         peak_allocated=None,
         peak_reserved=None,
-        process=max(phases.values()),
-        phases=phases,
+        process=max(peaks.phases.values()),
+        phases=peaks.phases,
+        phases_reserved=None,
     )
-    return MemoryReading(memory, unavailable, leaked)
+    return MemoryReading(memory, unavailable, peaks.leaked_bytes)
 
 
 def _ignore(phase: str) -> None:
@@ -98,27 +115,32 @@ def _cuda_reading(subject: Subject, device: torch.device, hardware: Hardware) ->
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # the workspaces that cuDNN's search left behind
     torch.cuda.reset_peak_memory_stats(device)
-    phases, leaked = _peaks_by_phase(subject, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"])
+    peaks = _peaks_by_phase(subject, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"])
     torch.cuda.synchronize(device)
     process, reason = hardware.process_memory_bytes()
     memory = Memory(
-        peak_allocated=max(phases.values()),
-        peak_reserved=torch.cuda.memory_reserved(device),
+        peak_allocated=max(peaks.phases.values()),
+        peak_reserved=max(peaks.reserved.values()),
         process=process,
-        phases=phases,
+        phases=peaks.phases,
+        phases_reserved=peaks.reserved,
     )
-    return MemoryReading(memory, {} if reason is None else {"memory_bytes.process": reason}, leaked)
+    return MemoryReading(
+        memory, {} if reason is None else {"memory_bytes.process": reason}, peaks.leaked_bytes
+    )
 
 
 def _peaks_by_phase(
     subject: Subject, peaks: _CudaPeaks | _ResidentPeaks, least_leak: int
-) -> tuple[dict[str, int], int]:
+) -> _Peaks:
     """Return the highest peak of each phase over a few steps, and the bytes leaked per step."""
     found: dict[str, int] = {}
+    reserved: dict[str, int] = {}
     held: list[int] = []
 
     def mark(phase: str) -> None:
         found[phase] = max(found.get(phase, 0), peaks.peak_bytes())
+        reserved[phase] = max(reserved.get(phase, 0), peaks.reserved_bytes())
         peaks.reset()
 
     for _ in range(LEAK_STEPS):
@@ -131,7 +153,7 @@ def _peaks_by_phase(
         held.append(peaks.held_bytes())
     grown = [after - before for before, after in itertools.pairwise(held)]
     leaks = min(grown) >= least_leak
-    return found, sum(grown) // len(grown) if leaks else 0
+    return _Peaks(found, reserved, sum(grown) // len(grown) if leaks else 0)
 
 
 def _can_reset() -> bool:
