@@ -56,7 +56,7 @@ class Repeats:
 
 
 def _ratio(session: Session) -> Numbers:
-    return paired_ratio(session.samples["delayed"].rounds, session.samples["base"].rounds)
+    return paired_ratio(*(samples.rounds for samples in session.samples))
 
 
 def simulated(machine: str, delay: float, repeats: int, **settings: float) -> Repeats:
@@ -124,7 +124,7 @@ def real(delay: float, repeats: int, max_time_s: float) -> Repeats:
         )
         median, low, high = _ratio(session)
         # The base step's own latency in the same rounds says what the delay was a fraction of.
-        own = float(np.median([np.median(block) for block in session.samples["base"].rounds]))
+        own = float(np.median([np.median(block) for block in session.samples[-1].rounds]))
         truth = 1 + delay_s / own
         truths.append(truth)
         found.append((tuple(v / truth * (1 + delay) for v in (median, low, high)), session.rounds))

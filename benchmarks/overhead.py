@@ -39,7 +39,7 @@ def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
     found = []
     for kind, label in ((StudySubject, "watched"), (Unwatched, "unwatched")):
         teacher = study.placed_teacher() if study.methods[name].cls.needs_teacher() else None
-        subject = kind(study.step(name, teacher), resident, batches, clock.synchronize)
+        subject = kind(study.step(name, teacher), resident, batches, clock)
         subject.name = label
         subject.run_fed = lambda count, first: None
         found.append(subject)
@@ -65,15 +65,15 @@ def main() -> None:
         canary=Canary(study.device, clock),
         hardware=study.hardware,
     )
-    watched, unwatched = (session.samples[name] for name in ("watched", "unwatched"))
+    watched, unwatched = session.samples
     ratio = paired_ratio(watched.rounds, unwatched.rounds)
-    steps = np.concatenate(watched.rounds)
     sums = [sum(phases.values()) for block in watched.blocks for phases in block.phases_s]
     drift, steady = drift_of(session.canary_s, settings.precision_target)
     print(f"{given.method} of {given.study} on {study.hardware.name}, {session.rounds} rounds")
     print(f"step, watched / unwatched: {ratio[0]:.4f} [{ratio[1]:.4f}-{ratio[2]:.4f}], aim < 1.01")
     print(f"interval {relative_width(ratio):.2%} wide; {session.stopped}")
-    print(f"phases / step: {np.median(np.array(sums) / steps):.6f}")
+    alone = np.median(np.concatenate(unwatched.rounds))
+    print(f"sum of the phases / unwatched step: {np.median(sums) / alone:.4f}, aim 0.98-1.02")
     print(f"canary drifted {drift:.1%} ({'steady' if steady else 'NOT steady'})")
 
 

@@ -64,10 +64,10 @@ class SimulatedCanary:
     def warm_up(self) -> None:
         pass
 
-    def seconds(self) -> list[float]:
+    def seconds(self) -> float:
         taken = 1e-3 * next(self.noise)
         self.clock.seconds += taken
-        return [taken]
+        return taken
 
 
 class QuietHardware:

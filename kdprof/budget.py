@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdprof.errors import UserError
-from kdprof.records import Cost, Interval
+from kdprof.records import REFERENCE, Cost, Interval
 from kdprof.stats import Numbers, product_of, ratio_of
 
 Unit = Literal["iterations", "s", "flop", "J"]
@@ -61,6 +61,8 @@ class Conversion:
     """Forecast wall-clock of these iterations."""
     iterations_equal_flop: int | None
     """Iterations of equal matrix FLOP instead; None where the budget has no FLOP equivalent."""
+    unreliable: tuple[str, ...] = ()
+    """Methods whose unreliable Costs this is made of."""
 
 
 def parse_budget(text: str) -> Budget:
@@ -129,7 +131,15 @@ def _convert_one(budget: Budget, method: str, cost: Cost, costs: Mapping[str, Co
         round(high),
         iterations * seconds,
         _equal_flop(budget, cost, costs),
+        _unreliable(budget, cost, costs),
     )
+
+
+def _unreliable(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:
+    if budget.unit == "iterations" and not budget.method:
+        return ()  # plain iterations are made of no Cost
+    used = [cost, *(c for m in (budget.method, REFERENCE) if m and (c := costs.get(m)))]
+    return tuple(dict.fromkeys(c.method for c in used if not c.reliable))
 
 
 def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Numbers:

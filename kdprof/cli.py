@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kdprof.progress import Progress
+    from kdprof.records import Cost
     from kdprof.store import Store
-    from kdprof.study import Study
+    from kdprof.study import MeasureSettings, Study
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
@@ -78,6 +79,18 @@ _MEASURE_KEYS = {
     "precision_target": "measure.precision_target",
     "max_time": "measure.max_time_s",
     "in_process": "measure.in_process",
+}
+
+
+_NOT_FOR_STEPS = {
+    "methods": "--method",
+    "source": "--study",
+    "assignments": "--set",
+    "student": "--student",
+    "teacher": "--teacher",
+    "data": "--data",
+    "batch": "--batch",
+    "crop": "--crop",
 }
 
 
@@ -145,32 +158,40 @@ def _measure(given: dict[str, Any]) -> None:
     from kdprof.measure import check_files
     from kdprof.measure import measure as run
     from kdprof.measure.session import Files
+    from kdprof.records import REFERENCE
     from kdprof.reports.costs import render
-    from kdprof.resolve import REFERENCE, ResolvedStudy
+    from kdprof.resolve import ResolvedStudy
     from kdprof.study import claim_folder
 
     baseline = _baseline(given)
-    study, store, progress = _begin(given)
+    plain, store, progress = _begin(given)
+    # How long to measure belongs to this call, not to the folder's study.
+    study = plain.model_copy(update={"measure": _measure_settings(plain, given)})
     resolved = ResolvedStudy(study)
     files = Files(given["trace"], given["memory_timeline"])
-    check_files(resolved, files)
+    check_files(files, resolved.device)
     names = resolved.method_names(control=False)
     if store.read_cost(REFERENCE, resolved.cost_key(REFERENCE)) is None:
         names = list(dict.fromkeys([REFERENCE, *names]))
-    measured = run(resolved, names, progress, files)
-    if measured.costs:
-        claim_folder(store.study, study)
-    paths = [store.write_cost(cost) for cost in measured.costs]
-    _show_costs(measured.costs, given, [*paths, *render(store)])
-    _judge(baseline, measured.costs, given)
-    if measured.failures:
-        raise KdprofError(measured.summary())
+    paths = []
+
+    def keep(cost: Cost) -> None:
+        """Store what is measured at once: a later method may be stopped."""
+        claim_folder(store.study, plain)
+        paths.append(store.write_cost(cost))
+
+    measured = run(resolved, names, progress, files, keep)
+    _show_costs(measured.costs, given, paths)
+    if paths and not given["quiet"] and not given["as_json"]:
+        _name_files(render(store))
+    _conclude(baseline, measured.costs, measured.summary(), given)
 
 
 def _count(given: dict[str, Any], modules: bool) -> None:
     from kdprof.measure import count_costs
+    from kdprof.records import REFERENCE
     from kdprof.reports.costs import count_table
-    from kdprof.resolve import REFERENCE, ResolvedStudy
+    from kdprof.resolve import ResolvedStudy
 
     study, _, progress = _begin(given)
     resolved = ResolvedStudy(study)
@@ -186,45 +207,55 @@ def _count(given: dict[str, Any], modules: bool) -> None:
 
 def _measure_steps(steps: tuple[str, ...], given: dict[str, Any], counting: bool) -> None:
     """Measure the steps that files make; the study's options do not apply to them."""
+    from kdprof.device import find_device
+    from kdprof.measure import check_files
     from kdprof.measure.callables import StepSource, measure_files
+    from kdprof.measure.session import Files
+    from kdprof.reports.costs import render_steps
     from kdprof.store import Store
+    from kdprof.study import Study
 
-    apart = [f"--{o}" for o in ("methods", "source", "student", "teacher", "data", "batch", "crop")]
-    taken = [option for option in apart if given[option[2:]]]
-    taken += [f"--{o}".replace("_", "-") for o in ("trace", "memory_timeline") if given[o]]
+    taken = [option for name, option in _NOT_FOR_STEPS.items() if given[name]]
     if taken or counting:
         told = ", ".join(taken) or "--count-only"
         raise UserError(f"--step measures a step as it is made: {told} cannot apply; leave it out")
+    files = Files(given["trace"], given["memory_timeline"])
+    check_files(files, find_device(given["device"] or "auto"))
     baseline = _baseline(given)
     progress = _progress(given["quiet"], given["verbose"], given["as_json"])
     costs, failures = measure_files(
         [StepSource.parse(spec) for spec in steps],
         device=given["device"] or "auto",
-        precision=given["precision"] or "fp32",
-        settings=_measure_settings(given),
+        precision=given["precision"],
+        settings=_measure_settings(Study(), given),
+        files=files,
         progress=progress,
     )
     store = Store(given["out"])
     paths = [store.write_step_cost(cost) for cost in costs]
     _show_costs(costs, given, paths)
-    _judge(baseline, costs, given)
-    if failures:
-        raise KdprofError("\n".join(f"step '{name}': {why}" for name, why in failures.items()))
+    if not given["quiet"] and not given["as_json"]:
+        _name_files(render_steps(store))
+    summary = "\n".join(f"step '{name}': {why}" for name, why in failures.items())
+    _conclude(baseline, costs, summary, given)
 
 
-def _measure_settings(given: dict[str, Any]) -> Any:
+def _measure_settings(study: Study, given: dict[str, Any]) -> MeasureSettings:
+    """Return the study's measure settings with the options of this call on top.
+
+    Raises:
+        UserError: an option has no valid value.
+    """
     from kdprof.study import load_study
 
-    return load_study(None, _measure_overrides(given)).measure
-
-
-def _measure_overrides(given: dict[str, Any]) -> dict[str, Any]:
-    taken = {key: given.get(option) for option, key in _MEASURE_KEYS.items()}
+    taken = {key: given[option] for option, key in _MEASURE_KEYS.items()}
     # A flag that was not given must not undo what the study says.
-    return {key: value for key, value in taken.items() if value is not None and value is not False}
+    flags = {key: v for key, v in taken.items() if v is not None and v is not False}
+    settings = {f"measure.{key}": value for key, value in study.measure.model_dump().items()}
+    return load_study(None, settings | flags).measure
 
 
-def _show_costs(costs: list[Any], given: dict[str, Any], paths: list[Path]) -> None:
+def _show_costs(costs: list[Cost], given: dict[str, Any], paths: list[Path]) -> None:
     from kdprof.reports.costs import measure_table
 
     if given["as_json"]:
@@ -234,28 +265,33 @@ def _show_costs(costs: list[Any], given: dict[str, Any], paths: list[Path]) -> N
         _name_files(paths)
 
 
-def _baseline(given: dict[str, Any]) -> list[Any] | None:
+def _baseline(given: dict[str, Any]) -> list[Cost] | None:
     """Read the baseline first: a file that cannot be read is found before anything is measured."""
     from kdprof.comparison import read_costs
 
     return None if given["baseline"] is None else read_costs(given["baseline"])
 
 
-def _judge(baseline: list[Any] | None, costs: list[Any], given: dict[str, Any]) -> None:
-    """Compare with the baseline, where one was given.
+def _conclude(
+    baseline: list[Cost] | None, costs: list[Cost], failures: str, given: dict[str, Any]
+) -> None:
+    """Compare with the baseline, where one was given, and say what failed.
 
     Raises:
-        Slower: a method takes longer than it did.
+        Slower: a method takes longer than it did, and both measurements are reliable.
+        KdprofError: something could not be measured.
     """
-    if baseline is None:
-        return
-    from kdprof.comparison import compare as run
-    from kdprof.reports.comparison import comparison_table
+    slower = []
+    if baseline is not None and costs:
+        from kdprof.comparison import compare as run
+        from kdprof.reports.comparison import comparison_table
 
-    comparison = run(baseline, costs)
-    if not given["quiet"] and not given["as_json"]:
-        comparison_table(comparison, _stdout())
-    slower = [row.method for row in comparison.rows if row.verdict == "slower"]
+        comparison = run(baseline, costs)
+        if not given["quiet"] and not given["as_json"]:
+            comparison_table(comparison, _stdout())
+        slower = [r.method for r in comparison.rows if r.verdict == "slower" and r.reliable]
+    if failures:
+        raise KdprofError(failures)
     if slower:
         raise Slower(f"slower than the baseline: {', '.join(slower)}")
 
@@ -381,7 +417,6 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
 
     store = Store(given["out"])
     overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
-    overrides |= _measure_overrides(given)
     for key in ("methods", "budgets"):
         if given.get(key):
             overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 import torch
@@ -58,6 +60,22 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
+
+
+@contextmanager
+def backends_kept() -> Iterator[None]:
+    """Put torch's global switches back as they were found."""
+    found = (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = found[0]
+        torch.backends.cudnn.allow_tf32 = found[1]
+        torch.backends.cuda.matmul.allow_tf32 = found[2]
 
 
 def versions() -> dict[str, str]:

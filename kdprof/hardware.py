@@ -5,7 +5,6 @@ A driver or counter that is absent is a null object: it answers None, with the r
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import statistics
@@ -232,10 +231,21 @@ class CpuHardware:
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
     def _own_s(self) -> float:
-        """Return the CPU seconds of this process and its children, the living ones too."""
-        living = {child.pid for child in multiprocessing.active_children()} | self._own_pids
+        """Return the CPU seconds of this process and all below it, the living ones too."""
+        living = self._descendants(os.getpid()) | self._own_pids
         ticks = sum(self._ticks(pid) for pid in living - {os.getpid()})
         return sum(os.times()[:4]) + ticks / os.sysconf("SC_CLK_TCK")
+
+    def _descendants(self, pid: int) -> set[int]:
+        """Return the living processes that a process started, and those that they started: loader
+        and compiler processes."""
+        found: set[int] = set()
+        for task in (self._proc / str(pid) / "task").glob("*/children"):
+            try:
+                found |= {int(child) for child in task.read_text().split()}
+            except OSError:
+                continue
+        return found.union(*(self._descendants(child) for child in found))
 
     def _ticks(self, pid: int) -> int:
         """Return the ticks of one process and the children it has waited for; 0 once it is gone."""
@@ -422,10 +432,15 @@ class CudaHardware:
         """Name throttling, strangers, a wandering clock and a driver that went away."""
         readings = [before, *during, after]
         throttled = dict.fromkeys(reason for r in readings for reason in _harmful(r))
+        spread = _clock_spread(during)
+        if not spread:
+            # A loaded GPU may sit at its power cap for good; it is steady there unless its clock
+            # says otherwise.
+            throttled.pop("power cap", None)
         return [
             *(f"the GPU was throttled ({reason})" for reason in throttled),
             *_strangers(readings),
-            *_clock_spread(during),
+            *spread,
             *_vanished(readings),
         ]
 

@@ -31,10 +31,16 @@ class Progress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            auto_refresh=False,  # a thread that draws would take time from what is measured
         )
+
+        def advance(count: int) -> None:
+            bar.update(task, advance=count, refresh=True)
+
         with bar:
             task = bar.add_task(label, total=total, completed=done)
-            yield lambda n: bar.advance(task, n)
+            bar.refresh()
+            yield advance
 
     def say(self, text: str) -> None:
         """Print one line, above any bar."""

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+REFERENCE = "none"
+"""The method that every other one's cost is a ratio to: the student alone."""
+
 
 class Record(BaseModel):
     """Base of everything stored: unknown keys are refused, so an old reader fails loudly."""
@@ -163,7 +166,7 @@ class Outlier(Record):
 class Cost(Record):
     """What one TrainStep of a method costs on one device."""
 
-    schema_version: Literal[2] = Field(default=2, alias="schema")
+    schema_version: Literal[3] = Field(default=3, alias="schema")
     method: str
     device: str
     key: str

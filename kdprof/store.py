@@ -189,8 +189,15 @@ class Store:
         return path
 
     def costs(self) -> list[Cost]:
-        """Return every stored Cost, the newest last."""
-        paths = sorted((self.root / "costs").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        """Return every stored Cost of a method, the newest last."""
+        return self._costs_in("costs")
+
+    def step_costs(self) -> list[Cost]:
+        """Return every stored Cost of a step that is no method's, the newest last."""
+        return self._costs_in("steps")
+
+    def _costs_in(self, folder: str) -> list[Cost]:
+        paths = sorted((self.root / folder).glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
         return [read_record(path, Cost) for path in paths]
 
     def latest_costs(self) -> dict[str, Cost]:

@@ -115,7 +115,7 @@ class MeasureSettings(Section):
     """Stop when the 95 % interval of the ratio to the reference is this narrow, as a fraction of
     the ratio."""
     max_time_s: float = Field(60, gt=0)
-    """No further round of a method is started after this long."""
+    """No further round of a method is started after this long, once ``least_rounds`` are made."""
     least_rounds: int = Field(10, ge=3)
     """Rounds made in any case: fewer tell nothing about their own spread."""
     steps: int = Field(3, ge=1)

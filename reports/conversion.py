@@ -23,13 +23,17 @@ def conversion_table(budget_text: str, conversions: Sequence[Conversion], consol
     notes = ["Wall-clock is the forecast for these iterations, evaluation excluded."]
     if any(one.iterations_equal_flop is None for one in ordered):
         notes.append(f"'{MISSING}' at equal FLOP: the budget or the cost has no FLOP count.")
+    if doubtful := sorted({method for one in ordered for method in one.unreliable}):
+        notes.append(
+            f"† Made of an UNRELIABLE cost ({', '.join(doubtful)}); measure again when it is quiet."
+        )
     print_notes(notes, console)
 
 
 def _cells(conversion: Conversion) -> list[str]:
     flop = conversion.iterations_equal_flop
     return [
-        conversion.method,
+        conversion.method + "†" * bool(conversion.unreliable),
         f"{conversion.iterations:,}",
         f"[{conversion.low:,}-{conversion.high:,}]",
         duration(conversion.seconds),

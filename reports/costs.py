@@ -111,9 +111,18 @@ def render(store: Store) -> list[Path]:
     """
     if not store.costs():
         return []
-    costs = list(store.latest_costs().values())
+    return _write(store.reports / "costs", list(store.latest_costs().values()))
+
+
+def render_steps(store: Store) -> list[Path]:
+    """Write the same of the newest Cost of each step that is no method's, as ``reports/steps.*``."""
+    costs = {cost.method: cost for cost in store.step_costs()}
+    return _write(store.reports / "steps", list(costs.values())) if costs else []
+
+
+def _write(stem: Path, costs: Sequence[Cost]) -> list[Path]:
     made = {"md": costs_markdown, "csv": costs_csv, "tex": costs_latex}
-    paths = {store.reports / f"costs.{suffix}": text for suffix, text in made.items()}
+    paths = {stem.with_suffix(f".{suffix}"): text for suffix, text in made.items()}
     for path, text in paths.items():
         write_atomic(path, text(costs))
     return list(paths)

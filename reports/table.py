@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from kdprof.records import Cost, Run
+from kdprof.records import REFERENCE, Cost, Run
 from kdprof.stats import mean_interval
 from kdprof.store import Store, write_atomic
 
@@ -33,8 +33,6 @@ from .text import MISSING, Estimate, Grid, duration, print_notes
 
 BASELINE = "kd"
 """Differences in mIoU are to this method."""
-REFERENCE = "none"
-"""Step latencies are divided by this method's."""
 
 
 @dataclass(frozen=True)

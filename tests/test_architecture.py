@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "models": {"errors", "method"},
     "step": {"errors", "method", "study"},
     "resolve": {
-        "budget", "data", "device", "errors", "hardware", "method", "models", "step", "study",
+        "budget", "data", "device", "errors", "hardware", "method", "models", "records", "step",
+        "study",
     },
     "measure": {
         "data", "device", "errors", "hardware", "models", "progress", "records", "resolve", "stats",

@@ -105,6 +105,18 @@ def test_errors_of_two_sessions_add_up_in_quadrature():
     assert found.high == pytest.approx(200_000 * exp(0.05), abs=1)
 
 
+def test_what_is_made_of_unreliable_costs_says_so():
+    costs = {
+        "none": make_cost("none", 0.1, ratio=ratio(1.0)),
+        "kd": make_cost("kd", 0.2, ratio=ratio(2.0), reliable=False),
+        "cwd": make_cost("cwd", 0.2, ratio=ratio(2.0)),
+    }
+    assert by_method("100@kd", costs)["cwd"].unreliable == ("kd",)
+    assert by_method("100@cwd", costs)["kd"].unreliable == ("kd",)
+    assert by_method("100@cwd", costs)["none"].unreliable == ()
+    assert by_method("100", costs)["kd"].unreliable == ()
+
+
 def test_seconds_are_the_references_times_the_ratio():
     """So that equal budgets are equal seconds, whenever the methods were measured."""
     none = make_cost("none", 0.1, ratio=ratio(1.0))

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from kdprof.device import backends_kept
 from kdprof.measure import ceilings
 from kdprof.measure.ceilings import (
     PUBLISHED_PEAKS,
@@ -35,11 +36,22 @@ def test_ceilings_are_measured_in_each_precision(small, precision):
     assert found.copy_bytes_per_s > 0
 
 
-def test_fp32_is_not_tf32(small):
-    measure_ceilings(CPU, "bf16")
-    assert torch.backends.cuda.matmul.allow_tf32
-    measure_ceilings(CPU, "fp32")
-    assert not torch.backends.cuda.matmul.allow_tf32
+def test_fp32_is_not_tf32_and_other_peoples_switches_stay(small, monkeypatch):
+    seen = []
+    timed = ceilings._matmul_flop_per_s
+
+    def spy(*given):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return timed(*given)
+
+    monkeypatch.setattr(ceilings, "_matmul_flop_per_s", spy)
+    with backends_kept():
+        for switch in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = switch
+            measure_ceilings(CPU, "bf16")
+            measure_ceilings(CPU, "fp32")
+            assert torch.backends.cuda.matmul.allow_tf32 == switch
+    assert seen == [True, False] * 2
 
 
 class Scripted:

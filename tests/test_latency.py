@@ -156,7 +156,7 @@ def test_an_outlier_keeps_its_place_and_has_its_cause():
         canary=SimulatedCanary(clock, noise),
         hardware=QuietHardware(),
     )
-    samples = session.samples["a"]
+    (samples,) = session.samples
     found = samples.outliers(QuietHardware())
     assert found
     assert {o.cause for o in found} == {"garbage collection"}
@@ -191,7 +191,7 @@ def test_the_hardware_names_the_cause_of_an_outlier():
         canary=SimulatedCanary(clock, quiet()),
         hardware=Throttled(),
     )
-    (outlier,) = session.samples["a"].outliers(Throttled())
+    (outlier,) = session.samples[0].outliers(Throttled())
     assert outlier.cause == "clock drop"
 
 
@@ -228,7 +228,7 @@ def real_session(*subjects, settings=BRIEF):
 
 
 def no_loader(step):
-    subject = StudySubject(step, tiny_batch(), None, lambda: None)
+    subject = StudySubject(step, tiny_batch(), None, CpuClock())
     subject.run_fed = lambda count, first: None
     return subject
 
@@ -245,7 +245,7 @@ def test_nan_of_a_callable_is_no_step():
 
 def test_phases_of_a_real_step_add_up():
     session = real_session(no_loader(tiny_step(Mimic)))
-    (samples,) = session.samples.values()
+    (samples,) = session.samples
     for block in samples.blocks:
         for total, phases in zip(block.step_s, block.phases_s, strict=True):
             assert set(phases) == set(PHASES)
@@ -295,7 +295,7 @@ class Sleepy:
 def test_a_slow_loader_is_timed_in_steady_state(workers, expected_s):
     """Two processes halve the wait; neither a full queue at the start nor bunches hide it."""
     batches = SleepyBatches(workers, 0.2)
-    subject = StudySubject(tiny_step(Mimic, batch=1), tiny_batch(batch=1), batches, lambda: None)
+    subject = StudySubject(tiny_step(Mimic, batch=1), tiny_batch(batch=1), batches, CpuClock())
     fed = subject.run_fed(3, 0)
     assert fed.seconds == pytest.approx(expected_s, rel=0.25)
     assert fed.waited_s == pytest.approx(fed.seconds, rel=0.2)

@@ -1,7 +1,6 @@
 """`kdprof measure`: whole Costs, bad steps, other people's steps, baselines."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -366,12 +365,83 @@ def test_one_reference_cost_per_folder(capsys, monkeypatch, tmp_path):
     assert all(after[name] == text for name, text in before.items() if name.startswith("none"))
 
 
-def test_users_output_does_not_disturb_the_child(tmp_path, capsys):
+def test_steps_of_one_name_are_refused(capsys, monkeypatch, tmp_path):
+    """They would be compared with themselves."""
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.py").write_text(STEPS)
+    code, _, err = run_here(
+        capsys, monkeypatch, "measure", "--device", "cpu", "--out", tmp_path / "out",
+        "--step", tmp_path / "old" / "train.py:small", "--step", tmp_path / "new/train.py:small",
+    )  # fmt: skip
+    assert code == 2
+    assert "two steps are called train.small" in err
+
+
+def test_other_steps_survive_a_bad_one():
+    found = {}
+    exec(STEPS, found)
+    with pytest.raises(Failure, match="step 'bad': the step raised ZeroDivisionError") as error:
+        package.measure_steps(
+            {"good": found["small"](), "bad": lambda: 1 / 0}, device="cpu", max_time_s=0.01
+        )
+    assert error.value.costs["good"].latency_s.median > 0
+    assert error.value.costs["good"].unavailable["mfu"] == "the step's precision was not given"
+
+
+def test_a_steps_trace(capsys, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(STEPS)
+    code, out, err = run_here(
+        capsys, monkeypatch, "measure", "--device", "cpu", "--out", tmp_path / "out", "--step",
+        tmp_path / "mine.py:small", "--trace", tmp_path / "trace.json", "--in-process",
+        "--max-time", "0.01",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "steps.md" in out
+    assert "mine.small" in (tmp_path / "out" / "reports" / "steps.md").read_text()
+
+
+def test_flags_of_one_call_are_not_the_folders(capsys, monkeypatch, tmp_path):
+    study, out = small_toml(tmp_path, budgets=[], measure__in_process=False), tmp_path / "out"
+    code, _, err = run_here(
+        capsys, monkeypatch, "measure", "--study", study, "--method", "none", "--out", out, "-q",
+        "--in-process", "--max-time", "0.01", "--precision-target", "0.5",
+    )  # fmt: skip
+    assert code == 0, err
+    written = (out / "study.toml").read_text()
+    assert "in_process = false" in written
+    assert "precision_target = 0.01" in written
+
+
+def test_one_method_that_cannot_fit_does_not_spoil_the_others(tmp_path, monkeypatch):
+    from kdprof import measure as module
+
+    resolved = ResolvedStudy(small_study(methods=["none", "ifvd"]))
+    needs = {name: made.least_memory_bytes for name, made in module._counts(
+        resolved, ["none", "ifvd"], Progress(None))}  # fmt: skip
+    assert needs["none"] < needs["ifvd"]
+    monkeypatch.setattr(module, "available_bytes", lambda device: needs["ifvd"] - 1)
+    kept = []
+    found = measure(resolved, ["none", "ifvd"], Progress(None), keep=kept.append)
+    assert "GiB free; lower --crop or --batch" in found.failures["ifvd"]
+    assert [cost.method for cost in kept] == ["none"]
+    monkeypatch.setattr(module, "available_bytes", lambda device: 1)
+    with pytest.raises(UserError) as error:
+        measure(resolved, ["none", "ifvd"], Progress(None))
+    assert len(error.value.problems) == 2
+
+
+def test_what_a_method_prints_is_not_among_the_records(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text(
-        MY_METHOD.replace("    def forward", "    print('hello from mine')\n\n    def forward")
+        MY_METHOD.replace("        return {", "        print('hello from mine')\n        return {")
     )
-    study = small_study(methods=[f"{tmp_path}/mine.py:MyKD"], measure__in_process=False)
-    resolved = ResolvedStudy(study)
-    found = measure(resolved, ["mykd"], Progress(None))
-    assert found.failures == {}
-    assert os.environ.get(isolation.DEBUG) is None
+    study = small_toml(tmp_path, budgets=[], methods=[f"{tmp_path}/mine.py:MyKD"])
+    for flags in ([], ["--count-only"]):
+        code, out, err = run_here(
+            capsys, monkeypatch, "measure", "--study", study, "--out", tmp_path / "out", "--json",
+            *flags,
+        )  # fmt: skip
+        assert code == 0, err
+        assert {cost["method"] for cost in json.loads(out)} == {"none", "mykd"}
+        assert "hello from mine" in err

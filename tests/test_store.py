@@ -15,7 +15,7 @@ def test_cost_round_trip_is_exact(tmp_path):
     path = store.write_cost(cost)
     assert path.name == "cwd.feature-key-cwd:feature.json"
     assert store.read_cost("cwd:feature", cost.key) == cost
-    assert '"schema": 2' in path.read_text()
+    assert '"schema": 3' in path.read_text()
 
 
 def test_damaged_record_names_file_and_mend(tmp_path):

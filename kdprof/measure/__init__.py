@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from kdprof.measure.session import Files
 from kdprof.progress import Progress
 from kdprof.records import Cost, Memory
 from kdprof.resolve import ResolvedStudy
-from kdprof.store import slug
 
 COUNTED = "counted, not run (--count-only)"
 
@@ -42,21 +42,27 @@ class Measured:
 
 
 def measure(
-    study: ResolvedStudy, names: Sequence[str], progress: Progress, files: Files | None = None
+    study: ResolvedStudy,
+    names: Sequence[str],
+    progress: Progress,
+    files: Files | None = None,
+    keep: Callable[[Cost], object] | None = None,
 ) -> Measured:
     """Measure the step of each named method, each in a process of its own in turn with the
     reference's.
 
-    A method whose step fails is among the failures and does not keep the others from being
-    measured.
+    A method whose step fails, or cannot fit into memory, is among the failures and does not keep
+    the others from being measured.
+
+    Args:
+        keep: called with each Cost as soon as it is there.
 
     Raises:
-        UserError: a step cannot fit into the device's memory.
+        UserError: no step fits into the device's memory, or an image is damaged.
     """
-    _refuse_what_cannot_fit(study, names, progress)
-    measured = Measured()
-    for name in names:
-        own = _files_of(files or Files(), name, several=len(names) > 1)
+    measured = Measured(failures=_what_cannot_fit(study, names, progress))
+    for name in (name for name in names if name not in measured.failures):
+        own = files.of(name) if files and len(names) > 1 else files or Files()
         try:
             with _bar(study, name, progress) as report:
                 cost = _measure_one(study, name, own, report)
@@ -65,32 +71,23 @@ def measure(
             progress.say(f"{name}: failed: {failure}")
             continue
         measured.costs.append(cost)
+        if keep is not None:
+            keep(cost)
         progress.detail(f"{name}: {cost.timing['rounds']} rounds; {cost.timing['stopped']}")
     return measured
 
 
 def _measure_one(study: ResolvedStudy, name: str, files: Files, report: Report) -> Cost:
     if study.study.measure.in_process:
-        return guarded(lambda: measure_here(study, name, files, report))
+        with redirect_stdout(sys.stderr):
+            return guarded(lambda: measure_here(study, name, files, report))
     arguments = {
         "study": study.study.model_dump(mode="json"),
         "name": name,
-        "files": {key: str(path) for key, path in vars(files).items() if path is not None},
+        "files": files.to_json(),
         "parent": os.getpid(),
     }
     return run_isolated(Request("method", arguments), report)
-
-
-def _files_of(files: Files, name: str, *, several: bool) -> Files:
-    """Return the files of one method: its name is put in where several write their own."""
-    if not several:
-        return files
-    named = {
-        key: path.with_stem(f"{path.stem}.{slug(name)}")
-        for key, path in vars(files).items()
-        if path is not None
-    }
-    return Files(**named)
 
 
 @contextmanager
@@ -186,37 +183,42 @@ def _counts(
             step = study.step(name, teacher, device=torch.device("cpu"), student=student)
             student = step.student
             try:
-                made: Count | Failure = count_step(step, mode)
-            except Exception as error:
+                # What a user's method prints belongs beside the records, not among them.
+                with redirect_stdout(sys.stderr):
+                    made: Count | Failure = count_step(step, mode)
+            except (Exception, SystemExit) as error:
                 made = Failure(explain(error))
             yield name, made
             advance(1)
 
 
-def _refuse_what_cannot_fit(study: ResolvedStudy, names: Sequence[str], progress: Progress) -> None:
-    """Refuse, before any of them runs, the steps that cannot fit into memory.
+def _what_cannot_fit(
+    study: ResolvedStudy, names: Sequence[str], progress: Progress
+) -> dict[str, str]:
+    """Return the methods whose steps cannot fit into memory, found before any of them runs.
 
     A step that cannot be counted on fake tensors is let through: it will be seen when it runs.
 
     Raises:
-        UserError: names all of them.
+        UserError: none fits, so that the study's sizes are to blame.
     """
     step, free = study.study.step, available_bytes(study.device)
     if free is None:
-        return
-    problems = [
-        f"a step of '{name}' with batch {step.batch} and crop {step.crop[0]}x{step.crop[1]} needs "
-        f"at least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
+        return {}
+    found = {
+        name: f"a step with batch {step.batch} and crop {step.crop[0]}x{step.crop[1]} needs at "
+        f"least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
         f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
         for name, made in _counts(study, names, progress)
         if isinstance(made, Count) and made.least_memory_bytes > free
-    ]
-    if problems:
-        raise UserError(*problems)
+    }
+    if found and len(found) == len(names):
+        raise UserError(*Measured(failures=found).summary().splitlines())
+    return found
 
 
-def check_files(study: ResolvedStudy, files: Files) -> None:
-    """Refuse files that this device cannot make.
+def check_files(files: Files, device: torch.device) -> None:
+    """Refuse files that cannot be made on this device.
 
     Raises:
         UserError: a CUDA allocator's history on a CPU, or a folder that does not exist.
@@ -226,7 +228,7 @@ def check_files(study: ResolvedStudy, files: Files) -> None:
         for path in vars(files).values()
         if isinstance(path, Path) and not path.parent.is_dir()
     ]
-    if files.memory_timeline is not None and study.device.type != "cuda":
+    if files.memory_timeline is not None and device.type != "cuda":
         problems.append(
             "--memory-timeline is the CUDA allocator's history; a CPU has none, leave it out"
         )

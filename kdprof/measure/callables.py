@@ -87,7 +87,7 @@ def measure_steps(
     *,
     reference: str | None = None,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str | None = None,
     precision_target: float = 0.01,
     max_time_s: float = 60.0,
 ) -> dict[str, Cost]:
@@ -101,16 +101,17 @@ def measure_steps(
         steps: by name. A step that returns its loss (a tensor or number) has it checked.
         reference: name that ratios are formed against; the first one if not given.
         device: auto, cpu, cuda or cuda:N; where the steps run.
-        precision: fp32, bf16 or fp16; which ceilings they are compared with.
+        precision: fp32, bf16 or fp16: which of the device's published peaks MFU is a share of, and
+            which ceilings the steps are compared with. None: no MFU, the ceilings of fp32.
         precision_target: stop when the ratio's 95 % interval is this narrow, relative to it.
         max_time_s: and no later than this, for each step.
 
     Returns:
-        A Cost per step.
+        A Cost per step. All steps are resident at once, so the memory of each includes the others'.
 
     Raises:
         UserError: no steps, or no such reference or device.
-        Failure: a step raised, or its loss is not finite.
+        Failure: a step raised, or its loss is not finite; ``costs`` has those of the others.
     """
     if not steps:
         raise UserError("no steps given; measure_steps({'mine': step}) takes at least one")
@@ -134,7 +135,19 @@ def measure_steps(
             source={},
         )
 
-    return {name: guarded(lambda name=name: measure_one(name)) for name in steps}
+    costs, failures = {}, {}
+    for name in steps:
+        try:
+            costs[name] = guarded(lambda name=name: measure_one(name))
+        except Failure as failure:
+            failures[name] = str(failure)
+    if len(steps) > 1:
+        for cost in costs.values():
+            cost.warnings.append("memory includes the other steps, which were resident, too")
+    if failures:
+        told = "\n".join(f"step '{name}': {why}" for name, why in failures.items())
+        raise Failure(told, costs)
+    return costs
 
 
 def _silent(done: int, width: float | None) -> None:
@@ -153,6 +166,8 @@ def _cost(
     files: Files | None = None,
     report: Report = _silent,
 ) -> Cost:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and the allocator's statistics are the current one's
     own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
     fields = run_session(
         subject,
@@ -173,15 +188,22 @@ def measure_files(
     sources: Sequence[StepSource],
     *,
     device: str,
-    precision: str,
+    precision: str | None,
     settings: MeasureSettings,
+    files: Files,
     progress: Progress,
 ) -> tuple[list[Cost], dict[str, str]]:
     """Measure the steps that files make, each in a process of its own in turn with the first.
 
     Returns:
         The Costs, and the steps that could not be measured with the reason.
+
+    Raises:
+        UserError: two steps have one name.
     """
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two steps are called {twice[0]}; rename a file or its function")
     costs, failures = [], {}
     for source in sources:
         progress.say(f"measuring {source.name}")
@@ -191,6 +213,7 @@ def measure_files(
             "device": device,
             "precision": precision,
             "settings": settings.model_dump(mode="json"),
+            "files": (files.of(source.name) if len(sources) > 1 else files).to_json(),
             "parent": os.getpid(),
         }
         try:
@@ -209,8 +232,9 @@ def measure_file(
     source: Mapping[str, str],
     reference: Mapping[str, str],
     device: str,
-    precision: str,
+    precision: str | None,
     settings: Mapping[str, Any],
+    files: Mapping[str, str],
     parent: int | None,
     report: Report,
 ) -> Cost:
@@ -231,5 +255,6 @@ def measure_file(
             "sha256": hashlib.sha256(Path(own.path).read_bytes()).hexdigest(),
         },
         parent=parent,
+        files=Files.from_json(files),
         report=report,
     )

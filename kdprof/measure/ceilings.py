@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kdprof.device import configure_backends
+from kdprof.device import backends_kept, configure_backends
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.records import Ceilings, PhaseBound
 
@@ -83,10 +83,11 @@ def measure_ceilings(device: torch.device, precision: str) -> Ceilings:
     Args:
         precision: fp32 (without TF32), bf16 or fp16.
     """
-    configure_backends(device, precision)
     clock = clock_of(device)
-    flop_per_s = _matmul_flop_per_s(device, clock, _DTYPES[precision])
-    bytes_per_s = _copy_bytes_per_s(device, clock)
+    with backends_kept():  # those of the step that is measured may be other people's
+        configure_backends(device, precision)
+        flop_per_s = _matmul_flop_per_s(device, clock, _DTYPES[precision])
+        bytes_per_s = _copy_bytes_per_s(device, clock)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the methods' own processes need the memory
     return Ceilings(matmul_flop_per_s=flop_per_s, copy_bytes_per_s=bytes_per_s, precision=precision)

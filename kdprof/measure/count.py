@@ -44,7 +44,7 @@ class Count:
     terms: dict[str, TermCost]
     synchronisations: list[Synchronisation]
     least_memory_bytes: int
-    """A lower bound: parameters, gradients, momentum, teacher, and what backward keeps."""
+    """A lower bound: parameters, momentum, teacher, and what backward keeps or the gradients."""
 
 
 class _Held:
@@ -140,7 +140,7 @@ def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:
         operations=trace.operations(),
         terms=trace.terms(step.method.weights),
         synchronisations=trace.synchronisations(),
-        least_memory_bytes=saved.peak_bytes + _fixed_bytes(step),
+        least_memory_bytes=_least_bytes(step, saved.peak_bytes),
     )
 
 
@@ -220,8 +220,9 @@ def _rebuilt(step: TrainStep) -> TrainStep:
     )
 
 
-def _fixed_bytes(step: TrainStep) -> int:
+def _least_bytes(step: TrainStep, saved_bytes: int) -> int:
+    """Return what a step holds at least: gradients come as what backward kept goes."""
     trained = [*step.student.parameters(), *step.method.parameters()]
     kept = list(step.teacher.parameters()) if step.teacher is not None else []
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    return 3 * size(trained) + size(kept)
+    return 2 * size(trained) + size(kept) + max(saved_bytes, size(trained))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ import torch
 from kdprof.errors import KdprofError, UserError
 from kdprof.measure.latency import Report
 from kdprof.records import Cost
+from kdprof.store import write_atomic
 
 DEBUG = "KDPROF_DEBUG"
 """Environment variable that asks for tracebacks, here and in the children."""
@@ -32,7 +35,11 @@ TOLD_OF_STDERR = 300
 
 
 class Failure(KdprofError):
-    """A step that could not be measured, with the reason."""
+    """A step that could not be measured, with the reason, and the Costs of those that could."""
+
+    def __init__(self, message: str, costs: dict[str, Cost] | None = None):
+        super().__init__(message)
+        self.costs = costs or {}
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,11 @@ def run_isolated(request: Request, report: Report) -> Cost:
     with tempfile.TemporaryDirectory(prefix="kdprof-") as folder:
         asked, result, errors = (Path(folder) / n for n in ("request", "result", "errors"))
         asked.write_text(json.dumps(vars(request)))
-        with errors.open("w") as file:
+        with errors.open("wb") as file:
             stderr = None if debugging() else file  # None: where ours goes
             status = _follow([str(asked), str(result)], stderr, report)
         if not result.exists():
-            raise Failure(_last_words(status, errors.read_text()))
+            raise Failure(_last_words(status, errors.read_text(errors="replace")))
         found = json.loads(result.read_text())
     if "refused" in found:
         raise UserError(*found["refused"])
@@ -70,8 +77,12 @@ def run_isolated(request: Request, report: Report) -> Cost:
 
 def _follow(arguments: list[str], stderr: Any, report: Report) -> int:
     """Run the child to its end and return its exit status; it never outlives the parent's call."""
-    command = [sys.executable, "-m", "kdprof.measure.isolation", *arguments]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    # -P: a user's queue.py in this folder is not the library's.
+    command = [sys.executable, "-P", "-m", "kdprof.measure", *arguments]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace"
+    )
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         for line in child.stdout or ():
             if line.startswith(PROGRESS):
@@ -80,8 +91,14 @@ def _follow(arguments: list[str], stderr: Any, report: Report) -> int:
                 sys.stderr.write(line)  # what a user's own step prints
         return child.wait()
     finally:
+        signal.signal(signal.SIGTERM, before)
         child.kill()
         child.wait()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leave as on Ctrl-C, so that the child is not left behind on the device."""
+    raise KeyboardInterrupt
 
 
 def _last_words(status: int, stderr: str) -> str:
@@ -95,7 +112,7 @@ def _last_words(status: int, stderr: str) -> str:
     return f"its process died with {how}: {last[0][:TOLD_OF_STDERR]}"
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """Return why a step could not be measured, in one line with the mend."""
     if isinstance(error, KdprofError):
         return str(error)
@@ -107,7 +124,7 @@ def explain(error: Exception) -> str:
     return f"the step raised {type(error).__name__}: {told} ({_origin(error)})"
 
 
-def _origin(error: Exception) -> str:
+def _origin(error: BaseException) -> str:
     """Return where an error came from: the innermost frame that is not torch's."""
     frames = traceback.extract_tb(error.__traceback__)
     torch_folder = str(Path(torch.__file__).parent)
@@ -131,7 +148,7 @@ def guarded(measure: Callable[[], Cost]) -> Cost:
         return measure()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if debugging():
             traceback.print_exc()
         raise Failure(explain(error)) from error
@@ -162,8 +179,4 @@ def main() -> None:
         answer = {"refused": error.problems}
     except Failure as failure:
         answer = {"failure": str(failure)}
-    result.write_text(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
+    write_atomic(result, json.dumps(answer))

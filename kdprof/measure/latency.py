@@ -127,7 +127,8 @@ def _cause(block: Block, hardware: Hardware) -> str:
 class Session:
     """Samples of the compared subjects, taken in turn."""
 
-    samples: dict[str, Samples]
+    samples: list[Samples]
+    """In the order of the subjects."""
     canary_s: list[float]
     rounds: int
     stopped: str
@@ -271,7 +272,7 @@ def time_in_turn(
     order, shuffle = list(watches), random.Random(0)
     began, done, look, narrow, stopped = clock.now(), 0, settings.least_rounds, 0, ""
     while not stopped:
-        canary_s += canary.seconds()
+        canary_s.append(canary.seconds())
         shuffle.shuffle(order)
         for watch in order:
             watch.time_block(settings.steps)
@@ -285,7 +286,7 @@ def time_in_turn(
         report(done, width)
         late = done >= settings.least_rounds and clock.now() - began > settings.max_time_s
         stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, settings)
-    return Session({w.subject.name: w.samples for w in watches}, canary_s, done, stopped)
+    return Session([watch.samples for watch in watches], canary_s, done, stopped)
 
 
 def _widest(watches: Sequence[Stopwatch]) -> float:

@@ -3,6 +3,7 @@ CPU. Taken with nothing but this step resident."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from kdprof.hardware import Hardware
-from kdprof.measure.subject import Subject
+from kdprof.measure.subject import Subject, ignore_phase
 from kdprof.records import Memory
 
 NO_ALLOCATOR = "the CPU has no caching allocator to ask; see memory_bytes.process"
@@ -85,7 +86,7 @@ def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> M
         BadStep: a loss is not finite.
     """
     for _ in range(SETTLING_STEPS):
-        subject.check(subject.run(_ignore))
+        subject.check(subject.run(ignore_phase))
     if device.type == "cuda":
         return _cuda_reading(subject, device, hardware)
     unavailable = dict.fromkeys(
@@ -105,10 +106,6 @@ def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> M
         phases_reserved=None,
     )
     return MemoryReading(memory, unavailable, peaks.leaked_bytes)
-
-
-def _ignore(phase: str) -> None:
-    """Mark nothing."""
 
 
 def _cuda_reading(subject: Subject, device: torch.device, hardware: Hardware) -> MemoryReading:
@@ -150,6 +147,7 @@ def _peaks_by_phase(
             mark("step")
         subject.check(result)
         del result
+        gc.collect()  # cycles are freed in their own time; they are no leak
         held.append(peaks.held_bytes())
     grown = [after - before for before, after in itertools.pairwise(held)]
     leaks = min(grown) >= least_leak

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kdprof.device import versions
@@ -11,8 +10,8 @@ from kdprof.measure.clock import clock_of
 from kdprof.measure.latency import Report
 from kdprof.measure.session import Files, Surroundings, run_session
 from kdprof.measure.subject import StudySubject
-from kdprof.records import Cost
-from kdprof.resolve import REFERENCE, ResolvedStudy
+from kdprof.records import REFERENCE, Cost
+from kdprof.resolve import ResolvedStudy
 from kdprof.study import Study
 
 
@@ -35,7 +34,7 @@ def measure_method(
     return measure_here(
         resolved,
         name,
-        Files(**{key: Path(path) for key, path in files.items() if path is not None}),
+        Files.from_json(files),
         report,
     )
 
@@ -50,10 +49,10 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, report: Report) 
     # The reference reads no teacher: only a method that does may have one in its memory.
     teacher = study.placed_teacher() if needs_teacher else None
     step = study.step(name, teacher)
-    subject = StudySubject(step, resident, batches, clock.synchronize)
+    subject = StudySubject(step, resident, batches, clock)
 
     def build_reference() -> StudySubject:
-        return StudySubject(study.step(REFERENCE, None), resident, batches, clock.synchronize)
+        return StudySubject(study.step(REFERENCE, None), resident, batches, clock)
 
     fields = run_session(
         subject,

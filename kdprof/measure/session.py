@@ -7,8 +7,10 @@ reference is built beside it and both take turns.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from kdprof.measure.clock import clock_of
 from kdprof.measure.energy import measure_energy
 from kdprof.measure.latency import COLLECTED, Report, Samples, Session, time_in_turn
 from kdprof.measure.memory import MemoryReading, read_memory
-from kdprof.measure.subject import StudySubject, Subject
+from kdprof.measure.subject import StudySubject, Subject, ignore_phase
 from kdprof.measure.trace import StepTrace, Synchronisation
 from kdprof.records import (
     Canary,
@@ -38,9 +40,12 @@ from kdprof.records import (
 )
 from kdprof.stats import drift_of, median_interval, paired_ratio, relative_width
 from kdprof.step import PHASES
+from kdprof.store import replace_durably, slug
 from kdprof.study import MeasureSettings
 
 TRACED_STEPS = 3
+HEAD_START_CYCLES = 2_000_000_000
+"""About a second of a GPU."""
 PARTS = {
     "teacher": ("teacher_forward",),
     "student": ("student_forward",),
@@ -62,6 +67,21 @@ class Files:
     memory_timeline: Path | None = None
     """The CUDA allocator's history of two steps, for torch's viewer."""
 
+    def to_json(self) -> dict[str, str]:
+        """Return the files that were asked for."""
+        return {key: str(path) for key, path in vars(self).items() if path is not None}
+
+    @classmethod
+    def from_json(cls, files: Mapping[str, str]) -> Files:
+        """Return what :meth:`to_json` was made of."""
+        return cls(**{key: Path(path) for key, path in files.items()})
+
+    def of(self, name: str) -> Files:
+        """Return the files of one of several steps: its name is put in."""
+        return Files(
+            *(path and path.with_stem(f"{path.stem}.{slug(name)}") for path in vars(self).values())
+        )
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -69,9 +89,10 @@ class Traced:
 
     operations: list[Operation]
     terms: dict[str, TermCost]
-    watched_s: dict[str, float]
-    """Seconds of the operators of each phase, in the trace that the terms are of."""
+    """Their seconds are shares of the operators' in their phase."""
     synchronisations: list[Synchronisation]
+    notes: list[str]
+    """What could not be told apart."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +111,18 @@ class Surroundings:
     """What a session is told about the rest of the measurement."""
 
     reference: str
-    precision: str
-    """Which ceilings the step is compared with."""
+    precision: str | None
+    """Which ceilings the step is compared with: those of fp32 where nobody said."""
+
+    def peak_of(self, device: str) -> float | None:
+        """Return the device's published FLOP per second; None where nobody knows."""
+        return None if self.precision is None else published_peak(device, self.precision)
+
+    def no_peak(self, device: str) -> str:
+        """Return why there is none."""
+        if self.precision is None:
+            return "the step's precision was not given"
+        return f"no published {self.precision} peak is known for {device}"
 
 
 def run_session(
@@ -114,8 +145,8 @@ def run_session(
         BadStep: a loss is not finite.
     """
     before = hardware.state()
-    ceilings = measure_ceilings(device, around.precision)
-    alone = _read_alone(subject, device, hardware, files)
+    ceilings = measure_ceilings(device, around.precision or "fp32")
+    alone = _read_alone(subject, device, hardware)
     subjects = [subject] if build_reference is None else [subject, build_reference()]
     reference_flop = total_flop(_trace(subjects[-1], device, 1).operations)
     clock = clock_of(device)
@@ -125,14 +156,17 @@ def run_session(
         subjects, settings, clock=clock, canary=canary, hardware=hardware, report=report
     )
     after = hardware.state()
-    ceilings = higher(ceilings, measure_ceilings(device, around.precision))
-    own, reference = session.samples[subject.name], session.samples[subjects[-1].name]
-    during = [r for s in session.samples.values() for b in s.blocks for r in (b.before, b.after)]
+    ceilings = higher(ceilings, measure_ceilings(device, around.precision or "fp32"))
+    own, reference = session.samples[0], session.samples[-1]
+    during = [r for s in session.samples for b in s.blocks for r in (b.before, b.after)]
+    _write_files(subject, files)
     problems = hardware.problems(before, during, after)
     timed = _timed_fields(own, reference, around.reference)
     canary_record = _canary(session, settings)
-    problems += _distrust(own, alone.memory, canary_record)
-    counted = _counted_fields(alone.traced, timed, reference_flop, ceilings, hardware.name)
+    problems += _distrust(own, reference, alone.memory, canary_record)
+    counted = _counted_fields(
+        alone.traced, timed, reference_flop, ceilings, around.peak_of(hardware.name)
+    )
     warnings = [*problems, *_loader_warnings(timed), *_trace_warnings(counted, alone.traced)]
     return {
         **timed,
@@ -152,25 +186,17 @@ def run_session(
     }
 
 
-def _read_alone(subject: Subject, device: torch.device, hardware: Hardware, files: Files) -> Alone:
+def _read_alone(subject: Subject, device: torch.device, hardware: Hardware) -> Alone:
     memory = read_memory(subject, device, hardware)
     traced = _trace(subject, device, TRACED_STEPS)
     clock = clock_of(device)
 
     def run_steps(count: int) -> None:
         for _ in range(count):
-            subject.run(_ignore)
+            subject.run(ignore_phase)
 
     joules, how, reason = measure_energy(run_steps, hardware.energy_meter(), clock.synchronize)
-    if files.trace is not None:
-        _write_trace(subject, files.trace)
-    if files.memory_timeline is not None:
-        _write_memory_timeline(subject, files.memory_timeline)
     return Alone(memory, traced, joules, how, reason)
-
-
-def _ignore(phase: str) -> None:
-    """Mark nothing."""
 
 
 def _trace(subject: Subject, device: torch.device, steps: int) -> Traced:
@@ -181,6 +207,10 @@ def _trace(subject: Subject, device: torch.device, steps: int) -> Traced:
     step = subject.step if isinstance(subject, StudySubject) else None
     traces = []
     for _ in range(steps):
+        if device.type == "cuda":
+            # The watched host is slower than the device: it gets a head start, or every operator
+            # would be timed with the gap before it.
+            torch.cuda._sleep(HEAD_START_CYCLES)
         with StepTrace(step, timed=True, device=device) as trace:
             subject.run(trace.mark)
         traces.append(trace)
@@ -190,9 +220,28 @@ def _trace(subject: Subject, device: torch.device, steps: int) -> Traced:
         for same in _grouped(trace.operations() for trace in traces)
     ]
     last = traces[-1]
-    return Traced(
-        operations, last.terms(weights), _watched_s(last.operations()), last.synchronisations()
-    )
+    notes = [] if last.note is None else [last.note]
+    return Traced(operations, _shares_of_terms(traces, weights), last.synchronisations(), notes)
+
+
+def _shares_of_terms(traces: list[StepTrace], weights: Mapping[str, float]) -> dict[str, TermCost]:
+    """Return the terms with the median of their shares of the operators' seconds."""
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for trace in traces:
+        watched = _watched_s(trace.operations())
+        forward, backward = (watched.get(p) or 1.0 for p in ("objective", "objective_backward"))
+        for name, term in trace.terms(weights).items():
+            own = (term.forward_s / forward, term.backward_s / backward)
+            shares.setdefault(name, []).append(own)
+    return {
+        name: term.model_copy(
+            update={
+                key: statistics.median(pair[place] for pair in shares[name])
+                for place, key in enumerate(("forward_s", "backward_s"))
+            }
+        )
+        for name, term in traces[-1].terms(weights).items()
+    }
 
 
 def _grouped(traces: Iterable[list[Operation]]) -> list[list[Operation]]:
@@ -205,6 +254,18 @@ def _grouped(traces: Iterable[list[Operation]]) -> list[list[Operation]]:
     return list(found.values())
 
 
+def _write_files(subject: Subject, files: Files) -> None:
+    """Write what was asked for, after the timing: profilers slow down what runs after them."""
+    for path, write in ((files.trace, _write_trace), (files.memory_timeline, _write_timeline)):
+        if path is not None:
+            unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            try:
+                write(subject, unfinished)
+                replace_durably(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
 def _write_trace(subject: Subject, path: Path) -> None:
     """Write a Chrome trace of two steps."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -212,16 +273,16 @@ def _write_trace(subject: Subject, path: Path) -> None:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(2):
-            subject.run(_ignore)
+            subject.run(ignore_phase)
     profiler.export_chrome_trace(str(path))
 
 
-def _write_memory_timeline(subject: Subject, path: Path) -> None:
+def _write_timeline(subject: Subject, path: Path) -> None:
     """Write the CUDA allocator's history over two steps, for torch's memory viewer."""
     torch.cuda.memory._record_memory_history(max_entries=200_000)
     try:
         for _ in range(2):
-            subject.run(_ignore)
+            subject.run(ignore_phase)
         torch.cuda.synchronize()
         torch.cuda.memory._dump_snapshot(str(path))
     finally:
@@ -265,11 +326,13 @@ def _canary(session: Session, settings: MeasureSettings) -> Canary:
     )
 
 
-def _distrust(own: Samples, memory: MemoryReading, canary: Canary) -> list[str]:
+def _distrust(own: Samples, reference: Samples, memory: MemoryReading, canary: Canary) -> list[str]:
     """Return what this session itself saw that makes its numbers doubtful."""
     found = []
     if own.settled is not None:
         found.append(f"never settled before it was timed: {own.settled}")
+    if reference is not own and reference.settled is not None:
+        found.append(f"the reference beside it never settled: {reference.settled}")
     if not canary.steady:
         found.append(
             f"the machine itself drifted by {canary.drift:.1%} while measuring (a fixed kernel did)"
@@ -284,7 +347,7 @@ def _counted_fields(
     timed: Mapping[str, Any],
     reference_flop: float,
     ceilings: Ceilings,
-    device: str,
+    peak: float | None,
 ) -> dict[str, Any]:
     latency, phases = timed["latency_s"].median, timed["phases_s"]
     seconds = phases if phases is not None else {"step": latency}
@@ -299,7 +362,7 @@ def _counted_fields(
         "hidden_cost": hidden_cost(flop.total, reference_flop, timed["ratio"].median),
         "ceilings": ceilings,
         "bounds": _bounds(operations, seconds, ceilings),
-        "mfu": _utilisation(flop.total, latency, published_peak(device, ceilings.precision)),
+        "mfu": _utilisation(flop.total, latency, peak),
     }
 
 
@@ -321,10 +384,7 @@ def _watched_s(operations: Iterable[Operation]) -> dict[str, float]:
 
 
 def _scaled_terms(traced: Traced, phases: Mapping[str, float]) -> dict[str, TermCost]:
-    forward, backward = (
-        phases[name] / traced.watched_s[name] if traced.watched_s.get(name) else 0.0
-        for name in ("objective", "objective_backward")
-    )
+    forward, backward = (phases[name] for name in ("objective", "objective_backward"))
     return {
         name: term.model_copy(
             update={
@@ -405,7 +465,7 @@ def _trace_warnings(counted: Mapping[str, Any], traced: Traced) -> list[str]:
         f"synchronises the device: {s.operator} in {s.phase} at {s.where}, {s.calls} x per step"
         for s in traced.synchronisations
     ]
-    return found
+    return found + traced.notes
 
 
 def _unavailable(
@@ -420,7 +480,7 @@ def _unavailable(
     if alone.energy_j is None:
         found["energy_j"] = alone.no_energy or "not measured"
     if counted["mfu"] is None:
-        found["mfu"] = f"no published {around.precision} peak is known for {device}"
+        found["mfu"] = around.no_peak(device)
     if timed["phases_s"] is None:
         reason = "a callable step is one phase"
         found |= dict.fromkeys(("phases_s", "terms"), reason)
@@ -444,17 +504,19 @@ def _timing(
         "ratio_width": relative_width((ratio.median, ratio.low, ratio.high)),
         "interval": "95 %, block bootstrap over rounds, Student's t",
         "garbage_collector": COLLECTED,
-        "loader_wait": statistics.median(own.waited_s) if own.waited_s else None,
+        "loader_wait_s": statistics.median(own.waited_s) if own.waited_s else None,
         "isolated": not settings.in_process,
     }
 
 
 def _seen(during: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the range of every number read while the steps ran."""
+    """Return the range of every number read while the steps ran, and how often which reason held
+    the clock down."""
     numbers: dict[str, list[float]] = {}
+    reasons = Counter(r for reading in during for r in reading.get("throttle_reasons") or ())
     for reading in during:
         for name, value in reading.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers.setdefault(name, []).append(value)
     spans = {name: [min(values), max(values)] for name, values in numbers.items()}
-    return {"during": spans, "readings": len(during)}
+    return {"during": spans, "throttle_reasons_during": dict(reasons), "readings": len(during)}

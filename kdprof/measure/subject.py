@@ -13,9 +13,14 @@ from torch import Tensor
 
 from kdprof.data import PREFETCHED, Batches
 from kdprof.errors import KdprofError
+from kdprof.measure.clock import Clock
 from kdprof.step import PHASES, Mark, TrainStep
 
 Batch = tuple[Tensor, Tensor]
+
+
+def ignore_phase(phase: str) -> None:
+    """Mark nothing."""
 
 
 class BadStep(KdprofError):
@@ -54,17 +59,14 @@ class StudySubject:
 
     Args:
         batches: the loader that feeds it in training.
-        synchronize: waits for the device.
+        clock: of the step's device.
     """
 
     phases = PHASES
 
-    def __init__(
-        self, step: TrainStep, resident: Batch, batches: Batches, synchronize: Callable[[], None]
-    ):
+    def __init__(self, step: TrainStep, resident: Batch, batches: Batches, clock: Clock):
         self.name = step.method.name
-        self.step, self.resident, self.batches = step, resident, batches
-        self._synchronize = synchronize
+        self.step, self.resident, self.batches, self.clock = step, resident, batches, clock
         self._iteration = 0
 
     def _next(self) -> int:
@@ -95,7 +97,8 @@ class StudySubject:
 
         Loader processes have a full queue when the block begins; it is drained untimed. They
         deliver in bunches, so the block is whole bunches long, and the stream goes on past its
-        end, or they would stop working inside it.
+        end, or they would stop working inside it. The block is timed in the device's time from
+        step to step, without waiting in between: loading and computing overlap, as in training.
         """
         workers = self.batches.workers
         queued = PREFETCHED * workers
@@ -104,12 +107,13 @@ class StudySubject:
         batches = self.batches.iterate(first, first + 1 + queued + count + queued)
         try:
             self._iterate(batches, 1 + queued)
-            began = time.perf_counter()
+            began = self.clock.stamp()
             waited = self._iterate(batches, count)
-            elapsed = time.perf_counter() - began
+            ended = self.clock.stamp()
+            self.clock.synchronize()
         finally:
             batches.close()
-        return Fed(elapsed / count, waited / count)
+        return Fed(self.clock.between(began, ended) / count, waited / count)
 
     def _iterate(self, batches: Iterator[Batch], count: int) -> float:
         """Return how long the loop waited for batches."""
@@ -119,7 +123,6 @@ class StudySubject:
             batch = next(batches)
             waited += time.perf_counter() - began
             self.step(*batch, self._next())
-        self._synchronize()
         return waited
 
 

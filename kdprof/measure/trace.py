@@ -292,7 +292,7 @@ class StepTrace(TorchDispatchMode):
             return
         if not operator.transfers and self._on_host(args):
             return
-        self._pending_waits.append((operator.name, _location(sys._getframe(2))))
+        self._pending_waits.append((operator.name, _location(sys._getframe())))
 
     def _on_host(self, args: tuple[Any, ...]) -> bool:
         """Say whether a tensor lies on the host even where the step runs on a device."""

@@ -12,8 +12,8 @@ from kdprof.measure import measure
 from kdprof.measure.isolation import explain
 from kdprof.models import SegmentationNetwork
 from kdprof.progress import Progress
-from kdprof.records import Cost, Run, Spent
-from kdprof.resolve import REFERENCE, ResolvedStudy
+from kdprof.records import REFERENCE, Cost, Run, Spent
+from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
 from kdprof.train import checkpoint
 from kdprof.train.loop import Interrupted, TrainingRun
@@ -136,10 +136,8 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     if not missing:
         return Prepared(found, [])
     progress.say(f"measuring {', '.join(missing)}")
-    measured = measure(study, missing, progress)
-    for cost in measured.costs:
-        store.write_cost(cost)
-        found[cost.method] = cost
+    measured = measure(study, missing, progress, keep=store.write_cost)
+    found |= {cost.method: cost for cost in measured.costs}
     if lost := [name for name in (REFERENCE, *named) if name in measured.failures]:
         raise KdprofError(
             f"nothing can be converted without {', '.join(lost)}\n{measured.summary()}"
