@@ -13,12 +13,12 @@ import argparse
 import numpy as np
 
 from kdprof.measure.canary import Canary
-from kdprof.measure.clock import clock_of
+from kdprof.measure.clock import Clock, Stamps, clock_of
 from kdprof.measure.latency import time_in_turn
 from kdprof.measure.subject import Batch, StudySubject
 from kdprof.resolve import ResolvedStudy
 from kdprof.stats import drift_of, paired_ratio, relative_width
-from kdprof.step import Mark
+from kdprof.step import PHASES, Mark
 from kdprof.study import MeasureSettings, load_study
 
 
@@ -46,6 +46,16 @@ def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
     return found
 
 
+def marks_s(clock: Clock, repeats: int = 2000) -> float:
+    """Return the host's seconds for the marks of one step: what is added to it."""
+    began = clock.now()
+    for _ in range(repeats):
+        stamps: Stamps = [("", clock.stamp())]
+        for phase in PHASES:
+            stamps.append((phase, clock.stamp()))
+    return (clock.now() - began) / repeats
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", default="quickstart")
@@ -69,10 +79,12 @@ def main() -> None:
     ratio = paired_ratio(watched.rounds, unwatched.rounds)
     sums = [sum(phases.values()) for block in watched.blocks for phases in block.phases_s]
     drift, steady = drift_of(session.canary_s, settings.precision_target)
+    alone = float(np.median(np.concatenate(unwatched.rounds)))
     print(f"{given.method} of {given.study} on {study.hardware.name}, {session.rounds} rounds")
     print(f"step, watched / unwatched: {ratio[0]:.4f} [{ratio[1]:.4f}-{ratio[2]:.4f}], aim < 1.01")
     print(f"interval {relative_width(ratio):.2%} wide; {session.stopped}")
-    alone = np.median(np.concatenate(unwatched.rounds))
+    added = marks_s(clock)
+    print(f"the marks alone: {1e6 * added:.1f} us of host time per step, {added / alone:.4%} of it")
     print(f"sum of the phases / unwatched step: {np.median(sums) / alone:.4f}, aim 0.98-1.02")
     print(f"canary drifted {drift:.1%} ({'steady' if steady else 'NOT steady'})")
 
