@@ -13,7 +13,7 @@ from typing import Literal
 
 from kdprof.errors import UserError
 from kdprof.records import REFERENCE, Cost, Interval
-from kdprof.stats import Numbers, product_of, ratio_of
+from kdprof.stats import Numbers, median_interval, product_of, ratio_of
 
 Unit = Literal["iterations", "s", "flop", "J"]
 
@@ -174,14 +174,17 @@ def _missing(budget: Budget, cost: Cost, field: str) -> str:
 def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
     """Return (seconds, low, high) that an iteration takes from a run's clock.
 
-    Where the reference's own Cost is at hand, its seconds times the method's ratio to it: each
-    method was measured beside the reference, at its own time, so that only ratios compare.
+    It is the method's ratio to the reference times the reference's seconds, and those are pooled
+    over the rounds of every session: each method was measured beside the reference, at its own
+    time, so only ratios compare, and one disturbed session does not set the scale for all.
     """
     ratio = cost.ratio_per_iteration()
-    reference = costs.get(ratio.to)
-    if reference is None or reference is cost:
+    beside = [other for other in costs.values() if other.ratio and other.ratio.to == ratio.to]
+    looped = cost.end_to_end_ratio is not None
+    rounds = [r for other in beside for r in other.reference_rounds(looped=looped)]
+    if len(rounds) < 2:
         return _numbers(cost.seconds_per_iteration())
-    return product_of(_numbers(reference.seconds_per_iteration()), _numbers(ratio))
+    return product_of(median_interval(rounds), _numbers(ratio))
 
 
 def _numbers(interval: Interval) -> Numbers:

@@ -225,6 +225,12 @@ class Cost(Record):
         assert found is not None, "a stored Cost has a latency"
         return found
 
+    def reference_rounds(self, *, looped: bool) -> list[list[float]]:
+        """Return the seconds of the reference beside it by round; ``looped``: with the loader."""
+        if looped:
+            return [[seconds] for seconds in self.reference_end_to_end_samples_s]
+        return self.reference_samples_s
+
     def ratio_per_iteration(self) -> Ratio:
         """Return :meth:`seconds_per_iteration` divided by that of the reference beside it."""
         found = self.end_to_end_ratio or self.ratio

@@ -78,12 +78,6 @@ def test_seconds_flop_and_plain_iterations_by_hand():
     assert by_method("7k", costs)["a"].seconds == pytest.approx(3500)
 
 
-def test_interval_follows_from_the_measurement():
-    slow = Interval(median=0.1, low=0.08, high=0.125)
-    found = by_method("100s", {"a": make_cost("a", 0.1, latency_s=slow)})["a"]
-    assert (found.low, found.iterations, found.high) == (800, 1000, 1250)
-
-
 def ratio(median: float, error: float = 0.0) -> Ratio:
     """A ratio to none whose interval is ``error`` wide to each side on the log scale."""
     return Ratio(median=median, low=median * exp(-error), high=median * exp(error), to="none")
@@ -127,13 +121,24 @@ def test_seconds_are_the_references_times_the_ratio():
     assert by_method("60s", {"none": none, "kd": kd})["kd"].iterations == 300
 
 
+def test_one_disturbed_session_does_not_set_the_scale():
+    """Beside cwd the reference took a hundred times its time; three sessions say 0.1 s."""
+    costs = {name: make_cost(name, 0.2, ratio=ratio(2.0)) for name in ("none", "kd", "fitnet")}
+    slow = make_cost("cwd", 20.0, ratio=ratio(2.0), reference_samples_s=[[10.0] * 2] * 4)
+    found = by_method("60s", {**costs, "cwd": slow})
+    assert {c.iterations for c in found.values()} == {300}
+
+
+def test_interval_follows_from_the_measurement():
+    found = by_method("100s", {"a": make_cost("a", ratio=ratio(1.0, 0.25))})["a"]
+    expected = [1000 * exp(-0.25), 1000, 1000 * exp(0.25)]
+    assert [found.low, found.iterations, found.high] == pytest.approx(expected, abs=1)
+
+
 def test_loader_seconds_are_used_where_they_were_measured():
-    looped = Interval(median=0.4, low=0.4, high=0.4)
-    cost = make_cost("a", 0.2, end_to_end_s=looped, end_to_end_samples_s=[0.4] * 4)
+    fed = {"end_to_end_samples_s": [0.4] * 4, "reference_end_to_end_samples_s": [0.1] * 4}
+    cost = make_cost("a", 0.2, end_to_end_ratio=ratio(4.0), **fed)
     assert by_method("40s", {"a": cost})["a"].iterations == 100
-    none = make_cost("none", 0.1, ratio=ratio(1.0))
-    bound = make_cost("a", 0.2, ratio=ratio(2.0), end_to_end_ratio=ratio(5.0))
-    assert by_method("40s", {"none": none, "a": bound})["a"].iterations == 80
 
 
 def test_budget_below_one_iteration_names_every_method():
