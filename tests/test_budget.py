@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kdprof.budget import convert, parse_budget
 from kdprof.errors import UserError
-from kdprof.records import Interval, Ratio
+from kdprof.records import Ratio
 
 
 @pytest.mark.parametrize(
