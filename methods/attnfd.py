@@ -1,0 +1,191 @@
+"""Attention-guided feature distillation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.methods._common import check_settings, match_grid
+
+ATTENTIONS = ("cbam", "plain")
+POOLS = ("avg", "max")
+SHORTEST = 1e-12
+"""Smallest length that has a direction."""
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention (Woo et al., ECCV 2018, arXiv 1807.06521): two gates in turn.
+
+    x' = x sigmoid( sum over the pools of MLP(pool(x)) ), one number for each channel, the MLP
+    C -> C/r -> C with a ReLU, the pools the mean and the maximum over positions;
+    x'' = x' sigmoid( BN( conv7x7( [max_c x', mean_c x'] ) ) ), one number for each position.
+
+    Args:
+        ratio: r; the inner width is at least 1.
+        learned: False for the form without MLP, convolution and norm: sigmoids of the sum of the
+            pools.
+        spatial: False leaves the second gate out.
+        pools: of "avg" and "max", those of the first gate.
+
+    The gates are float32 under autocast: they are small, and a maximum overflows half precision.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        ratio: int = 16,
+        *,
+        learned: bool = True,
+        spatial: bool = True,
+        pools: tuple[str, ...] = POOLS,
+    ):
+        super().__init__()
+        self.learned, self.pools, self.gates_positions = learned, pools, spatial
+        if learned:
+            inner = max(1, channels // ratio)
+            self.mlp = nn.Sequential(
+                nn.Linear(channels, inner), nn.ReLU(), nn.Linear(inner, channels)
+            )
+        if learned and spatial:
+            self.spatial = nn.Sequential(
+                nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C, h, w) gated, in the type of ``x``."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x * self._channel_gate(x).to(x.dtype)
+            if self.gates_positions:
+                x = x * self._spatial_gate(x).to(x.dtype)
+        return x
+
+    def _channel_gate(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        pooled = []
+        if "avg" in self.pools:
+            pooled.append(flat.mean(2, dtype=torch.float32))
+        if "max" in self.pools:
+            # The maximum at one position, as in a pooling layer; amax would share its gradient.
+            pooled.append(flat.max(2).values.float())
+        seen = torch.stack(pooled)
+        return (self.mlp(seen) if self.learned else seen).sum(0).sigmoid()[:, :, None, None]
+
+    def _spatial_gate(self, x: Tensor) -> Tensor:
+        largest = x.max(1, keepdim=True).values.float()
+        mean = x.mean(1, keepdim=True, dtype=torch.float32)
+        seen = self.spatial(torch.cat((largest, mean), 1)) if self.learned else largest + mean
+        return seen.sigmoid()
+
+
+def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
+    """Return the 1x1 convolution without bias, and batch norm, to the teacher's channels."""
+    layer = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+    nn.init.normal_(layer.weight, 0.0, math.sqrt(2 / teacher_channels))
+    return nn.Sequential(layer, nn.BatchNorm2d(teacher_channels))
+
+
+def direction_gap(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return 1/N || s / ||s|| - t / ||t|| ||^2, the norms over the whole batch, (N, C, h, w).
+
+    Written as ( 2 - 2 cos ) / N, which needs no normalised map. Its rounding is that of a number
+    near 1, 1e-7.
+    """
+    student = match_grid(student, teacher).float()
+    teacher = teacher.float()
+    cosine = (student * teacher).sum() * _inverse_length(student) * _inverse_length(teacher)
+    return (2 - 2 * cosine) / student.shape[0]
+
+
+def _inverse_length(maps: Tensor) -> Tensor:
+    """Return 1 / ||maps||, and 0 for zeros, which have no direction."""
+    # In two steps: one accumulator in float32 over all the maps would lose digits.
+    length = torch.linalg.vector_norm(torch.linalg.vector_norm(maps, dim=(2, 3)))
+    return torch.where(length > SHORTEST, 1 / length.clamp(min=SHORTEST), 0.0)
+
+
+def fix(module: nn.Module) -> None:
+    """Turn the module's parameters into buffers: saved with the rest, trained by nobody."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            delattr(owner, name)
+            owner.register_buffer(name, parameter.detach())
+
+
+class AttnFD(Method):
+    """AttnFD: attention-guided feature distillation (Mansourian et al. 2024, arXiv 2403.05451).
+
+    Each feature of each network passes a :class:`CBAM` of its own (r = 16), the student's then a
+    connector (1x1 convolution without bias, batch norm) to the teacher's channels: s and t. For
+    each layer L = 1/N || s / ||s||_F - t / ||t||_F ||_F^2, the norms over the whole batch of the
+    device; the layers are summed at weight 2.
+
+    Published for DeepLabV3+ of output stride 16 at three places: c5 before its ReLU, the pyramid's
+    output, the decoder's last feature. kdprof's networks have two of them, c5 (after its ReLU)
+    and the head feature. Where grids differ the connected student is resized bilinearly to the
+    teacher's grid (kdprof's rule).
+
+    As in the authors' code, which gave the published numbers, no optimiser holds the teacher's
+    blocks and the student's MLPs: both keep their random start, the norms with the statistics of
+    the batch. ``train_channel_gate = true`` trains the student's MLPs too. ``teacher_attention =
+    "plain"`` takes blocks without parameters, a switch of the code that it never sets.
+
+    Left out of the published training: an epoch that trains the connectors alone, after which
+    they stay as they are (here they train with the student throughout); a teacher in training mode
+    that is differentiated through for nothing (here frozen, at about a third of the cost); the
+    division of the task loss by the batch size; layers at ten times the learning rate.
+    """
+
+    name = "attnfd"
+    title = "Attention-guided feature distillation"
+    paper = "arXiv 2403.05451 (2024)"
+    family = "feature + attention"
+    taps = ("c5", "head")
+    weights = {"attnfd_c5": 2.0, "attnfd_head": 2.0}
+    recipes = (
+        Recipe(
+            "Cityscapes", "DeepLabV3+-R101", "DeepLabV3+-R18", None, None, (513, 513),
+            "SGD 0.01 (head 0.1), Nesterov, wd 5e-4", "poly 0.9, 200 epochs",
+            "AttnFD repository", baseline_miou=64.09, miou=73.04,
+        ),
+        Recipe(
+            "VOC", "DeepLabV3+-R101", "DeepLabV3+-R18", None, 6, (513, 513),
+            "SGD 0.007 (head 0.07), Nesterov, wd 5e-4", "poly 0.9, 120 epochs",
+            "AttnFD repository (without the extra annotations)", baseline_miou=67.50, miou=73.09,
+        ),
+    )  # fmt: skip
+
+    reduction_ratio: int = 16
+    teacher_attention: str = "cbam"
+    train_channel_gate: bool = False
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, {"teacher_attention": ATTENTIONS}, positive=("reduction_ratio",))
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the attention blocks of both networks and the connectors."""
+        learned, ratio = self.teacher_attention == "cbam", self.reduction_ratio
+        ours, theirs, joints = {}, {}, {}
+        for tap in self.taps:
+            before, after = student.channels[tap], teacher.channels[tap]
+            ours[tap] = CBAM(before, ratio)
+            theirs[tap] = CBAM(after, ratio, learned=learned)
+            joints[tap] = connector(before, after)
+            if not self.train_channel_gate:
+                fix(ours[tap].mlp)
+        self.student_blocks = nn.ModuleDict(ours)
+        self.teacher_blocks = nn.ModuleDict(theirs)
+        self.connectors = nn.ModuleDict(joints)
+        fix(self.teacher_blocks)
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``attnfd_c5`` and ``attnfd_head``."""
+        terms = {}
+        for tap in self.taps:
+            attended = self.student_blocks[tap](getattr(student, tap))
+            target = self.teacher_blocks[tap](getattr(teacher, tap))
+            terms[f"attnfd_{tap}"] = direction_gap(self.connectors[tap](attended), target)
+        return terms

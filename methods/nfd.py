@@ -1,0 +1,56 @@
+"""Normalised feature distillation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdprof.method import Method, NetworkInfo, Taps
+from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods.pkd import adaptor, standardise
+
+FORMS = ("mean_square", "norm")
+
+
+class NFD(Method):
+    """Normalised feature distillation (Liu, Yang & Chen 2022, arXiv 2207.05256).
+
+    g(f) = (f - mean) / std for each image and channel over h, w; the L2 distance of g(A f_S) and
+    g(f_T) is made small. No mask. The authors promise code and none was found: the layer, the
+    power, the reduction, the weight and the schedule are not known.
+
+    Assumed here: f the head feature (input of the last 1x1 classifier); A a 1x1 convolution
+    C_S -> C_T where channels differ, without the bias of others' versions, which g takes away;
+    std of the population plus 1e-6; L = mean over N, C, h, w of the squared difference, which is
+    2 (1 - mean of Pearson's correlation); weight 5, at which it is ``pkd`` at its weight of 10 with
+    the statistics of each image. ``form = "norm"`` is the form of two third-party versions,
+    || g(A f_S) - g(f_T) || / (h w), not squared, the norm over the whole batch. Where grids differ
+    the adapted student is resized bilinearly to the teacher's grid (kdprof's rule).
+    """
+
+    name = "nfd"
+    title = "Normalised feature distillation"
+    paper = "arXiv 2207.05256 (2022)"
+    family = "feature"
+    taps = ("head",)
+    weights = {"nfd": 5.0}
+
+    form: str = "mean_square"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, {"form": FORMS})
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the adaptor."""
+        self.adaptor = adaptor(student, teacher, "head")
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``nfd``."""
+        adapted = match_grid(self.adaptor(student.head), teacher.head)
+        ours, theirs = (standardise(f, (2, 3), correction=0) for f in (adapted, teacher.head))
+        if self.form == "mean_square":
+            return {"nfd": F.mse_loss(ours, theirs)}
+        distance = torch.linalg.vector_norm(ours - theirs)
+        return {"nfd": distance / teacher.head.shape[-2:].numel()}
