@@ -115,7 +115,7 @@ def render(store: Store) -> list[Path]:
 
 
 def render_steps(store: Store) -> list[Path]:
-    """Write the same of the newest Cost of each step that is no method's, as ``reports/steps.*``."""
+    """Write the same of the newest Cost of each step that is no method's, as ``steps.*``."""
     costs = {cost.method: cost for cost in store.step_costs()}
     return _write(store.reports / "steps", list(costs.values())) if costs else []
 
