@@ -1,0 +1,244 @@
+"""CIRKDv2: cross-image relations after a graph module, and relations of channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kdprof.errors import UserError
+from kdprof.method import NetworkInfo, Recipe, Taps
+from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods.cirkd import (
+    CIRKD,
+    RingQueues,
+    batch_relation,
+    gathered,
+    projector,
+    relation_kl,
+    unit,
+)
+from kdprof.methods.kd import pixel_kl
+
+BLOCK_ELEMENTS = 2**24
+"""Elements of an attention map that is held at a time."""
+POOLING = 4
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v of (N, P, d) tensors, in blocks of queries.
+
+    A block's map is made again in its backward, so that none is kept.
+    """
+    images, positions, width = query.shape
+    rows = max(1, BLOCK_ELEMENTS // (images * positions))
+    blocks = [
+        checkpoint(_attend, block, key, value, use_reentrant=False, preserve_rng_state=False)
+        for block in (query * width**-0.5).split(rows, dim=1)
+    ]
+    return torch.cat(blocks, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.mT).float().softmax(2).to(value.dtype) @ value
+
+
+class GraphModule(nn.Module):
+    """Non-local attention over positions, joined to its input; (N, C, h, w) to the same shape.
+
+    g = norm-ReLU(B softmax(q^T k / sqrt(C/2)) v), q, k, v = 1x1 convolutions to C/2 channels, B one
+    back to C; the output is norm-ReLU of a 1x1 convolution of [x, g]. No biases.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        inner = channels // 2
+        self.query, self.key, self.value = (
+            nn.Conv2d(channels, inner, 1, bias=False) for _ in range(3)
+        )
+        self.back = self._block(inner, channels)
+        self.join = self._block(2 * channels, channels)
+
+    @staticmethod
+    def _block(before: int, after: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the joined map."""
+        parts = (layer(x).flatten(2).mT for layer in (self.query, self.key, self.value))
+        seen = attention(*parts).mT.unflatten(2, x.shape[-2:])
+        return self.join(torch.cat([x, self.back(seen)], 1))
+
+
+class ChannelMemory(nn.Module):
+    """Relations of channels, as patterns over 4x4-averaged positions: to each other and to a ring.
+
+    Args:
+        size: slots of the ring.
+        length: most positions of a channel; shorter ones are stored with zeros behind.
+        updates: channels stored at most for each batch.
+    """
+
+    def __init__(self, channels: tuple[int, int], size: int, length: int, updates: int):
+        super().__init__()
+        self.updates = updates
+        self.projection = projector(*channels)
+        self.queue = RingQueues(1, size, length)
+
+    def patterns(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both networks' unit patterns, (N, C_T, d), of (N, C, h, w) features."""
+        pooled = (F.avg_pool2d(f.float(), POOLING, ceil_mode=True) for f in (student, teacher))
+        student, teacher = pooled
+        return unit(self.projection(student).flatten(2), 2), unit(teacher.flatten(2), 2)
+
+    @torch.no_grad()
+    def update(self, patterns: Tensor, order: Tensor | None = None) -> None:
+        """Store random channels of the teacher's, (N, C, d), of all ranks.
+
+        Args:
+            order: a permutation of all ranks' N C channels whose first entries are stored; None:
+                drawn, by the first rank for all, so that memories stay equal.
+        """
+        rows = gathered(patterns.flatten(0, 1))
+        if order is None:
+            order = torch.randperm(len(rows), device=rows.device)
+            if dist.is_available() and dist.is_initialized():
+                dist.broadcast(order, 0)
+        rows = rows.index_select(0, order[: self.updates])
+        rows = F.pad(rows, (0, self._length() - rows.shape[1]))
+        counts = torch.full((1, 1), len(rows), device=rows.device)
+        self.queue.push(rows[None, None], counts)
+
+    def keys(self, number: int, length: int, order: Tensor | None = None) -> Tensor:
+        """Return random stored channels, (number, length)."""
+        keys = self.queue.keys(number, order)
+        # The first keys are random over the full length: cut, they need their length again.
+        return keys if length == self._length() else unit(keys[:, :length], 1)
+
+    def _length(self) -> int:
+        return self.queue.rows.shape[1]
+
+    def fits(self, length: int) -> bool:
+        """Say whether patterns of this length can be stored."""
+        return length <= self._length()
+
+
+def channel_relation(
+    student: Tensor, teacher: Tensor, keys: Tensor, contrast: float, divergence: float
+) -> Tensor:
+    """Return T'^2 KL of the channels' similarities with the keys over T T', mean over channels.
+
+    Args:
+        student, teacher: unit patterns, (N, C, d).
+        contrast, divergence: T and T'.
+    """
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    total = relation_kl(student, teacher, contrast * divergence, keys)
+    return divergence**2 * total / len(student)
+
+
+class CIRKDv2(CIRKD):
+    """CIRKDv2 (Yang et al., technical report 2025, no arXiv id), from the authors' code only.
+
+    g = GCN(f_S): attention over all positions of the student's head feature, joined to it (see
+    :class:`GraphModule`), of the student's channels. The student's logits come from f_S itself.
+    L = 1 L_kd + 1 L_fitnet + 1 L_batch + 0.1 L_pixel + 0.1 L_region
+    + 1 L_channel + 0.1 L_channel_memory + 100 L_channel_mse:
+
+    - kd, batch, pixel, region as in ``cirkd``, with g for f_S; fitnet as in ``fitnet``, with g.
+    - channel terms: features averaged 4x4 (g then projected as for the memory, by a projection of
+      its own), each channel a unit vector over its d positions (512 at 64 x 128).
+      ``channel``: for all ordered pairs of images KL of the softmax over channels of the C_T x C_T
+      similarities / 0.1, mean. ``channel_memory``: KL of the similarities / 0.1 with 2048 keys of a
+      ring of 10000 teacher channels, of which each batch (of all ranks) stores up to 256.
+      ``channel_mse``: mean squared difference of the unit vectors.
+
+    fitnet is 1 for Cityscapes DeepLabV3-R18, UperNet-R18, MobileNetV3-S, MobileViT and SegFormer
+    and for two pairs on ADE20K, 10 in the remaining scripts; at weight 0 there is no GCN.
+
+    The authors need sides that divide by 4; here d is that of the rounded-up grid. ``build`` does
+    not know the crop: the ring is made for ``channel_positions`` positions, shorter channels leave
+    the rest 0, and a larger grid asks for a larger setting. The authors do not average the GCN's
+    and fitnet's gradients over devices, so theirs drift apart; kdprof's are ordinary extras. Their
+    Cityscapes schedule has one image per device: nothing there crosses images but the memories.
+
+    As in ``cirkd``, the relations' gradients are made in the forward pass.
+    """
+
+    name = "cirkdv2"
+    title = "CIRKDv2"
+    paper = "technical report 2025"
+    family = "relational + feature + logit"
+    weights = {
+        "kd": 1.0, "fitnet": 1.0, "batch": 1.0, "pixel": 0.1, "region": 0.1, "channel": 1.0,
+        "channel_memory": 0.1, "channel_mse": 100.0,
+    }  # fmt: skip
+    recipes = (
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 80_000, 8, (512, 1024),
+            "SGD 0.01, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository, 2025 (test set)",
+            gpus="8 x 1", baseline_miou=73.56, miou=75.60,
+        ),
+        Recipe(
+            "ADE20K", None, "DeepLabV3-R18", 80_000, 16, (512, 512),
+            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository, 2025",
+            baseline_miou=36.92, miou=39.82,
+        ),
+    )  # fmt: skip
+
+    channel_memory: int = 10_000
+    channel_contrast: int = 2_048
+    channel_updates: int = 256
+    channel_positions: int = 512
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        sizes = ("channel_memory", "channel_contrast", "channel_updates", "channel_positions")
+        check_settings(self, positive=sizes)
+        if self.channel_updates > self.channel_memory:
+            raise UserError(
+                f"method '{self.name}': channel_updates ({self.channel_updates}) must not be above "
+                f"channel_memory ({self.channel_memory})"
+            )
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the GCN, the adaptor, the projections and the memories."""
+        super().build(student, teacher)
+        channels = before, after = student.channels["head"], teacher.channels["head"]
+        self.gcn = GraphModule(before) if self.weights["fitnet"] else nn.Identity()
+        self.adaptor = nn.Conv2d(before, after, 1, bias=False)
+        self.channels = ChannelMemory(
+            channels, self.channel_memory, self.channel_positions, self.channel_updates
+        )
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        """Store the batch; return the eight terms."""
+        feature, head = match_grid(self.gcn(student.head), teacher.head), teacher.head
+        return {
+            "kd": pixel_kl(student.logits, teacher.logits, self.temperature),
+            "fitnet": F.mse_loss(self.adaptor(feature).float(), head.float()),
+            "batch": self._batch(feature, head),
+            **self._memory(feature, head, labels),
+            **self._channels(feature, head),
+        }
+
+    def _channels(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        ours, theirs = self.channels.patterns(student, teacher)
+        length = theirs.shape[2]
+        if not self.channels.fits(length):
+            raise UserError(
+                f"method '{self.name}': a channel has {length} positions after pooling, more than "
+                f"channel_positions ({self.channel_positions}): set it to {length}"
+            )
+        self.channels.update(theirs)
+        keys = self.channels.keys(self.channel_contrast, length)
+        temperatures = self.contrast_temperature, self.contrast_kd_temperature
+        return {
+            "channel": batch_relation(ours, theirs, self.contrast_temperature),
+            "channel_memory": channel_relation(ours, theirs, keys, *temperatures),
+            "channel_mse": (ours - theirs).square().mean(),
+        }
