@@ -278,7 +278,7 @@ def _conclude(
     """Compare with the baseline, where one was given, and say what failed.
 
     Raises:
-        Slower: a method takes longer than it did, and both measurements are reliable.
+        Slower: a method takes longer than it did.
         KdprofError: something could not be measured.
     """
     slower = []
@@ -289,7 +289,11 @@ def _conclude(
         comparison = run(baseline, costs)
         if not given["quiet"] and not given["as_json"]:
             comparison_table(comparison, _stdout())
-        slower = [r.method for r in comparison.rows if r.verdict == "slower" and r.reliable]
+        slower = [
+            row.method + ("" if row.reliable else " (unreliable)")
+            for row in comparison.rows
+            if row.verdict == "slower"
+        ]
     if failures:
         raise KdprofError(failures)
     if slower:

@@ -128,6 +128,11 @@ def test_drift():
     assert drift_of(noisy, 0.01)[1], "noise is not drift"
 
 
+def test_drift_of_too_few_samples_tells_nothing():
+    assert drift_of([1.0, 1.5, 1.0], 0.01) == (0.5, True)
+    assert drift_of([1.0], 0.01) == (0.0, True)
+
+
 def test_steady_machines_are_seldom_called_drifting():
     rng = np.random.default_rng(7)
     called = sum(not drift_of(1 + 0.1 * rng.random(24), 0.001)[1] for _ in range(300))
