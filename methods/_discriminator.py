@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import match_grid
 
 SMALLEST_GRID = 64
@@ -170,3 +173,41 @@ def _note_padding(logits: Tensor, notes: list[str]) -> None:
     )
     if min(height, width) < SMALLEST_GRID and note not in notes:
         notes.append(note)
+
+
+class AdversarialMethod(Method):
+    """A method with an adversary of its own, which judges the logits.
+
+    Stands first among the bases. The subclass reads ``logits``, adds :meth:`adversarial_term` to
+    what its ``forward`` returns, and weighs ``discriminator`` and, for wgan-gp,
+    ``gradient_penalty`` in ``auxiliary_weights``.
+    """
+
+    adversarial: ClassVar[str] = "hinge"
+    """The kind of game, see :class:`Adversary`."""
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the discriminator, after the extras of the other bases."""
+        super().build(student, teacher)
+        self.adversary = Adversary(student.num_classes, self.adversarial)
+
+    def auxiliary(self) -> nn.Module:
+        """Return the discriminator."""
+        return self.adversary
+
+    def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the discriminator's Adam (the IFVD and CIRKD repositories)."""
+        return torch.optim.Adam(parameters, lr=4e-4, betas=(0.9, 0.99))
+
+    def adversarial_term(self, student: Taps, teacher: Taps) -> Tensor:
+        """Return the student's side of the game."""
+        return self.adversary.generator_loss(student.logits, teacher.logits, self.notes)
+
+    def auxiliary_forward(
+        self, student: Taps, teacher: Taps, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return ``discriminator`` and, for wgan-gp, ``gradient_penalty``."""
+        terms = {"discriminator": self.adversary(student.logits, teacher.logits)}
+        if self.adversarial == "wgan-gp":
+            terms["gradient_penalty"] = self.adversary.penalty(student.logits, teacher.logits)
+        return terms

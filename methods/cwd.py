@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
-from kdprof.methods._discriminator import Adversary
+from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods.kd import pixel_kl
 
 NORMS = ("channel", "spatial")
@@ -156,7 +153,7 @@ class CWDFeature(Method):
         return {"cwd_feature": channel_kl(adapted, teacher.head, self.temperature)}
 
 
-class CWDCirkd(Method):
+class CWDCirkd(AdversarialMethod):
     """Channel-wise distillation as CIRKD re-implements and quotes it: feature and logits together.
 
     50 feature + 3 logits (both T = 4) + kd 1 + adversarial 0.001, with a hinge discriminator
@@ -198,15 +195,7 @@ class CWDCirkd(Method):
         before, after = student.channels["head"], teacher.channels["head"]
         same = before == after
         self.adaptor = nn.Identity() if same else nn.Conv2d(before, after, 1, bias=False)
-        self.adversary = Adversary(student.num_classes, "hinge")
-
-    def auxiliary(self) -> nn.Module:
-        """Return the discriminator."""
-        return self.adversary
-
-    def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the discriminator's Adam."""
-        return torch.optim.Adam(parameters, lr=4e-4, betas=(0.9, 0.99))
+        super().build(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``cwd_feature``, ``cwd``, ``kd`` and ``adv``."""
@@ -216,11 +205,5 @@ class CWDCirkd(Method):
             "cwd_feature": channel_kl(adapted, teacher.head, self.temperature, divisor),
             "cwd": channel_kl(student.logits, teacher.logits, self.temperature),
             "kd": pixel_kl(student.logits, teacher.logits),
-            "adv": self.adversary.generator_loss(student.logits, teacher.logits, self.notes),
+            "adv": self.adversarial_term(student, teacher),
         }
-
-    def auxiliary_forward(
-        self, student: Taps, teacher: Taps, labels: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Return ``discriminator``."""
-        return {"discriminator": self.adversary(student.logits, teacher.logits)}

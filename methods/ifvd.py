@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
-from kdprof.methods._discriminator import Adversary
+from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods.kd import REDUCTIONS, pixel_kl
 
 EPS = 1e-8
@@ -102,7 +101,7 @@ class IFVDPlain(Method):
         return {"ifv": ifv, "kd": kd}
 
 
-class IFVD(IFVDPlain):
+class IFVD(AdversarialMethod, IFVDPlain):
     """Intra-class feature variation distillation (Wang et al., ECCV 2020), the authors' script.
 
     For each image and class k, prototype m_k = sum_{p: y_p = k} f_p / (count + 1e-6), of head
@@ -138,31 +137,10 @@ class IFVD(IFVDPlain):
 
     adversarial: ClassVar[str] = "wgan-gp"
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
-        """Create the discriminator."""
-        super().build(student, teacher)
-        self.adversary = Adversary(student.num_classes, self.adversarial)
-
-    def auxiliary(self) -> nn.Module:
-        """Return the discriminator."""
-        return self.adversary
-
-    def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the discriminator's Adam."""
-        return torch.optim.Adam(parameters, lr=4e-4, betas=(0.9, 0.99))
-
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         """Return ``ifv``, ``kd`` and ``adv``."""
         terms = super().forward(student, teacher, labels)
-        adv = self.adversary.generator_loss(student.logits, teacher.logits, self.notes)
-        return {**terms, "adv": adv}
-
-    def auxiliary_forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        """Return ``discriminator`` and, for wgan-gp, ``gradient_penalty``."""
-        terms = {"discriminator": self.adversary(student.logits, teacher.logits)}
-        if self.adversarial == "wgan-gp":
-            terms["gradient_penalty"] = self.adversary.penalty(student.logits, teacher.logits)
-        return terms
+        return {**terms, "adv": self.adversarial_term(student, teacher)}
 
 
 class IFVDCirkd(IFVD):

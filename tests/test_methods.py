@@ -392,7 +392,10 @@ def test_the_game(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
     assert torch.equal(before, student.logits.grad)
     (group,) = method.auxiliary_optimizer(iter(parameters)).param_groups
-    assert (group["lr"], group["betas"]) == (4e-4, (0.9, 0.99))
+    assert group["lr"] == 4e-4
+    # SKD's own script trains its discriminator with SGD, the others with Adam.
+    sgd = {"momentum": 0.9} if name == "skd" else {"betas": (0.9, 0.99)}
+    assert sgd.items() <= group.items()
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)

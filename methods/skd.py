@@ -1,0 +1,323 @@
+"""Structured knowledge distillation, whole and in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdprof.errors import UserError
+from kdprof.method import Method, Recipe, Taps
+from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods.kd import REDUCTIONS, pixel_kl
+
+EPS = 1e-8
+"""Added to a node's length (the original), and the smallest length that has a direction."""
+BLOCK_ELEMENTS = 2**22
+"""Elements of a similarity map that is held at a time: 16 MiB, which the caches of large
+processors hold."""
+LEAST_ROWS = 128
+"""Rows of such a map at least, so that a matrix product stays one of matrices."""
+GRAM_GAIN = 8
+"""How many times fewer multiply-adds make channel products worth their float64: data-centre GPUs
+take them at the speed of float32, but TF32 is up to 8 times as fast."""
+POOLINGS = ("max", "average")
+
+
+# The mean squared difference of two similarity maps that are never whole.
+
+
+class _SimilarityGap(torch.autograd.Function):
+    """See :func:`similarity_gap`; before the division.
+
+    The gradient is taken in the same pass: it is linear in what backward is given, which is one
+    number, and needs the differences that are at hand.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        # One piece of memory for loss and gradient: whoever follows the data of a step to its
+        # terms finds the gradient's work there, too.
+        found = student.new_zeros(student.numel() + 1)
+        gradient, total = found[:-1].view(student.shape), found[-1]
+        add = _add_channel_products if _channels_pay(student, teacher) else _add_blocks
+        add(student, teacher, total, gradient if wanted else None)
+        if wanted:
+            ctx.save_for_backward(gradient.mul_(4))
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None
+
+
+def _channels_pay(student: Tensor, teacher: Tensor) -> bool:
+    """Say whether the products of channels are so much cheaper than those of nodes."""
+    ours, nodes = student.shape[1:]
+    both = ours + teacher.shape[1]
+    return GRAM_GAIN * both * (both + ours) <= nodes * (both / 2 + ours)
+
+
+def _add_blocks(student: Tensor, teacher: Tensor, total: Tensor, gradient: Tensor | None) -> None:
+    """Add sum D^2 and S D, with D = S^T S - T^T T in blocks of rows.
+
+    D is symmetric: what lies right of a block's own square stands for its mirror image, too.
+    """
+    images, _, nodes = student.shape
+    rows = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * nodes))
+    for first in range(0, nodes, rows):
+        here, rest, after = (
+            slice(first, first + rows),
+            slice(first, None),
+            slice(first + rows, None),
+        )
+        # Two products of one kind: equal maps differ by exactly 0.
+        gap = student[:, :, here].mT @ student[:, :, rest]
+        gap -= teacher[:, :, here].mT @ teacher[:, :, rest]
+        total += 2 * gap.square().sum() - gap[:, :, :rows].square().sum()
+        if gradient is not None:
+            gradient[:, :, here] += student[:, :, rest] @ gap.mT
+            gradient[:, :, after] += student[:, :, here] @ gap[:, :, rows:]
+
+
+def _add_channel_products(
+    student: Tensor, teacher: Tensor, total: Tensor, gradient: Tensor | None
+) -> None:
+    """Add the same from products of channels: ||S S^T||^2 - 2 ||S T^T||^2 + ||T T^T||^2 and
+    (S S^T) S - (S T^T) T.
+
+    In float64: the difference of three large sums has few digits of float32 left, of TF32 none.
+    """
+    images, ours, nodes = student.shape
+    both = ours + teacher.shape[1]
+    width = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * both))
+    pieces = [slice(first, first + width) for first in range(0, nodes, width)]
+
+    def stacked(piece: slice) -> Tensor:
+        return torch.cat((student[:, :, piece], teacher[:, :, piece]), 1).double()
+
+    products = student.new_zeros(images, both, both, dtype=torch.float64)
+    for piece in pieces:
+        nodes_here = stacked(piece)
+        products += nodes_here @ nodes_here.mT
+    own, cross, theirs = (
+        products[:, :ours, :ours],
+        products[:, :ours, ours:],
+        products[:, ours:, ours:],
+    )
+    squares = own.square().sum() - 2 * cross.square().sum() + theirs.square().sum()
+    total += squares.clamp(min=0)
+    if gradient is not None:
+        signed = torch.cat((own, -cross), 2)
+        for piece in pieces:
+            gradient[:, :, piece] += signed @ stacked(piece)
+
+
+def similarity_gap(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over N, M, M of ( S^T S - T^T T )^2.
+
+    Args:
+        student, teacher: M node vectors, (N, C, M) float32; the C may differ. The teacher gets no
+            gradient.
+
+    No M x M map is held, but blocks of it, or products of channels where these are much cheaper.
+    Backward costs nothing: forward has made the gradient. Not differentiable twice.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        total = _SimilarityGap.apply(student, teacher)
+    return total / (student.shape[0] * student.shape[2] ** 2)
+
+
+# From features to nodes.
+
+
+def pool(features: Tensor, window: tuple[int, int], pooling: str = "max") -> Tensor:
+    """Return (N, C, h, w) pooled over windows side by side, those at the border cut."""
+    if pooling == "average":
+        return F.avg_pool2d(features.float(), window, ceil_mode=True)
+    return F.max_pool2d(features, window, ceil_mode=True)
+
+
+def unit_nodes(maps: Tensor, fixed_length: bool) -> Tensor:
+    """Return the positions of (N, C, h, w) as vectors of length 1, (N, C, h w) float32.
+
+    Args:
+        fixed_length: take the length for a constant in backward (the original; CIRKD does not).
+
+    A vector of length 0 stays 0 and passes no gradient: that of the published code overflows.
+    """
+    flat = maps.float().flatten(2)
+    length = flat.norm(dim=1, keepdim=True)
+    length = length.detach() + EPS if fixed_length else length
+    least = 2 * EPS if fixed_length else EPS
+    return torch.where(length > least, flat / length.clamp(min=EPS), 0.0)
+
+
+def pairwise_whole(
+    student: Tensor, teacher: Tensor, scale: float = 0.5, pooling: str = "max"
+) -> Tensor:
+    """Return the original pair-wise term of (N, C, h, w) features; the C may differ.
+
+    Args:
+        scale: height and width of a pooling window as a fraction of the map, rounded down.
+    """
+    student = match_grid(student, teacher)
+    height, width = (max(1, int(side * scale)) for side in teacher.shape[-2:])
+    maps = (pool(f, (height, width), pooling) for f in (student, teacher))
+    return similarity_gap(*(unit_nodes(m, fixed_length=True) for m in maps))
+
+
+def pairwise_local(student: Tensor, teacher: Tensor, window: int = 2) -> Tensor:
+    """Return CIRKD's pair-wise term: windows of fixed size, cosines with the whole gradient."""
+    student = match_grid(student, teacher)
+    maps = (pool(f, (window, window)) for f in (student, teacher))
+    return similarity_gap(*(unit_nodes(m, fixed_length=False) for m in maps))
+
+
+class SKDPlain(Method):
+    """SKD without its discriminator: the pixel-wise and the pair-wise term (row +Pi +Pa).
+
+    See ``skd`` for both equations. Weights 10 kd + 0.5 pairwise.
+    """
+
+    name = "skd:plain"
+    title = "Structured knowledge distillation, no discriminator"
+    paper = "CVPR 2019, arXiv 1903.04197"
+    family = "logit + relational"
+    taps = ("head", "logits")
+    weights = {"kd": 10.0, "pairwise": 0.5}
+    recipes = (
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
+            "structure-KD repository, row +Pi +Pa", gpus="1", baseline_miou=69.10, miou=71.78,
+        ),
+    )  # fmt: skip
+
+    scale: float = 0.5
+    pooling: str = "max"
+    kd_reduction: str = "soft_cross_entropy"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, {"pooling": POOLINGS, "kd_reduction": REDUCTIONS}, positive=("scale",))
+        if self.scale > 1:
+            raise UserError(f"method '{self.name}': scale must be at most 1, not {self.scale!r}")
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``kd`` and ``pairwise``."""
+        return {
+            "kd": pixel_kl(student.logits, teacher.logits, reduction=self.kd_reduction),
+            "pairwise": pairwise_whole(student.head, teacher.head, self.scale, self.pooling),
+        }
+
+
+class SKD(AdversarialMethod, SKDPlain):
+    """Structured knowledge distillation (Liu et al., CVPR 2019, arXiv 1903.04197), as coded.
+
+    Pixel-wise: L_pi = - 1 / (h w) sum_{n,p,c} p^T log p^S of the class probabilities p, T = 1; not
+    divided by N. Pair-wise: head features f are max-pooled to a few nodes, window = stride = half
+    the map rounded down, cut at the border (3 x 3 nodes from 65 x 65, 2 x 2 from 64 x 128);
+    v_i = f_i / (|f_i| + 1e-8) with |f_i| a constant in backward; a_ij = v_i . v_j;
+    L_pa = mean over N, i, j of ( a^S_ij - a^T_ij )^2. Holistic: adv = - mean D(z_S) with a
+    discriminator D of logits.
+
+    Weights 10 kd + 0.5 pairwise + 0.1 adv: the run script's. D is trained after the student's step
+    at weight 0.1: WGAN with gradient penalty 10 (0.1 x 10 = 1), SGD 4e-4, momentum 0.9, decay 5e-4,
+    its rate decaying with the student's.
+
+    The paper's text has average pooling and weight 10 for L_pa (``pooling = "average"``, weights
+    ``pairwise = 10``); its authors advise the code's values. ``scale`` is the window as a fraction
+    of the map; the granularities in the paper's ablation are not what its default gives. Where
+    grids differ the student's maps are resized bilinearly to the teacher's (kdprof's rule).
+    """
+
+    name = "skd"
+    title = "Structured knowledge distillation"
+    family = "logit + relational + adversarial"
+    weights = {"kd": 10.0, "pairwise": 0.5, "adv": 0.1}
+    auxiliary_weights = {"discriminator": 0.1, "gradient_penalty": 1.0}
+    auxiliary_decays = True
+    recipes = (
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
+            "structure-KD repository, row +Pi +Pa +Ho", gpus="1",
+            baseline_miou=69.10, miou=74.08,
+        ),
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 80_000, 8, (512, 1024),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
+            "BPKD's table, its authors' rerun (SKDS; which terms it keeps is not stated)",
+            gpus="4", baseline_miou=74.23, miou=76.13,
+        ),
+        Recipe(
+            "CamVid", None, "ESPNet", None, None, None, "not stated", "not stated",
+            "structure-KD repository", baseline_miou=57.8, miou=61.4,
+        ),
+    )  # fmt: skip
+
+    adversarial: ClassVar[str] = "wgan-gp"
+
+    def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the discriminator's SGD; the IFVD and CIRKD repositories use Adam."""
+        return torch.optim.SGD(parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4)
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``kd``, ``pairwise`` and ``adv``."""
+        terms = super().forward(student, teacher, labels)
+        return {**terms, "adv": self.adversarial_term(student, teacher)}
+
+
+class SKDCirkd(AdversarialMethod):
+    """SKD as CIRKD re-implements it, the one that most tables quote.
+
+    1 kd (KL per pixel) + 10 pairwise + 0.001 adv. The pair-wise term max-pools head features by
+    2 x 2 only: 2048 nodes at 512 x 1024, and compares their cosines, mean over N, i, j of
+    ( cos^S_ij - cos^T_ij )^2, with the gradient through the lengths. The discriminator is trained
+    with a hinge loss at weight 0.1 and no gradient penalty, by Adam 4e-4 (0.9, 0.99) at a constant
+    learning rate. Where grids differ the student's maps are resized bilinearly (kdprof's rule).
+    """
+
+    name = "skd:cirkd"
+    title = "Structured knowledge distillation (CIRKD's bundle)"
+    paper = "CVPR 2019, arXiv 1903.04197; bundle of arXiv 2204.06986"
+    family = "logit + relational + adversarial"
+    taps = ("head", "logits")
+    weights = {"kd": 1.0, "pairwise": 10.0, "adv": 0.001}
+    auxiliary_weights = {"discriminator": 0.1}
+    recipes = (
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
+            baseline_miou=74.21, miou=75.42,
+        ),
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9",
+            "CIRKD repository (mIoU recalled, not re-verified)", gpus="8 x 2",
+            baseline_miou=72.55, miou=73.29,
+        ),
+    )  # fmt: skip
+
+    window: int = 2
+    temperature: float = 1.0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, positive=("window", "temperature"))
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``kd``, ``pairwise`` and ``adv``."""
+        return {
+            "kd": pixel_kl(student.logits, teacher.logits, self.temperature),
+            "pairwise": pairwise_local(student.head, teacher.head, self.window),
+            "adv": self.adversarial_term(student, teacher),
+        }
