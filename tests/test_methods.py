@@ -14,7 +14,12 @@ from torch import nn
 from kdprof.errors import UserError
 from kdprof.measure.count import count_step, fake_tensors
 from kdprof.method import Method, NetworkInfo, Taps, builtin_methods, find_method
-from kdprof.methods._discriminator import Adversary, Discriminator, SpectralConv
+from kdprof.methods._discriminator import (
+    AdversarialMethod,
+    Adversary,
+    Discriminator,
+    SpectralConv,
+)
 from kdprof.methods.cwd import CWD, CWDCirkd, CWDFeature
 from kdprof.methods.fitnet import FitNet
 from kdprof.methods.ifvd import IFVDPlain, intra_class_variation
@@ -25,7 +30,7 @@ from kdprof.study import StepSettings
 CLASSES = 5
 NAMES = sorted(name for name, found in builtin_methods().items() if found.origin == "built-in")
 DISTILLING = [name for name in NAMES if find_method(name).cls.weights]
-ADVERSARIAL = [name for name in NAMES if find_method(name).cls.auxiliary_weights]
+ADVERSARIAL = [name for name in NAMES if issubclass(find_method(name).cls, AdversarialMethod)]
 few = settings(max_examples=15, deadline=None, derandomize=True)
 shapes = st.tuples(*(st.integers(1, top) for top in (3, 4, 5, 5)))
 seeds = st.integers(0, 2**16)
@@ -459,8 +464,12 @@ def test_declared_labels_matter(name):
     values = []
     for one in (labels, torch.zeros_like(labels)):
         torch.manual_seed(3)
-        values.append(weighted(method, copy.deepcopy(method)(student, teacher, one)))
-    assert values[0] != values[1]
+        fresh = copy.deepcopy(method)
+        terms = fresh(student, teacher, one)
+        if fresh.auxiliary() is not None:
+            terms |= fresh.auxiliary_forward(student.detach(), teacher, one)
+        values.append(torch.stack(list(terms.values())))
+    assert not torch.equal(*values)
 
 
 @pytest.mark.parametrize("name", DISTILLING)

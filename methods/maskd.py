@@ -1,0 +1,160 @@
+"""Masked distillation with receptive tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdprof.method import IGNORE, Method, NetworkInfo, Recipe, Taps
+from kdprof.methods._common import check_settings, match_grid
+
+
+def masked_distance(student: Tensor, teacher: Tensor, masks: Tensor) -> Tensor:
+    """Return 1/2 mean over n, t, c of [ sum_p m_tp^2 (s_cp - t_cp)^2 / (sum_p m_tp + 1e-5) ].
+
+    Args:
+        student, teacher: (N, C, h, w) logits of one grid.
+        masks: (N, T, h, w), 0 to 1.
+
+    Channels and masks meet in no product but a sum, so they are summed apart: nothing of
+    N x T x C x h x w is made.
+    """
+    error = (student.float() - teacher.float()).square().mean(1)
+    weight = (masks.square() / (masks.sum((2, 3), keepdim=True) + 1e-5)).mean(1)
+    return 0.5 * (weight * error).sum((1, 2)).mean()
+
+
+def overlap(masks: Tensor) -> Tensor:
+    """Return the mean Dice coefficient of two different masks of an image; 0 of a single mask.
+
+    2 <m_a, m_b> / (||m_a||^2 + ||m_b||^2 + 2e-12), over images and ordered pairs a != b.
+    """
+    flat = masks.flatten(2)
+    with torch.autocast(masks.device.type, enabled=False):
+        inner = flat @ flat.mT
+    square = flat.square().sum(2)
+    dice = 2 * inner / (square[:, :, None] + square[:, None] + 2e-12)
+    others = 1 - torch.eye(masks.shape[1], device=masks.device)
+    return (dice * others).sum() / (len(masks) * max(1, masks.shape[1] * (masks.shape[1] - 1)))
+
+
+def masked_logits(logits: Tensor, masks: Tensor) -> Tensor:
+    """Return the sum over masks of the masked logits, (N, C, h, w)."""
+    return logits.float() * masks.sum(1, keepdim=True)
+
+
+def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of logits resized to the labels (bilinear, aligned corners, as in
+    the authors' code), averaged over valid pixels; 0 where every pixel is void."""
+    resized = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=True)
+    total = F.cross_entropy(resized, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+class ReceptiveTokens(nn.Module):
+    """T vectors of C dimensions, N(0, 0.01^2); each masks positions by its product with logits."""
+
+    def __init__(self, tokens: int, channels: int):
+        super().__init__()
+        self.tokens = nn.Parameter(0.01 * torch.randn(tokens, channels))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return sigmoid(token . logits), (N, T, h, w), of (N, C, h, w)."""
+        images, _, height, width = logits.shape
+        with torch.autocast(logits.device.type, enabled=False):
+            product = self.tokens.float() @ logits.float().flatten(2)
+        return product.sigmoid().view(images, -1, height, width)
+
+
+class MasKD(Method):
+    """Masked distillation with receptive tokens (Huang et al., ICLR 2023, arXiv 2205.14589).
+
+    T = 8 tokens v_t mask the teacher's logits, m_t = sigmoid(v_t . z_T) at each position;
+    L = 1/2 mean over n, t, c of [ sum_p m_tp^2 (z_S - z_T)^2_cp / (sum_p m_tp + 1e-5) ]. On main
+    logits weight 1, on auxiliary logits 0.4 with the masks of the main ones. The mask is squared in
+    the numerator only, as in the authors' segmentation code. (The paper's detection form masks
+    features.) No label mask.
+
+    The tokens are learnt from the teacher and the labels alone: cross-entropy of z_T sum_t m_t plus
+    the mean Dice coefficient of two masks, weight 1 each, SGD 0.1, momentum 0.9, decay 1e-3. The
+    authors do that first, for 10 000 steps of 16 images with batch statistics in the teacher, and
+    then fix the tokens. A kdprof run has one stage, so here a second optimiser takes that step
+    after each of the student's, on the same batch and the teacher's running statistics, its rate
+    following the student's schedule: assumed. It shows as the step's auxiliary phase: the price of
+    masks is charged, and apart. Masks start at about 1/2 everywhere: a plain squared error. The
+    authors' 0.4 cross-entropy of auxiliary logits moves no token and is left out.
+
+    Grids that differ: the student's and the auxiliary logits are resized bilinearly to the grid of
+    the teacher's main logits (kdprof's rule).
+    """
+
+    name = "maskd"
+    title = "Masked distillation with receptive tokens"
+    paper = "ICLR 2023, arXiv 2205.14589"
+    family = "logit"
+    taps = ("logits", "aux", "labels")
+    weights = {"maskd": 1.0, "maskd_aux": 0.4}
+    auxiliary_weights = {"masked_task": 1.0, "overlap": 1.0}
+    auxiliary_decays = True
+    recipes = (
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
+            "MasKD repository, after 10k steps for the tokens (baseline: CIRKD)", gpus="8 x 2",
+            baseline_miou=72.55, miou=75.34,
+        ),
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
+            "MasKD repository, after 10k steps for the tokens (baseline: CIRKD)", gpus="8 x 2",
+            baseline_miou=74.21, miou=77.00,
+        ),
+        Recipe(
+            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-MobileNetV2", 40_000, 16, (512, 1024),
+            "SGD 0.02, momentum 0.9, wd 2e-4", "poly 0.9, floor 1e-4",
+            "MasKD repository, after 10k steps for the tokens (baseline: CIRKD)", gpus="8 x 2",
+            baseline_miou=73.12, miou=75.26,
+        ),
+    )  # fmt: skip
+
+    tokens: int = 8
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, positive=("tokens",))
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the tokens."""
+        self.masks = ReceptiveTokens(self.tokens, teacher.num_classes)
+        self.notes.append(
+            "maskd learns its tokens beside the student, in the auxiliary phase; the published "
+            "stage before it (10 000 steps of 16 images) is not run"
+        )
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        """Return ``maskd`` and ``maskd_aux``."""
+        with torch.no_grad():  # the tokens learn from their own terms only
+            masks = self.masks(teacher.logits)
+        teacher_aux = match_grid(teacher.aux, teacher.logits)
+        ours, ours_aux = (match_grid(z, teacher.logits) for z in (student.logits, student.aux))
+        return {
+            "maskd": masked_distance(ours, teacher.logits, masks),
+            "maskd_aux": masked_distance(ours_aux, teacher_aux, masks),
+        }
+
+    def auxiliary(self) -> nn.Module:
+        """Return the tokens."""
+        return self.masks
+
+    def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the published optimiser of the tokens."""
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+    def auxiliary_forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        """Return ``masked_task`` and ``overlap``, which train the tokens."""
+        masks = self.masks(teacher.logits)
+        task = resized_cross_entropy(masked_logits(teacher.logits, masks), labels)
+        return {"masked_task": task, "overlap": overlap(masks)}

@@ -1,0 +1,131 @@
+"""Masked generative distillation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdprof.errors import UserError
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods.cwd import channel_kl
+
+
+class Generator(nn.Module):
+    """Rebuilds the teacher's feature from a masked student's: A, mask, conv3x3, ReLU, conv3x3.
+
+    Args:
+        before, after: channels of the student and of the teacher. The 1x1 convolution A (with a
+            bias) is there only where they differ.
+    """
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.align = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+        self.rebuild = nn.Sequential(
+            nn.Conv2d(after, after, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1),
+        )
+
+    def error(self, student: Tensor, teacher: Tensor, uniform: Tensor, ratio: float) -> Tensor:
+        """Return the summed squared error of the rebuilt feature, divided by the images.
+
+        Args:
+            student, teacher: (N, C_S, h, w) and (N, C_T, h', w').
+            uniform: (N, 1, h', w') draws; a position is masked where its draw is above 1 - ratio.
+        """
+        aligned = match_grid(self.align(student), teacher)
+        # No division by the kept fraction, unlike dropout.
+        rebuilt = self.rebuild(aligned * (uniform <= 1 - ratio).to(aligned.dtype))
+        return F.mse_loss(rebuilt.float(), teacher.float(), reduction="sum") / len(teacher)
+
+
+class MGDFeature(Method):
+    """Masked generative distillation without its logit term (the repository's README figures).
+
+    See ``mgd`` for the equation.
+    """
+
+    name = "mgd:feature"
+    title = "Masked generative distillation (feature only)"
+    paper = "ECCV 2022, arXiv 2205.01529"
+    family = "feature"
+    taps = ("c5",)
+    weights = {"mgd": 2e-5}
+    recipes = (
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 16, (512, 512),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "MGD repository", gpus="8 x 2",
+            baseline_miou=69.85, miou=73.63,
+        ),
+    )  # fmt: skip
+
+    mask_ratio: float = 0.75
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self)
+        if not 0 <= self.mask_ratio <= 1:
+            raise UserError(
+                f"method '{self.name}': mask_ratio must be from 0 to 1, not {self.mask_ratio!r}"
+            )
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the generator."""
+        self.generator = Generator(student.channels["c5"], teacher.channels["c5"])
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``mgd``."""
+        images, _, height, width = teacher.c5.shape
+        uniform = torch.rand(images, 1, height, width, device=teacher.c5.device)
+        return {"mgd": self.generator.error(student.c5, teacher.c5, uniform, self.mask_ratio)}
+
+
+class MGD(MGDFeature):
+    """Masked generative distillation (Yang et al., ECCV 2022, arXiv 2205.01529), with logits.
+
+    L = 1 / N sum over N, C_T, h, w of ( G( m * A f_S ) - f_T )^2, with f the last backbone stage
+    (c5), A a 1x1 convolution C_S -> C_T with bias (none where C_S = C_T), G conv3x3 - ReLU -
+    conv3x3 with biases and m in {0, 1} one draw for each position, shared by the channels, 0 with
+    probability ``mask_ratio`` = 0.75, fresh at every step. Weight 2e-5: of a sum, not a mean. A
+    and G are trained with the student.
+
+    The released segmentation configurations add ``cwd`` on logits, T = 4, weight 3, and that is
+    this bundle; tables rarely say which is meant. ``mgd:feature`` is without. From R18 to R101 the
+    extras are 77 M parameters and 627 GMAC forward for a 512 x 1024 image, more than the teacher.
+    No label mask. The adapted student is resized bilinearly where grids differ (kdprof's rule).
+
+    The paper's "512x1024" crop and "80k" teacher are typos according to its authors.
+    """
+
+    name = "mgd"
+    title = "Masked generative distillation"
+    family = "feature + logit"
+    taps = ("c5", "logits")
+    weights = {"mgd": 2e-5, "cwd": 3.0}
+    recipes = (
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 16, (512, 512),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "the paper, with logits", gpus="8 x 2",
+            baseline_miou=69.85, miou=74.10,
+        ),
+        Recipe(
+            "Cityscapes", "PSPNet-R101", "DeepLabV3-R18", 40_000, 16, (512, 512),
+            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
+            "MGD repository, whose configuration has the logits", gpus="8 x 2",
+            baseline_miou=73.20, miou=76.31,
+        ),
+    )  # fmt: skip
+
+    temperature: float = 4.0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, positive=("temperature",))
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return ``mgd`` and ``cwd``."""
+        terms = super().forward(student, teacher, labels)
+        return {**terms, "cwd": channel_kl(student.logits, teacher.logits, self.temperature)}
