@@ -30,7 +30,12 @@ FEATURE_TAPS = ("logits", "aux", "head", "c2", "c3", "c4", "c5")
 """What a network can be read at: logits and auxiliary logits at head resolution (before any
 resize), the input of the last 1x1 classifier (after its dropout), and the backbone stages."""
 
-TAPS = (*FEATURE_TAPS, "labels")
+PARAMETER_TAPS = ("classifier",)
+"""Parameters that an objective may read and train through: the (classes, C, 1, 1) weight of the
+1x1 classifier, C the channels of ``head``."""
+
+NETWORK_TAPS = (*FEATURE_TAPS, *PARAMETER_TAPS)
+TAPS = (*NETWORK_TAPS, "labels")
 IGNORE = 255
 """The label value of pixels that belong to no class, in every data set kdprof reads."""
 
@@ -38,8 +43,9 @@ IGNORE = 255
 class Taps:
     """The tensors a method asked for, as attributes: ``student.logits``, ``teacher.head``, ...
 
-    Shapes are (N, C, h, w). Reading a tap that the method did not declare raises, because an
-    undeclared tap would be computed for one method and paid for by nobody.
+    Maps are (N, C, h, w), see :data:`PARAMETER_TAPS` for what is no map. Reading a tap that the
+    method did not declare raises, because an undeclared tap would be computed for one method and
+    paid for by nobody.
     """
 
     def __init__(self, **maps: Tensor):
@@ -63,6 +69,9 @@ class NetworkInfo:
     """Channels of each tap."""
     stride: Mapping[str, int]
     """Input pixels per output position, for each tap."""
+    background: bool = False
+    """Whether class 0 is the background of a class-incremental scenario: every pixel that the
+    other classes do not claim."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,12 @@ class Method(nn.Module):
     """Published weight of every term that ``forward`` returns."""
     auxiliary_weights: Mapping[str, float] = {}
     """Weight of every term that ``auxiliary_forward`` returns."""
+    incremental: ClassVar[bool] = False
+    """Whether the objective reads the classes that a teacher of fewer classes lacks. Any other
+    method sees the shared classes only: the first channels of the student's logits, and labels in
+    which the new classes are void."""
+    replaces_task_loss: ClassVar[bool] = False
+    """Whether the terms take the place of the cross-entropy of the student's logits."""
     auxiliary_decays: ClassVar[bool] = False
     """Whether the auxiliary optimiser's learning rate follows the student's schedule."""
     recipes: ClassVar[tuple[Recipe, ...]] = ()
@@ -194,6 +209,11 @@ class Method(nn.Module):
         """Return the unweighted terms, each a scalar. ``labels`` is (N, H, W) int64 at crop size,
         :data:`IGNORE` where void, and None unless ``labels`` is among the taps."""
         raise NotImplementedError
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Return what the prediction is the argmax of, (N, C, h, w), given the student's logits;
+        the logits themselves unless the method trains them to mean something else."""
+        return logits
 
     def auxiliary(self) -> nn.Module | None:
         """Return what a second optimiser trains (a discriminator); its parameters are left out of

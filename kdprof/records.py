@@ -263,6 +263,8 @@ class Run(Record):
     miou: float | None
     """Of the last iterate, over the classes present in the validation labels; a fraction."""
     miou_per_class: dict[str, float | None] | None
+    miou_of: dict[str, float | None] = {}
+    """Over groups of classes: old and new in a class-incremental scenario, else none."""
     best_miou: float | None
     """Best of the evaluations made; biased upwards, reported but never compared."""
     train_s: Spent

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,18 @@ import torch
 
 from kdprof.budget import parse_budget
 from kdprof.data import Augmentation, Batches, Decoded, SegmentationData, open_data
+from kdprof.data.scenario import Scenario
 from kdprof.device import configure_backends, find_device, versions
 from kdprof.errors import UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
-from kdprof.method import Found, Method, builtin_methods, find_method, source_hash
+from kdprof.method import (
+    Found,
+    Method,
+    NetworkInfo,
+    builtin_methods,
+    find_method,
+    source_hash,
+)
 from kdprof.models import SegmentationNetwork, build, parse_name
 from kdprof.records import REFERENCE
 from kdprof.step import TrainStep
@@ -45,12 +54,19 @@ class ResolvedStudy:
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
             _checked(problems, lambda name=network: parse_name(name), None)
-        self.train_data = _checked(problems, lambda: self._open("train"), None)
-        self.val_data = (
-            _checked(problems, lambda: self._open("val"), None) if not problems else None
-        )
+        _checked(problems, self._check_teacher_method, None)
+        train = _checked(problems, lambda: self._open("train"), None)
+        val = _checked(problems, lambda: self._open("val"), None) if not problems else None
+        self.scenario = _checked(problems, lambda: self._scenario(train), None) if train else None
         if problems:
             raise UserError(*dict.fromkeys(problems))
+        self.train_data = self.teacher_train_data = train
+        self.val_data = self.teacher_val_data = val
+        if self.scenario:
+            self.train_data = self.scenario.view(train, "student", training=True)
+            self.val_data = self.scenario.view(val, "student", training=False)
+            self.teacher_train_data = self.scenario.view(train, "teacher", training=True)
+            self.teacher_val_data = self.scenario.view(val, "teacher", training=False)
         self._check_crop()
         configure_backends(self.device, study.step.precision)
 
@@ -87,6 +103,29 @@ class ResolvedStudy:
                 problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
 
+    def _check_teacher_method(self) -> None:
+        """Find what the teacher is trained with.
+
+        Raises:
+            UserError: no such method, or one that reads a teacher itself.
+        """
+        name = self.study.teacher_training.method
+        if find_method(name).cls.needs_teacher():
+            raise UserError(
+                f"teacher_training.method: '{name}' reads a teacher itself; use {REFERENCE}"
+            )
+
+    def _scenario(self, data: SegmentationData) -> Scenario | None:
+        settings, study = self.study.scenario, self.study
+        if settings is None:
+            return None
+        if settings.initialise == "teacher" and study.student != study.teacher:
+            raise UserError(
+                f"scenario: a {study.student} cannot start as the teacher, a {study.teacher}; use "
+                'the same network for both, or set scenario.initialise = "fresh"'
+            )
+        return Scenario.of(settings, data.class_names)
+
     def _budget_methods(self) -> list[str]:
         budgets = [parse_budget(text) for text in self.study.budgets]
         return [budget.method for budget in budgets if budget.method]
@@ -115,13 +154,15 @@ class ResolvedStudy:
     @cached_property
     def teacher_shapes(self) -> SegmentationNetwork:
         """The teacher with random weights, on the CPU: what shapes and costs need."""
-        return build(self.study.teacher, self.train_data.num_classes)
+        return build(self.study.teacher, self.teacher_train_data.num_classes)
 
     @cached_property
     def _visited_data(self) -> SegmentationData:
         """The training images as batches visit them."""
-        in_memory = self.study.data_settings.in_memory
-        return Decoded(self.train_data) if in_memory else self.train_data
+        return self._visited(self.train_data)
+
+    def _visited(self, data: SegmentationData) -> SegmentationData:
+        return Decoded(data) if self.study.data_settings.in_memory else data
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -136,22 +177,31 @@ class ResolvedStudy:
     def student(self, seed: int) -> SegmentationNetwork:
         """Return a fresh student; its initialisation depends on the seed alone, not the method."""
         torch.manual_seed(seed)
-        return self._fresh(self.study.student, self.study.student_backbone_weights)
+        weights = self.study.student_backbone_weights
+        return build(self.study.student, self.train_data.num_classes, backbone_weights=weights)
 
     def teacher(self) -> SegmentationNetwork:
         """Return a fresh, untrained teacher."""
         torch.manual_seed(0)
-        return self._fresh(self.study.teacher, self.study.teacher_backbone_weights)
+        weights, classes = self.study.teacher_backbone_weights, self.teacher_train_data.num_classes
+        return build(self.study.teacher, classes, backbone_weights=weights)
 
-    def _fresh(self, name: str, weights: str) -> SegmentationNetwork:
-        return build(name, self.train_data.num_classes, backbone_weights=weights)
+    @property
+    def starts_as_teacher(self) -> bool:
+        """Whether every student of this study is a teacher that grew."""
+        settings = self.study.scenario
+        return settings is not None and settings.initialise == "teacher"
 
     def method(self, name: str) -> Method:
         """Return a fresh method, built for this study's networks."""
         method = self.methods[name].cls(**self.study.method_settings.get(name, {}))
-        teacher = self.teacher_shapes.info if method.needs_teacher() else None
+        background = self.scenario is not None and self.scenario.background
+        student = replace(self._student_shapes.info, background=background)
+        teacher = replace(self.teacher_shapes.info, background=background)
+        if not method.incremental:
+            student = _of_classes(student, teacher.num_classes)
         torch.manual_seed(1)
-        method.build(self._student_shapes.info, teacher)
+        method.build(student, teacher if method.needs_teacher() else None)
         return method
 
     def step(
@@ -165,13 +215,18 @@ class ResolvedStudy:
         student: SegmentationNetwork | None = None,
     ) -> TrainStep:
         """Return the step of a method: fresh extras, the given teacher, a fresh student unless one
-        is given, on the device already.
+        is given, on the device already. In a scenario where students start as the teacher, a fresh
+        one is the given teacher, grown.
 
         ``iterations`` is the run's length; a step that is only measured has none of its own.
         """
         device = device or self.device
+        if student is None:
+            student = self._placed(self.student(seed), device)
+            if self.starts_as_teacher and teacher is not None:
+                student.inherit(teacher, background=self.scenario.background)
         return TrainStep(
-            student=student or self._placed(self.student(seed), device),
+            student=student,
             teacher=teacher if self.methods[name].cls.needs_teacher() else None,
             method=self.method(name).to(device),
             settings=self.study.step,
@@ -187,12 +242,18 @@ class ResolvedStudy:
         return TrainStep(
             student=self._placed(self.teacher(), self.device),
             teacher=None,
-            method=self.methods[REFERENCE].cls(),
+            method=self._teacher_method(),
             settings=self.study.step.model_copy(update={"learning_rate": rate}),
             iterations=training.iterations,
             seed=0,
             device=self.device,
         )
+
+    def _teacher_method(self) -> Method:
+        method = find_method(self.study.teacher_training.method).cls()
+        background = self.scenario is not None and self.scenario.background
+        method.build(replace(self.teacher_shapes.info, background=background), None)
+        return method.to(self.device)
 
     def _placed(self, network: SegmentationNetwork, device: torch.device) -> SegmentationNetwork:
         channels_last = self.study.step.channels_last
@@ -205,6 +266,15 @@ class ResolvedStudy:
 
     def batches(self, seed: int) -> Batches:
         """Return the training batches of a seed: the same for every method."""
+        return self._batches(self._visited_data, seed)
+
+    def teacher_batches(self) -> Batches:
+        """Return the batches that the teacher is trained on."""
+        same = self.teacher_train_data is self.train_data
+        data = self._visited_data if same else self._visited(self.teacher_train_data)
+        return self._batches(data, seed=0)
+
+    def _batches(self, data: SegmentationData, seed: int) -> Batches:
         settings = self.study.data_settings
         augmentation = Augmentation(
             crop=self.study.step.crop,
@@ -213,7 +283,7 @@ class ResolvedStudy:
             photometric=settings.photometric,
         )
         return Batches(
-            self._visited_data,
+            data,
             seed=seed,
             batch=self.study.step.batch,
             augmentation=augmentation,
@@ -223,12 +293,15 @@ class ResolvedStudy:
     def cost_settings(self, name: str) -> dict[str, Any]:
         """Return everything of the study that changes what a method's step costs."""
         found = self.methods[name]
-        settings = self.study.method_settings.get(name, {})
+        settings, scenario = self.study.method_settings.get(name, {}), self.study.scenario
+        reads_teacher = found.cls.needs_teacher()
         return {
             "student": self.study.student,
-            "teacher": self.study.teacher if found.cls.needs_teacher() else None,
+            "teacher": self.study.teacher if reads_teacher else None,
             "data": self.train_data.name,
             "classes": self.train_data.num_classes,
+            "teacher_classes": self.teacher_train_data.num_classes if reads_teacher else None,
+            "scenario": scenario.model_dump(mode="json") if scenario else None,
             "data_settings": self.study.data_settings.model_dump(mode="json"),
             "step": self.study.step.model_dump(mode="json"),
             "method": found.cls(**settings).settings(),
@@ -239,6 +312,12 @@ class ResolvedStudy:
         """Return the hash under which the Cost of a method is stored."""
         content = [self.cost_settings(name), self.hardware.name, versions(), _engine_sha256()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _of_classes(info: NetworkInfo, classes: int) -> NetworkInfo:
+    """Return what a method that only sees the first classes of a network may know of it."""
+    channels = dict(info.channels, logits=classes, aux=classes)
+    return replace(info, num_classes=classes, channels=channels)
 
 
 def _engine_sha256() -> str:

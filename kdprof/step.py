@@ -101,6 +101,14 @@ def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.
     return optimizer
 
 
+def _shared_classes(student: nn.Module, teacher: nn.Module | None, method: Method) -> int | None:
+    """Return how many classes a method is shown; None = all of the student's."""
+    if teacher is None or method.incremental:
+        return None
+    classes = teacher.info.num_classes
+    return classes if classes < student.info.num_classes else None
+
+
 class TrainStep:
     """One optimisation step of ``student`` under ``method``.
 
@@ -130,6 +138,7 @@ class TrainStep:
         self._student_taps += [t for t in method.student_taps() if t not in self._student_taps]
         self._teacher_taps = method.read_of_teacher()
         self._labels_read = "labels" in method.taps
+        self._shared_classes = _shared_classes(student, teacher, method)
         self._optimizer = _sgd([*student.parameters(), *method.extra_parameters()], settings)
         self._auxiliary_optimizer = self._build_auxiliary()
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -213,7 +222,9 @@ class TrainStep:
 
     def _task(self, cut: Taps, labels: Tensor) -> dict[str, Tensor]:
         align = self.student.align_corners
-        losses = {"task": task_loss(cut.logits, labels, align)}
+        losses = {}
+        if not self.method.replaces_task_loss:
+            losses["task"] = task_loss(cut.logits, labels, align)
         weights = {"task": 1.0}
         if self.settings.aux_weight:
             losses["task_aux"] = task_loss(cut.aux, labels, align)
@@ -222,10 +233,22 @@ class TrainStep:
         return losses
 
     def _objective(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        declared = self.method.student_taps()
-        student = Taps(**{tap: getattr(cut, tap) for tap in declared})
+        student, labels = self._shown(cut, labels)
         with self.autocast():
-            return self.method(student, teacher, labels if self._labels_read else None)
+            return self.method(student, teacher, labels)
+
+    def _shown(self, cut: Taps, labels: Tensor) -> tuple[Taps, Tensor | None]:
+        """Return what the method declared; of a teacher with fewer classes the shared ones, unless
+        the method is made for that."""
+        student = {tap: getattr(cut, tap) for tap in self.method.student_taps()}
+        if self._shared_classes is not None:
+            per_class = {"logits", "aux", "classifier"}
+            for tap in per_class & student.keys():
+                axis = 0 if tap == "classifier" else 1
+                student[tap] = student[tap].narrow(axis, 0, self._shared_classes)
+            # IGNORE is above every class, and stays itself.
+            labels = labels.masked_fill(labels >= self._shared_classes, IGNORE)
+        return Taps(**student), labels if self._labels_read else None
 
     def _backward(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
         for term in terms:
@@ -249,12 +272,9 @@ class TrainStep:
     def _auxiliary_step(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         if self._auxiliary_optimizer is None:
             return {}
-        declared = self.method.student_taps()
-        student = Taps(**{tap: getattr(cut, tap).detach() for tap in declared})
+        student, labels = self._shown(cut, labels)
         with self.autocast():
-            terms = self.method.auxiliary_forward(
-                student, teacher, labels if self._labels_read else None
-            )
+            terms = self.method.auxiliary_forward(student.detach(), teacher, labels)
         weights = self.method.auxiliary_weights
         # Unscaled: a gradient penalty differentiates twice, and the scale would enter squared.
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -92,12 +92,37 @@ class DataSettings(Section):
         return value
 
 
+ADDED, NO_BACKGROUND = "added", "none"
+
+
+class ScenarioSettings(Section):
+    """The class-incremental scenario: a teacher that knows the old classes only, and a student
+    that learns the new ones beside them."""
+
+    new: Annotated[list[str], Field(min_length=1)]
+    """Classes that the student learns, by the data set's names."""
+    old: list[str] = []
+    """Classes that the teacher knows; empty = all that are neither new nor background. Classes of
+    neither list are unknown to both."""
+    setting: Literal["overlapped", "disjoint", "sequential"] = "overlapped"
+    """overlapped: images show a class of the step, whatever else; disjoint: and no class still to
+    come; sequential: as disjoint, and the student's labels hold the old classes too."""
+    background: str = ADDED
+    """What pixels of unlabelled classes are: the data set's class of that name, ``added`` for a
+    background class that it lacks, or ``none`` to leave them void."""
+    initialise: Literal["teacher", "fresh"] = "teacher"
+    """teacher: the student starts as the teacher, of the same architecture, its new classes as the
+    background where there is one; fresh: as it would without a scenario."""
+
+
 class TeacherSettings(Section):
     """How the teacher is trained, once per study, with the study's step settings."""
 
     iterations: int = Field(40_000, ge=1)
     learning_rate: float | None = Field(None, gt=0)
     """None = the step's."""
+    method: str = "none"
+    """The objective it is trained with; one that reads no teacher."""
 
 
 class EvaluationSettings(Section):
@@ -143,6 +168,8 @@ class Study(Section):
     budgets: list[str] = []
     seeds: int = Field(1, ge=1)
     """Runs per (method, budget): seeds 0, 1, ..."""
+    scenario: ScenarioSettings | None = None
+    """None: teacher and student learn the same classes."""
     step: StepSettings = StepSettings()
     data_settings: DataSettings = DataSettings()
     teacher_training: TeacherSettings = TeacherSettings()
@@ -259,7 +286,8 @@ def _explain(origin: str, error: Any) -> str:
 def _fields_at(path: list[str]) -> list[str]:
     model: type[BaseModel] = Study
     for part in path:
-        model = model.model_fields[part].annotation  # type: ignore[assignment]
+        annotation = model.model_fields[part].annotation
+        model = next((t for t in get_args(annotation) if t is not type(None)), annotation)
     return list(model.model_fields)
 
 
@@ -300,7 +328,7 @@ def claim_folder(file: Path, study: Study) -> None:
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key, value in there.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(here[key], dict):
             found += _differences(value, here[key], f"{prefix}{key}.")
         elif value != here[key]:
             found.append(f"{prefix}{key} is {value!r} there, {here[key]!r} here")

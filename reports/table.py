@@ -59,6 +59,8 @@ class Row:
     """Whether the Costs the runs were planned with are; None where none is stored."""
     drifted: bool
     """Whether a single run is more than 2 % off its planned seconds."""
+    groups_percent: dict[str, Estimate] = field(default_factory=dict)
+    """mIoU over groups of classes: old and new in a class-incremental scenario."""
     missing: dict[str, str] = field(default_factory=dict)
     """Why a field is None."""
 
@@ -116,8 +118,19 @@ def _row(results: Results, group: list[Run]) -> Row:
         latency_ratio=_latency_ratio(results.cost_of(group[-1]), missing),
         reliable=all(cost.reliable for cost in costs) if costs else None,
         drifted=any(map(drifted, group)),
+        groups_percent=_groups(group),
         missing=missing,
     )
+
+
+def _groups(group: list[Run]) -> dict[str, Estimate]:
+    """Return the mIoU of each group of classes that every run's labels show."""
+    scores = {name: [run.miou_of.get(name) for run in group] for name in group[0].miou_of}
+    return {
+        name: Estimate(*mean_interval([100 * miou for miou in found]))
+        for name, found in scores.items()
+        if None not in found
+    }
 
 
 def matched(run: Run) -> str:
@@ -228,6 +241,7 @@ def _cells(row: Row, compact: bool) -> dict[str, str]:
         "method": row.method + marks,
         "#" if compact else "rank": str(row.rank),
         "mIoU %": row.miou_percent.plus_minus(2),
+        **{f"{name} %": found.plus_minus(2) for name, found in row.groups_percent.items()},
         f"vs {BASELINE}": delta.plus_minus(2, signed=True) if delta else MISSING,
         "seeds": str(row.seeds),
         "iter." if compact else "iterations": f"{row.iterations:,}",
@@ -245,6 +259,11 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {BASELINE}' is in "
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
+    if any(row.groups_percent for row in made):
+        found.append(
+            "old: mIoU over the classes that the teacher knows, the background among them; new: "
+            "over those that the student learned beside them."
+        )
     if single := [f"{row.method} {row.budget}" for row in made if row.seeds == 1]:
         every = len(single) == len(made)
         found.append(f"One seed, so no interval: {'all' if every else ', '.join(single)}.")
@@ -302,7 +321,7 @@ def _csv(made: Sequence[Row]) -> str:
 def _flat(row: Row) -> dict[str, str]:
     estimates = {"miou_percent", "delta_points", "latency_ratio"}
     flat: dict[str, str] = {}
-    for name in (f.name for f in fields(row) if f.name != "missing"):
+    for name in (f.name for f in fields(row) if f.name not in ("missing", "groups_percent")):
         value = getattr(row, name)
         if name in estimates:
             for part in ("value", "low", "high"):
@@ -310,6 +329,8 @@ def _flat(row: Row) -> dict[str, str]:
                 flat[column] = _plain(getattr(value, part, None))
         else:
             flat[name] = _plain(value)
+    for name, found in row.groups_percent.items():
+        flat[f"miou_{name}_percent"] = _plain(found.value)
     flat["missing"] = "; ".join(f"{name}: {reason}" for name, reason in row.missing.items())
     return flat
 

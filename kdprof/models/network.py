@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdprof.errors import unknown
-from kdprof.method import FEATURE_TAPS, NetworkInfo, Taps
+from kdprof.method import NETWORK_TAPS, NetworkInfo, Taps
 from kdprof.models.backbone import OUTPUT_STRIDE, Backbone
 from kdprof.models.heads import ASPPHead, FCNHead, PSPHead
 
@@ -52,7 +52,7 @@ class SegmentationNetwork(nn.Module):
         )
 
     def forward(self, images: Tensor, taps: Collection[str]) -> Taps:
-        """Return exactly the maps named in ``taps`` (of :data:`kdprof.method.FEATURE_TAPS`).
+        """Return exactly what ``taps`` names (of :data:`kdprof.method.NETWORK_TAPS`).
 
         ``images`` are RGB, (N, 3, H, W), uint8 or float in 0..255. Each map is (N, C, h, w) with C
         and the stride as in :attr:`info`; logits are not resized. No head, and no later stage of a
@@ -62,9 +62,9 @@ class SegmentationNetwork(nn.Module):
             ValueError: a tap that no network has.
         """
         for tap in taps:
-            if tap not in FEATURE_TAPS:
-                raise ValueError(unknown("tap", tap, FEATURE_TAPS))
-        stages = {READ_BY.get(tap, tap) for tap in taps}
+            if tap not in NETWORK_TAPS:
+                raise ValueError(unknown("tap", tap, NETWORK_TAPS))
+        stages = {READ_BY.get(tap, tap) for tap in taps if tap != "classifier"}
         maps = self.backbone((images - self.mean) / self.std, stages)
         found = {tap: maps[tap] for tap in taps if tap in maps}
         if "aux" in taps:
@@ -75,7 +75,26 @@ class SegmentationNetwork(nn.Module):
                 found["head"] = head
             if "logits" in taps:
                 found["logits"] = self.decode_head.conv_seg(head)
+        if "classifier" in taps:
+            found["classifier"] = self.decode_head.conv_seg.weight
         return Taps(**found)
+
+    @torch.no_grad()
+    def inherit(self, smaller: SegmentationNetwork, *, background: bool) -> None:
+        """Become a network of the same architecture that knows only this one's first classes.
+
+        The classes it lacks start as its background, class 0, where it has one (they were part of
+        it until now); else they stay as they are.
+        """
+        theirs = smaller.state_dict()
+        for name, mine in self.state_dict().items():
+            known = theirs[name]
+            if known.shape == mine.shape:
+                mine.copy_(known)
+                continue
+            mine[: len(known)] = known
+            if background:
+                mine[len(known) :] = known[:1]
 
     def check_input(self, batch: int, crop: tuple[int, int], training: bool) -> str | None:
         """Say in one line what keeps this network from taking such a batch; None if nothing does.

@@ -79,7 +79,9 @@ def train(
     summary.skipped = len(cells) - len(waiting)
     if not waiting:
         return summary
-    needs_teacher = any(study.methods[cell.method].cls.needs_teacher() for cell in waiting)
+    needs_teacher = study.starts_as_teacher or any(
+        study.methods[cell.method].cls.needs_teacher() for cell in waiting
+    )
     teacher = trained_teacher(study, store, progress) if needs_teacher else None
     for number, cell in enumerate(waiting, 1):
         label = f"[{number}/{len(waiting)}] {cell.method} {cell.budget} seed {cell.seed}"
@@ -201,6 +203,7 @@ def _train_cell(
             study.val_data,
             study.study.evaluation,
             None if cost.flop is None else cost.flop.total,
+            study.scenario.groups() if study.scenario else {},
         )
         return training.train(progress, label)
 
@@ -248,8 +251,9 @@ def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> S
         if run is None or not run.finished:
             iterations = study.study.teacher_training.iterations
             run = run or _new_run(study, TEACHER, str(iterations), 0, iterations, None, None)
-            batches, settings = study.batches(0), study.study.evaluation
-            training = TrainingRun(folder, run, step, batches, study.val_data, settings, None)
+            batches, settings = study.teacher_batches(), study.study.evaluation
+            data = study.teacher_val_data
+            training = TrainingRun(folder, run, step, batches, data, settings, None)
             run = training.train(progress, "teacher")
             progress.say(f"teacher: {_outcome(run)}")
             return step.student

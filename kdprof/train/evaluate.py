@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,12 @@ def scores(confusion: Tensor) -> Scores:
     return Scores(float(iou[present].mean()), per_class)
 
 
+def mean_iou(per_class: Iterable[float | None]) -> float | None:
+    """Return the mean over the classes that the labels show; None where they show none."""
+    found = [iou for iou in per_class if iou is not None]
+    return sum(found) / len(found) if found else None
+
+
 @torch.no_grad()
 def evaluate(
     network: SegmentationNetwork,
@@ -52,8 +59,11 @@ def evaluate(
     *,
     batch: int,
     autocast: torch.autocast,
+    decide: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Return the scores of a network over whole images at their own size.
+
+    ``decide`` turns logits into what the prediction is the argmax of, where that is not the logits.
 
     The network is left in training mode, as a run needs it.
     """
@@ -68,6 +78,8 @@ def evaluate(
             mode="bilinear",
             align_corners=network.align_corners,
         )
+        if decide is not None:
+            resized = decide(resized)
         total += confusion_matrix(resized.argmax(1), labels.to(device), data.num_classes)
     network.train()
     return scores(total)

@@ -6,10 +6,10 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TypeVar
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from kdprof.step import TrainStep
 from kdprof.store import RunFolder, append_line, write_atomic, write_record
 from kdprof.study import EvaluationSettings
 from kdprof.train import checkpoint
-from kdprof.train.evaluate import evaluate
+from kdprof.train.evaluate import evaluate, mean_iou
 
 CHECKPOINT_EVERY_S = 600.0
 AnyEntry = TypeVar("AnyEntry", CurvePoint, LedgerEntry)
@@ -68,10 +68,12 @@ class TrainingRun:
         val_data: SegmentationData,
         settings: EvaluationSettings,
         flop_per_iteration: float | None,
+        class_groups: Mapping[str, Collection[str]] = MappingProxyType({}),
     ):
         self.folder, self.run, self.step = folder, run, step
         self.batches, self.val_data, self.settings = batches, val_data, settings
         self.flop_per_iteration = flop_per_iteration
+        self.class_groups = class_groups
         self.done = 0
         self.losses: dict[str, float] = {}
         """Unweighted terms of the last step that was waited for."""
@@ -185,6 +187,7 @@ class TrainingRun:
             self.step.device,
             batch=self.settings.batch,
             autocast=self.step.autocast(),
+            decide=self.step.method.decide,
         )
         seconds = time.perf_counter() - began
         point = CurvePoint(
@@ -197,11 +200,15 @@ class TrainingRun:
         append_line(self.folder.curve, point)
         self._evaluated.add(self.done)
         self._book("eval", seconds)
-        names = self.val_data.class_names
+        per_class = dict(zip(self.val_data.class_names, found.per_class, strict=True))
         self.run = self.run.model_copy(
             update={
                 "miou": found.miou,
-                "miou_per_class": dict(zip(names, found.per_class, strict=True)),
+                "miou_per_class": per_class,
+                "miou_of": {
+                    group: mean_iou(per_class[name] for name in names)
+                    for group, names in self.class_groups.items()
+                },
                 "best_miou": max(found.miou, self.run.best_miou or 0.0),
             }
         )

@@ -1,0 +1,210 @@
+"""The class-incremental scenario: which images and labels a step of learning sees.
+
+The teacher is the model before the new classes were added. Its classes come first, so that class i
+is the same class for both networks: the background (where there is one), the old classes, and for
+the student the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdprof.data.dataset import SegmentationData
+from kdprof.errors import UserError, unknown
+from kdprof.method import IGNORE
+from kdprof.study import ADDED, NO_BACKGROUND, ScenarioSettings
+
+Role = Literal["teacher", "student"]
+BACKGROUND = "background"
+"""What a background that the scenario adds is called."""
+_GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A class-incremental scenario on the classes of a data set.
+
+    Attributes:
+        classes: the student's, in order; the teacher has the first ``len(shared)``.
+        shared: the teacher's, the background among them.
+        new: what the student learns beside them.
+        background: whether class 0 is the background.
+    """
+
+    setting: str
+    shared: tuple[str, ...]
+    new: tuple[str, ...]
+    background: bool
+    in_data: tuple[str, ...]
+    """The data set's own classes, in its order."""
+
+    @classmethod
+    def of(cls, settings: ScenarioSettings, in_data: tuple[str, ...]) -> Scenario:
+        """Return the scenario that ``settings`` describes on a data set's classes.
+
+        Raises:
+            UserError: whatever does not fit the data set; all of it at once.
+        """
+        own = settings.background not in (ADDED, NO_BACKGROUND)
+        base = [settings.background] if own else []
+        named = [*settings.old, *settings.new, *base]
+        problems = [unknown("class", name, in_data) for name in named if name not in in_data]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        problems += [f"class '{name}' is named twice; leave one" for name in twice]
+        if settings.background == ADDED and BACKGROUND in in_data:
+            problems.append(
+                f"the data set has a class '{BACKGROUND}'; set background = \"{BACKGROUND}\""
+            )
+        old = settings.old or [name for name in in_data if name not in (*settings.new, *base)]
+        if not old:
+            problems.append("no old class is left for the teacher; name fewer new ones")
+        if problems:
+            raise UserError(*(f"scenario: {problem}" for problem in problems))
+        first = base or ([BACKGROUND] if settings.background == ADDED else [])
+        return cls(
+            setting=settings.setting,
+            shared=(*first, *old),
+            new=tuple(settings.new),
+            background=bool(first),
+            in_data=in_data,
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the student's classes, in order."""
+        return (*self.shared, *self.new)
+
+    @property
+    def old(self) -> tuple[str, ...]:
+        """Return the teacher's classes without the background."""
+        return self.shared[self.background :]
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Return the classes over which mIoU is reported beside that over all of them; the
+        background counts among the old ones, which the teacher knew it with."""
+        return {"old": self.shared, "new": self.new}
+
+    def view(self, data: SegmentationData, role: Role, *, training: bool) -> Relabelled:
+        """Return what a network learns from, or is evaluated on.
+
+        Training labels hold the classes of the step alone (the teacher's old ones; the student's
+        new ones, in the sequential setting the old ones too): every other pixel is background, or
+        void without one. Training images of the overlapped setting show at least one class of the
+        step; in the others, moreover, none that is still to come. Evaluation is on all images,
+        where classes that the network cannot know are void.
+        """
+        classes = self.shared if role == "teacher" else self.classes
+        if not training:
+            return self._relabelled(data, classes, labelled=classes, rest=IGNORE)
+        of_step = self.old if role == "teacher" else self.new
+        labelled = classes if self.setting == "sequential" else of_step
+        rest = 0 if self.background else IGNORE
+        return self._relabelled(data, classes, labelled=labelled, rest=rest, shown=of_step)
+
+    def _relabelled(
+        self,
+        data: SegmentationData,
+        classes: Sequence[str],
+        *,
+        labelled: Collection[str],
+        rest: int,
+        shown: Collection[str] = (),
+    ) -> Relabelled:
+        table = torch.full((256,), IGNORE, dtype=torch.uint8)
+        table[: len(self.in_data)] = rest
+        for number, name in enumerate(self.in_data):
+            if name in labelled:
+                table[number] = classes.index(name)
+            elif name in classes[:1] and self.background:
+                table[number] = 0
+        colours = dict(zip(self.in_data, data.palette, strict=True))
+        palette = tuple(colours.get(name, _GREY) for name in classes)
+        wanted = self._numbers(shown)
+        refused = set() if self.setting == "overlapped" else self._numbers(self._to_come(classes))
+        return Relabelled(data, table, tuple(classes), palette, wanted, refused)
+
+    def _to_come(self, classes: Sequence[str]) -> list[str]:
+        return [name for name in self.in_data if name not in classes]
+
+    def _numbers(self, names: Collection[str]) -> set[int]:
+        return {number for number, name in enumerate(self.in_data) if name in names}
+
+
+class Relabelled:
+    """A data set with labels mapped by a table, and of its images those that show what is wanted.
+
+    Args:
+        table: (256,) uint8, the new label of every old one.
+        wanted: labels of the data set of which an image must show at least one; empty = any image.
+        refused: labels that keep an image out, where ``wanted`` is given.
+
+    Which images these are is found by reading every label, when it is first asked for.
+    """
+
+    def __init__(
+        self,
+        data: SegmentationData,
+        table: Tensor,
+        class_names: tuple[str, ...],
+        palette: tuple[tuple[int, int, int], ...],
+        wanted: Collection[int] = (),
+        refused: Collection[int] = (),
+    ):
+        self.name, self.split = data.name, data.split
+        self.class_names, self.palette, self.num_classes = class_names, palette, len(class_names)
+        self._data, self._table = data, table
+        self._wanted, self._refused = sorted(wanted), sorted(refused)
+        self._images: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._chosen())
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self._data[self._chosen()[index]]
+        return image, self._table[label.long()]
+
+    def _chosen(self) -> list[int]:
+        """Return the images of the data set that this is made of.
+
+        Raises:
+            UserError: there is none, or files that cannot be read.
+        """
+        if self._images is None:
+            shown = presence(self._data) if self._wanted else np.ones((len(self._data), 256), bool)
+            chosen = shown[:, self._wanted].any(1) if self._wanted else shown.any(1)
+            if self._wanted and self._refused:
+                chosen &= ~shown[:, self._refused].any(1)
+            self._images = np.flatnonzero(chosen).tolist()
+            if not self._images:
+                raise UserError(
+                    f"scenario: no {self.split} image of {self.name} shows the classes of this "
+                    "step and no later one; use setting 'overlapped', or other classes"
+                )
+        return self._images
+
+
+def presence(data: SegmentationData) -> np.ndarray:
+    """Return which labels each image shows, (images, 256) booleans; kept for the next caller.
+
+    Raises:
+        UserError: files that cannot be used; all of them.
+    """
+    known = getattr(data, "_labels_shown", None)
+    if known is not None:
+        return known
+    shown, problems = np.zeros((len(data), 256), bool), []
+    for index in range(len(data)):
+        try:
+            shown[index, np.unique(data[index][1].numpy())] = True
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    data._labels_shown = shown  # type: ignore[attr-defined]
+    return shown
