@@ -1,27 +1,32 @@
 """Budgets: amounts of compute, how they are written, and how many iterations they buy.
 
 ``40k@cwd`` (what 40 000 iterations of cwd cost), ``2h``, ``30min``, ``90s``, ``5e17flop``,
-``1.5kWh``, ``800kJ``, ``40k`` (iterations).
+``1.5kWh``, ``800kJ``, ``40k`` (iterations), ``20epoch``, ``320ksample``; and sums in one unit,
+``1h+30min``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kdprof.errors import UserError
 from kdprof.records import REFERENCE, Cost, Interval
 from kdprof.stats import Numbers, median_interval, product_of, ratio_of
 
-Unit = Literal["iterations", "s", "flop", "J"]
+Unit = Literal["iterations", "samples", "epochs", "s", "flop", "J"]
 
 _PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _UNITS: dict[str, tuple[Unit, float]] = {
     "": ("iterations", 1),
     "k": ("iterations", 1e3),
     "M": ("iterations", 1e6),
+    "sample": ("samples", 1),
+    "ksample": ("samples", 1e3),
+    "Msample": ("samples", 1e6),
+    "epoch": ("epochs", 1),
     "s": ("s", 1),
     "min": ("s", 60),
     "h": ("s", 3600),
@@ -35,7 +40,9 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "kWh": ("J", 3.6e6),
 }
 _FORM = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([A-Za-z]*)(?:@(.+))?")
-EXAMPLES = "40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh"
+_SUM = re.compile(r"(?<!e)\+")
+"""A plus, but not that of an exponent."""
+EXAMPLES = "40k@cwd, 40k, 20epoch, 320ksample, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh"
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,26 @@ class Budget:
     amount: float
     unit: Unit
     method: str | None = None
+
+    def __add__(self, other: Budget) -> Budget:
+        """Return both together.
+
+        Raises:
+            UserError: they are amounts of different things.
+        """
+        if (self.unit, self.method) != (other.unit, other.method):
+            raise UserError(
+                f"'{self.text}' and '{other.text}' do not add up: one is in {_of(self)}, the other "
+                f"in {_of(other)}; give them as two budgets"
+            )
+        amount, text = self.amount + other.amount, f"{self.text}+{other.text}"
+        return Budget(text, amount, self.unit, self.method)
+
+
+def _of(budget: Budget) -> str:
+    names = {"s": "seconds", "J": "joules", "flop": "FLOP"}
+    unit = names.get(budget.unit, budget.unit)
+    return f"{unit} of {budget.method}" if budget.method else unit
 
 
 @dataclass(frozen=True)
@@ -69,9 +96,17 @@ def parse_budget(text: str) -> Budget:
     """Read a budget.
 
     Raises:
-        UserError: the text is no budget, or buys nothing.
+        UserError: the text is no budget, buys nothing, or adds up different units.
     """
-    match = _FORM.fullmatch(text.strip())
+    parts = [part.strip() for part in _SUM.split(text.strip())]
+    if "" in parts:
+        raise UserError(f"budget '{text}' is malformed; write {EXAMPLES}")
+    terms = [_parse_term(part) for part in parts]
+    return sum(terms[1:], start=terms[0])
+
+
+def _parse_term(text: str) -> Budget:
+    match = _FORM.fullmatch(text)
     if not match:
         raise UserError(f"budget '{text}' is malformed; write {EXAMPLES}")
     number, unit, method = match.groups()
@@ -88,11 +123,16 @@ def parse_budget(text: str) -> Budget:
         raise UserError(f"budget '{text}' is not a whole number of iterations; round it")
     if amount <= 0 or (kind == "iterations" and amount < 1):
         raise UserError(f"budget '{text}' is smaller than one iteration; give more")
-    return Budget(text.strip(), amount, kind, method)
+    return Budget(text, amount, kind, method)
 
 
-def convert(budget: Budget, costs: Mapping[str, Cost]) -> list[Conversion]:
+def convert(
+    budget: Budget, costs: Mapping[str, Cost], *, epoch_images: int | None = None
+) -> list[Conversion]:
     """Return the iterations of every method in ``costs`` that a budget buys.
+
+    Args:
+        epoch_images: training images of the study; only epochs need it.
 
     Raises:
         UserError: the budget's method has no Cost, a Cost lacks what the unit needs, or some
@@ -103,6 +143,13 @@ def convert(budget: Budget, costs: Mapping[str, Cost]) -> list[Conversion]:
             f"budget '{budget.text}': no cost of '{budget.method}' here; run 'kdprof measure "
             f"--method {budget.method}' first"
         )
+    if budget.unit == "epochs":
+        if epoch_images is None:
+            raise UserError(
+                f"budget '{budget.text}': how long an epoch is depends on the data, which this "
+                "command does not open; give it in samples, such as 320ksample"
+            )
+        budget = replace(budget, unit="samples", amount=budget.amount * epoch_images)
     problems: list[str] = []
     found = []
     for method, cost in costs.items():
@@ -136,7 +183,7 @@ def _convert_one(budget: Budget, method: str, cost: Cost, costs: Mapping[str, Co
 
 
 def _unreliable(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:
-    if budget.unit == "iterations" and not budget.method:
+    if budget.unit in ("iterations", "samples") and not budget.method:
         return ()  # plain iterations are made of no Cost
     used = [cost, *(c for m in (budget.method, REFERENCE) if m and (c := costs.get(m)))]
     return tuple(dict.fromkeys(c.method for c in used if not c.reliable))
@@ -145,10 +192,13 @@ def _unreliable(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> tuple[
 def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
     amount = budget.amount
     if budget.method:
-        ratio, low, high = _cost_ratio(costs[budget.method], cost)
+        ratio, low, high = cost_ratio(costs[budget.method], cost)
         return amount * ratio, amount * low, amount * high
     if budget.unit == "iterations":
         return amount, amount, amount
+    if budget.unit == "samples":
+        exact = budget.amount / cost.settings["step"]["batch"]
+        return exact, exact, exact
     if budget.unit == "s":
         per, low, high = seconds_per_iteration(cost, costs)
         return amount / per, amount / high, amount / low
@@ -191,7 +241,7 @@ def _numbers(interval: Interval) -> Numbers:
     return interval.median, interval.low, interval.high
 
 
-def _cost_ratio(above: Cost, below: Cost) -> Numbers:
+def cost_ratio(above: Cost, below: Cost) -> Numbers:
     """Return seconds per iteration of ``above`` over ``below``, with its interval: the ratio of
     their ratios to the reference, each paired round by round with its own."""
     if above is below:
@@ -200,7 +250,7 @@ def _cost_ratio(above: Cost, below: Cost) -> Numbers:
 
 
 def _equal_flop(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> int | None:
-    if cost.flop is None:
+    if cost.flop is None or budget.unit == "samples":
         return None
     if budget.unit == "flop":
         return round(budget.amount / cost.flop.total)

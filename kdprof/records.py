@@ -249,16 +249,34 @@ class Spent(Record):
         return None if not self.planned else self.actual / self.planned - 1
 
 
+class Failure(Record):
+    """Why a run ended before its budget did."""
+
+    iteration: int
+    """From 0; of the step that failed, or the last one that was begun."""
+    term: str | None
+    """The loss term that is not finite, where that is the reason."""
+    reason: str
+    checkpoint_iteration: int | None
+    """Iterations of the last good checkpoint; None where there is none."""
+
+
 class Run(Record):
     """One training of (method, budget, seed)."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    schema_version: Literal[2] = Field(default=2, alias="schema")
     method: str
     budget: str
     seed: int
     device: str
     iterations: int
-    """Iterations this run is planned to make; the learning-rate schedule spans them."""
+    """Iterations this run is planned to make."""
+    schedule_iterations: int
+    """What the learning-rate schedule spans."""
+    enforce: str = "iterations"
+    """What ends the run: its iterations, or its planned time, energy or flop."""
+    startup: str = "apart"
+    """Whether the start-up of its processes is counted in ``train_s``."""
     iterations_done: int
     miou: float | None
     """Of the last iterate, over the classes present in the validation labels; a fraction."""
@@ -268,16 +286,33 @@ class Run(Record):
     best_miou: float | None
     """Best of the evaluations made; biased upwards, reported but never compared."""
     train_s: Spent
-    """Excludes evaluation and checkpoint writing."""
+    """Excludes evaluation, checkpoint writing, logging and lost work; includes ``trunk_s``."""
+    trunk_s: float = 0.0
+    """The part of ``train_s`` that was spent once for several budgets (wsd)."""
+    startup_s: float = 0.0
+    """What first steps took beyond the planned, where it is not counted in ``train_s``."""
     eval_s: float
     checkpoint_s: float
+    logging_s: float = 0.0
+    lost_s: float = 0.0
+    """Work that was done again after a crash, as far as it had been booked."""
+    data_wait_s: float | None = None
+    """The part of ``train_s`` in which the step waited for its batch."""
     flop: float | None
     energy_j: float | None
+    """Of the training alone, by the device's own counter."""
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
     finished: bool
+    failure: Failure | None = None
     unavailable: dict[str, str] = {}
     versions: dict[str, str]
+
+    def state(self) -> str:
+        """Return finished, failed or begun."""
+        if self.finished:
+            return "finished"
+        return "failed" if self.failure else "begun"
 
 
 class CurvePoint(Record):
@@ -291,10 +326,23 @@ class CurvePoint(Record):
     learning_rate: float
 
 
+class LogLine(Record):
+    """Where a run is (a line of log.jsonl), every few iterations."""
+
+    iteration: int
+    """Iterations done."""
+    train_s: float
+    losses: dict[str, float]
+    """Unweighted terms of the last step."""
+    learning_rate: float
+
+
 class LedgerEntry(Record):
     """Compute spent between two moments of a run (a line of ledger.jsonl)."""
 
-    kind: Literal["train", "eval", "checkpoint"]
+    kind: Literal["train", "trunk", "startup", "eval", "checkpoint", "logging", "lost"]
     iteration: int
     """Iterations done when the entry was written."""
     seconds: float
+    energy_j: float | None = None
+    """Of training, where the device has a counter."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kdprof.errors import KdprofError, unknown
 from kdprof.method import IGNORE, Method, Taps
+from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
 PHASES = (
@@ -60,24 +61,6 @@ def task_loss(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Te
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
-def learning_rate_factor(settings: StepSettings, iteration: int, iterations: int) -> float:
-    """Return the learning rate at an iteration (from 0) as a fraction of the base rate.
-
-    poly: ((1 - i/T) ** power), cosine: (1 + cos(pi i/T)) / 2, both down to the floor
-    ``min_learning_rate``; i and T are counted after the linear warm-up.
-    """
-    warmup = min(settings.warmup_iterations, iterations)
-    if iteration < warmup:
-        return (iteration + 1) / warmup
-    progress = (iteration - warmup) / max(1, iterations - warmup)
-    if settings.schedule == "poly":
-        decay = (1 - progress) ** settings.poly_power
-    else:
-        decay = 0.5 * (1 + np.cos(np.pi * progress))
-    floor = min(1.0, settings.min_learning_rate / settings.learning_rate)
-    return float(floor + (1 - floor) * decay)
-
-
 def step_seed(seed: int, iteration: int) -> int:
     """Return the random seed of one step: a pure function, so that a resumed run draws the same
     dropout and masks as an uninterrupted one."""
@@ -115,7 +98,7 @@ class TrainStep:
     Args:
         student, teacher: networks on ``device``; the teacher is None where the method reads none.
         method: built for these networks, on ``device``.
-        iterations: length of the run, which the learning-rate schedule spans.
+        iterations: what the learning-rate schedule spans.
         seed: seed of the run; with the iteration it fixes every random draw of the step.
     """
 
@@ -153,17 +136,25 @@ class TrainStep:
         return optimizer
 
     def __call__(
-        self, images: Tensor, labels: Tensor, iteration: int, mark: Mark = _unmarked
+        self,
+        images: Tensor,
+        labels: Tensor,
+        iteration: int,
+        mark: Mark = _unmarked,
+        *,
+        position: float | None = None,
     ) -> dict[str, Tensor]:
         """Take one step and return its unweighted loss terms, detached, on the device.
 
         Args:
             images: (N, 3, H, W) uint8 RGB.
             labels: (N, H, W) uint8, :data:`IGNORE` where void.
-            iteration: from 0; sets the learning rate and the random draws.
+            iteration: from 0; sets the random draws, and the learning rate without a position.
             mark: called at the end of each phase with its name.
+            position: in the learning-rate schedule, of ``iterations``.
         """
-        self._set_iteration(iteration)
+        torch.manual_seed(step_seed(self.seed, iteration))
+        self._set_learning_rate(iteration if position is None else position)
         images = images.to(self.device, non_blocking=True, memory_format=self._layout)
         labels = labels.to(self.device, non_blocking=True).long()
         mark("data")
@@ -190,14 +181,13 @@ class TrainStep:
         losses.update(terms, **auxiliary)
         return {name: value.detach() for name, value in losses.items()}
 
-    def learning_rate(self, iteration: int) -> float:
-        """Return the learning rate of a step of this run."""
-        factor = learning_rate_factor(self.settings, iteration, self.iterations)
+    def learning_rate(self, position: float) -> float:
+        """Return the learning rate at a position in this step's schedule."""
+        factor = learning_rate_factor(self.settings, position, self.iterations)
         return self.settings.learning_rate * factor
 
-    def _set_iteration(self, iteration: int) -> None:
-        torch.manual_seed(step_seed(self.seed, iteration))
-        factor = learning_rate_factor(self.settings, iteration, self.iterations)
+    def _set_learning_rate(self, position: float) -> None:
+        factor = learning_rate_factor(self.settings, position, self.iterations)
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * factor
         if self._auxiliary_optimizer is not None and self.method.auxiliary_decays:

@@ -6,7 +6,8 @@ The only module that knows file names::
     costs/<method>-<key>.json         Cost records
     steps/<name>-<key>.json           Cost records of steps that are no method's
     teacher/                          the teacher's own run, with its weights
-    runs/<method>/<budget>/<seed>/    run.json ledger.jsonl curve.jsonl checkpoint.pt
+    trunks/<method>/<seed>/           what a method's runs share (wsd), state-<iteration>.pt
+    runs/<method>/<budget>/<seed>/    run.json ledger.jsonl log.jsonl curve.jsonl checkpoint.pt
     reports/                          figures and tables
 """
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -112,8 +115,14 @@ class RunFolder:
         self.record = path / "run.json"
         self.ledger = path / "ledger.jsonl"
         self.curve = path / "curve.jsonl"
+        self.log = path / "log.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self.previous_checkpoint = path / "checkpoint.previous.pt"
+        self._lock = path / "lock"
+
+    def mark(self, iteration: int) -> Path:
+        """Return where a trunk keeps its state at an iteration."""
+        return self.path / f"state-{iteration}.pt"
 
     def read_run(self) -> Run | None:
         """Return the run's record, or None before the first one was written."""
@@ -129,22 +138,81 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the system lets go of it when the process dies.
+        """Hold the run for this process.
+
+        The system's lock goes with the process, however it ends. Where another machine sees the
+        folder but not that lock, the lease in the file counts: renewed while the run is trained,
+        void :data:`LEASE_S` after its holder was last heard of.
 
         Raises:
-            KdprofError: another process is training this run.
+            Held: another process is training this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as file:
-            _take(file, f"{self.path} is being trained by another process")
-            yield
+        with self._lock.open("a+") as file:
+            _take(file, self.path)
+            self.renew_lease()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def renew_lease(self) -> None:
+        """Tell other machines that the holder of the lock is alive."""
+        lease = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
+        self._lock.write_text(json.dumps(lease))
+
+    def is_held(self) -> bool:
+        """Return whether some process is training this run now."""
+        if not self._lock.exists():
+            return False
+        with self._lock.open("a+") as file:
+            try:
+                _take(file, self.path)
+            except Held:
+                return True
+        return False
 
 
-def _take(file: IO[str], held: str) -> None:
+LEASE_S = 900.0
+"""How long a lease of another machine is believed; longer than any evaluation."""
+
+
+class Held(KdprofError):
+    """Another process is training the run."""
+
+
+def _take(file: IO[str], run: Path) -> None:
+    """Take the lock of a run.
+
+    Raises:
+        Held: a process of this machine has it, or one of another machine has a lease.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise KdprofError(f"{held}; wait for it or use another --out") from None
+        raise Held(
+            f"{run} is being trained by another process; wait for it or use another --out"
+        ) from None
+    file.seek(0)
+    lease = _lease(file.read())
+    # A lease of this machine is a crashed holder's: a living one would still have the lock. A
+    # clock that was set back must not make a lease eternal.
+    if lease and lease["host"] != socket.gethostname():
+        age = time.time() - lease["renewed"]
+        if -LEASE_S < age < LEASE_S:
+            raise Held(
+                f"{run} is being trained on {lease['host']} (process {lease['pid']}); wait for it, "
+                "or use another --out"
+            )
+
+
+def _lease(text: str) -> dict[str, Any] | None:
+    """Read a lease; a torn one is none."""
+    try:
+        found = json.loads(text)
+        return {"host": found["host"], "pid": found["pid"], "renewed": float(found["renewed"])}
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class Store:
@@ -222,6 +290,10 @@ class Store:
     def teacher_folder(self) -> RunFolder:
         """Return the folder of the teacher's own training."""
         return RunFolder(self.root / "teacher")
+
+    def trunk_folder(self, method: str, seed: int) -> RunFolder:
+        """Return the folder of what a method's wsd runs of a seed share."""
+        return RunFolder(self.root / "trunks" / slug(method) / str(seed))
 
     def run_folder(self, method: str, budget: str, seed: int) -> RunFolder:
         """Return the folder of one run."""

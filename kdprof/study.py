@@ -58,8 +58,11 @@ class StepSettings(Section):
     learning_rate: float = Field(0.01, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["poly", "cosine"] = "poly"
+    schedule: Literal["poly", "cosine", "wsd"] = "poly"
+    """wsd stays at the base rate and decays at the end: runs of several budgets share a trunk."""
     poly_power: float = Field(0.9, gt=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """The part of a run's iterations over which wsd decays."""
     min_learning_rate: float = Field(1e-4, ge=0)
     """Where the schedule ends."""
     warmup_iterations: int = Field(0, ge=0)
@@ -125,6 +128,25 @@ class TeacherSettings(Section):
     """The objective it is trained with; one that reads no teacher."""
 
 
+class TrainingSettings(Section):
+    """How runs keep to their budgets. No part of what a step costs."""
+
+    enforce: Literal["iterations", "time", "energy", "flop"] = "iterations"
+    """What ends a run: the iterations solved from the Costs before it began, or, followed while it
+    trains, the seconds, joules or FLOP that these were worth."""
+    learning_rate: Literal["stretch", "truncate", "published"] = "stretch"
+    """What the schedule spans: the run; ``schedule_iterations`` for every method; or the published
+    iterations of each method. The last two are cut off where the budget ends."""
+    schedule_iterations: int | None = Field(None, ge=1)
+    """With truncate: what the schedule spans."""
+    startup: Literal["apart", "counted"] = "apart"
+    """Whether what the first steps of a process take beyond the planned (compilation, algorithm
+    search) counts as training."""
+    log_every: int = Field(50, ge=1)
+    """Iterations between two lines of the log; only there the host waits for the device."""
+    checkpoint_every_s: float = Field(600, gt=0)
+
+
 class EvaluationSettings(Section):
     """Validation during a run; never on the training clock."""
 
@@ -173,6 +195,7 @@ class Study(Section):
     step: StepSettings = StepSettings()
     data_settings: DataSettings = DataSettings()
     teacher_training: TeacherSettings = TeacherSettings()
+    training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     measure: MeasureSettings = MeasureSettings()
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from kdprof.errors import KdprofError
 from kdprof.method import Method
-from kdprof.step import PHASES, TrainStep, learning_rate_factor, step_seed, task_loss
+from kdprof.schedule import decay_start, learning_rate_factor
+from kdprof.step import PHASES, TrainStep, step_seed, task_loss
 from kdprof.study import StepSettings
 
 
@@ -47,6 +48,20 @@ def test_schedules_by_hand():
     assert [learning_rate_factor(warm, i, 14) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert learning_rate_factor(warm, 4, 14) == 1
     assert learning_rate_factor(warm, 9, 14) == pytest.approx(0.5**0.9)
+    wsd = StepSettings(learning_rate=0.1, min_learning_rate=0.0, schedule="wsd", decay_fraction=0.4)
+    assert decay_start(wsd, 20) == 12
+    assert [learning_rate_factor(wsd, i, 20) for i in (0, 12, 14, 18)] == [
+        1.0, 1.0, 0.5, pytest.approx(1 - 0.75**0.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine", "wsd"])
+def test_a_schedule_falls_from_the_base_rate_to_its_floor_and_stays(schedule):
+    found = StepSettings(learning_rate=0.1, min_learning_rate=0.01, schedule=schedule)
+    rates = [learning_rate_factor(found, i / 4, 30) for i in range(160)]
+    assert rates[0] == 1
+    assert rates == sorted(rates, reverse=True)
+    assert rates[120:] == [pytest.approx(0.1)] * 40
 
 
 def test_cut_graph_gives_the_gradients_of_one_backward():

@@ -197,10 +197,10 @@ def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path, how):
 def test_run_with_damaged_checkpoint_ends_the_same(trained, tmp_path, monkeypatch):
     real = TrainStep.__call__
 
-    def stop_at_five(self, images, labels, iteration, *rest):
+    def stop_at_five(self, images, labels, iteration, *rest, **keywords):
         if self.iterations == 6 and iteration == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, images, labels, iteration, *rest)
+        return real(self, images, labels, iteration, *rest, **keywords)
 
     monkeypatch.setattr(TrainStep, "__call__", stop_at_five)
     with pytest.raises(Interrupted):
@@ -283,11 +283,15 @@ def test_runs_that_fail_do_not_spoil_the_others(tmp_path):
     assert {run.method for run in summary.finished} == {"kd"}
     unmeasured, nan, raised = summary.failures
     assert "method 'unmeasurable': the step raised ValueError: never works" in unmeasured
-    assert re.search(r"nan 6 seed 0: .*bad is not finite", nan)
+    assert re.search(r"nan 6 seed 0: bad is nan at iteration 0", nan)
     assert re.search(r"raises 6 seed 0: the step raised ZeroDivisionError: .*test_train.py", raised)
     runs = {run.method: run for run in store.runs()}
     assert runs.keys() == {"nan", "raises", "kd"}
     assert not runs["nan"].finished
+    assert runs["nan"].state() == "failed"
+    assert (runs["nan"].failure.iteration, runs["nan"].failure.term) == (0, "bad")
+    assert runs["nan"].failure.checkpoint_iteration is None
+    assert "ZeroDivisionError" not in runs["raises"].failure.reason
 
 
 def _divide_by_zero(self, student, teacher, labels):
@@ -308,7 +312,7 @@ def test_interrupted_run_keeps_its_length(tmp_path, monkeypatch):
     assert folder.read_run().iterations_done == 5
 
 
-def _interrupt(self, stop, advance):
+def _interrupt(self, stop, batches, advance):
     raise Interrupted("stopped")
 
 

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kdprof.budget import convert, parse_budget
-from kdprof.device import versions
+from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError
 from kdprof.measure import measure
 from kdprof.measure.isolation import explain
 from kdprof.models import SegmentationNetwork
 from kdprof.progress import Progress
-from kdprof.records import REFERENCE, Cost, Run, Spent
+from kdprof.records import REFERENCE, Cost, Run
 from kdprof.resolve import ResolvedStudy
-from kdprof.store import Store
+from kdprof.store import Held, Store
 from kdprof.train import checkpoint
-from kdprof.train.loop import Interrupted, TrainingRun
-
-TEACHER = "teacher"
-"""What the teacher's own run has as its method."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training to be made."""
-
-    method: str
-    budget: str
-    seed: int
-    iterations: int
-    planned_s: float | None
+from kdprof.train.cells import TEACHER, TRUNK, Cell, TrunkPlan, cells_of, new_run, trunk_plan
+from kdprof.train.loop import Interrupted, TrainingRun, Trunk, Validation
 
 
 class Prepared(NamedTuple):
@@ -48,6 +35,8 @@ class Summary:
     finished: list[Run] = field(default_factory=list)
     skipped: int = 0
     """Runs that were finished before."""
+    elsewhere: list[Cell] = field(default_factory=list)
+    """Runs that other processes are training."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -61,8 +50,8 @@ def train(
 ) -> Summary:
     """Measure what is missing, train the teacher, then every cell of the study.
 
-    A finished run is left alone, an interrupted one continues. A run that fails does not keep the
-    others from being made.
+    A finished run is left alone, an interrupted one continues, one that another process holds is
+    left to it. A run that fails does not keep the others from being made.
 
     Args:
         prepared: what :func:`prepare` returned for these methods, where it was called before.
@@ -74,8 +63,8 @@ def train(
     names = study.method_names(control=control)
     costs, failures = prepared or prepare(study, store, names, progress)
     summary = Summary(failures=list(failures))
-    cells = _cells(study, store, [name for name in names if name in costs], costs)
-    waiting = [cell for cell in cells if not _is_finished(store, cell)]
+    cells = cells_of(study, store, [name for name in names if name in costs], costs)
+    waiting = [cell for cell in cells if not cell.is_finished(store)]
     summary.skipped = len(cells) - len(waiting)
     if not waiting:
         return summary
@@ -83,23 +72,35 @@ def train(
         study.methods[cell.method].cls.needs_teacher() for cell in waiting
     )
     teacher = trained_teacher(study, store, progress) if needs_teacher else None
-    for number, cell in enumerate(waiting, 1):
-        label = f"[{number}/{len(waiting)}] {cell.method} {cell.budget} seed {cell.seed}"
+    work = _Work(study, store, costs, teacher, progress, cells)
+    held = _train_cells(work, waiting, summary)
+    # By now the holder may be through with them, or dead.
+    summary.elsewhere = _train_cells(work, held, summary) if held else []
+    return summary
+
+
+def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
+    """Train cells one after the other; return those that other processes hold."""
+    held = []
+    for number, cell in enumerate(cells, 1):
+        label = f"[{number}/{len(cells)}] {cell.label()}"
         try:
-            run = _train_cell(study, store, costs[cell.method], cell, teacher, progress, label)
+            run = work.train(cell, label)
         except Interrupted:
             raise
+        except Held:
+            held.append(cell)
+            continue
         except Exception as error:
             # Out of memory, a mistake in a user's method: the other runs are still wanted.
             own = isinstance(error, KdprofError)  # names its run itself
-            told = f"{cell.method} {cell.budget} seed {cell.seed}: "
-            failure = f"{'' if own else told}{explain(error)}"
+            failure = f"{'' if own else cell.label() + ': '}{explain(error)}"
             summary.failures.append(failure)
-            progress.say(f"[{number}/{len(waiting)}] failed: {failure}")
+            work.progress.say(f"[{number}/{len(cells)}] failed: {failure}")
             continue
         summary.finished.append(run)
-        progress.say(f"{label}: {_outcome(run)}")
-    return summary
+        work.progress.say(f"{label}: {_outcome(run)}")
+    return held
 
 
 def _check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
@@ -148,95 +149,98 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     return Prepared(costs, measured.summary().splitlines())
 
 
-def _cells(
-    study: ResolvedStudy, store: Store, names: list[str], costs: dict[str, Cost]
-) -> list[Cell]:
-    cells = []
-    # Other seeds of a run must be as long, even where its method was measured again since.
-    before = {(run.method, run.budget): run for run in store.runs()}
-    for text in study.study.budgets:
-        bought = {c.method: c for c in convert(parse_budget(text), costs)}
-        for seed in range(study.study.seeds):
-            for name in names:
-                made = before.get((name, text))
-                iterations = made.iterations if made else bought[name].iterations
-                planned = made.train_s.planned if made else bought[name].seconds
-                cells.append(Cell(name, text, seed, iterations, planned))
-    return cells
-
-
-def _is_finished(store: Store, cell: Cell) -> bool:
-    run = store.run_folder(cell.method, cell.budget, cell.seed).read_run()
-    return run is not None and run.finished
-
-
 def _outcome(run: Run) -> str:
     drift = run.train_s.drift()
     told = "" if drift is None else f" ({drift:+.1%} of plan)"
     return (
-        f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations} iterations, "
+        f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations_done} iterations, "
         f"{run.train_s.actual:.1f} s{told}"
     )
 
 
-def _train_cell(
-    study: ResolvedStudy,
-    store: Store,
-    cost: Cost,
-    cell: Cell,
-    teacher: SegmentationNetwork | None,
-    progress: Progress,
-    label: str,
-) -> Run:
-    folder = store.run_folder(cell.method, cell.budget, cell.seed)
-    with folder.lock():
-        # An interrupted run keeps its length: its learning rates were set for it.
-        run = folder.read_run() or _new_run(
-            study, cell.method, cell.budget, cell.seed, cell.iterations, cell.planned_s, cost.key
-        )
-        step = study.step(cell.method, teacher, seed=cell.seed, iterations=run.iterations)
-        training = TrainingRun(
-            folder,
-            run,
-            step,
-            study.batches(cell.seed),
+@dataclass(frozen=True)
+class _Work:
+    """What the cells of a study have in common."""
+
+    study: ResolvedStudy
+    store: Store
+    costs: Mapping[str, Cost]
+    teacher: SegmentationNetwork | None
+    progress: Progress
+    cells: Sequence[Cell]
+
+    def train(self, cell: Cell, label: str) -> Run:
+        """Train a cell, and before it what it branches off from."""
+        plan = trunk_plan(self.study, self.cells, cell)
+        trunk = self._trunk(plan, cell) if plan else None
+        study = self.study
+        validation = Validation(
             study.val_data,
-            study.study.evaluation,
-            None if cost.flop is None else cost.flop.total,
+            study.study.evaluation.batch,
+            study.study.evaluation.points,
             study.scenario.groups() if study.scenario else {},
         )
-        return training.train(progress, label)
+        return self._train(cell, validation, label, trunk=trunk)
 
+    def _trunk(self, plan: TrunkPlan, cell: Cell) -> Trunk | None:
+        """Train the trunk as far as its branches need; return where a cell branches off."""
+        folder = self.store.trunk_folder(plan.method, plan.seed)
+        state = folder.mark(plan.marks[cell.budget])
+        if not state.exists():
+            marks = set(plan.marks.values())
+            longest = plan.longest
+            end = max(marks)
+            share = None if longest.planned_s is None else longest.planned_s / longest.iterations
+            trunk = Cell(
+                plan.method, TRUNK, plan.seed, end, end, end, longest.span, share and share * end
+            )
+            label = f"{plan.method} trunk seed {plan.seed}"
+            run = self._train(trunk, None, label, marks=marks)
+            self.progress.say(f"{label}: {run.iterations} iterations, {run.train_s.actual:.1f} s")
+        if state.exists():
+            return Trunk(state)
+        self.progress.say(
+            f"{cell.label()}: its trunk went past iteration {plan.marks[cell.budget]} before this "
+            "budget was known; trained alone"
+        )
+        return None
 
-def _new_run(
-    study: ResolvedStudy,
-    method: str,
-    budget: str,
-    seed: int,
-    iterations: int,
-    planned_s: float | None,
-    cost_key: str | None,
-) -> Run:
-    return Run(
-        method=method,
-        budget=budget,
-        seed=seed,
-        device=study.hardware.name,
-        iterations=iterations,
-        iterations_done=0,
-        miou=None,
-        miou_per_class=None,
-        best_miou=None,
-        train_s=Spent(planned=planned_s, actual=0.0),
-        eval_s=0.0,
-        checkpoint_s=0.0,
-        flop=None,
-        energy_j=None,
-        cost_key=cost_key,
-        finished=False,
-        unavailable={"energy_j": "measured per step, in the Cost; a run is not metered"},
-        versions=versions(),
-    )
+    def _train(
+        self,
+        cell: Cell,
+        validation: Validation | None,
+        label: str,
+        *,
+        trunk: Trunk | None = None,
+        marks: set[int] | None = None,
+    ) -> Run:
+        study, cost = self.study, self.costs[cell.method]
+        is_trunk = marks is not None
+        folder = (
+            self.store.trunk_folder(cell.method, cell.seed) if is_trunk else cell.folder(self.store)
+        )
+        with folder.lock():
+            # An interrupted run keeps its length: its learning rates were set for it.
+            made = None if is_trunk else folder.read_run()
+            if made is not None and made.finished:
+                return made  # by another process, since this one looked
+            run = made or new_run(study, cell, cost)
+            step = study.step(
+                cell.method, self.teacher, seed=cell.seed, iterations=run.schedule_iterations
+            )
+            training = TrainingRun(
+                folder,
+                run,
+                step,
+                study.batches(cell.seed),
+                validation,
+                study.study.training,
+                cost=cost,
+                meter=study.hardware.energy_meter(),
+                trunk=trunk,
+                marks=marks or (),
+            )
+            return training.train(self.progress, label)
 
 
 def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> SegmentationNetwork:
@@ -250,10 +254,19 @@ def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> S
         step = study.teacher_step()
         if run is None or not run.finished:
             iterations = study.study.teacher_training.iterations
-            run = run or _new_run(study, TEACHER, str(iterations), 0, iterations, None, None)
-            batches, settings = study.teacher_batches(), study.study.evaluation
-            data = study.teacher_val_data
-            training = TrainingRun(folder, run, step, batches, data, settings, None)
+            cell = Cell(
+                TEACHER, str(iterations), 0, iterations, iterations, iterations, iterations, None
+            )
+            evaluation = study.study.evaluation
+            training = TrainingRun(
+                folder,
+                run or new_run(study, cell, None),
+                step,
+                study.teacher_batches(),
+                Validation(study.teacher_val_data, evaluation.batch, evaluation.points, {}),
+                study.study.training,
+                meter=study.hardware.energy_meter(),
+            )
             run = training.train(progress, "teacher")
             progress.say(f"teacher: {_outcome(run)}")
             return step.student

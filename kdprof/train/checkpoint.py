@@ -22,14 +22,37 @@ def save(folder: RunFolder, state: dict[str, Any]) -> None:
 
     A crash at any moment leaves at least one whole checkpoint, once there was one.
     """
-    temporary = folder.checkpoint.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = _written(folder.checkpoint, state)
     if folder.checkpoint.exists():
         replace_durably(folder.checkpoint, folder.previous_checkpoint)
     replace_durably(temporary, folder.checkpoint)
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write a single checkpoint file, whole or not at all."""
+    replace_durably(_written(path, state), path)
+
+
+def _written(path: Path, state: dict[str, Any]) -> Path:
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise
+    return temporary
+
+
+def recover(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
+    """Do what :func:`load` does, and put a whole previous checkpoint in the damaged one's place,
+    or the next save would move the damaged one over it."""
+    state, damage = load(folder)
+    if damage is not None:
+        replace_durably(folder.previous_checkpoint, folder.checkpoint)
+    return state, damage
 
 
 def load(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:

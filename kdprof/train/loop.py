@@ -1,38 +1,57 @@
-"""One run: the loop, its ledger, its curve, its checkpoints."""
+"""One run: the loop, its ledger, its log, its curve, its checkpoints."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, MappingProxyType
-from typing import TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from kdprof.data import Batches, SegmentationData
+from kdprof.data.batches import Batch
 from kdprof.device import synchronize
 from kdprof.errors import KdprofError
+from kdprof.hardware import EnergyMeter
 from kdprof.progress import Advance, Progress
-from kdprof.records import CurvePoint, LedgerEntry, Run
+from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.step import TrainStep
-from kdprof.store import RunFolder, append_line, write_atomic, write_record
-from kdprof.study import EvaluationSettings
+from kdprof.store import RunFolder, append_line, read_lines, write_atomic, write_record
+from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
 from kdprof.train.evaluate import evaluate, mean_iou
+from kdprof.train.ledger import Ledger
+from kdprof.train.pace import Pace, Spending, pace_of
 
-CHECKPOINT_EVERY_S = 600.0
-AnyEntry = TypeVar("AnyEntry", CurvePoint, LedgerEntry)
+STARTUP_ITERATIONS = 2
+"""First steps of a process, in which it compiles and searches for algorithms."""
+STEPS_AHEAD = 2
+"""Steps that the host may be ahead of the device where the clock ends the run."""
+ENDLESS = 1 << 40
+"""More batches than any run asks for."""
+AnyLine = TypeVar("AnyLine", CurvePoint, LogLine)
 
 
 class Interrupted(KdprofError):
     """The user or the system asked the run to stop; it was saved."""
 
     exit_code = 130
+
+
+class NotFinite(KdprofError):
+    """A loss term is NaN or infinite."""
+
+    def __init__(self, message: str, iteration: int, term: str):
+        super().__init__(message)
+        self.iteration, self.term = iteration, term
 
 
 class StopSignal:
@@ -56,8 +75,36 @@ class StopSignal:
                 signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a run is scored on, and how often."""
+
+    data: SegmentationData
+    batch: int
+    points: int
+    class_groups: Mapping[str, Collection[str]]
+    """Groups of classes that mIoU is told over, beside all."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The state that runs of several budgets share (wsd), where a run begins instead of at 0."""
+
+    state: Path
+    """A checkpoint of the trunk at the iteration where this run's decay begins."""
+
+
 class TrainingRun:
-    """One training of a step to its end, from wherever its folder says it got to."""
+    """One training of a step to its end, from wherever its folder says it got to.
+
+    Args:
+        run: the record; its plan is followed, its results are filled in.
+        validation: None for a trunk, which is never scored.
+        cost: of the run's method; None for the teacher.
+        meter: the device's energy counter.
+        trunk: where the run begins if its folder is empty.
+        marks: iterations at which the state is kept for branches; only a trunk has them.
+    """
 
     def __init__(
         self,
@@ -65,182 +112,370 @@ class TrainingRun:
         run: Run,
         step: TrainStep,
         batches: Batches,
-        val_data: SegmentationData,
-        settings: EvaluationSettings,
-        flop_per_iteration: float | None,
-        class_groups: Mapping[str, Collection[str]] = MappingProxyType({}),
+        validation: Validation | None,
+        settings: TrainingSettings,
+        *,
+        cost: Cost | None = None,
+        meter: EnergyMeter | None = None,
+        trunk: Trunk | None = None,
+        marks: Collection[int] = (),
     ):
-        self.folder, self.run, self.step = folder, run, step
-        self.batches, self.val_data, self.settings = batches, val_data, settings
-        self.flop_per_iteration = flop_per_iteration
-        self.class_groups = class_groups
+        self.folder, self.run, self.step, self.batches = folder, run, step, batches
+        self.validation, self.settings, self.cost = validation, settings, cost
+        self.trunk, self._marks = trunk, set(marks)
         self.done = 0
         self.losses: dict[str, float] = {}
         """Unweighted terms of the last step that was waited for."""
-        self.spent_s: Counter[str] = Counter()
-        """Sums of the ledger, by kind of entry."""
         self._evaluated: set[int] = set()
+        self._reached = 0
+        """The last stop that was dealt with, in planned iterations."""
         self._stop = StopSignal()
-        points = settings.points
-        self._stops = sorted({math.ceil(run.iterations * k / points) for k in range(1, points + 1)})
+        self._stretch = _Stretch(meter)
+        self._fresh = STARTUP_ITERATIONS
 
     def train(self, progress: Progress, label: str) -> Run:
         """Train to the end and return the finished record.
 
         Raises:
             Interrupted: a signal came; everything is saved.
-            KdprofError: the loss is no longer finite, or no checkpoint can be read.
+            NotFinite: a loss is no longer finite.
+            KdprofError: no checkpoint can be read.
         """
         self._resume(progress)
+        self.pace = pace_of(self.run, self.cost, Spending(self._spent_s, self._spent_j))
         with (
             self._stop.watching(),
             progress.task(label, self.run.iterations, self.done) as advance,
         ):
             self._save_record()
-            for stop in (s for s in self._stops if s not in self._evaluated):
-                self._train_until(stop, advance)
-                point = self._evaluate()
-                self._checkpoint()
-                progress.detail(f"{label}: {_told(point)}")
-                self._leave_if_asked()
+            # Or a run that is over the plan would have no more batches.
+            last = self.run.iterations if type(self.pace) is Pace else ENDLESS
+            batches = self.batches.iterate(self.done, last)
+            try:
+                for stop in self._stops():
+                    self._train_until(stop, batches, advance)
+                    self._at_stop(stop, progress, label)
+                    self._leave_if_asked()
+            except Interrupted:
+                raise
+            except Exception as error:
+                self._fail(error)
+                raise
+            finally:
+                batches.close()
         return self.run
 
+    def _stops(self) -> list[int]:
+        """Return where training pauses, in planned iterations, from where the run is."""
+        stops = self._marks | {self.run.iterations}
+        if self.validation is not None:
+            points = self.validation.points
+            stops |= {math.ceil(self.run.iterations * k / points) for k in range(1, points + 1)}
+        return sorted(stop for stop in stops if stop > self._reached)
+
+    def _at_stop(self, stop: int, progress: Progress, label: str) -> None:
+        if self.validation is not None:
+            point = self._evaluate(self.validation)
+            progress.detail(f"{label}: {_told(point)}")
+        self._reached = stop
+        self._checkpoint()
+        if self.done in self._marks:
+            checkpoint.write(self.folder.mark(self.done), self._state())
+
+    # From where it got to
+
     def _resume(self, progress: Progress) -> None:
-        state, damage = checkpoint.load(self.folder)
+        state, damage = checkpoint.recover(self.folder)
         if damage is not None:
             progress.say(f"{damage}; continuing from the one before")
         if state is not None:
-            self.step.load_state_dict(state["step"])
-            self.done = state["iteration"]
-            self.losses = state["losses"]
+            self._restore(state)
+            planned = self.run
             self.run = Run.model_validate(state["run"])
-            self._evaluated = set(state["evaluated"])
-        # An evaluation that the checkpoint does not know is made again, the one at its own
-        # iteration too: its score is not in the record.
-        curve = [p for p in self.folder.read_curve() if p.iteration in self._evaluated]
-        self._forget(self.folder.curve, curve)
-        for entry in self._forget(self.folder.ledger, self.folder.read_ledger()):
-            self.spent_s[entry.kind] += entry.seconds
+            if self._marks:  # a trunk may grow; any other run keeps its length
+                changes = {"iterations": planned.iterations, "finished": False}
+                changes["schedule_iterations"] = planned.schedule_iterations
+                self.run = self.run.model_copy(update=changes)
+            self._evaluated, self._reached = set(state["evaluated"]), state["reached"]
+        self.ledger = Ledger(self.folder.ledger)
+        self.ledger.rewind(self.done, self._evaluated)
+        # A score that the checkpoint does not know is not in the record: it is made again.
+        self._keep(self.folder.curve, CurvePoint, lambda p: p.iteration in self._evaluated)
+        self._keep(self.folder.log, LogLine, lambda line: line.iteration <= self.done)
+        if state is None and self.trunk is not None:
+            self._branch_off(self.trunk)
 
-    def _forget(self, path: Path, entries: list[AnyEntry]) -> list[AnyEntry]:
-        """Drop what was logged after the checkpoint: that work is done again."""
-        kept = [entry for entry in entries if entry.iteration <= self.done]
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.step.load_state_dict(state["step"])
+        self.done, self.losses = state["iteration"], state["losses"]
+
+    def _branch_off(self, trunk: Trunk) -> None:
+        state = checkpoint.read(trunk.state)
+        self._restore(state)
+        self._reached = self.done
+        if not self.ledger.spent_s["trunk"]:  # else a crash came between this and a checkpoint
+            spent = Run.model_validate(state["run"])
+            self.ledger.book("trunk", 0, spent.train_s.actual, spent.energy_j)
+
+    @staticmethod
+    def _keep(path: Path, kind: type[AnyLine], wanted: Any) -> None:
+        """Drop the lines that are written again."""
+        lines = read_lines(path, kind)
+        kept = [line for line in lines if wanted(line)]
         if path.exists():
-            lines = [entry.model_dump_json(by_alias=True) + "\n" for entry in kept]
-            write_atomic(path, "".join(lines))
-        return kept
+            text = "".join(line.model_dump_json(by_alias=True) + "\n" for line in kept)
+            write_atomic(path, text)
 
-    def _train_until(self, stop: int, advance: Advance) -> None:
-        """Train to an iteration; checkpoints and the stop signal interrupt between steps."""
-        batches = self.batches.iterate(self.done, stop)
-        losses: dict[str, Tensor] = {}
+    # The loop
+
+    def _train_until(self, stop: int, batches: Iterator[Batch], advance: Advance) -> None:
+        """Train to a stop; the log, checkpoints and the stop signal interrupt between steps."""
+        nearby = None if type(self.pace) is Pace else _Nearby(self.step.device)
         synchronize(self.step.device)
+        self._stretch.begin()
+        saved_at = time.perf_counter()
+        waiting: list[dict[str, Tensor]] = []
+        while not self.pace.reached(stop, self.done):
+            images, labels = next(batches)
+            position = self.pace.position(self.done)
+            waiting.append(self.step(images, labels, self.done, position=position))
+            self.done += 1
+            advance(1)
+            if nearby is not None:
+                nearby.wait()
+            if self._startup_ends() or len(waiting) == self.settings.log_every:
+                self._book_training(waiting)
+            due = time.perf_counter() - saved_at > self.settings.checkpoint_every_s
+            if self._stop.raised or (due and not self.pace.reached(stop, self.done)):
+                self._book_training(waiting)
+                self._checkpoint()
+                self._leave_if_asked()
+                saved_at = time.perf_counter()
+                self._stretch.begin()
+        self._book_training(waiting)
+        self._stretch.pause()
+
+    def _startup_ends(self) -> bool:
+        self._fresh -= 1
+        return self._fresh == 0
+
+    def _book_training(self, waiting: list[dict[str, Tensor]]) -> None:
+        """Book what was trained since the last time, and write a line of the log.
+
+        The only place where the host waits for the device.
+        """
+        if not waiting:
+            return
+        synchronize(self.step.device)
+        seconds, joules = self._stretch.seconds(), self._stretch.joules()
+        extra = self._startup_s(seconds, len(waiting))
+        self.ledger.book("train", self.done, seconds - extra, joules)
+        if extra:
+            self.ledger.book("startup", self.done, extra)
+        self.losses = self._finite(waiting)
+        waiting.clear()
+        self._log()
+        self._stretch.begin()
+
+    def _startup_s(self, seconds: float, iterations: int) -> float:
+        """Return what the first steps of this process took beyond the planned."""
+        planned = self.run.train_s.planned
+        if self._fresh != 0 or self.run.startup == "counted" or not planned:
+            return 0.0
+        self._fresh = -1
+        return max(0.0, seconds - iterations * planned / self.run.iterations)
+
+    def _finite(self, waiting: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Return the last step's terms.
+
+        Raises:
+            NotFinite: a term of any step since the last time is not.
+        """
+        names = list(waiting[-1])
+        rows = torch.stack([torch.stack([step[name] for name in names]) for step in waiting])
+        values = rows.double().cpu()
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            iteration, term = self.done - len(waiting) + row, names[column]
+            raise NotFinite(
+                f"{self.run.method} {self.run.budget} seed {self.run.seed}: {term} is "
+                f"{values[row, column]:g} at iteration {iteration}; lower step.learning_rate or "
+                "use bf16",
+                iteration,
+                term,
+            )
+        return dict(zip(names, values[-1].tolist(), strict=True))
+
+    def _spent_s(self) -> float:
+        return self.ledger.useful_s() + self._stretch.seconds()
+
+    def _spent_j(self) -> float:
+        return (self.ledger.energy_j() or 0.0) + (self._stretch.joules() or 0.0)
+
+    # What is off the clock
+
+    @contextmanager
+    def _booked(self, kind: str) -> Iterator[None]:
         began = time.perf_counter()
-        start = self.done
-        try:
-            for images, labels in batches:
-                losses = self.step(images, labels, self.done)
-                self.done += 1
-                advance(1)
-                due = time.perf_counter() - began > CHECKPOINT_EVERY_S
-                if self._stop.raised or (due and self.done < stop):
-                    self._book_training(began, losses)
-                    self._checkpoint()
-                    self._leave_if_asked()
-                    began, start = time.perf_counter(), self.done
-        finally:
-            batches.close()
-        if self.done > start:
-            self._book_training(began, losses)
+        yield
+        self.ledger.book(kind, self.done, time.perf_counter() - began)
 
-    def _book_training(self, began: float, losses: dict[str, Tensor]) -> None:
-        synchronize(self.step.device)
-        self._book("train", time.perf_counter() - began)
-        self.losses = self._finite({name: float(value) for name, value in losses.items()})
+    def _log(self) -> None:
+        with self._booked("logging"):
+            line = LogLine(
+                iteration=self.done,
+                train_s=self.ledger.useful_s(),
+                losses=self.losses,
+                learning_rate=self._learning_rate(),
+            )
+            append_line(self.folder.log, line)
+            self.folder.renew_lease()
 
-    def _book(self, kind: str, seconds: float) -> None:
-        self.spent_s[kind] += seconds
-        entry = LedgerEntry(kind=kind, iteration=self.done, seconds=seconds)
-        append_line(self.folder.ledger, entry)
+    def _learning_rate(self) -> float:
+        return self.step.learning_rate(self.pace.position(self.done - 1))
 
     def _leave_if_asked(self) -> None:
-        if self._stop.raised:
+        if self._stop.raised and not self.run.finished:
             raise Interrupted(
                 f"stopped at iteration {self.done} of {self.run.iterations}, saved in "
                 f"{self.folder.path}; run the same command again to continue"
             )
 
-    def _finite(self, losses: dict[str, float]) -> dict[str, float]:
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
-            raise KdprofError(
-                f"{self.run.method} {self.run.budget} seed {self.run.seed}: {', '.join(bad)} is "
-                f"not finite at iteration {self.done}; lower step.learning_rate or use bf16"
+    def _evaluate(self, validation: Validation) -> CurvePoint:
+        with self._booked("eval"):
+            found = evaluate(
+                self.step.student,
+                validation.data,
+                self.step.device,
+                batch=validation.batch,
+                autocast=self.step.autocast(),
+                decide=self.step.method.decide,
             )
-        return losses
-
-    def _evaluate(self) -> CurvePoint:
-        began = time.perf_counter()
-        found = evaluate(
-            self.step.student,
-            self.val_data,
-            self.step.device,
-            batch=self.settings.batch,
-            autocast=self.step.autocast(),
-            decide=self.step.method.decide,
-        )
-        seconds = time.perf_counter() - began
-        point = CurvePoint(
-            iteration=self.done,
-            train_s=self.spent_s["train"],
-            miou=found.miou,
-            losses=self.losses,
-            learning_rate=self.step.learning_rate(self.done - 1),
-        )
-        append_line(self.folder.curve, point)
+            point = CurvePoint(
+                iteration=self.done,
+                train_s=self.ledger.useful_s(),
+                miou=found.miou,
+                losses=self.losses,
+                learning_rate=self._learning_rate(),
+            )
+            append_line(self.folder.curve, point)
         self._evaluated.add(self.done)
-        self._book("eval", seconds)
-        per_class = dict(zip(self.val_data.class_names, found.per_class, strict=True))
+        per_class = dict(zip(validation.data.class_names, found.per_class, strict=True))
         self.run = self.run.model_copy(
             update={
                 "miou": found.miou,
                 "miou_per_class": per_class,
                 "miou_of": {
                     group: mean_iou(per_class[name] for name in names)
-                    for group, names in self.class_groups.items()
+                    for group, names in validation.class_groups.items()
                 },
                 "best_miou": max(found.miou, self.run.best_miou or 0.0),
             }
         )
         return point
 
-    def _checkpoint(self) -> None:
-        """Save everything, then the record; the time it takes is booked apart."""
-        began = time.perf_counter()
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "iteration": self.done,
+            "reached": self._reached,
             "losses": self.losses,
             "evaluated": sorted(self._evaluated),
-            "run": self.run.model_dump(mode="json", by_alias=True),
+            "run": self._record().model_dump(mode="json", by_alias=True),
             "step": self.step.state_dict(),
         }
-        checkpoint.save(self.folder, state)
-        self._book("checkpoint", time.perf_counter() - began)
+
+    def _checkpoint(self) -> None:
+        """Save everything, then the record; the time it takes is booked apart."""
+        with self._booked("checkpoint"):
+            checkpoint.save(self.folder, self._state())
         self._save_record()
 
-    def _save_record(self) -> None:
-        flop, spent_s = self.flop_per_iteration, self.spent_s
-        self.run = self.run.model_copy(
+    def _record(self) -> Run:
+        """Return the record as of now."""
+        spent_s, each = self.ledger.spent_s, self.cost and self.cost.flop
+        energy_j = self.ledger.energy_j()
+        unavailable = dict(self.run.unavailable)
+        if energy_j is not None:
+            unavailable.pop("energy_j", None)
+        return self.run.model_copy(
             update={
                 "iterations_done": self.done,
-                "train_s": self.run.train_s.model_copy(update={"actual": spent_s["train"]}),
+                "train_s": self.run.train_s.model_copy(update={"actual": self.ledger.useful_s()}),
+                "trunk_s": spent_s["trunk"],
+                "startup_s": spent_s["startup"],
                 "eval_s": spent_s["eval"],
                 "checkpoint_s": spent_s["checkpoint"],
-                "flop": None if flop is None else flop * self.done,
-                "finished": self.run.iterations in self._evaluated,
+                "logging_s": spent_s["logging"],
+                "lost_s": spent_s["lost"],
+                "flop": each.total * self.done if each else None,
+                "energy_j": energy_j,
+                "unavailable": unavailable,
+                "finished": self._reached >= self.run.iterations,
+                "failure": None,
             }
         )
+
+    def _save_record(self) -> None:
+        self.run = self._record()
         write_record(self.folder.record, self.run)
+
+    def _fail(self, error: Exception) -> None:
+        """Write into the record why the run ended; the checkpoint stays as it is."""
+        saved = None
+        with suppress(KdprofError):
+            state, _ = checkpoint.load(self.folder)
+            saved = state and state["iteration"]
+        found = isinstance(error, NotFinite)
+        failure = Failure(
+            iteration=error.iteration if found else self.done,
+            term=error.term if found else None,
+            reason=" ".join(str(error).split()) or type(error).__name__,
+            checkpoint_iteration=saved,
+        )
+        self.run = self._record().model_copy(update={"failure": failure})
+        with suppress(OSError):  # a full disk may be the reason; the error itself is still told
+            write_record(self.folder.record, self.run)
+
+
+class _Stretch:
+    """A stretch of training on the clock and on the device's energy counter."""
+
+    def __init__(self, meter: EnergyMeter | None):
+        self.meter = meter
+        self.pause()
+
+    def begin(self) -> None:
+        self._joules = self.meter.read_j() if self.meter else None
+        self._began = time.perf_counter()
+
+    def pause(self) -> None:
+        self._began, self._joules = None, None
+
+    def seconds(self) -> float:
+        return 0.0 if self._began is None else time.perf_counter() - self._began
+
+    def joules(self) -> float | None:
+        now = self.meter.read_j() if self.meter else None
+        return None if now is None or self._joules is None else now - self._joules
+
+
+class _Nearby:
+    """Keeps the host within a few steps of the device, without draining it."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def wait(self) -> None:
+        """Note a step that was queued; wait for the one :data:`STEPS_AHEAD` before it."""
+        if not self._cuda:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > STEPS_AHEAD:
+            self._events.popleft().synchronize()
 
 
 def _told(point: CurvePoint) -> str:

@@ -1,0 +1,69 @@
+"""What a run's compute went to: useful work, overheads off the clock, and work that was lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from kdprof.records import LedgerEntry
+from kdprof.store import append_line, read_lines, write_atomic
+
+USEFUL = ("train", "trunk")
+"""Kinds of entries that are the run's price."""
+
+
+class Ledger:
+    """The entries of a run, in a file that grows as compute is spent.
+
+    Attributes:
+        spent_s: seconds by kind of entry.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._entries = read_lines(path, LedgerEntry)
+        self._add_up()
+
+    def _add_up(self) -> None:
+        self.spent_s: Counter[str] = Counter()
+        for entry in self._entries:
+            self.spent_s[entry.kind] += entry.seconds
+
+    def book(
+        self, kind: str, iteration: int, seconds: float, energy_j: float | None = None
+    ) -> None:
+        """Append an entry, durably."""
+        entry = LedgerEntry(kind=kind, iteration=iteration, seconds=seconds, energy_j=energy_j)
+        append_line(self.path, entry)
+        self._entries.append(entry)
+        self.spent_s[kind] += seconds
+
+    def useful_s(self) -> float:
+        """Return the seconds that are the run's price so far."""
+        return sum(self.spent_s[kind] for kind in USEFUL)
+
+    def energy_j(self) -> float | None:
+        """Return the joules of the training; None where a part of it was not metered."""
+        found = [entry.energy_j for entry in self._entries if entry.kind in USEFUL]
+        return None if None in found or not found else sum(found)
+
+    def rewind(self, iteration: int, evaluated: Collection[int]) -> None:
+        """Turn what was spent after a checkpoint into lost work: it is done again.
+
+        Args:
+            iteration: of the checkpoint; 0 where there is none.
+            evaluated: iterations whose evaluation the checkpoint knows.
+        """
+        if not self.path.exists():
+            return
+        kept = []
+        for entry in self._entries:
+            again = entry.kind == "eval" and entry.iteration not in evaluated
+            lost = entry.iteration > iteration or again
+            kept.append(entry.model_copy(update={"kind": "lost"}) if lost else entry)
+        if kept != self._entries:
+            self._entries = kept
+            lines = [entry.model_dump_json(by_alias=True) + "\n" for entry in kept]
+            write_atomic(self.path, "".join(lines))
+        self._add_up()

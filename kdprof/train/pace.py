@@ -1,0 +1,81 @@
+"""Pace: how much of its budget a run has spent, and so where in its schedule it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kdprof.errors import UserError
+from kdprof.records import Cost, Run
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Progress of a run by the iterations it has made.
+
+    Attributes:
+        iterations: planned for the run; its position in the schedule is counted in these, however
+            progress is measured.
+    """
+
+    iterations: int
+
+    def position(self, done: int) -> float:
+        """Return where the run is, from 0 to ``iterations``, after ``done`` iterations."""
+        return done
+
+    def reached(self, mark: int, done: int) -> bool:
+        """Return whether the run is as far as ``mark`` of its planned iterations."""
+        return self.position(done) >= mark
+
+
+@dataclass(frozen=True)
+class Enforced(Pace):
+    """Progress of a run by the share of its budget that it has spent.
+
+    Attributes:
+        amount: what the budget is worth, in the unit of ``spent``.
+        spent: what was spent so far; must not wait for the device.
+    """
+
+    amount: float
+    spent: Callable[[int], float]
+    """Of the iterations done."""
+
+    def position(self, done: int) -> float:
+        """Return the spent share of the budget, in planned iterations."""
+        return min(1.0, self.spent(done) / self.amount) * self.iterations
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Live readings of a run, that :func:`pace_of` chooses from."""
+
+    seconds: Callable[[], float]
+    joules: Callable[[], float]
+
+
+def pace_of(run: Run, cost: Cost | None, spending: Spending) -> Pace:
+    """Return the pace that a run's record asks for.
+
+    Raises:
+        UserError: its Cost lacks what is to be enforced.
+    """
+    if run.enforce == "iterations":
+        return Pace(run.iterations)
+    if run.enforce == "time":
+        if not run.train_s.planned:
+            raise UserError("--enforce time: the run has no planned seconds; use iterations")
+        return Enforced(run.iterations, run.train_s.planned, lambda done: spending.seconds())
+    quantity = "energy_j" if run.enforce == "energy" else "flop"
+    each = None if cost is None else getattr(cost, quantity)
+    if each is None:
+        reason = cost.unavailable.get(quantity, "not measured") if cost else "no Cost"
+        raise UserError(
+            f"--enforce {run.enforce}: the cost of '{run.method}' has no {quantity} ({reason}); "
+            "use --enforce time or iterations"
+        )
+    if run.enforce == "energy":
+        return Enforced(run.iterations, each * run.iterations, lambda done: spending.joules())
+    total = each.total
+    return Enforced(run.iterations, total * run.iterations, lambda done: total * done)
