@@ -83,13 +83,24 @@ class Recipe:
     student: str
     iterations: int | None
     batch: int | None
+    """Images per iteration, over all devices."""
     crop: tuple[int, int] | None
+    """Height x width, pixels."""
     optimizer: str
     schedule: str
     source: str
+    """Where the figures are from, and what must be known to quote them."""
     gpus: str | None = None
     baseline_miou: float | None = None
+    """mIoU of the student alone, percent, as reported beside ``miou``."""
     miou: float | None = None
+    epochs: int | None = None
+    """Where the length of the training is published in epochs."""
+    weights: Mapping[str, float] | None = None
+    """Published weights of terms that differ from the class's."""
+    teacher_miou: float | None = None
+    split: str = "val"
+    """Images that the mIoU are of."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,10 @@ class Method(nn.Module):
     """Whether the terms take the place of the cross-entropy of the student's logits."""
     auxiliary_decays: ClassVar[bool] = False
     """Whether the auxiliary optimiser's learning rate follows the student's schedule."""
+    equation: ClassVar[str] = ""
+    """The terms in plain text, a line or two; the docstring says what each symbol is."""
+    cost_drivers: ClassVar[str] = ""
+    """What makes a step dear, a line or two."""
     recipes: ClassVar[tuple[Recipe, ...]] = ()
     hyper: ClassVar[dict[str, Hyper]] = {}
 

@@ -16,6 +16,6 @@ for _path in sorted(Path(__file__).parent.glob("parity_terms_*.py")):
     TERMS |= importlib.import_module(_path.stem).TERMS
 
 NOT_YET = {
-    "af_dcd", "dkd_ac", "dkd_bce", "dkd_decoupled_logits", "dkd_kd", "dkd_wbce",
+    "dkd_ac", "dkd_bce", "dkd_decoupled_logits", "dkd_kd", "dkd_wbce",
 }  # fmt: skip
 """Losses of methods that kdprof does not have yet."""
