@@ -14,8 +14,3 @@ from parity_case import Case, Outcome
 TERMS: dict[str, Callable[[Case], Outcome]] = {}
 for _path in sorted(Path(__file__).parent.glob("parity_terms_*.py")):
     TERMS |= importlib.import_module(_path.stem).TERMS
-
-NOT_YET = {
-    "dkd_ac", "dkd_bce", "dkd_decoupled_logits", "dkd_kd", "dkd_wbce",
-}  # fmt: skip
-"""Losses of methods that kdprof does not have yet."""

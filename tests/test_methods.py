@@ -1,4 +1,4 @@
-"""Each objective against its equation written out in loops, and what every method must hold to."""
+"""Each objective against its equation written out, and what every method must hold to."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ import torch
 from builders import tiny_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles_core import ORACLES, variation
 from torch import nn
 
 from kdprof.errors import UserError
@@ -20,7 +21,7 @@ from kdprof.methods._discriminator import (
     Discriminator,
     SpectralConv,
 )
-from kdprof.methods.cwd import CWD, CWDCirkd, CWDFeature
+from kdprof.methods.cwd import CWD, CWDCirkd, channel_kl
 from kdprof.methods.fitnet import FitNet
 from kdprof.methods.ifvd import IFVDPlain, intra_class_variation
 from kdprof.methods.kd import KD, pixel_kl
@@ -62,7 +63,9 @@ def draw(method, images=2, grid=(9, 7), teacher_grid=None, scale=1.0, seed=0, vo
     generator = torch.Generator().manual_seed(seed)
 
     def maps(info, taps, size):
-        shape = {tap: (images, info.channels[tap], *size) for tap in taps}
+        shape = {tap: (images, info.channels[tap], *size) for tap in taps if tap != "classifier"}
+        if "classifier" in taps:
+            shape["classifier"] = (info.num_classes, info.channels["head"], 1, 1)
         return {t: scale * torch.randn(s, generator=generator) for t, s in shape.items()}
 
     student = maps(STUDENT, method.student_taps(), grid)
@@ -92,89 +95,7 @@ def assert_finite_with_gradients(method, student, teacher, labels):
     return terms
 
 
-# The equations in loops, in float64.
-
-
-def log_softmax(values, temperature):
-    above = [(v - max(values)) / temperature for v in values]
-    total = math.log(sum(math.exp(a) for a in above))
-    return [a - total for a in above]
-
-
-def kl(teacher, student, temperature):
-    p, q = log_softmax(teacher, temperature), log_softmax(student, temperature)
-    return sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
-
-
-def pixels(maps):
-    """Yield (image, row, column) of an (N, C, h, w) tensor."""
-    n, _, h, w = maps.shape
-    return [(i, y, x) for i in range(n) for y in range(h) for x in range(w)]
-
-
-def slow_kd(student, teacher, temperature):
-    total = 0.0
-    for i, y, x in pixels(teacher):
-        total += kl(teacher[i, :, y, x].tolist(), student[i, :, y, x].tolist(), temperature)
-    return temperature**2 * total / len(pixels(teacher))
-
-
-def slow_cwd(student, teacher, temperature, channels=None):
-    n, c = teacher.shape[:2]
-    total = 0.0
-    for i in range(n):
-        for k in range(c):
-            total += kl(
-                teacher[i, k].flatten().tolist(), student[i, k].flatten().tolist(), temperature
-            )
-    return temperature**2 * total / (n * (channels or c))
-
-
-def slow_adapt(weight, maps):
-    n, _, h, w = maps.shape
-    mapped = torch.zeros(n, len(weight), h, w, dtype=torch.float64)
-    for i, y, x in pixels(maps):
-        for k in range(len(weight)):
-            mapped[i, k, y, x] = sum(
-                weight[k, c, 0, 0].item() * maps[i, c, y, x].item() for c in range(maps.shape[1])
-            )
-    return mapped
-
-
-def slow_mse(ours, theirs):
-    pairs = zip(ours.flatten().tolist(), theirs.flatten().tolist(), strict=True)
-    return sum((a - b) ** 2 for a, b in pairs) / theirs.numel()
-
-
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def slow_cosines(features, labels, num_classes):
-    """Return {pixel: cosine to the mean feature of its class in its image}, void left out."""
-    n, channels, h, w = features.shape
-    height, width = labels.shape[1:]
-    cosines = {}
-    for i in range(n):
-        members = {}
-        for y in range(h):
-            for x in range(w):
-                label = labels[i, y * height // h, x * width // w].item()
-                if label < num_classes:
-                    members.setdefault(label, []).append((y, x))
-        for places in members.values():
-            vectors = [features[i, :, y, x].tolist() for y, x in places]
-            mean = [sum(v[c] for v in vectors) / (len(vectors) + 1e-6) for c in range(channels)]
-            for (y, x), v in zip(places, vectors, strict=True):
-                lengths = max(math.hypot(*v), 1e-8) * max(math.hypot(*mean), 1e-8)
-                cosines[i, y, x] = dot(v, mean) / lengths
-    return cosines
-
-
-def slow_ifv(student, teacher, labels, num_classes):
-    ours = slow_cosines(student, labels, num_classes)
-    theirs = slow_cosines(teacher, labels, num_classes)
-    return sum((ours[at] - theirs[at]) ** 2 for at in ours) / len(pixels(teacher))
+# The equations, in float64.
 
 
 def two_maps(shape, seed, scale, teacher_channels=None):
@@ -197,20 +118,42 @@ def close(value, expected, rel=2e-4, absolute=2e-6):
     return value.item() == pytest.approx(expected, rel=rel, abs=absolute)
 
 
+def exactly(taps: Taps) -> Taps:
+    return Taps(**{tap: value.double() for tap, value in vars(taps).items()})
+
+
+def assert_equals_oracle(method, student, teacher, labels=None, rel=2e-4, absolute=2e-6):
+    """Terms and gradients, of the student's maps and of the extras, near those in float64."""
+    expected = ORACLES[method.name](exactly(student), exactly(teacher), labels, method)
+    terms = method(student, teacher, labels)
+    assert terms.keys() == expected.keys() == method.weights.keys()
+    for name, value in expected.items():
+        assert close(terms[name], value.item(), rel, absolute), name
+    wanted = [v for v in (*vars(student).values(), *method.extra_parameters()) if v.requires_grad]
+    slopes, exact = (
+        torch.autograd.grad(weighted(method, of), wanted, allow_unused=True)
+        for of in (terms, expected)
+    )
+    for ours, theirs in zip(slopes, exact, strict=True):
+        assert (ours - theirs).norm() <= 10 * rel * theirs.norm() + absolute
+
+
+def of_logits(*maps):
+    return [Taps(logits=m.requires_grad_(not i)) for i, m in enumerate(maps)]
+
+
 @few
 @given(shapes, seeds, scales, temperatures)
 def test_kd_equation(shape, seed, scale, temperature):
-    student, teacher = two_maps(shape, seed, scale)
-    terms = KD(temperature=temperature)(Taps(logits=student), Taps(logits=teacher), None)
-    assert close(terms["kd"], slow_kd(student.double(), teacher.double(), temperature))
+    taps = of_logits(*two_maps(shape, seed, scale))
+    assert_equals_oracle(KD(temperature=temperature), *taps)
 
 
 @few
 @given(shapes, seeds, scales, temperatures)
 def test_cwd_equation(shape, seed, scale, temperature):
-    student, teacher = two_maps(shape, seed, scale)
-    terms = CWD(temperature=temperature)(Taps(logits=student), Taps(logits=teacher), None)
-    assert close(terms["cwd"], slow_cwd(student.double(), teacher.double(), temperature))
+    taps = of_logits(*two_maps(shape, seed, scale))
+    assert_equals_oracle(CWD(temperature=temperature), *taps)
 
 
 @few
@@ -222,28 +165,35 @@ def test_fitnet_equation(shape, seed, scale):
     infos = [NetworkInfo("n", 2, {"head": m.shape[1]}, {}) for m in (student, teacher)]
     method.build(*infos)
     logits = torch.zeros(1, 2, 1, 1)
-    taps = (Taps(head=m, logits=logits) for m in (student, teacher))
-    adapted = slow_adapt(method.adaptor.weight, student.double())
-    assert close(method(*taps, None)["fitnet"], slow_mse(adapted, teacher.double()))
+    taps = (Taps(head=m, logits=logits) for m in (student.requires_grad_(), teacher))
+    assert_equals_oracle(method, *taps)
 
 
-def test_cwd_feature_equations():
-    """Both feature variants; CIRKD's divides by the student's channels."""
+@pytest.mark.parametrize("name", sorted(ORACLES))
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"scale": 3.0},
+        {"images": 1, "grid": (3, 5)},
+        {"grid": (3, 4), "teacher_grid": (6, 7)},
+        {"grid": (6, 5), "teacher_grid": (3, 4)},
+    ],
+    ids=["odd", "batch-1", "coarser", "finer"],
+)
+def test_equation_with_gradients(name, case):
+    method = make(name)
+    assert_equals_oracle(method, *draw(method, **case))
+
+
+def test_cwd_feature_is_divided_by_the_channels_before_the_adaptor():
+    """In CIRKD's bundle: by 2 and not by 4, which makes it twice the definition."""
     student, teacher = two_maps((2, 2, 3, 5), 1, 2.0, teacher_channels=4)
     infos = [NetworkInfo("n", 2, {"head": m.shape[1]}, {}) for m in (student, teacher)]
-    logits = torch.zeros(2, 2, 3, 5)
-    taps = [Taps(head=m, logits=logits) for m in (student, teacher)]
-    cirkd, feature = CWDCirkd(temperature=2.0), CWDFeature(temperature=2.0)
-    cirkd.build(*infos)
-    feature.build(*infos)
-    adapted = slow_adapt(cirkd.adaptor.weight, student.double())
-    expected = slow_cwd(adapted, teacher.double(), 2.0, channels=2)
-    assert close(cirkd(*taps, None)["cwd_feature"], expected)
-    adapted = slow_adapt(feature.adaptor[0].weight, student.double())
-    mean = adapted.mean((0, 2, 3), keepdim=True)
-    spread = (adapted.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-    adapted = ((adapted - mean) / spread).clamp(min=0)
-    assert close(feature(*taps, None)["cwd_feature"], slow_cwd(adapted, teacher.double(), 2.0))
+    method = CWDCirkd(temperature=2.0)
+    method.build(*infos)
+    taps = (Taps(head=m, logits=torch.zeros(2, 2, 3, 5)) for m in (student, teacher))
+    value = method(*taps, None)["cwd_feature"]
+    torch.testing.assert_close(value, 2 * channel_kl(method.adaptor(student), teacher, 2.0))
 
 
 @few
@@ -253,20 +203,22 @@ def test_ifv_equation(shape, seed, scale, factor, present):
     student, teacher = two_maps(shape, seed, scale, teacher_channels=3)
     labels = random_labels((shape[0], factor * shape[2] + 1, factor * shape[3]), seed, present)
     value = intra_class_variation(student, teacher, labels, 4)
-    assert close(value, slow_ifv(student.double(), teacher.double(), labels, 4))
+    assert close(value, variation(student.double(), teacher.double(), labels, 4).item())
 
 
 @few
 @given(shapes, seeds, st.sampled_from([torch.bfloat16, torch.float16]))
 def test_equations_on_half_precision_maps(shape, seed, dtype):
     student, teacher = (maps.to(dtype) for maps in two_maps(shape, seed, 3.0))
-    exact = student.double(), teacher.double()
     labels = random_labels((shape[0], 4 * shape[2], 4 * shape[3]), seed, 3)
     taps = Taps(logits=student), Taps(logits=teacher)
-    assert close(KD(temperature=2.5)(*taps, None)["kd"], slow_kd(*exact, 2.5), 2e-3)
-    assert close(CWD()(*taps, None)["cwd"], slow_cwd(*exact, 4.0), 2e-3)
+    for method in (KD(temperature=2.5), CWD()):
+        expected = ORACLES[method.name](*map(exactly, taps), None, method)
+        for name, value in method(*taps, None).items():
+            assert close(value, expected[name].item(), 2e-3)
     value = intra_class_variation(student, teacher, labels, 4)
-    assert close(value, slow_ifv(*exact, labels, 4), 2e-3, 1e-5)
+    exact = variation(student.double(), teacher.double(), labels, 4)
+    assert close(value, exact.item(), 2e-3, 1e-5)
 
 
 # Identities (method cards, 25.5).
@@ -568,7 +520,7 @@ class StagedNet(nn.Module):
         path = ("c2", "c3", "c4", "c5", "head", "logits")
         for before, after in pairwise(path):
             made[after] = getattr(self, after)(made[before])
-        made["aux"] = self.aux(made["c4"])
+        made |= {"aux": self.aux(made["c4"]), "classifier": self.logits.weight}
         return Taps(**{tap: made[tap] for tap in taps})
 
 
@@ -615,7 +567,8 @@ def test_takes_a_real_step(name):
     method = step.method
     before = copy.deepcopy(method.state_dict())
     (losses,) = train(step, 0, 1)
-    assert {"task", "task_aux", *method.weights, *method.auxiliary_weights} == losses.keys()
+    task = {"task_aux"} if method.replaces_task_loss else {"task", "task_aux"}
+    assert {*task, *method.weights, *method.auxiliary_weights} == losses.keys()
     assert all(value.isfinite() for value in losses.values())
     changed = {n for n, v in method.state_dict().items() if not torch.equal(v, before[n])}
     gated = ("query", "key", "value")  # behind a gate that starts at 0
@@ -640,7 +593,7 @@ def test_is_given_no_more_than_it_declares(name):
     assert (labels is not None) == ("labels" in step.method.taps)
 
 
-@pytest.mark.parametrize("name", DISTILLING)
+@pytest.mark.parametrize("name", [n for n in NAMES if find_method(n).cls.needs_teacher()])
 def test_training_never_touches_the_teacher(name):
     step = real_step(name)
     before = copy.deepcopy(step.teacher.state_dict())

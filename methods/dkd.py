@@ -1,0 +1,317 @@
+"""Decomposed knowledge distillation for class-incremental segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.methods._common import check_settings
+
+BLOCK_ELEMENTS = 2**24
+"""Most elements of a full-resolution map that is held at a time, 64 MiB in float32; one class of
+all images where that is more."""
+
+Target = Callable[[slice], Tensor]
+"""Returns the targets of some classes, 0 to 1, (N, classes, H, W)."""
+
+
+def resized(maps: Tensor, size: torch.Size) -> Tensor:
+    """Return (N, C, h, w) at another size, bilinear."""
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def labelled(labels: Tensor, first: int, count: int) -> Target:
+    """Return 1 where a pixel is labelled with a class of ``first`` .. ``first + count - 1``.
+
+    Every other pixel, void too, is 0 for all of them.
+    """
+    classes = torch.arange(first, first + count, device=labels.device)
+    return lambda block: labels[:, None] == classes[block, None, None]
+
+
+def sigmoids(logits: Tensor, size: torch.Size) -> Target:
+    """Return the sigmoid of logits resized to ``size``."""
+    return lambda block: resized(logits[:, block].float(), size).sigmoid()
+
+
+class _OneVsAll(torch.autograd.Function):
+    """See :func:`one_vs_all`.
+
+    Classes are taken in blocks, so that no full-resolution map of all of them is held. The
+    gradient is taken in the same pass: it is linear in what backward is given, which is one number,
+    and at the size of the logits before they are resized it is small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Target | None,
+        size: torch.Size,
+        positive_weight: float | Tensor,
+    ) -> Tensor:
+        # One piece of memory for loss and gradient: whoever follows the data of a step to its
+        # terms finds the gradient's work there, too.
+        found = logits.new_zeros(logits.numel() + 1)
+        gradient, total = found[:-1].view_as(logits), found[-1]
+        classes = max(1, BLOCK_ELEMENTS // (len(logits) * size.numel()))
+        for first in range(0, logits.shape[1], classes):
+            block = slice(first, first + classes)
+            with torch.enable_grad():
+                small = logits[:, block].detach().requires_grad_()
+                full = resized(small, size)
+            y = target(block).to(full.dtype) if target else None
+            weight = positive_weight
+            if isinstance(weight, Tensor):
+                weight = weight[block, None, None]
+            loss, slope = _cross_entropy(full.detach(), y, weight)
+            total += loss.sum()
+            (gradient[:, block],) = torch.autograd.grad(full, small, slope)
+        ctx.save_for_backward(gradient)
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None, None, None
+
+
+def _cross_entropy(x: Tensor, y: Tensor | None, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return - w y log sigmoid(x) - (1 - y) log(1 - sigmoid(x)) and its derivative; None: y = 0."""
+    loss, slope = F.softplus(x), x.sigmoid()
+    if y is None:
+        return loss, slope
+    if isinstance(weight, Tensor) or weight != 1:
+        scale = 1 + (weight - 1) * y
+        loss, slope, y = loss.mul_(scale), slope.mul_(scale), weight * y
+    return loss.addcmul_(x, y, value=-1), slope.sub_(y)
+
+
+def one_vs_all(
+    logits: Tensor,
+    target: Target | None,
+    size: torch.Size | None = None,
+    positive_weight: float | Tensor = 1.0,
+) -> Tensor:
+    """Return the binary cross-entropy of each class, averaged over N, H, W, summed over classes.
+
+    Args:
+        logits: (N, K, h, w), resized to the target bilinearly.
+        target: None: all 0.
+        size: of the target, where it is not that of the logits.
+        positive_weight: factor of the part that y = 1 pays, for all classes or for each, (K,).
+
+    The full-resolution maps of logits, targets and losses are held for a block of classes at a
+    time. Backward costs nothing: forward has made the gradient. Not differentiable twice.
+    """
+    size = size or logits.shape[-2:]
+    with torch.autocast(logits.device.type, enabled=False):
+        total = _OneVsAll.apply(logits.float(), target, size, positive_weight)
+    return total / (len(logits) * size.numel())
+
+
+def split_logits(head: Tensor, classifier: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits that the positive weights alone give, and the negative ones, no bias.
+
+    Args:
+        head: (N, C, h, w) float32.
+        classifier: (K, C, 1, 1).
+    """
+    weight = classifier.float()
+    # One convolution for both, which reads the feature once.
+    positive, negative = F.conv2d(head, torch.cat([weight.relu(), -(-weight).relu()])).chunk(2, 1)
+    return positive, negative
+
+
+_VOC = {
+    "teacher": "DeepLabV3-R101",
+    "student": "DeepLabV3-R101",
+    "iterations": None,
+    "epochs": 60,
+    "batch": 32,
+    "crop": (512, 512),
+    "optimizer": "SGD 1e-4 (head 1e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
+    "schedule": "decay not stated",
+    "source": "DKD repository; overlapped, all classes after the last step",
+    "gpus": "4, 8 images each",
+}
+_ADE = _VOC | {
+    "epochs": 100,
+    "batch": 24,
+    "optimizer": "SGD 2.5e-4 (head 2.5e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
+    "schedule": "20 % warm-up, decay not stated",
+    "source": "DKD repository; overlapped, all classes after the last step; positive_weight 35",
+    "gpus": None,
+}
+
+
+class DKD(Method):
+    """Decomposed knowledge distillation (Baek et al., NeurIPS 2022, arXiv 2210.05941), a step that
+    adds classes. (Not decoupled KD, which has the same initials.)
+
+    Every class is a classifier of its own: a sigmoid, not a share of a softmax. BCE is the binary
+    cross-entropy, each term a mean over N, H, W for each class, then a *sum* over classes. With z
+    the logits, f the head feature, W the 1x1 classifier, W+ = max(W, 0), W- = min(W, 0):
+
+    - mbce 1: BCE(up(z_S), y = k) of the new classes k; ``positive_weight`` multiplies the part of
+      y = k. It takes the place of the step's cross-entropy. All other pixels, void too, are
+      negative.
+    - kd 5: BCE(up(z_S), sigmoid(up(z_T))) of the old classes, background left out.
+    - dkd_positive 5, dkd_negative 5: BCE(W+ f of the student, sigmoid(W+ f of the teacher)) of the
+      same classes on the grid of f, and the same of W-; no bias.
+    - ac 1: BCE(up(A f_S), 0) of an auxiliary classifier A that sees f_S detached.
+
+    ``positive_weight`` is 1 for VOC and 35 for ADE20K. The prediction is background where no
+    sigmoid is above 0.5 (:meth:`decide`). BCE against a soft target is the target's entropy where
+    student and teacher agree, not 0.
+
+    The published network has f at stride 16; here the networks' own stride. ``up`` is bilinear to
+    the labels' size, corners not aligned, which is assumed, as it is that ac is taken there too.
+    Where grids of f differ the student's split logits are resized bilinearly to the teacher's
+    (kdprof's rule); widths of f may differ. Without new classes mbce is of all classes. A is an
+    extra of the method (default initialisation, assumed), not channel 0 of the logits, which no
+    term here trains. Published but not of the objective, so left to the study: head learning rate
+    x10, weight decay on new classifiers only, batch norm frozen and no dropout. DKD-M's memory of
+    old images is left out. ``dkd:first`` trains the old model.
+
+    The published form holds maps of classes x H x W of both networks; here blocks of classes are
+    taken one after the other and the gradient is made in the forward pass, so backward takes next
+    to no time: read both together.
+    """
+
+    name = "dkd"
+    title = "Decomposed knowledge distillation"
+    paper = "NeurIPS 2022, arXiv 2210.05941"
+    family = "incremental"
+    taps = ("logits", "head", "classifier", "labels")
+    teacher_taps = ("logits", "head", "classifier")
+    weights = {"mbce": 1.0, "kd": 5.0, "dkd_positive": 5.0, "dkd_negative": 5.0, "ac": 1.0}
+    incremental = True
+    replaces_task_loss = True
+    equation = (
+        "L = BCE(up(z), y) of new classes + 5 BCE(up(z_S), sigmoid(up(z_T))) + 5 BCE(W+ f_S, "
+        "sigmoid(W+ f_T)) + 5 the same of W-, of old classes, + BCE(up(A f_S), 0)"
+    )
+    cost_drivers = (
+        "the old model's forward; logits of every class of both networks at label resolution, "
+        "which is memory traffic"
+    )
+    recipes = (
+        *(
+            Recipe(f"Pascal VOC {step}", miou=miou, **_VOC)
+            for step, miou in (
+                ("19-1", 76.13), ("15-5", 73.95), ("15-1", 70.50), ("10-1", 60.43), ("5-3", 58.98),
+            )
+        ),
+        *(
+            Recipe(f"ADE20K {step}", miou=miou, **_ADE)
+            for step, miou in (("100-50", 35.55), ("100-10", 34.53), ("50-50", 34.39))
+        ),
+    )  # fmt: skip
+
+    positive_weight: float = 1.0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        check_settings(self, positive=("positive_weight",))
+        self.background = False
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
+        """Create the auxiliary classifier."""
+        self.background = student.background
+        self.known = slice(int(student.background), teacher.num_classes)
+        more = student.num_classes > teacher.num_classes
+        self.first_learned = teacher.num_classes if more else self.known.start
+        self.auxiliary_classifier = nn.Conv2d(student.channels["head"], 1, 1)
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        """Return ``mbce``, ``kd``, ``dkd_positive``, ``dkd_negative`` and ``ac``."""
+        # In float32, as the products of one sign alone may leave the range of half precision.
+        with torch.autocast(labels.device.type, enabled=False):
+            head, size = student.head.float(), labels.shape[-2:]
+            ours, theirs = student.logits[:, self.known], teacher.logits[:, self.known]
+            auxiliary = self.auxiliary_classifier(head.detach())
+            return {
+                "mbce": self._mbce(student.logits, labels),
+                "kd": one_vs_all(ours, sigmoids(theirs, size), size),
+                **self._split_terms(head, student.classifier, teacher),
+                "ac": one_vs_all(auxiliary, None, size),
+            }
+
+    def _mbce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        learned = logits[:, self.first_learned :]
+        target = labelled(labels, self.first_learned, learned.shape[1])
+        return one_vs_all(learned, target, labels.shape[-2:], self.positive_weight)
+
+    def _split_terms(self, head: Tensor, classifier: Tensor, teacher: Taps) -> dict[str, Tensor]:
+        ours = split_logits(head, classifier[self.known])
+        theirs = split_logits(teacher.head.float(), teacher.classifier[self.known])
+        grid = teacher.head.shape[-2:]
+        return {
+            name: one_vs_all(mine, sigmoids(target, grid), grid)
+            for name, mine, target in zip(
+                ("dkd_positive", "dkd_negative"), ours, theirs, strict=True
+            )
+        }
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Return the logits with a background of 0: it is predicted where no sigmoid is above 0.5.
+
+        Without a background, the logits.
+        """
+        if not self.background:
+            return logits
+        return torch.cat([torch.zeros_like(logits[:, :1]), logits[:, 1:]], 1)
+
+
+class DKDFirst(DKD):
+    """The first step of ``dkd``, which trains the old model: no teacher.
+
+    mbce 1 of all classes, with ``positive_weight`` 2 (35 for ADE20K); void pixels are negative.
+
+    Channel 0, the background's, is 0 at every pixel (``ignore_bg`` of the authors' code), because
+    new classes start from it and should start by claiming nothing. The authors' new classifiers
+    start from their auxiliary one, which is trained to the same, but on detached features: here
+    its gradient reaches the features, too, though it fades as soon as the channel is negative.
+    """
+
+    name = "dkd:first"
+    title = "Decomposed knowledge distillation (first step)"
+    taps = ("logits", "labels")
+    teacher_taps = ()
+    weights = {"mbce": 1.0}
+    equation = "L = BCE(up(z), y) of all classes, sigmoid by sigmoid; the background always 0"
+    cost_drivers = "logits of every class at label resolution, which is memory traffic; no teacher"
+    recipes = (
+        Recipe(
+            "Pascal VOC, first step",
+            **_VOC
+            | {
+                "teacher": None,
+                "optimizer": "SGD 1e-3 (head 1e-2), Nesterov 0.9, wd 1e-4",
+                "source": "DKD repository",
+            },
+        ),
+    )
+
+    positive_weight: float = 2.0
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None) -> None:
+        """Remember whether there is a background."""
+        self.background = student.background
+        self.first_learned = int(student.background)
+
+    def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
+        """Return ``mbce``."""
+        mbce = self._mbce(student.logits, labels)
+        if self.background:
+            mbce = mbce + one_vs_all(student.logits[:, :1], None, labels.shape[-2:])
+        return {"mbce": mbce}
