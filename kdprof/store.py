@@ -223,6 +223,18 @@ class Store:
         self.study = root / "study.toml"
         self.reports = root / "reports"
 
+    def check_writable(self) -> None:
+        """Refuse a folder that nothing can be written to, before any work; it need not exist.
+
+        Raises:
+            UserError: it, or what it would be made in, cannot be written.
+        """
+        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"{there} is a file, not a folder; use another --out")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{there} cannot be written to; use another --out")
+
     def require(self) -> None:
         """Refuse a folder that holds no study.
 
@@ -294,6 +306,10 @@ class Store:
     def trunk_folder(self, method: str, seed: int) -> RunFolder:
         """Return the folder of what a method's wsd runs of a seed share."""
         return RunFolder(self.root / "trunks" / slug(method) / str(seed))
+
+    def trunk_folders(self) -> list[RunFolder]:
+        """Return the folders of all trunks that have a record, ordered by name."""
+        return [RunFolder(path.parent) for path in sorted(self.root.glob("trunks/*/*/run.json"))]
 
     def run_folder(self, method: str, budget: str, seed: int) -> RunFolder:
         """Return the folder of one run."""

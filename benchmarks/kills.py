@@ -1,0 +1,160 @@
+"""Kill a training again and again, and compare what comes out with a training left in peace.
+
+    python benchmarks/kills.py --kills 100
+
+Each round trains one small run of a real study (teacher, evaluations, checkpoints, log) in a child
+process that is killed with SIGKILL after a random time and started again, until it is through. Its
+weights and its curve must equal, bit for bit, those of a run that was never killed. The times of
+the kills come from the seed; where in the run they fall, from the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdprof.progress import Progress
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import RunFolder, Store
+from kdprof.study import Study, claim_folder, load_study
+from kdprof.train import checkpoint, train
+
+STUDY = {
+    "student": "pspnet-test_resnet",
+    "teacher": "pspnet-test_resnet",
+    "device": "cpu",
+    "methods": ["kd"],
+    "budgets": ["24"],
+    "step.batch": 2,
+    "step.crop": [32, 48],
+    "data_settings.synthetic_size": [40, 56],
+    "data_settings.synthetic_train": 6,
+    "data_settings.synthetic_val": 3,
+    "teacher_training.iterations": 4,
+    "evaluation.points": 4,
+    "training.log_every": 2,
+    "training.checkpoint_every_s": 0.05,
+    "measure.least_rounds": 3,
+    "measure.max_time_s": 0.01,
+    "measure.in_process": True,
+    "measure.steps": 1,
+}
+
+
+@dataclass
+class Outcome:
+    """What came of the kills."""
+
+    kills: int = 0
+    rounds: int = 0
+    differing: int = 0
+    lost_s: float = 0.0
+    useful_s: float = 0.0
+
+
+def train_in_child(study: Study, out: Path, kill_after_s: float | None) -> bool:
+    """Train in a forked child; return whether it ended by itself.
+
+    Raises:
+        RuntimeError: it failed by itself.
+    """
+    child = os.fork()
+    if child == 0:
+        _train_and_leave(study, out)
+    if kill_after_s is not None:
+        _kill_later(child, kill_after_s)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return False
+    if os.waitstatus_to_exitcode(status):
+        raise RuntimeError("the training failed by itself; see its message above")
+    return True
+
+
+def _kill_later(child: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+
+
+def _train_and_leave(study: Study, out: Path) -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        store = Store(out)
+        claim_folder(store.study, study)
+        summary = train(ResolvedStudy(study), store, Progress(None), control=False)
+        code = 0 if not summary.failures else 1
+        for failure in summary.failures:
+            print(failure, file=sys.stderr)
+    finally:
+        os._exit(code)
+
+
+def result(folder: RunFolder) -> tuple[dict, list]:
+    """Return the weights and the curve of a finished run."""
+    curve = [(p.iteration, p.miou, p.losses) for p in folder.read_curve()]
+    return checkpoint.read(folder.checkpoint)["step"], curve
+
+
+def same(one: tuple[dict, list], other: tuple[dict, list]) -> bool:
+    """Return whether two results agree bit for bit."""
+    try:
+        torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
+    except AssertionError:
+        return False
+    return one[1] == other[1]
+
+
+def kill_again_and_again(out: Path, kills: int, seed: int, study: Study | None = None) -> Outcome:
+    """Kill trainings ``kills`` times in all, each until it is through."""
+    study = study or load_study(None, STUDY)
+    began = time.monotonic()
+    train_in_child(study, out / "whole", None)
+    whole_s = time.monotonic() - began
+    cell = study.methods[0], study.budgets[0], 0
+    wanted = result(Store(out / "whole").run_folder(*cell))
+    draw, found = random.Random(seed), Outcome()
+    while found.kills < kills:
+        store = Store(out / f"round{found.rounds}")
+        while not train_in_child(study, store.root, draw.uniform(0, whole_s)):
+            found.kills += 1
+        folder = store.run_folder(*cell)
+        run = folder.read_run()
+        found.rounds += 1
+        found.differing += not (run.finished and same(result(folder), wanted))
+        found.lost_s += run.lost_s
+        found.useful_s += run.train_s.actual
+    return found
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill_again_and_again(Path(folder), given.kills, given.seed)
+    print(
+        f"{found.kills} kills over {found.rounds} trainings: {found.differing} differ from the one "
+        f"that was never killed; {found.lost_s:.1f} s booked as lost beside {found.useful_s:.1f} s "
+        "of useful training"
+    )
+    sys.exit(1 if found.differing else 0)
+
+
+if __name__ == "__main__":
+    main()

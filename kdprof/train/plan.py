@@ -1,0 +1,111 @@
+"""Plan: what a study will cost, before anything of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from kdprof.budget import seconds_per_iteration
+from kdprof.errors import UserError
+from kdprof.records import Cost
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Store
+from kdprof.train.cells import Cell, cells_of, trunk_plan
+
+KEPT = 2
+"""Checkpoints that a run keeps."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the runs of a method under a budget will cost, seeds together."""
+
+    method: str
+    budget: str
+    runs: int
+    finished: int
+    iterations: int
+    """Of each run; ``low`` and ``high`` are the ends of the 95 % interval of what the budget buys,
+    equal to it where a run was begun."""
+    low: int
+    high: int
+    seconds: float
+    """Of the runs that are not finished; ``seconds_low`` and ``seconds_high`` follow from the
+    interval of the seconds per iteration. Evaluation is not in it."""
+    seconds_low: float
+    seconds_high: float
+    saved_s: float
+    """What sharing a trunk with larger budgets saves of ``seconds`` (wsd), not yet taken off."""
+    energy_j: float | None
+    """Of the same runs; None where the device has no counter."""
+    disk_bytes: int
+    unreliable: bool
+    """Whether the Cost it is made of is."""
+
+
+def forecast(
+    study: ResolvedStudy, store: Store, names: Sequence[str], costs: Mapping[str, Cost]
+) -> list[Forecast]:
+    """Return the forecast of every (method, budget) of a study, budget by budget.
+
+    Raises:
+        UserError: the study has no budget, or one that buys nothing.
+    """
+    if not study.study.budgets:
+        raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
+    cells = cells_of(study, store, names, costs)
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.method, cell.budget), []).append(cell)
+    return [_forecast(study, store, cells, group, costs) for group in groups.values()]
+
+
+def _forecast(
+    study: ResolvedStudy,
+    store: Store,
+    cells: Sequence[Cell],
+    group: Sequence[Cell],
+    costs: Mapping[str, Cost],
+) -> Forecast:
+    first = group[0]
+    cost = costs[first.method]
+    waiting = [cell for cell in group if not cell.is_finished(store)]
+    iterations = sum(cell.iterations for cell in waiting)
+    each, low, high = seconds_per_iteration(cost, costs)
+    shared = sum(_shared_iterations(study, cells, cell) for cell in waiting)
+    return Forecast(
+        method=first.method,
+        budget=first.budget,
+        runs=len(group),
+        finished=len(group) - len(waiting),
+        iterations=first.iterations,
+        low=first.low,
+        high=first.high,
+        seconds=iterations * each,
+        seconds_low=iterations * low,
+        seconds_high=iterations * high,
+        saved_s=shared * each,
+        energy_j=None if cost.energy_j is None else iterations * cost.energy_j,
+        disk_bytes=len(waiting) * KEPT * _checkpoint_bytes(study, first.method),
+        unreliable=not cost.reliable,
+    )
+
+
+def _shared_iterations(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> int:
+    """Return the iterations of a cell's trunk that a larger budget's trunk has anyway."""
+    plan = trunk_plan(study, cells, cell)
+    if plan is None or plan.longest.budget == cell.budget:
+        return 0
+    return plan.marks[cell.budget]
+
+
+def _checkpoint_bytes(study: ResolvedStudy, method: str) -> int:
+    """Return the size of a checkpoint: weights, momentum and buffers of student and extras."""
+    return _state_bytes(study.student(0)) + _state_bytes(study.method(method))
+
+
+def _state_bytes(module: nn.Module) -> int:
+    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return trained + sum(t.numel() * t.element_size() for t in module.state_dict().values())

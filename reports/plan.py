@@ -1,0 +1,63 @@
+"""Table: what the runs of a study will take, before they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from .text import MISSING, Grid, duration, print_notes
+
+if TYPE_CHECKING:
+    from kdprof.train.plan import Forecast
+
+HEADER = ("method", "budget", "runs", "iterations each", "wall-clock", "95 % interval", "energy",
+          "disk")  # fmt: skip
+
+
+def plan_table(forecasts: Sequence[Forecast], console: Console) -> None:
+    """Print the forecast of every method under every budget, and of all together."""
+    rows = [_cells(one) for one in forecasts]
+    Grid("Forecast of the runs that are not finished", HEADER, rows).print(console)
+    seconds = sum(one.seconds for one in forecasts)
+    saved_s = sum(one.saved_s for one in forecasts)
+    low, high = (sum(getattr(one, end) for one in forecasts) for end in _ENDS)
+    notes = [
+        f"In all {duration(seconds - saved_s)} of training [{duration(max(0.0, low - saved_s))} to "
+        f"{duration(max(0.0, high - saved_s))}], {_gigabytes(sum(f.disk_bytes for f in forecasts))}"
+        " on disk. The teacher's own training and evaluation come on top: they are in no budget "
+        "and are not forecast."
+    ]
+    if saved_s:
+        notes.append(
+            f"Shared trunks (wsd) save {duration(saved_s)} of {duration(seconds)}; taken off above,"
+            " not in the rows."
+        )
+    if any(one.energy_j is None for one in forecasts):
+        notes.append(f"'{MISSING}' in energy: the device has no energy counter.")
+    if doubtful := sorted({one.method for one in forecasts if one.unreliable}):
+        notes.append(f"† Made of an UNRELIABLE cost ({', '.join(doubtful)}).")
+    print_notes(notes, console)
+
+
+_ENDS = ("seconds_low", "seconds_high")
+
+
+def _cells(one: Forecast) -> list[str]:
+    runs = f"{one.runs}" if not one.finished else f"{one.runs - one.finished} of {one.runs}"
+    interval = "" if one.low == one.high else f" [{one.low:,}-{one.high:,}]"
+    return [
+        one.method + "†" * one.unreliable,
+        one.budget,
+        runs,
+        f"{one.iterations:,}{interval}",
+        duration(one.seconds),
+        f"{duration(one.seconds_low)} to {duration(one.seconds_high)}",
+        MISSING if one.energy_j is None else f"{one.energy_j / 3.6e6:.3g} kWh",
+        _gigabytes(one.disk_bytes),
+    ]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,79 @@
+"""Table: how far the runs of a folder are, and what they cost against the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from kdprof.records import Run
+from kdprof.store import RunFolder, Store
+
+from .results import drifted
+from .text import MISSING, Grid, duration, print_notes
+
+HEADER = ("run", "state", "iterations", "mIoU %", "spent", "planned", "drift", "off the clock",
+          "lost")  # fmt: skip
+
+
+def status_table(store: Store, console: Console) -> None:
+    """Print one line per run that was begun, the teacher's first."""
+    folders = [store.teacher_folder(), *store.trunk_folders(), *store.run_folders()]
+    begun = [(folder, run) for folder in folders if (run := folder.read_run()) is not None]
+    if not begun:
+        print_notes([f"{store.root}: nothing was trained yet."], console)
+        return
+    rows = [_cells(folder, run) for folder, run in begun]
+    Grid(f"Runs in {store.root}", HEADER, rows).print(console)
+    print_notes(_notes([run for _, run in begun]), console)
+
+
+def _cells(folder: RunFolder, run: Run) -> list[str]:
+    drift = run.train_s.drift() if run.finished else None
+    aside = run.eval_s + run.checkpoint_s + run.logging_s + run.startup_s
+    return [
+        _name(run),
+        _state(folder, run),
+        f"{run.iterations_done:,} of {run.iterations:,}",
+        MISSING if run.miou is None else f"{100 * run.miou:.2f}",
+        duration(run.train_s.actual),
+        MISSING if run.train_s.planned is None else duration(run.train_s.planned),
+        MISSING if drift is None else f"{drift:+.1%}",
+        duration(aside),
+        duration(run.lost_s) if run.lost_s else MISSING,
+    ]
+
+
+def _name(run: Run) -> str:
+    return f"{run.method} {run.budget} seed {run.seed}" if run.cost_key else run.method
+
+
+def _state(folder: RunFolder, run: Run) -> str:
+    """Return finished, failed, running, or stopped: begun, and no process holds it."""
+    if run.state() != "begun":
+        return run.state()
+    return "running" if folder.is_held() else "stopped"
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    notes = [
+        f"{_name(run)} failed at iteration {run.failure.iteration}: {run.failure.reason}"
+        for run in runs
+        if run.failure
+    ]
+    drifts = [
+        abs(run.train_s.drift()) for run in runs if run.finished and run.train_s.drift() is not None
+    ]
+    if drifts:
+        over = sum(map(drifted, (run for run in runs if run.finished)))
+        mean = math.fsum(drifts) / len(drifts)
+        notes.append(
+            f"Forecast against actual: {mean:.1%} off on average, {max(drifts):.1%} at most; "
+            f"{over} of {len(drifts)} finished runs more than 2 %."
+        )
+    notes.append(
+        "Off the clock: evaluation, checkpoints, logging and start-up. Lost: trained again after a "
+        "crash."
+    )
+    return notes

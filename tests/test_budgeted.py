@@ -1,0 +1,314 @@
+"""Runs that keep to their budgets: pace, trunks and branches, ledger, plan and status."""
+
+import os
+import signal
+
+import pytest
+import torch
+from small_study import small_study, train_small
+
+from kdprof.errors import UserError
+from kdprof.records import LedgerEntry, Run, Spent
+from kdprof.schedule import decay_start
+from kdprof.step import TrainStep
+from kdprof.store import Held, RunFolder, Store, append_line, write_record
+from kdprof.train import checkpoint
+from kdprof.train.ledger import Ledger
+from kdprof.train.loop import Interrupted
+from kdprof.train.pace import Enforced, Spending, pace_of
+
+WSD = {"step__schedule": "wsd", "step__decay_fraction": 0.5, "methods": ["kd"]}
+
+
+def weights(folder):
+    return checkpoint.read(folder.checkpoint)["step"]["student"]
+
+
+def record(**changes) -> Run:
+    values = {
+        "method": "kd", "budget": "6", "seed": 0, "device": "d", "iterations": 100,
+        "schedule_iterations": 100,
+        "iterations_done": 0, "miou": None, "miou_per_class": None, "best_miou": None,
+        "train_s": Spent(planned=50.0, actual=0.0), "eval_s": 0, "checkpoint_s": 0, "flop": None,
+        "energy_j": None, "cost_key": "k", "finished": False, "versions": {},
+    }  # fmt: skip
+    return Run(**(values | changes))
+
+
+# Pace
+
+
+def test_an_enforced_run_is_where_its_spending_is():
+    spent = [0.0]
+    pace = pace_of(record(enforce="time"), None, Spending(lambda: spent[0], lambda: 0.0))
+    assert isinstance(pace, Enforced)
+    assert [pace.position(7), pace.reached(1, 7)] == [0.0, False]
+    spent[0] = 25.0
+    assert pace.position(0) == 50.0
+    assert pace.reached(50, 0)
+    assert not pace.reached(51, 99)
+    spent[0] = 80.0
+    assert pace.position(0) == 100.0
+
+
+def test_what_cannot_be_enforced_is_refused():
+    spending = Spending(lambda: 0.0, lambda: 0.0)
+    with pytest.raises(UserError, match="no planned seconds"):
+        pace_of(record(enforce="time", train_s=Spent(planned=None, actual=0)), None, spending)
+    with pytest.raises(UserError, match="has no energy_j"):
+        pace_of(record(enforce="energy"), None, spending)
+
+
+def test_time_is_enforced(tmp_path):
+    """The run ends within a step of its planned seconds, its rate at the end of the schedule."""
+    train_small(tmp_path, methods=["none"], budgets=["1s"], training__enforce="time",
+                step__min_learning_rate=0.0)  # fmt: skip
+    folder = Store(tmp_path).run_folder("none", "1s", 0)
+    run = folder.read_run()
+    assert run.finished
+    assert run.enforce == "time"
+    each = run.train_s.actual / run.iterations_done
+    assert run.train_s.planned <= run.train_s.actual + run.startup_s
+    assert run.train_s.actual <= run.train_s.planned + 5 * each  # a noisy machine's longest step
+    last = folder.read_curve()[-1]
+    assert last.learning_rate < 0.2 * 0.01
+
+
+def test_flop_are_enforced_exactly(tmp_path):
+    train_small(tmp_path, methods=["kd"], budgets=["5"], training__enforce="flop")
+    assert Store(tmp_path).run_folder("kd", "5", 0).read_run().iterations_done == 5
+
+
+# Schedules
+
+
+def rates_of(out, monkeypatch, **changes):
+    rates = []
+    real = TrainStep.__call__
+
+    def noted(self, *arguments, **keywords):
+        losses = real(self, *arguments, **keywords)
+        if self.method.name == "kd":
+            rates.append(self._optimizer.param_groups[0]["lr"])
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", noted)
+        train_small(out, methods=["kd"], budgets=["4"], **changes)
+    return rates[-4:]
+
+
+def test_a_truncated_schedule_is_cut_where_the_budget_ends(tmp_path, monkeypatch):
+    whole = rates_of(tmp_path / "a", monkeypatch)
+    cut = rates_of(
+        tmp_path / "b", monkeypatch, training__learning_rate="truncate",
+        training__schedule_iterations=8,
+    )  # fmt: skip
+    power, floor = 0.9, 1e-4
+    for rates, span in ((whole, 4), (cut, 8)):
+        wanted = [floor + (0.01 - floor) * (1 - i / span) ** power for i in range(4)]
+        assert rates == pytest.approx(wanted)
+
+
+def test_truncate_without_a_span_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"training\.schedule_iterations"):
+        train_small(tmp_path, training__learning_rate="truncate")
+
+
+# Trunk and branches
+
+
+def test_a_branch_is_the_run_that_was_trained_alone(tmp_path):
+    """wsd: bit for bit, and the larger budget pays only for what the trunk lacked."""
+    budgets = ["4", "8"]
+    summary = train_small(tmp_path / "shared", budgets=budgets, **WSD)
+    assert not summary.failures
+    shared = Store(tmp_path / "shared")
+    trunk = shared.trunk_folder("kd", 0)
+    assert trunk.read_run().iterations_done == 4
+    assert trunk.mark(2).exists()
+    for budget in budgets:
+        # Alone: a fresh folder whose only budget this is has its own trunk; take that away too.
+        alone = Store(tmp_path / f"alone{budget}")
+        train_small(
+            alone.root, budgets=[budget], training__learning_rate="truncate",
+            training__schedule_iterations=int(budget), **WSD,
+        )  # fmt: skip
+        assert not alone.trunk_folders()
+        one, other = (store.run_folder("kd", budget, 0) for store in (shared, alone))
+        torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+        run = one.read_run()
+        assert run.iterations_done == int(budget)
+        assert 0 < run.trunk_s < run.train_s.actual
+        entries = one.read_ledger()
+        assert next(e.kind for e in entries) == "trunk"
+        own = sum(e.seconds for e in entries if e.kind == "train")
+        assert run.train_s.actual == pytest.approx(run.trunk_s + own)
+
+
+def test_a_trunk_grows_for_a_larger_budget(tmp_path):
+    train_small(tmp_path, budgets=["4"], **WSD)
+    summary = train_small(tmp_path, budgets=["4", "8"], **WSD)
+    assert (len(summary.finished), summary.skipped) == (1, 1)
+    trunk = Store(tmp_path).trunk_folder("kd", 0).read_run()
+    assert trunk.iterations_done == 4
+    grown = Store(tmp_path).run_folder("kd", "8", 0).read_run()
+    assert grown.trunk_s == pytest.approx(trunk.train_s.actual)
+
+
+def test_decay_begins_where_the_record_says():
+    settings = small_study(**WSD).step
+    assert [decay_start(settings, n) for n in (4, 8)] == [2, 4]
+
+
+# Ledger
+
+
+def test_work_after_the_checkpoint_is_lost(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    for kind, iteration, seconds in (
+        ("train", 3, 1.0), ("eval", 3, 2.0), ("checkpoint", 3, 0.5), ("train", 5, 4.0),
+        ("eval", 5, 8.0), ("train", 6, 16.0),
+    ):  # fmt: skip
+        append_line(path, LedgerEntry(kind=kind, iteration=iteration, seconds=seconds))
+    ledger = Ledger(path)
+    ledger.rewind(5, evaluated={3})
+    assert dict(ledger.spent_s) == {"train": 5.0, "eval": 2.0, "checkpoint": 0.5, "lost": 24.0}
+    assert Ledger(path).spent_s == ledger.spent_s
+    ledger.rewind(5, evaluated={3})
+    assert ledger.spent_s["lost"] == 24.0
+
+
+def test_a_stopped_run_books_what_it_lost(tmp_path, monkeypatch):
+    """The process dies after the log was written and before the next checkpoint."""
+    real = TrainStep.__call__
+
+    def die(self, images, labels, iteration, *rest, **keywords):
+        if self.iterations == 6 and iteration == 5 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            raise KeyboardInterrupt  # as a kill: nothing of ours runs
+        return real(self, images, labels, iteration, *rest, **keywords)
+
+    monkeypatch.setattr(TrainStep, "__call__", die)
+    settings = {"methods": ["kd"], "training__log_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train_small(tmp_path / "out", **settings)
+    train_small(tmp_path / "out", **settings)
+    run = Store(tmp_path / "out").run_folder("kd", "6", 0).read_run()
+    assert run.finished
+    assert run.lost_s > 0
+    entries = Store(tmp_path / "out").run_folder("kd", "6", 0).read_ledger()
+    assert sum(e.kind == "train" for e in entries) >= 6
+    assert run.train_s.actual == pytest.approx(sum(e.seconds for e in entries if e.kind == "train"))
+
+
+def test_start_up_is_apart_or_counted(tmp_path, monkeypatch):
+    """A first step that compiles for half a second."""
+    import time
+
+    real = TrainStep.__call__
+
+    def slow_start(self, images, labels, iteration, *rest, **keywords):
+        if self.iterations == 6 and iteration == 0:
+            time.sleep(0.5)
+        return real(self, images, labels, iteration, *rest, **keywords)
+
+    found = {}
+    for mode in ("apart", "counted"):
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", slow_start)
+            train_small(tmp_path / mode, methods=["none"], training__startup=mode)
+        found[mode] = Store(tmp_path / mode).run_folder("none", "6", 0).read_run()
+        assert found[mode].startup == mode
+    assert found["apart"].startup_s >= 0.4
+    assert found["counted"].startup_s == 0
+    assert found["counted"].train_s.actual >= 0.5
+
+
+def test_the_log_has_every_term_and_its_lines_once(tmp_path, monkeypatch):
+    real = TrainStep.__call__
+
+    def stop(self, images, labels, iteration, *rest, **keywords):
+        if self.iterations == 6 and iteration == 4 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, images, labels, iteration, *rest, **keywords)
+
+    monkeypatch.setattr(TrainStep, "__call__", stop)
+    settings = {"methods": ["kd"], "training__log_every": 1}
+    with pytest.raises(Interrupted):
+        train_small(tmp_path / "out", **settings)
+    train_small(tmp_path / "out", **settings)
+    lines = Store(tmp_path / "out").run_folder("kd", "6", 0).log.read_text().splitlines()
+    import json
+
+    found = [json.loads(line) for line in lines]
+    assert [line["iteration"] for line in found] == [1, 2, 3, 4, 5, 6]
+    assert set(found[0]["losses"]) == {"task", "task_aux", "kd"}
+
+
+# Locks
+
+
+def test_a_lease_of_another_machine_counts_until_it_is_old(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        assert folder.is_held()
+    assert not folder.is_held()
+    import json
+    import time
+
+    lease = {"host": "elsewhere", "pid": 7, "renewed": time.time()}
+    (folder.path / "lock").write_text(json.dumps(lease))
+    with pytest.raises(Held, match=r"trained on elsewhere \(process 7\)"), folder.lock():
+        pass
+    for renewed in (time.time() - 3600, time.time() + 3600):  # it died, or a clock was set back
+        (folder.path / "lock").write_text(json.dumps(lease | {"renewed": renewed}))
+        with folder.lock():
+            pass
+
+
+def test_a_torn_or_foreign_lease_file_is_no_lease(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    for text in ('{"host": "else', "[1]", '{"host": 1, "pid": 2, "renewed": "x"}'):
+        (folder.path / "lock").write_text(text)
+        with folder.lock():
+            pass
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
+    folder = Store(tmp_path).run_folder("kd", "6", 0)
+    with folder.lock():
+        summary = train_small(tmp_path)
+    assert [run.method for run in summary.finished] == ["none"]
+    assert [cell.method for cell in summary.elsewhere] == ["kd"]
+    assert not summary.failures
+
+
+# What is told
+
+
+def test_status_tells_failed_stopped_and_running(tmp_path, capsys):
+    from rich.console import Console
+
+    from kdprof.reports.status import status_table
+
+    store = Store(tmp_path)
+    for seed, changes in enumerate(
+        (
+            {"finished": True, "miou": 0.5, "train_s": Spent(planned=50.0, actual=53.0)},
+            {"failure": {"iteration": 3, "term": "kd", "reason": "kd is nan",
+                         "checkpoint_iteration": None}},
+            {}, {"lost_s": 4.0},
+        )
+    ):  # fmt: skip
+        folder = store.run_folder("kd", "6", seed)
+        folder.path.mkdir(parents=True)
+        write_record(folder.record, record(seed=seed, **changes))
+    with store.run_folder("kd", "6", 2).lock():
+        status_table(store, Console(width=200))
+    lines = capsys.readouterr().out
+    for words in ("finished", "failed", "running", "stopped", "+6.0%", "kd is nan",
+                  "1 of 1 finished runs more than 2 %"):  # fmt: skip
+        assert words in lines
