@@ -196,6 +196,67 @@ def maskd(student: Taps, teacher: Taps, labels: Tensor, method: Method) -> Terms
     }
 
 
+# Af-DCD and ReviewKD.
+
+
+def patches(maps: Tensor, method: Method) -> Tensor:
+    """Return (N patches, positions groups, C / groups) of a pooled map, in whole patches."""
+    maps = F.max_pool2d(maps, [min(method.pool, side) for side in maps.shape[-2:]])
+    tall, wide = (
+        min(a, b)
+        for a, b in zip((method.patch_height, method.patch_width), maps.shape[-2:], strict=True)
+    )
+    cut = F.unfold(maps, (tall, wide), stride=(tall, wide)).transpose(1, 2).flatten(0, 1)
+    cut = cut.unflatten(1, (method.groups, -1, tall * wide))  # patches, groups, C / groups, places
+    return cut.permute(0, 3, 1, 2).flatten(1, 2)
+
+
+def contrast(anchors: Tensor, keys: Tensor, method: Method) -> Tensor:
+    """Return the mean over positions of the cross-entropy summed over groups."""
+    similar = -torch.cdist(anchors, keys, p=1) / method.contrast_temperature
+    group = torch.arange(anchors.shape[1], device=anchors.device) % method.groups
+    own = torch.eye(len(group), dtype=torch.bool, device=anchors.device)
+    absent = (group[:, None] == group) & ~own
+    log_p = similar.masked_fill(absent, -torch.inf).log_softmax(2)
+    positions = anchors.shape[0] * anchors.shape[1] // method.groups
+    return -log_p.diagonal(dim1=1, dim2=2).sum() / positions
+
+
+def af_dcd(student: Taps, teacher: Taps, labels: None, method: Method) -> Terms:
+    images, _, height, width = teacher.c5.shape
+    draws = torch.rand(images, 1, height, width, device=teacher.c5.device)
+    mask = torch.where(draws > 1 - method.mask_ratio, 0.0, 1.0)
+    rebuilt = method.projector(torch.mul(method.align(student.c5), mask))
+    pair = (patches(maps, method) for maps in (rebuilt, teacher.c5))
+    return {
+        "fd": F.mse_loss(rebuilt, teacher.c5, reduction="sum") / images,
+        "ctr": contrast(*pair, method),
+        "kd": pixels(student.logits, teacher.logits, method.temperature, "pixel"),
+    }
+
+
+def hierarchical(ours: Tensor, theirs: Tensor) -> Tensor:
+    loss = F.mse_loss(ours, theirs)
+    for cells, weight in ((4, 0.5), (2, 0.25), (1, 0.125)):
+        pooled = (F.adaptive_avg_pool2d(maps, cells) for maps in (ours, theirs))
+        loss = loss + weight * F.mse_loss(*pooled)
+    return loss / 1.875
+
+
+def reviewkd(student: Taps, teacher: Taps, labels: None, method: Method) -> Terms:
+    total, deeper = 0.0, None
+    for tap in ("c5", "c4", "c3", "c2"):
+        block = method.fusions[tap]
+        x = block.reduce(getattr(student, tap))
+        if deeper is not None:
+            deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
+            gates = torch.sigmoid(block.attend(torch.cat((x, deeper), 1)))
+            x = x * gates[:, :1] + deeper * gates[:, 1:]
+        deeper = x
+        total = total + hierarchical(block.restore(x), getattr(teacher, tap))
+    return {"reviewkd": total}
+
+
 # BPKD and FAKD.
 
 
@@ -259,6 +320,8 @@ def fakd_isda(student: Taps, teacher: Taps, labels: Tensor, method: Method) -> T
 
 
 WHOLE_MAPS: dict[str, Callable[[Taps, Taps, Tensor | None, Method], Terms]] = {
+    "af_dcd": af_dcd,
+    "af_dcd:enhanced": af_dcd,
     "at": at,
     "attnfd": attnfd,
     "bpkd": bpkd,
@@ -271,6 +334,8 @@ WHOLE_MAPS: dict[str, Callable[[Taps, Taps, Tensor | None, Method], Terms]] = {
     "mgd:feature": mgd_feature,
     "nfd": nfd,
     "pkd": pkd,
+    "reviewkd": reviewkd,
+    "reviewkd:imagenet": reviewkd,
     "skd": skd,
     "skd:cirkd": skd_cirkd,
     "skd:plain": skd_plain,

@@ -16,6 +16,7 @@ from kdprof.errors import KdprofError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kdprof.measure.feeding import Feeding
     from kdprof.progress import Progress
     from kdprof.records import Cost
     from kdprof.store import Store
@@ -113,15 +114,49 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
-    """List the methods, or print one: terms, weights, taps, recipes, paper."""
+@click.option("--markdown", is_flag=True, help="Print the page of all methods, docs/methods.md.")
+@click.option("--check", is_flag=True, help="Check NAME, or every built-in, on small networks.")
+def methods(name: str | None, markdown: bool, check: bool) -> None:
+    """List the methods, or print one: terms, weights, taps, recipes, paper.
+
+    NAME is a method's, or FILE.py:ClassName of your own. With --check: whether it keeps what a
+    method promises (gradients, resume, determinism, bf16, ...); the exit code is 1 if not.
+    """
     from kdprof.catalogue import print_method, print_methods
     from kdprof.method import builtin_methods, find_method
 
-    if name is None:
+    if check and markdown:
+        raise UserError("--check and --markdown do not go together; give one of them")
+    if check:
+        _check_methods(name)
+    elif markdown:
+        from kdprof import method_cards
+
+        if name:
+            raise UserError("--markdown prints all built-in methods; leave the name out")
+        click.echo(method_cards.markdown(builtin_methods()), nl=False)
+    elif name is None:
         print_methods(builtin_methods(), _stdout())
     else:
         print_method(find_method(name), _stdout())
+
+
+def _check_methods(name: str | None) -> None:
+    from kdprof.contract import check_method, check_methods
+    from kdprof.method import builtin_methods, find_method
+    from kdprof.reports.contract import verdict_line, verdict_table
+
+    if name is not None:
+        found = find_method(name)
+        results = [check_method(found)]
+        verdict_table(found.cls.name, results[0], _stdout())
+    else:
+        results = []
+        for found, verdicts in check_methods(builtin_methods().values()):
+            verdict_line(found.cls.name, verdicts, _stdout())
+            results.append(verdicts)
+    if any(verdict.outcome == "failed" for verdicts in results for verdict in verdicts):
+        raise click.exceptions.Exit(1)
 
 
 _measuring = _options(
@@ -167,7 +202,7 @@ def _measure(given: dict[str, Any]) -> None:
     plain, store, progress = _begin(given)
     # How long to measure belongs to this call, not to the folder's study.
     study = plain.model_copy(update={"measure": _measure_settings(plain, given)})
-    resolved = ResolvedStudy(study)
+    resolved = ResolvedStudy(study, progress=progress)
     files = Files(given["trace"], given["memory_timeline"])
     check_files(files, resolved.device)
     names = resolved.method_names(control=False)
@@ -194,7 +229,7 @@ def _count(given: dict[str, Any], modules: bool) -> None:
     from kdprof.resolve import ResolvedStudy
 
     study, _, progress = _begin(given)
-    resolved = ResolvedStudy(study)
+    resolved = ResolvedStudy(study, progress=progress)
     names = list(dict.fromkeys([REFERENCE, *resolved.method_names(control=False)]))
     measured = count_costs(resolved, names, progress, modules=modules)
     if given["as_json"]:
@@ -313,36 +348,75 @@ def compare(old: Path, new: Path) -> None:
 
 
 @cli.command()
-@click.argument("budget")
+@click.argument("budget", required=False)
+@click.option("--published", is_flag=True, help="Convert the published schedules instead.")
+@click.option("--dataset", metavar="NAME", help="With --published: of this data set only.")
 @_out(DEFAULT_OUT)
 @click.option("--json", "as_json", is_flag=True, help="Conversions on stdout, nothing else.")
-def convert(budget: str, out: Path, as_json: bool) -> None:
+def convert(
+    budget: str | None, published: bool, dataset: str | None, out: Path, as_json: bool
+) -> None:
     """Print the iterations of every measured method that BUDGET buys.
 
-    BUDGET is 40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh.
+    BUDGET is 40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh. With --published: what the
+    schedules of the papers cost on this device, and how many iterations of kd take as long.
     """
+    from kdprof.store import Store
+
+    if published == (budget is not None):
+        raise UserError("give either a budget, such as 40k@cwd, or --published")
+    if dataset and not published:
+        raise UserError("--dataset selects published schedules; add --published")
+    store = Store(out)
+    if published:
+        _convert_published(store, dataset, as_json)
+    else:
+        _convert_budget(budget, store, as_json)
+
+
+def _convert_budget(budget: str, store: Store, as_json: bool) -> None:
     from kdprof.budget import convert as run
     from kdprof.budget import parse_budget
     from kdprof.reports.conversion import conversion_table
-    from kdprof.store import Store
 
     parsed = parse_budget(budget)
-    store = Store(out)
     store.require()
     conversions = run(parsed, store.latest_costs())
     if as_json:
-        import json
-
-        click.echo(json.dumps([vars(c) for c in conversions], indent=2))
+        _print_plain_json(conversions)
     else:
         conversion_table(budget, conversions, _stdout())
 
 
+def _convert_published(store: Store, dataset: str | None, as_json: bool) -> None:
+    from kdprof.published import classes_of
+    from kdprof.published import published as run
+    from kdprof.reports.published import published_table
+    from kdprof.study import load_study
+
+    store.require()
+    costs = store.latest_costs()
+    classes = classes_of(costs, load_study(str(store.study), {}).methods)
+    found = run(costs, classes, dataset)
+    if as_json:
+        _print_plain_json(found)
+    else:
+        published_table(found, list(costs.values()), _stdout())
+
+
+_training = _options(
+    click.option(
+        "--budget", "budgets", multiple=True, help="Repeatable; 40k@cwd, 2h, 5e17flop, ..."
+    ),
+    click.option("--seeds", type=int, help="Runs per method and budget."),
+    click.option("--enforce", help="What ends a run: iterations, time, energy or flop."),
+    click.option("--no-control", is_flag=True, help="Leave out the controls none and kd."),
+)
+
+
 @cli.command()
 @_study
-@click.option("--budget", "budgets", multiple=True, help="Repeatable; 40k@cwd, 2h, 5e17flop, ...")
-@click.option("--seeds", type=int, help="Runs per method and budget.")
-@click.option("--no-control", is_flag=True, help="Leave out the controls none and kd.")
+@_training
 def train(no_control: bool, **given: Any) -> None:
     """Train every method at every budget; measures first what is missing."""
     from kdprof.reports.table import print_table
@@ -354,7 +428,7 @@ def train(no_control: bool, **given: Any) -> None:
     study, store, progress = _begin(given)
     if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
-    resolved = ResolvedStudy(study)
+    resolved = ResolvedStudy(study, progress=progress)
     control = not no_control
     names = resolved.method_names(control=control)
     # First, because it is where a step that cannot fit is refused: nothing is written by then.
@@ -368,10 +442,52 @@ def train(no_control: bool, **given: Any) -> None:
             print_table(store, _stdout())
         click.echo(
             f"{len(summary.finished)} runs trained, {summary.skipped} were finished before, "
-            f"{len(summary.failures)} failed; next: kdprof plot --out {store.root}"
+            f"{len(summary.elsewhere)} are held by other processes, {len(summary.failures)} "
+            f"failed; next: kdprof plot --out {store.root}"
         )
     if summary.failures:
         raise KdprofError("\n".join(summary.failures))
+
+
+@cli.command()
+@_study
+@_training
+def plan(no_control: bool, **given: Any) -> None:
+    """Print what 'train' with the same options will take; measures first what is missing."""
+    from kdprof.reports.plan import plan_table
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.study import claim_folder
+    from kdprof.train import prepare
+    from kdprof.train.plan import forecast
+
+    study, store, progress = _begin(given)
+    resolved = ResolvedStudy(study, progress=progress)
+    names = resolved.method_names(control=not no_control)
+    prepared = prepare(resolved, store, names, progress)
+    found = forecast(resolved, store, [n for n in names if n in prepared.costs], prepared.costs)
+    claim_folder(store.study, study.model_copy(update={"budgets": [], "seeds": 1}))
+    if given["as_json"]:
+        _print_plain_json(found)
+    elif not given["quiet"]:
+        plan_table(found, _stdout())
+    if prepared.failures:
+        raise KdprofError("\n".join(prepared.failures))
+
+
+@cli.command()
+@_out(DEFAULT_OUT)
+@click.option("--json", "as_json", is_flag=True, help="Records on stdout, nothing else.")
+def status(out: Path, as_json: bool) -> None:
+    """Print how far the runs are, also while another terminal trains them."""
+    from kdprof.reports.status import status_table
+    from kdprof.store import Store
+
+    store = Store(out)
+    store.require()
+    if as_json:
+        _print_json(store.runs())
+    else:
+        status_table(store, _stdout())
 
 
 @cli.command()
@@ -403,11 +519,35 @@ def demo(out: Path, quiet: bool, verbose: bool) -> None:
 
 
 @cli.command()
-def doctor() -> None:
-    """Print what this machine has, and what it costs where something is missing."""
-    from kdprof.doctor import print_findings
+@click.option("--study", "source", metavar="FILE|PRESET", help="Whose input and step are timed.")
+@click.option("--data", metavar="NAME[:ROOT]", help="Time the input from these images.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key.")
+def doctor(source: str | None, data: str | None, assignments: tuple[str, ...]) -> None:
+    """Print what this machine has, and what it costs where something is missing.
 
+    With a study or data also whether the loader keeps up with the step.
+    """
+    from kdprof.doctor import print_feeding, print_findings
+
+    asked = source or data or assignments
+    # First: what is wrong with the study is told before anything is printed.
+    feeding = _feeding(source, data, assignments) if asked else None
     print_findings(_stdout())
+    if feeding is not None:
+        print_feeding(feeding, _stdout())
+
+
+def _feeding(source: str | None, data: str | None, assignments: tuple[str, ...]) -> Feeding:
+    from kdprof.measure.feeding import measure_feeding
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.study import load_study, parse_assignments
+
+    overrides = parse_assignments(assignments)
+    if data is not None:
+        overrides["data"] = data
+    progress = _progress(False, False, False)
+    resolved = ResolvedStudy(load_study(source, overrides), progress=progress)
+    return measure_feeding(resolved, progress)
 
 
 def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
@@ -420,12 +560,14 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
     from kdprof.study import join_study, load_study, parse_assignments
 
     store = Store(given["out"])
+    store.check_writable()
     overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
     for key in ("methods", "budgets"):
         if given.get(key):
             overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])
-    if given.get("seeds") is not None:
-        overrides["seeds"] = given["seeds"]
+    for option, key in (("seeds", "seeds"), ("enforce", "training.enforce")):
+        if given.get(option) is not None:
+            overrides[key] = given[option]
     overrides.update(parse_assignments(given["assignments"]))
     source = given["source"] or (str(store.study) if store.study.is_file() else None)
     progress = _progress(given["quiet"], given["verbose"], given["as_json"])
@@ -476,6 +618,12 @@ def _print_json(records: list[Any]) -> None:
     from kdprof.store import to_json
 
     click.echo(to_json(records))
+
+
+def _print_plain_json(rows: list[Any]) -> None:
+    import json
+
+    click.echo(json.dumps([vars(row) for row in rows], indent=2))
 
 
 def _name_files(paths: list[Path]) -> None:

@@ -21,7 +21,7 @@ from kdprof.train import prepare, train
 def run(out: Path, progress: Progress, console: Console) -> None:
     """Measure, convert, train and plot the ``quickstart`` study into a folder."""
     study = load_study("quickstart", {})
-    resolved, store = ResolvedStudy(study), Store(out)
+    resolved, store = ResolvedStudy(study, progress=progress), Store(out)
     join_study(store.study, study)
     prepared = prepare(resolved, store, resolved.method_names(control=True), progress)
     costs = prepared.costs

@@ -168,6 +168,8 @@ class Method(nn.Module):
     """The terms in plain text, a line or two; the docstring says what each symbol is."""
     cost_drivers: ClassVar[str] = ""
     """What makes a step dear, a line or two."""
+    graph_breaks: ClassVar[str] = ""
+    """Why torch.compile cannot trace the objective whole; empty: it can."""
     recipes: ClassVar[tuple[Recipe, ...]] = ()
     hyper: ClassVar[dict[str, Hyper]] = {}
 
@@ -370,6 +372,9 @@ def _method_from_file(path: Path, cls_name: str) -> Found:
     found = {method.cls.__name__: method for method in _methods_in(module, str(path))}
     if not cls_name and len(found) == 1:
         return next(iter(found.values()))
+    if found and not cls_name:
+        written = " or ".join(f"{path}:{name}" for name in found)
+        raise UserError(f"{path} has several methods; write {written}")
     if cls_name not in found:
         raise UserError(f"{path}: {unknown('method class', cls_name, found)}")
     return found[cls_name]

@@ -14,8 +14,16 @@ from typing import Any
 import torch
 
 from kdprof.budget import parse_budget
-from kdprof.data import Augmentation, Batches, Decoded, SegmentationData, open_data
-from kdprof.data.scenario import Scenario
+from kdprof.data import (
+    Augmentation,
+    Batches,
+    DataOnDisk,
+    SegmentationData,
+    decoded,
+    default_folder,
+    open_data,
+)
+from kdprof.data.scenario import Role, Scenario
 from kdprof.device import configure_backends, find_device, versions
 from kdprof.errors import UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
@@ -28,6 +36,7 @@ from kdprof.method import (
     source_hash,
 )
 from kdprof.models import SegmentationNetwork, build, parse_name
+from kdprof.progress import Progress
 from kdprof.records import REFERENCE
 from kdprof.step import TrainStep
 from kdprof.study import Study
@@ -41,13 +50,16 @@ class ResolvedStudy:
 
     Args:
         parent: another process of ours on the device, which is no stranger there.
+        progress: told when images are decoded into memory or into the cache.
 
     Raises:
         UserError: whatever is wrong, all of it at once.
     """
 
-    def __init__(self, study: Study, *, parent: int | None = None):
-        self.study = study
+    def __init__(
+        self, study: Study, *, parent: int | None = None, progress: Progress | None = None
+    ):
+        self.study, self._progress = study, progress or Progress(None)
         self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
         problems: list[str] = []
         self.device = _checked(problems, lambda: find_device(study.device), torch.device("cpu"))
@@ -60,13 +72,11 @@ class ResolvedStudy:
         self.scenario = _checked(problems, lambda: self._scenario(train), None) if train else None
         if problems:
             raise UserError(*dict.fromkeys(problems))
-        self.train_data = self.teacher_train_data = train
-        self.val_data = self.teacher_val_data = val
-        if self.scenario:
-            self.train_data = self.scenario.view(train, "student", training=True)
-            self.val_data = self.scenario.view(val, "student", training=False)
-            self.teacher_train_data = self.scenario.view(train, "teacher", training=True)
-            self.teacher_val_data = self.scenario.view(val, "teacher", training=False)
+        self.on_disk: dict[str, DataOnDisk] = {"train": train, "val": val}
+        """The splits as their files hold them."""
+        self._decoded: dict[str, SegmentationData] = {}
+        self.train_data = self._view(train, "student", training=True)
+        self.teacher_train_data = self._view(train, "teacher", training=True)
         self._check_crop()
         configure_backends(self.device, study.step.precision)
 
@@ -130,7 +140,7 @@ class ResolvedStudy:
         budgets = [parse_budget(text) for text in self.study.budgets]
         return [budget.method for budget in budgets if budget.method]
 
-    def _open(self, split: str) -> SegmentationData:
+    def _open(self, split: str) -> DataOnDisk:
         settings = self.study.data_settings
         count = settings.synthetic_train if split == "train" else settings.synthetic_val
         return open_data(
@@ -156,13 +166,35 @@ class ResolvedStudy:
         """The teacher with random weights, on the CPU: what shapes and costs need."""
         return build(self.study.teacher, self.teacher_train_data.num_classes)
 
-    @cached_property
-    def _visited_data(self) -> SegmentationData:
-        """The training images as batches visit them."""
-        return self._visited(self.train_data)
+    def _view(self, data: SegmentationData, role: Role, *, training: bool) -> SegmentationData:
+        """Return what a network sees of a data set."""
+        return self.scenario.view(data, role, training=training) if self.scenario else data
 
-    def _visited(self, data: SegmentationData) -> SegmentationData:
-        return Decoded(data) if self.study.data_settings.in_memory else data
+    def decoded(self, split: str) -> SegmentationData:
+        """Return a split as ``data_settings.cache`` keeps it, which is made when first asked for.
+
+        Raises:
+            UserError: files that cannot be used, or a cache that cannot be written.
+        """
+        if split not in self._decoded:
+            cache, data = self.study.data_settings.cache, self.on_disk[split]
+            self._decoded[split] = decoded(data, cache, self.cache_folder(), self._progress)
+        return self._decoded[split]
+
+    def cache_folder(self) -> Path:
+        """Return where decoded images are kept."""
+        given = self.study.data_settings.cache_folder
+        return Path(given).expanduser() if given else default_folder()
+
+    @property
+    def val_data(self) -> SegmentationData:
+        """The images that students are evaluated on."""
+        return self._view(self.decoded("val"), "student", training=False)
+
+    @property
+    def teacher_val_data(self) -> SegmentationData:
+        """The images that the teacher is evaluated on."""
+        return self._view(self.decoded("val"), "teacher", training=False)
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -266,13 +298,11 @@ class ResolvedStudy:
 
     def batches(self, seed: int) -> Batches:
         """Return the training batches of a seed: the same for every method."""
-        return self._batches(self._visited_data, seed)
+        return self._batches(self._view(self.decoded("train"), "student", training=True), seed)
 
     def teacher_batches(self) -> Batches:
         """Return the batches that the teacher is trained on."""
-        same = self.teacher_train_data is self.train_data
-        data = self._visited_data if same else self._visited(self.teacher_train_data)
-        return self._batches(data, seed=0)
+        return self._batches(self._view(self.decoded("train"), "teacher", training=True), seed=0)
 
     def _batches(self, data: SegmentationData, seed: int) -> Batches:
         settings = self.study.data_settings
@@ -302,7 +332,9 @@ class ResolvedStudy:
             "classes": self.train_data.num_classes,
             "teacher_classes": self.teacher_train_data.num_classes if reads_teacher else None,
             "scenario": scenario.model_dump(mode="json") if scenario else None,
-            "data_settings": self.study.data_settings.model_dump(mode="json"),
+            "data_settings": self.study.data_settings.model_dump(
+                mode="json", exclude={"cache_folder"}
+            ),
             "step": self.study.step.model_dump(mode="json"),
             "method": found.cls(**settings).settings(),
             "method_source_sha256": found.source_sha256,

@@ -20,6 +20,10 @@ from kdprof.errors import UserError, nearest, unknown
 from kdprof.store import write_atomic
 
 PRESETS = ("quickstart", "camvid")
+RENAMED = {
+    "data_settings.in_memory": 'set data_settings.cache to "none", "memory" or "disk"',
+}
+"""Keys of earlier versions, with what to write now."""
 
 
 def parse_size(value: Any) -> Any:
@@ -74,8 +78,11 @@ class DataSettings(Section):
 
     workers: int = Field(0, ge=0)
     """Loader processes; 0 assembles batches in the training process."""
-    in_memory: bool = False
-    """Decode every training image once, at the start, instead of at every visit."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Where decoded images are kept. none: they are decoded at every visit; memory: once, when
+    first needed; disk: in a file, mapped into memory, that later processes use again."""
+    cache_folder: str | None = None
+    """Where that file lies; None = ``kdprof`` in the user's cache folder ($XDG_CACHE_HOME)."""
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
     """Range of the random resize."""
     flip: float = Field(0.5, ge=0, le=1)
@@ -221,7 +228,8 @@ class Study(Section):
     def comparable(self) -> dict[str, Any]:
         """Return what must agree for two results to belong to one comparison."""
         aside = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
-        return self.model_dump(mode="json", exclude=aside)
+        exclude = {**dict.fromkeys(aside, True), "data_settings": {"cache_folder"}}
+        return self.model_dump(mode="json", exclude=exclude)
 
 
 def _without_none(value: dict[str, Any]) -> dict[str, Any]:
@@ -299,6 +307,8 @@ def _explain(origin: str, error: Any) -> str:
     """Return one line for one pydantic error: where, what, and the nearest valid name."""
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
+    if where in RENAMED:
+        return f"{origin}: there is no '{where}' any more; {RENAMED[where]}"
     if error["type"] == "extra_forbidden":
         return f"{origin}: unknown key '{where}'; {nearest(path[-1], _fields_at(path[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import match_grid
@@ -147,10 +148,8 @@ class Adversary(nn.Module):
         """
         student = match_grid(student, teacher)
         _note_padding(student, notes)
-        self.discriminator.requires_grad_(False)
-        loss = generator_loss(self.discriminator(student))
-        self.discriminator.requires_grad_(True)
-        return loss
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        return generator_loss(functional_call(self.discriminator, fixed, (student,)))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the discriminator's own term for logits of both."""

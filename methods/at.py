@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.method import Method, Recipe, Taps
+from kdprof.method import Method, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import cirkd
 from kdprof.methods.kd import pixel_kl
+
+BLOCK_ELEMENTS = 2**20
+"""Squares that are held at a time on a CPU: 4 MiB, which its caches hold."""
+
+
+class _SquareSum(torch.autograd.Function):
+    """sum_c f^2 of (N, C, h, w), (N, 1, h, w) float32; no squares of a whole map are written.
+
+    On a CPU in blocks of channels: its norm over channels takes several times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        if features.device.type != "cpu":
+            made = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32)
+            return made.square_()
+        total = torch.zeros_like(features[:, :1], dtype=torch.float32)
+        for block in _channel_blocks(features):
+            total += block.float().square().sum(1, keepdim=True)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        """Return 2 f times the slope, in the type of f."""
+        (features,) = ctx.saved_tensors
+        return (2 * slope * features).to(features.dtype)
+
+
+def _channel_blocks(features: Tensor) -> Iterator[Tensor]:
+    channels = max(1, BLOCK_ELEMENTS // max(1, features[:, :1].numel()))
+    yield from features.split(channels, dim=1)
 
 
 def attention_gap(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
@@ -30,9 +67,7 @@ def energy(features: Tensor, power: int = 2) -> Tensor:
     a large energy overflows. An image of zeros stays 0.
     """
     if power == 2:
-        # A reduction: the squares, as large as the features, are never written.
-        length = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32)
-        total = length.square()
+        total = _SquareSum.apply(features)
     else:
         total = features.float().pow(power).sum(1, keepdim=True)
     largest = total.detach().abs().amax((1, 2, 3), keepdim=True)
@@ -64,13 +99,14 @@ class AT(Method):
     family = "attention"
     taps = ("head", "logits")
     weights = {"at": 10_000.0, "kd": 1.0}
+    equation = (
+        "a(f) = q / ||q||, q_p = mean_c f_cp^2; L = mean over N, h, w of ( a(f_S) - a(f_T) )^2"
+    )
+    cost_drivers = "the teacher's forward; one pass over each head feature: little"
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=74.21,
-        ),
-    )  # fmt: skip
+        cirkd("DeepLabV3-R18"),
+        cirkd("PSPNet-R18"),
+    )
 
     power: int = 2
     temperature: float = 1.0

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import attnfd
 
 ATTENTIONS = ("cbam", "plain")
 POOLS = ("avg", "max")
@@ -144,18 +145,26 @@ class AttnFD(Method):
     family = "feature + attention"
     taps = ("c5", "head")
     weights = {"attnfd_c5": 2.0, "attnfd_head": 2.0}
+    equation = (
+        "L = sum over c5 and head of 1/N || s / ||s||_F - t / ||t||_F ||_F^2, s = A CBAM(f_S), t "
+        "= CBAM(f_T)"
+    )
+    cost_drivers = (
+        "the teacher's forward; attention blocks on c5 and the head feature of both networks, 1x1 "
+        "connectors to the teacher's channels"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3+-R101", "DeepLabV3+-R18", None, None, (513, 513),
-            "SGD 0.01 (head 0.1), Nesterov, wd 5e-4", "poly 0.9, 200 epochs",
-            "AttnFD repository", baseline_miou=64.09, miou=73.04,
+        attnfd(
+            "Cityscapes",
+            source="AttnFD repository (its default length; inputs of fixed size)",
+            miou=73.04,
         ),
-        Recipe(
-            "VOC", "DeepLabV3+-R101", "DeepLabV3+-R18", None, 6, (513, 513),
-            "SGD 0.007 (head 0.07), Nesterov, wd 5e-4", "poly 0.9, 120 epochs",
-            "AttnFD repository (without the extra annotations)", baseline_miou=67.50, miou=73.09,
+        attnfd(
+            "Pascal VOC",
+            miou=73.09,
+            source="AttnFD repository (without the extra annotations; +/- 0.06)",
         ),
-    )  # fmt: skip
+    )
 
     reduction_ratio: int = 16
     teacher_attention: str = "cbam"

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import BPKD, bpkd_context, mmseg
 from kdprof.methods.cwd import channel_kl
 
 WORD_BITS = 30
@@ -112,20 +113,33 @@ class BPKD(Method):
     family = "logit"
     taps = ("logits", "labels")
     weights = {"edge": 50.0, "body": 20.0}
+    equation = (
+        "L_edge = 2 / N sum_{n,k} [ sum_p E_kp KL of softmax over classes of E z / #edge "
+        "positions of k ]; L_body = cwd of (1 - E) z"
+    )
+    cost_drivers = (
+        "the teacher's forward; edge masks of every class at label resolution, which is memory "
+        "traffic; softmaxes over logits: little"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 80_000, 8, (512, 1024),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
-            "BPKD repository; the baseline is mmsegmentation's R18b", gpus="4 x A100",
-            baseline_miou=74.23, miou=77.57,
+        mmseg(
+            teacher_miou=79.74,
+            baseline_miou=74.23,
+            miou=77.57,
+            **BPKD | {"source": "BPKD repository; the baseline is mmsegmentation's R18b"},
         ),
-        Recipe(
-            "ADE20K", "PSPNet-R101", "PSPNet-R18", 80_000, 16, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
-            "BPKD repository", gpus="4 x A100",
-            baseline_miou=33.30, miou=38.51,
+        mmseg("HRNetV2-W18S", teacher="HRNetV2-W48", baseline_miou=75.31, miou=78.58, **BPKD),
+        mmseg(
+            "DeepLabV3+-MobileNetV2",
+            teacher="DeepLabV3+-R101",
+            baseline_miou=75.29,
+            miou=78.59,
+            **BPKD,
         ),
-    )  # fmt: skip
+        mmseg("ISANet-R18", teacher="ISANet-R101", baseline_miou=73.62, miou=75.72, **BPKD),
+        mmseg("PSPNet-R18", "ADE20K", teacher_miou=44.39, baseline_miou=33.30, miou=38.51, **BPKD),
+        bpkd_context(miou=46.82),
+    )
 
     temperature: float = 1.0
     edge_width: int = 7

@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import (
+    BPKD_RERUN,
+    VOC_WEIGHTS,
+    attnfd,
+    cirkd,
+    cirkd_segformer,
+    mmseg,
+)
 from kdprof.methods.ifvd import membership
 from kdprof.methods.kd import pixel_kl
 
@@ -382,6 +390,14 @@ class CIRKDMiniBatch(Method):
     family = "relational + logit"
     taps = ("logits", "head")
     weights = {"kd": 1.0, "batch": 1.0}
+    equation = (
+        "S_ij = F_i^T F_j / T for images i, j; L_batch = 1 / N^2 sum_ij mean over rows KL( "
+        "softmax S^T_ij || softmax S^S_ij )"
+    )
+    cost_drivers = (
+        "the teacher's forward; (h w)^2 similarities of every ordered pair of images on the "
+        "device, in blocks: grows with the square of images and of positions"
+    )
 
     temperature: float = 1.0
     batch_temperature: float = 0.1
@@ -441,6 +457,14 @@ class CIRKDMemory(Method):
     family = "relational + logit"
     taps = ("logits", "head", "labels")
     weights = {"kd": 1.0, "pixel": 0.1, "region": 0.1}
+    equation = (
+        "L = T'^2 mean over p of KL( softmax( t_p . K / T T' ) || softmax( s_p . K / T T' ) ), K "
+        "of the stored pixels or regions"
+    )
+    cost_drivers = (
+        "the teacher's forward; similarities of every position with about 5000 stored vectors, in "
+        "blocks; a projection; storing each batch in two memories"
+    )
 
     temperature: float = 1.0
     contrast_temperature: float = 0.1
@@ -526,34 +550,38 @@ class CIRKD(CIRKDMiniBatch, CIRKDMemory):
     title = "Cross-image relational knowledge distillation"
     taps = ("logits", "head", "labels")
     weights = {"kd": 1.0, "batch": 1.0, "pixel": 0.1, "region": 0.1}
+    equation = (
+        "L_kd + L_batch + 0.1 L_pixel + 0.1 L_region: KL of the softmax of similarities between "
+        "positions of the batch, and with stored pixels and regions"
+    )
+    cost_drivers = (
+        "the teacher's forward; (h w)^2 similarities of every ordered pair of images on the "
+        "device, in blocks, and of every position with about 5000 stored vectors; a projection; "
+        "two memories"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=72.55, miou=74.73,
+        cirkd("PSPNet-R18", source="CIRKD repository; test 74.05", miou=74.73),
+        cirkd("DeepLabV3-R18", source="CIRKD repository; test 75.05", miou=76.38),
+        cirkd("DeepLabV3-MobileNetV2", source="CIRKD repository; test 74.03", miou=75.42),
+        cirkd_segformer(miou=76.92),
+        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.03, **BPKD_RERUN),
+        cirkd("DeepLabV3-R18", "Pascal VOC", weights=VOC_WEIGHTS, miou=74.50),
+        cirkd("PSPNet-R18", "Pascal VOC", weights=VOC_WEIGHTS, miou=74.78),
+        cirkd("DeepLabV3-R18", "CamVid", miou=68.21),
+        cirkd("PSPNet-R18", "CamVid", miou=68.65),
+        cirkd("DeepLabV3-R18", "ADE20K", miou=35.41),
+        mmseg(
+            "PSPNet-R18",
+            "ADE20K",
+            teacher_miou=44.39,
+            baseline_miou=33.30,
+            miou=35.07,
+            **BPKD_RERUN,
         ),
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=74.21, miou=76.38,
-        ),
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 80_000, 8, (512, 1024),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
-            "BPKD's table, its authors' rerun", gpus="4", baseline_miou=74.23, miou=76.03,
-        ),
-        Recipe(
-            "CamVid", None, "PSPNet-R18", 40_000, 16, (360, 360),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=66.73, miou=68.65,
-        ),
-        Recipe(
-            "Pascal VOC", None, "PSPNet-R18", 40_000, 16, (512, 512),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9",
-            "CIRKD repository (pixel and region at 0.01)", gpus="8 x 2",
-            baseline_miou=73.33, miou=74.78,
-        ),
-    )  # fmt: skip
+        cirkd("DeepLabV3-R18", "COCO-Stuff", miou=33.11),
+        attnfd("Cityscapes", miou=70.49),
+        attnfd("Pascal VOC", miou=71.02),
+    )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         """Store the batch; return ``kd``, ``batch``, ``pixel`` and ``region``."""

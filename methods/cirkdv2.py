@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdprof.errors import UserError
-from kdprof.method import NetworkInfo, Recipe, Taps
+from kdprof.method import NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import cirkdv2
 from kdprof.methods.cirkd import (
     CIRKD,
     RingQueues,
@@ -157,8 +158,9 @@ class CIRKDv2(CIRKD):
       ring of 10000 teacher channels, of which each batch (of all ranks) stores up to 256.
       ``channel_mse``: mean squared difference of the unit vectors.
 
-    fitnet is 1 for Cityscapes DeepLabV3-R18, UperNet-R18, MobileNetV3-S, MobileViT and SegFormer
-    and for two pairs on ADE20K, 10 in the remaining scripts; at weight 0 there is no GCN.
+    fitnet is 1 for Cityscapes DeepLabV3-R18, UperNet-R18, DeepLabV3-MobileNetV3-S,
+    PSPNet-MobileViT and SegFormer and for two pairs on ADE20K, 10 in the remaining scripts; at
+    weight 0 there is no GCN.
 
     The authors need sides that divide by 4; here d is that of the rounded-up grid. ``build`` does
     not know the crop: the ring is made for ``channel_positions`` positions, shorter channels leave
@@ -177,18 +179,25 @@ class CIRKDv2(CIRKD):
         "kd": 1.0, "fitnet": 1.0, "batch": 1.0, "pixel": 0.1, "region": 0.1, "channel": 1.0,
         "channel_memory": 0.1, "channel_mse": 100.0,
     }  # fmt: skip
+    equation = (
+        "L = kd + fitnet + batch + 0.1 pixel + 0.1 region + channel + 0.1 channel_memory + 100 "
+        "channel_mse, each of g = GCN(f_S)"
+    )
+    cost_drivers = (
+        "as cirkd, plus attention over (h w)^2 positions of the student's feature (again in "
+        "backward), its convolutions, a second projection and relations of the teacher's channels"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 80_000, 8, (512, 1024),
-            "SGD 0.01, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository, 2025 (test set)",
-            gpus="8 x 1", baseline_miou=73.56, miou=75.60,
-        ),
-        Recipe(
-            "ADE20K", None, "DeepLabV3-R18", 80_000, 16, (512, 512),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository, 2025",
-            baseline_miou=36.92, miou=39.82,
-        ),
-    )  # fmt: skip
+        cirkdv2("DeepLabV3-R18", miou=75.60),
+        cirkdv2("UperNet-R18", miou=72.11),
+        cirkdv2("DeepLabV3-MobileNetV3-S", miou=67.62),
+        cirkdv2("PSPNet-MobileNetV3-S", weights={"fitnet": 10.0}, miou=65.42),
+        cirkdv2("DeepLabV3-MobileViT-XXS", weights={"fitnet": 10.0}, miou=68.91),
+        cirkdv2("PSPNet-MobileViT-XXS", miou=68.45),
+        cirkdv2("SegFormer-B0", miou=75.52),
+        cirkdv2("DeepLabV3-R18", "ADE20K", miou=39.82),
+        cirkdv2("UperNet-R18", "ADE20K", weights={"fitnet": 10.0}, miou=36.87),
+    )
 
     channel_memory: int = 10_000
     channel_contrast: int = 2_048

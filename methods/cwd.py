@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._recipes import BPKD_RERUN, cirkd, cirkd_segformer, mmseg, skd
 from kdprof.methods.kd import pixel_kl
 
 NORMS = ("channel", "spatial")
@@ -59,13 +60,37 @@ class CWD(Method):
     family = "logit"
     taps = ("logits",)
     weights = {"cwd": 3.0}
+    equation = (
+        "p_c,i = exp(z_c,i / T) / sum_j exp(z_c,j / T); L = T^2 / (N C) sum_{n,c} KL( p^T_n,c || "
+        "p^S_n,c )"
+    )
+    cost_drivers = (
+        "the teacher's forward; a softmax and a KL over the positions of every class: little"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "TorchDistiller repository", gpus="1",
-            baseline_miou=69.10, miou=75.02,
+        skd(source="TorchDistiller repository; test 73.86 (baseline structure KD's)", miou=75.02),
+        skd(
+            source="TorchDistiller repository, other weights; test 74.58 (baseline structure KD's)",
+            miou=75.90,
         ),
-    )  # fmt: skip
+        mmseg(
+            iterations=40_000,
+            batch=None,
+            gpus=None,
+            baseline_miou=71.2,
+            miou=74.7,
+            source="an issue of the TorchDistiller repository (weight 40; which map is not stated)",
+        ),
+        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.26, **BPKD_RERUN),
+        mmseg(
+            "PSPNet-R18",
+            "ADE20K",
+            teacher_miou=44.39,
+            baseline_miou=33.30,
+            miou=37.02,
+            **BPKD_RERUN,
+        ),
+    )
 
     temperature: float = 4.0
     norm: str = "channel"
@@ -98,12 +123,8 @@ class CWDMmrazor(CWD):
     title = "Channel-wise distillation (logits, mmrazor)"
     weights = {"cwd": 5.0}
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 80_000, 8, (512, 1024),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4", "mmrazor model zoo",
-            gpus="4 x 2", baseline_miou=74.87, miou=75.54,
-        ),
-    )  # fmt: skip
+        mmseg(source="mmrazor model zoo", teacher_miou=79.76, baseline_miou=74.87, miou=75.54),
+    )
 
     temperature: float = 1.0
 
@@ -124,13 +145,15 @@ class CWDFeature(Method):
     family = "feature"
     taps = ("head",)
     weights = {"cwd_feature": 50.0}
-    recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "TorchDistiller repository", gpus="1",
-            baseline_miou=69.10,
-        ),
-    )  # fmt: skip
+    equation = (
+        "L = T^2 / (N C_T) sum_{n,c} KL( p^T_n,c || p^S_n,c ), p = softmax over positions of A "
+        "f_S and f_T"
+    )
+    cost_drivers = (
+        "the teacher's forward; a 1x1 convolution with norm and softmaxes over the teacher's head "
+        "channels"
+    )
+    recipes = (skd(source="TorchDistiller repository"),)
 
     temperature: float = 4.0
 
@@ -170,19 +193,20 @@ class CWDCirkd(AdversarialMethod):
     taps = ("head", "logits")
     weights = {"cwd_feature": 50.0, "cwd": 3.0, "kd": 1.0, "adv": 0.001}
     auxiliary_weights = {"discriminator": 0.1}
+    equation = (
+        "L_cwd of the logits; L_feature = T^2 / (N C_S) sum KL( p^T || p^S ) of A f_S and f_T; "
+        "adv = - mean D(z_S)"
+    )
+    cost_drivers = (
+        "the teacher's forward; softmaxes over the teacher's head channels; a discriminator, "
+        "forward and backward, for student and teacher logits"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=74.21, miou=75.55,
-        ),
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9",
-            "CIRKD repository (mIoU recalled, not re-verified)", gpus="8 x 2",
-            baseline_miou=72.55, miou=74.36,
-        ),
-    )  # fmt: skip
+        cirkd("DeepLabV3-R18", miou=75.55),
+        cirkd("DeepLabV3-MobileNetV2", miou=74.66),
+        cirkd("PSPNet-R18", source="CIRKD repository (mIoU recalled, not re-verified)", miou=74.36),
+        cirkd_segformer(weights={"cwd_feature": 5.0, "cwd": 0.3}, miou=74.80),
+    )
 
     temperature: float = 4.0
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.method import Method, Recipe, Taps
+from kdprof.method import Method, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import cirkd
 
 EPS = 1e-8
 """Added to the product of the lengths in a correlation, as published."""
@@ -61,20 +62,31 @@ class DIST(Method):
     family = "logit + relational"
     taps = ("logits", "aux")
     weights = {"inter": 1.0, "intra": 1.0, "aux_inter": 0.4, "aux_intra": 0.4}
+    equation = (
+        "L_inter = 1 - mean_m r( p^S_m:, p^T_m: ); L_intra = 1 - mean_c r( p^S_:c, p^T_:c ), r "
+        "Pearson's"
+    )
+    cost_drivers = (
+        "the teacher's forward with its auxiliary head; softmax and reductions over N C h w: little"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 5e-4", "poly 0.9 with a floor",
-            "DIST repository (baseline CIRKD's, at wd 1e-4; reproduced 77.24 to 77.54)", gpus="8",
-            baseline_miou=74.21, miou=77.10,
+        cirkd(
+            "DeepLabV3-R18",
+            optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
+            schedule="poly 0.9, floor 1e-4",
+            gpus="8 V100",
+            source="DIST repository (baseline CIRKD's, at wd 1e-4; reproduced 77.24 to 77.54)",
+            miou=77.10,
         ),
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 5e-4", "poly 0.9 with a floor",
-            "DIST repository (baseline CIRKD's, at wd 1e-4; reproduced 75.37 to 75.53)", gpus="8",
-            baseline_miou=72.55, miou=76.31,
+        cirkd(
+            "PSPNet-R18",
+            optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
+            schedule="poly 0.9, floor 1e-4",
+            gpus="8 V100",
+            source="DIST repository (baseline CIRKD's, at wd 1e-4; reproduced 75.37 to 75.53)",
+            miou=76.31,
         ),
-    )  # fmt: skip
+    )
 
     temperature: float = 1.0
     intra_over: str = "pixels"

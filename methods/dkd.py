@@ -27,6 +27,16 @@ def resized(maps: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
+def _resized_back(slope: Tensor, shape: torch.Size) -> Tensor:
+    """Return the gradient of maps of some shape, given that of :func:`resized` ones.
+
+    The operator itself, because torch.compile traces no call of autograd within a Function.
+    """
+    if slope.shape == shape:
+        return slope
+    return torch.ops.aten.upsample_bilinear2d_backward(slope, slope.shape[-2:], shape, False)
+
+
 def labelled(labels: Tensor, first: int, count: int) -> Target:
     """Return 1 where a pixel is labelled with a class of ``first`` .. ``first + count - 1``.
 
@@ -64,16 +74,15 @@ class _OneVsAll(torch.autograd.Function):
         classes = max(1, BLOCK_ELEMENTS // (len(logits) * size.numel()))
         for first in range(0, logits.shape[1], classes):
             block = slice(first, first + classes)
-            with torch.enable_grad():
-                small = logits[:, block].detach().requires_grad_()
-                full = resized(small, size)
-            y = target(block).to(full.dtype) if target else None
+            small = logits[:, block]
+            full = resized(small, size)
+            y = None if target is None else target(block).to(full.dtype)
             weight = positive_weight
             if isinstance(weight, Tensor):
                 weight = weight[block, None, None]
-            loss, slope = _cross_entropy(full.detach(), y, weight)
+            loss, slope = _cross_entropy(full, y, weight)
             total += loss.sum()
-            (gradient[:, block],) = torch.autograd.grad(full, small, slope)
+            gradient[:, block] = _resized_back(slope, small.shape)
         ctx.save_for_backward(gradient)
         return total.clone()
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.method import Method, Recipe, Taps
+from kdprof.method import Method, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import cirkd, cirkd_segformer
 from kdprof.methods.at import energy, unit
 
 NOISE = 1e-6
@@ -83,13 +84,15 @@ class DSD(Method):
     family = "attention + relational"
     taps = ("aux", "head", "logits")
     weights = {"psd": 1000.0, "csd": 10.0}
-    recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=74.21, miou=74.81,
-        ),
-    )  # fmt: skip
+    equation = (
+        "r_mn = unit( a_n - a_m ) of attention maps, L_psd = mean ( r^S_mn - r^T_mn )^2; G_kl = "
+        "p_k . p_l of classes, L_csd = mean ( G^S - G^T )^2"
+    )
+    cost_drivers = (
+        "the teacher's forward with its auxiliary head; attention maps and a similarity of the "
+        "classes: little"
+    )
+    recipes = (cirkd("DeepLabV3-R18", miou=74.81),)
 
     compared: ClassVar[tuple[str, ...]] = ("aux", "head", "logits")
     """The taps that the pixel term takes pairs of."""
@@ -120,11 +123,10 @@ class DSDNoAux(DSD):
     name = "dsd:no_aux"
     title = "Double similarity distillation, no auxiliary head"
     taps = ("head", "logits")
+    cost_drivers = "the teacher's forward; attention maps and a similarity of the classes: little"
     recipes = (
-        Recipe(
-            "Cityscapes", "SegFormer-B4", "SegFormer-B0", None, None, None,
-            "AdamW 2e-4", "not stated", "CIRKD repository", baseline_miou=75.58, miou=76.62,
-        ),
-    )  # fmt: skip
+        cirkd("DeepLabV3-MobileNetV2", miou=74.11),
+        cirkd_segformer(miou=76.62),
+    )
 
     compared: ClassVar[tuple[str, ...]] = ("logits", "head", "logits")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,13 @@ from kdprof.methods._common import check_settings, match_grid
 
 BLOCK_ELEMENTS = 2**24
 """Most elements of a block of positions x classes x classes, 64 MiB in float32."""
+
+
+def _of_all_ranks(values: Tensor) -> Tensor:
+    """Return the sum over all ranks, where there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 class ClassStatistics(torch.nn.Module):
@@ -29,10 +37,13 @@ class ClassStatistics(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, members: Tensor) -> None:
-        """Take in (P, C) logits whose one-hot classes are (P, K); a row of 0 is void."""
-        count = members.sum(0)
-        mean = members.mT @ rows / count.clamp(min=1)[:, None]
-        covariance = self._scatter(rows - members @ mean, members)
+        """Take in (P, C) logits whose one-hot classes are (P, K); a row of 0 is void.
+
+        Of several ranks, the logits of all: so all ranks' statistics stay equal.
+        """
+        count = _of_all_ranks(members.sum(0))
+        mean = _of_all_ranks(members.mT @ rows) / count.clamp(min=1)[:, None]
+        covariance = _of_all_ranks(self._scatter(rows - members @ mean, members))
         covariance = covariance / count.clamp(min=1)[:, None, None]
         share = count / (count + self.count).clamp(min=1)
         gap, share = mean - self.mean, share[:, None, None]
@@ -118,6 +129,13 @@ class FAKDIsda(Method):
     family = "logit"
     taps = ("logits", "labels")
     weights = {"fakd": 1.0}
+    equation = (
+        "L = mean over pixels of sum_c q_c log( q_c sum_j exp( z_j - z_c + lambda / 2 V^y_cj ) )"
+    )
+    cost_drivers = (
+        "the teacher's forward; positions x K x K shifts, in blocks, and running covariances of K "
+        "x K x K numbers, K classes"
+    )
 
     strength: float = 0.5
     ramp_iterations: int = 40_000

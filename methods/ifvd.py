@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._recipes import BPKD_RERUN, cirkd, cirkd_segformer, mmseg, skd
 from kdprof.methods.kd import REDUCTIONS, pixel_kl
 
 EPS = 1e-8
@@ -83,6 +84,28 @@ class IFVDPlain(Method):
     family = "relational + logit"
     taps = ("head", "logits", "labels")
     weights = {"ifv": 200.0, "kd": 10.0}
+    equation = (
+        "m_k = mean of f over the pixels of class k in an image; c_p = cos( f_p, m_{y_p} ); L_ifv "
+        "= mean over N, h, w of ( c^S_p - c^T_p )^2"
+    )
+    cost_drivers = (
+        "the teacher's forward; class means and cosines as products with the one-hot labels: "
+        "positions x classes x channels"
+    )
+    recipes = (
+        skd(
+            source="an issue of the IFVD repository, ifv alone (schedule not stated)",
+            gpus=None,
+            iterations=None,
+            batch=None,
+            crop=None,
+            optimizer="not stated",
+            schedule="not stated",
+            weights={"kd": 0.0},
+            baseline_miou=None,
+            miou=58.89,
+        ),
+    )
 
     kd_reduction: str = "element"
 
@@ -122,18 +145,32 @@ class IFVD(AdversarialMethod, IFVDPlain):
     weights = {"ifv": 200.0, "kd": 10.0, "adv": 0.001}
     auxiliary_weights = {"discriminator": 0.1, "gradient_penalty": 1.0}
     auxiliary_decays = True
+    equation = (
+        "m_k = mean of f over the pixels of class k in an image; c_p = cos( f_p, m_{y_p} ); L_ifv "
+        "= mean over N, h, w of ( c^S_p - c^T_p )^2; adv = - mean D(z_S)"
+    )
+    cost_drivers = (
+        "the teacher's forward; products with the one-hot labels; a discriminator forward and "
+        "backward with a gradient penalty (differentiated twice)"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "IFVD repository", gpus="1",
-            baseline_miou=69.10, miou=74.54,
+        skd(source="IFVD, the paper", gpus="1 TITAN Xp", teacher_miou=78.56, miou=74.54),
+        skd(
+            source="IFVD repository, released weights (reproductions range from 63.7 to 73.6)",
+            gpus="1 TITAN Xp",
+            teacher_miou=78.32,
+            miou=74.18,
         ),
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 80_000, 8, (512, 1024),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
-            "BPKD's table, its authors' rerun", gpus="4", baseline_miou=74.23, miou=76.24,
+        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.24, **BPKD_RERUN),
+        mmseg(
+            "PSPNet-R18",
+            "ADE20K",
+            teacher_miou=44.39,
+            baseline_miou=33.30,
+            miou=34.54,
+            **BPKD_RERUN,
         ),
-    )  # fmt: skip
+    )
 
     adversarial: ClassVar[str] = "wgan-gp"
 
@@ -156,19 +193,16 @@ class IFVDCirkd(IFVD):
     weights = {"ifv": 20.0, "kd": 1.0, "adv": 0.001}
     auxiliary_weights = {"discriminator": 0.1}
     auxiliary_decays = False
+    cost_drivers = (
+        "the teacher's forward; products with the one-hot labels; a discriminator, forward and "
+        "backward"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=74.21, miou=75.59,
-        ),
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9",
-            "CIRKD repository (mIoU recalled, not re-verified)", gpus="8 x 2",
-            baseline_miou=72.55, miou=73.71,
-        ),
-    )  # fmt: skip
+        cirkd("DeepLabV3-R18", miou=75.59),
+        cirkd("DeepLabV3-MobileNetV2", miou=73.50),
+        cirkd("PSPNet-R18", source="CIRKD repository (mIoU recalled, not re-verified)", miou=73.71),
+        cirkd_segformer(miou=76.30),
+    )
 
     kd_reduction: str = "pixel"
     adversarial: ClassVar[str] = "hinge"

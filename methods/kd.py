@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdprof.method import Method, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import attnfd, cirkd, skd
 
 REDUCTIONS = ("pixel", "element", "image", "sum", "soft_cross_entropy")
 
@@ -76,19 +77,47 @@ class KD(Method):
     family = "logit"
     taps = ("logits",)
     weights = {"kd": 1.0}
+    equation = "L = T^2 / (N h w) sum_{n,p} KL( softmax(z_T / T) || softmax(z_S / T) )"
+    cost_drivers = (
+        "the teacher's forward; a softmax and a KL over the classes at every position: little"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
-            "structure-KD repository, row +Pi (soft_cross_entropy, weight 10)", gpus="1",
-            baseline_miou=69.10, miou=70.51,
+        skd(
+            source="structure-KD repository, row +Pi (soft_cross_entropy)",
+            weights={"kd": 10.0},
+            teacher_miou=78.56,
+            miou=70.51,
+        ),
+        cirkd("PSPNet-R18"),
+        cirkd("DeepLabV3-R18"),
+        cirkd("DeepLabV3-R18", "ADE20K", miou=34.88),
+        cirkd("DeepLabV3-R18", "COCO-Stuff", miou=32.88),
+        cirkd(
+            "DeepLabV3-R18",
+            iterations=80_000,
+            batch=8,
+            crop=None,
+            gpus=None,
+            source="an issue of the CIRKD repository (a third party, lr 0.02; crop not stated)",
+            baseline_miou=76.21,
+            miou=76.61,
         ),
         Recipe(
-            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=72.55,
+            "Cityscapes",
+            "PSPNet-R101",
+            "PSPNet-R18",
+            None,
+            None,
+            None,
+            "not stated",
+            "extended training, length not stated",
+            "abstract of arXiv 2604.25530 (which of logit and feature KD is not stated)",
+            teacher_miou=79.8,
+            miou=79.0,
         ),
-    )  # fmt: skip
+        attnfd("Cityscapes", miou=65.21),
+        attnfd("Pascal VOC", miou=69.13),
+    )
 
     temperature: float = 1.0
     reduction: str = "pixel"

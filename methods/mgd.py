@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._recipes import mgd
 from kdprof.methods.cwd import channel_kl
 
 
@@ -54,13 +55,18 @@ class MGDFeature(Method):
     family = "feature"
     taps = ("c5",)
     weights = {"mgd": 2e-5}
+    equation = (
+        "L = 1 / N sum over N, C_T, h, w of ( G( m * A f_S ) - f_T )^2, m a random mask of "
+        "positions"
+    )
+    cost_drivers = (
+        "the teacher's forward; two 3x3 convolutions at the width of the teacher's c5: from R18 "
+        "to R101 more than the teacher and the student together"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 16, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "MGD repository", gpus="8 x 2",
-            baseline_miou=69.85, miou=73.63,
-        ),
-    )  # fmt: skip
+        mgd("PSPNet-R18", miou=73.63),
+        mgd("PSPNet-R18", source="an issue of the MGD repository (a third party)", miou=73.46),
+    )
 
     mask_ratio: float = 0.75
 
@@ -106,18 +112,12 @@ class MGD(MGDFeature):
     taps = ("c5", "logits")
     weights = {"mgd": 2e-5, "cwd": 3.0}
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 16, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9", "the paper, with logits", gpus="8 x 2",
-            baseline_miou=69.85, miou=74.10,
+        mgd("PSPNet-R18", source="the paper, with logits", miou=74.10),
+        mgd("PSPNet-R18", source="an issue of the MGD repository (a third party)", miou=74.95),
+        mgd(
+            "DeepLabV3-R18", source="MGD repository, whose configuration has the logits", miou=76.31
         ),
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "DeepLabV3-R18", 40_000, 16, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
-            "MGD repository, whose configuration has the logits", gpus="8 x 2",
-            baseline_miou=73.20, miou=76.31,
-        ),
-    )  # fmt: skip
+    )
 
     temperature: float = 4.0
 

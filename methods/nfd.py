@@ -35,6 +35,12 @@ class NFD(Method):
     family = "feature"
     taps = ("head",)
     weights = {"nfd": 5.0}
+    equation = (
+        "g(f) = ( f - mean_hw f ) / std_hw f; L = mean over N, C, h, w of ( g(A f_S) - g(f_T) )^2"
+    )
+    cost_drivers = (
+        "the teacher's forward; a 1x1 convolution and two reductions over each head feature"
+    )
 
     form: str = "mean_square"
 

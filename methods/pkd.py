@@ -62,6 +62,13 @@ class PKD(Method):
     family = "feature"
     taps = ("head",)
     weights = {"pkd": 10.0}
+    equation = (
+        "g(f) = ( f - mean ) / std over N, h, w; L = 1/2 mean over N, C, h, w of ( g(A f_S) - "
+        "g(f_T) )^2"
+    )
+    cost_drivers = (
+        "the teacher's forward; a 1x1 convolution and two reductions over each head feature"
+    )
 
     resized: str = "student"
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, Recipe, Taps
+from kdprof.method import Method, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
 from kdprof.methods.kd import REDUCTIONS, pixel_kl
 
 EPS = 1e-8
@@ -193,13 +194,15 @@ class SKDPlain(Method):
     family = "logit + relational"
     taps = ("head", "logits")
     weights = {"kd": 10.0, "pairwise": 0.5}
-    recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
-            "structure-KD repository, row +Pi +Pa", gpus="1", baseline_miou=69.10, miou=71.78,
-        ),
-    )  # fmt: skip
+    equation = (
+        "L_pi = - 1 / (h w) sum p^T log p^S; L_pa = mean over N, i, j of ( a^S_ij - a^T_ij )^2, "
+        "a_ij = v_i . v_j of pooled nodes"
+    )
+    cost_drivers = (
+        "the teacher's forward; a soft cross-entropy of logits and the similarities of a few "
+        "pooled nodes: little"
+    )
+    recipes = (skd(source="structure-KD repository, row +Pi +Pa", teacher_miou=78.56, miou=71.78),)
 
     scale: float = 0.5
     pooling: str = "max"
@@ -245,24 +248,44 @@ class SKD(AdversarialMethod, SKDPlain):
     weights = {"kd": 10.0, "pairwise": 0.5, "adv": 0.1}
     auxiliary_weights = {"discriminator": 0.1, "gradient_penalty": 1.0}
     auxiliary_decays = True
+    equation = (
+        "L_pi = - 1 / (h w) sum p^T log p^S; L_pa = mean over N, i, j of ( a^S_ij - a^T_ij )^2, "
+        "a_ij = v_i . v_j of pooled nodes; adv = - mean D(z_S)"
+    )
+    cost_drivers = (
+        "the teacher's forward; a discriminator forward and backward with a gradient penalty "
+        "(differentiated twice): many small kernels rather than FLOP"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 40_000, 8, (512, 512),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9",
-            "structure-KD repository, row +Pi +Pa +Ho", gpus="1",
-            baseline_miou=69.10, miou=74.08,
+        skd(source="structure-KD repository, row +Pi +Pa +Ho", teacher_miou=78.56, miou=74.08),
+        skd(
+            source="structure-KD repository, released weights; test 73.05",
+            teacher_miou=78.32,
+            miou=75.3,
         ),
-        Recipe(
-            "Cityscapes", "PSPNet-R101", "PSPNet-R18", 80_000, 8, (512, 1024),
-            "SGD 0.01, momentum 0.9, wd 5e-4", "poly 0.9, floor 1e-4",
-            "BPKD's table, its authors' rerun (SKDS; which terms it keeps is not stated)",
-            gpus="4", baseline_miou=74.23, miou=76.13,
+        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.13, **SKDS_RERUN),
+        mmseg(
+            "PSPNet-R18",
+            "ADE20K",
+            teacher_miou=44.39,
+            baseline_miou=33.30,
+            miou=34.49,
+            **SKDS_RERUN,
         ),
-        Recipe(
-            "CamVid", None, "ESPNet", None, None, None, "not stated", "not stated",
-            "structure-KD repository", baseline_miou=57.8, miou=61.4,
+        skd(
+            "ESPNet",
+            dataset="CamVid",
+            teacher=None,
+            iterations=None,
+            batch=None,
+            crop=None,
+            gpus=None,
+            optimizer="not stated",
+            schedule="not stated",
+            baseline_miou=57.8,
+            miou=61.4,
         ),
-    )  # fmt: skip
+    )
 
     adversarial: ClassVar[str] = "wgan-gp"
 
@@ -293,19 +316,20 @@ class SKDCirkd(AdversarialMethod):
     taps = ("head", "logits")
     weights = {"kd": 1.0, "pairwise": 10.0, "adv": 0.001}
     auxiliary_weights = {"discriminator": 0.1}
+    equation = (
+        "L_kd per pixel; L_pa = mean over N, i, j of ( cos^S_ij - cos^T_ij )^2 of 2 x 2 pooled "
+        "nodes; adv = - mean D(z_S)"
+    )
+    cost_drivers = (
+        "the teacher's forward; similarities of 2048 x 2048 nodes (512 x 1024 crop), in blocks; a "
+        "discriminator, forward and backward"
+    )
     recipes = (
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "DeepLabV3-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9", "CIRKD repository", gpus="8 x 2",
-            baseline_miou=74.21, miou=75.42,
-        ),
-        Recipe(
-            "Cityscapes", "DeepLabV3-R101", "PSPNet-R18", 40_000, 16, (512, 1024),
-            "SGD 0.02, momentum 0.9, wd 1e-4", "poly 0.9",
-            "CIRKD repository (mIoU recalled, not re-verified)", gpus="8 x 2",
-            baseline_miou=72.55, miou=73.29,
-        ),
-    )  # fmt: skip
+        cirkd("DeepLabV3-R18", miou=75.42),
+        cirkd("DeepLabV3-MobileNetV2", miou=73.82),
+        cirkd("PSPNet-R18", source="CIRKD repository (mIoU recalled, not re-verified)", miou=73.29),
+        cirkd_segformer(miou=76.43),
+    )
 
     window: int = 2
     temperature: float = 1.0

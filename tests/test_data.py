@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 
+import augment_oracle
 import numpy as np
 import pytest
 import torch
@@ -16,13 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdprof.data import Augmentation, Batches, Decoded, evaluation_batches, open_data
-from kdprof.data.augment import Draw
+from kdprof.data import Augmentation, Batches, Feeder, evaluation_batches, open_data
+from kdprof.data import feeder as feeder_module
+from kdprof.data.augment import Draw, Gathered
 from kdprof.data.batches import _next
 from kdprof.data.camvid import CamVid
+from kdprof.data.decoded import Decoded
 from kdprof.data.streams import Stream, generator
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import KdprofError, UserError
+from kdprof.progress import Progress
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -46,6 +52,14 @@ def noise(height, width, classes=11, seed=0):
     return torch.from_numpy(image), torch.from_numpy(label)
 
 
+def augmented(crop, image, label, draw):
+    """Return a batch of one, as its only image and label."""
+    augmentation = Augmentation(crop)
+    images, labels = augmentation.apply(augmentation.gather([(image, label)], [draw]))
+    assert len(images) == len(labels) == 1
+    return images[0], labels[0]
+
+
 def equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
@@ -56,13 +70,13 @@ def equal(left, right):
 @pytest.mark.parametrize(("height", "width"), [(17, 23), (64, 96)])
 def test_scale_1_copies_the_image(height, width):
     image, label = noise(height, width)
-    assert equal(Augmentation((height, width)).apply(image, label, PLAIN), (image, label))
+    assert equal(augmented((height, width), image, label, PLAIN), (image, label))
 
 
 def test_crop_is_a_window_of_the_image():
     image, label = noise(40, 50)
     draw = replace(PLAIN, top=0.5, left=1.0)
-    cropped = Augmentation((20, 30)).apply(image, label, draw)
+    cropped = augmented((20, 30), image, label, draw)
     assert equal(cropped, (image[:, 10:30, 20:], label[10:30, 20:]))
 
 
@@ -85,9 +99,8 @@ def test_any_crop_of_any_image(size, crop, scale, top, left, colour):
     draw = replace(PLAIN, scale=scale, top=top, left=left)
     if colour:
         draw = replace(draw, brightness=0.1, contrast=1.4, saturation=0.6, hue=-0.08)
-    augmentation = Augmentation(crop)
-    pixels, classes = augmentation.apply(image, label, draw)
-    flipped = augmentation.apply(image, label, replace(draw, flip=True))
+    pixels, classes = augmented(crop, image, label, draw)
+    flipped = augmented(crop, image, label, replace(draw, flip=True))
 
     assert equal(flipped, (pixels.flip(2), classes.flip(1)))
     assert pixels.dtype == classes.dtype == torch.uint8
@@ -106,7 +119,7 @@ def test_any_crop_of_any_image(size, crop, scale, top, left, colour):
 def test_resizing_agrees_with_torch(scale):
     image, label = noise(31, 44)
     size = (round(31 * scale), round(44 * scale))
-    pixels, classes = Augmentation(size).apply(image, label, replace(PLAIN, scale=scale))
+    pixels, classes = augmented(size, image, label, replace(PLAIN, scale=scale))
     wanted = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
     assert (pixels - wanted).abs().max() <= 0.51
     nearest = F.interpolate(label[None, None].float(), size, mode="nearest-exact")[0, 0]
@@ -122,7 +135,7 @@ def test_image_and_label_stay_aligned(scale, axis):
     label.narrow(axis, 13, 19).fill_(1)
     image = (255 * label).expand(3, -1, -1)
     side = round(32 * scale)
-    pixels, classes = Augmentation((side, side)).apply(image, label, replace(PLAIN, scale=scale))
+    pixels, classes = augmented((side, side), image, label, replace(PLAIN, scale=scale))
     clear = (pixels[0].int() - 127).abs() > 2
     assert torch.equal((pixels[0] > 127)[clear], classes.bool()[clear])
     assert clear.float().mean() > 0.95
@@ -131,26 +144,80 @@ def test_image_and_label_stay_aligned(scale, axis):
 def test_void_stays_void():
     image, label = noise(20, 20)
     label[:] = 255
-    _, classes = Augmentation((30, 30)).apply(image, label, replace(PLAIN, scale=1.3))
+    _, classes = augmented((30, 30), image, label, replace(PLAIN, scale=1.3))
     assert (classes == 255).all()
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+places = st.floats(0, 1, exclude_max=True)
+draws = st.builds(
+    Draw,
+    scale=st.floats(0.25, 3),
+    top=places,
+    left=places,
+    flip=st.booleans(),
+    brightness=st.none() | st.floats(-32 / 255, 32 / 255),
+    contrast=st.none() | st.floats(0.5, 1.5),
+    saturation=st.none(),
+    hue=st.none() | st.floats(-0.1, 0.1),
+    contrast_last=st.booleans(),
+)
+
+
+@same_every_time
+@given(st.lists(st.tuples(sizes, draws), min_size=1, max_size=6), sizes, st.booleans())
+def test_batch_of_images_of_any_sizes_equals_one_by_one(content, crop, photometric):
+    """Bit for bit, but for the rounding of a turned hue."""
+    if not photometric:
+        plain = {"brightness": None, "contrast": None, "hue": None}
+        content = [(size, replace(draw, **plain)) for size, draw in content]
+    samples = [noise(*size, seed=seed) for seed, (size, _) in enumerate(content)]
+    augmentation = Augmentation(crop, photometric=photometric)
+    batch = augmentation.gather(samples, [draw for _, draw in content])
+    images, labels = augmentation.apply(batch)
+
+    assert images.dtype == labels.dtype == torch.uint8
+    assert images.is_contiguous()
+    assert images.shape == (len(content), 3, *crop)
+    for number, ((_, draw), sample) in enumerate(zip(content, samples, strict=True)):
+        pixels, classes = augment_oracle.apply(crop, *sample, draw)
+        assert torch.equal(labels[number], classes)
+        difference = (images[number].int() - pixels.int()).abs()
+        if draw.hue is None:
+            assert difference.max() == 0
+        else:
+            assert difference.max() <= 1
+            assert difference.sum() <= 2 + 0.01 * difference.numel()
+
+
+@pytest.mark.parametrize(
+    ("scale", "rows", "columns"),
+    [(2.0, 52, 102), (1.0, 101, 201), (0.5, 201, 400), (0.25, 300, 400)],
+)
+def test_only_what_the_crop_touches_is_moved(scale, rows, columns):
+    image, label = noise(300, 400)
+    draw = replace(PLAIN, scale=scale, top=0.5, left=0.5)
+    moved = Augmentation((100, 200)).gather([(image, label)], [draw]).planes
+    assert moved.shape[0] == 4
+    assert moved.shape[1] <= rows * columns
 
 
 # Augmentation: colour
 
 
 def distorted(pixel, draw):
-    """PhotoMetricDistortion of an RGB pixel in 0 to 1; saturation blends with grey."""
+    """PhotoMetricDistortion of an RGB pixel in 0 to 1, without its rounding in between."""
     rgb = np.array(pixel)
     if draw.brightness is not None:
         rgb = (rgb + draw.brightness).clip(0, 1)
     if draw.contrast is not None and not draw.contrast_last:
         rgb = (rgb * draw.contrast).clip(0, 1)
+    hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
     if draw.saturation is not None:
-        grey = rgb @ [0.2989, 0.587, 0.114]
-        rgb = (grey + draw.saturation * (rgb - grey)).clip(0, 1)
+        saturation = min(1, saturation * draw.saturation)
     if draw.hue is not None:
-        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
-        rgb = np.array(colorsys.hsv_to_rgb((hue + draw.hue) % 1, saturation, value))
+        hue = (hue + draw.hue) % 1
+    rgb = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
     if draw.contrast is not None and draw.contrast_last:
         rgb = (rgb * draw.contrast).clip(0, 1)
     return rgb
@@ -172,12 +239,27 @@ def distorted(pixel, draw):
 def test_colours_pixel_by_pixel(changes):
     image, label = noise(12, 12)
     image[:, 0] = image[:1, 0]  # greys, which have no hue
+    image[:, 1, 0], image[:, 1, 1] = 0, 255
+    image[1, 2] = image[0, 2]  # two channels at the value
     draw = replace(PLAIN, **changes)
-    pixels, classes = Augmentation((12, 12)).apply(image, label, draw)
+    pixels, classes = augmented((12, 12), image, label, draw)
     assert torch.equal(classes, label)
     for got, source in zip(pixels.flatten(1).T, image.flatten(1).T, strict=True):
         wanted = 255 * distorted(source.numpy() / 255, draw)
         assert np.abs(got.numpy() - wanted).max() <= 0.51
+
+
+def test_colours_of_a_batch_are_each_images_own():
+    """What one image draws leaves the others as they are, to the bit."""
+    samples = [noise(9, 11, seed=seed) for seed in range(5)]
+    full = replace(PLAIN, brightness=0.1, contrast=0.7, saturation=1.4, hue=0.09)
+    drawn = [full, PLAIN, replace(full, contrast_last=True), replace(PLAIN, hue=-0.1), PLAIN]
+    augmentation = Augmentation((9, 11))
+    images, _ = augmentation.apply(augmentation.gather(samples, drawn))
+    for image, sample, draw in zip(images, samples, drawn, strict=True):
+        assert torch.equal(image, augmented((9, 11), *sample, draw)[0])
+    assert torch.equal(images[1], samples[1][0])
+    assert torch.equal(images[4], samples[4][0])
 
 
 def test_ranges_of_the_draws():
@@ -247,6 +329,9 @@ class Numbered:
     def __init__(self, sizes, unusable=()):
         self.sizes, self.unusable = sizes, unusable
 
+    def label(self, index):
+        return self[index][1]
+
     def __len__(self):
         return len(self.sizes)
 
@@ -278,6 +363,10 @@ def scene_batches(workers, seed=0):
         augmentation=Augmentation((20, 28)),
         workers=workers,
     )
+
+
+def fed(batches, start, stop):
+    return Feeder(batches, torch.device("cpu"), start, stop)
 
 
 @same_every_time
@@ -323,21 +412,153 @@ def test_loader_processes_change_nothing():
     wanted = [scene_batches(0).batch(i) for i in range(2, 9)]
     for workers in (0, 2):
         before = torch.get_rng_state()
-        batches = list(scene_batches(workers).iterate(2, 9))
+        batches = list(fed(scene_batches(workers), 2, 9))
         assert torch.equal(torch.get_rng_state(), before)
         assert len(batches) == 7
-        assert all(isinstance(b, tuple) for b in batches)
         assert all(equal(b, w) for b, w in zip(batches, wanted, strict=True))
     assert multiprocessing.active_children() == []
 
 
+def test_feeder_tells_how_long_was_waited():
+    class Slow(Numbered):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    batches = numbered_batches(8, 2)
+    batches.data = Slow(batches.data.sizes)
+    feeder = fed(batches, 0, 4)
+    assert feeder.waited_s == 0
+    began = time.perf_counter()
+    list(feeder)
+    assert 8 * 0.02 <= feeder.waited_s <= time.perf_counter() - began
+    feeder.forget_waits()
+    time.sleep(0.02)  # is no wait
+    assert feeder.waited_s == 0
+
+
+class FakeEvent:
+    """An event that happens at once, at the next second of a clock, unless ``behind``."""
+
+    seconds = 0.0
+    behind = False
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.seconds += 1
+        self.at = FakeEvent.seconds
+
+    def query(self):
+        return not FakeEvent.behind
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def test_on_a_gpu_one_batch_is_made_ahead_and_only_its_own_is_waited_for(monkeypatch):
+    """The order of the calls to CUDA, on a stand-in for it."""
+    told, made = [], Batches.gathered
+
+    class Stream:
+        def record_event(self):
+            told.append("record")
+            return len(told)
+
+        def wait_event(self, event):
+            told.append(f"wait for {event}")
+
+    def gathered(self, index):
+        told.append(f"make {index}")
+        return made(self, index)
+
+    monkeypatch.setattr(feeder_module, "_side_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(Gathered, "to", lambda batch, device: batch)
+    monkeypatch.setattr(Batches, "gathered", gathered)
+    feeder = Feeder(scene_batches(0), torch.device("cuda"), 0, 3)
+    assert told == []
+    got = [next(feeder)]
+    assert told == ["make 0", "record", "make 1", "wait for 2"]
+    monkeypatch.setattr(FakeEvent, "behind", True)
+    got.append(next(feeder))
+    assert told[4:] == ["record", "make 2", "wait for 5"]
+    assert feeder.waited_s == 1  # the device has not come to the second one
+    monkeypatch.setattr(FakeEvent, "behind", False)
+    assert feeder.waited_s == 2
+    got += feeder
+    assert [m for m in told if m.startswith("make")] == ["make 0", "make 1", "make 2"]
+    assert all(equal(g, scene_batches(0).batch(i)) for i, g in enumerate(got))
+    assert len(got) == 3
+    feeder.forget_waits()
+    assert feeder.waited_s == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_feeder_of_a_gpu_gives_what_a_cpu_gives(workers):
+    """But for rounding, and without waiting for the device."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    wanted = [scene_batches(0).batch(i) for i in range(12)]
+    feeder = Feeder(scene_batches(workers), device, 0, 12)
+    got = [next(feeder)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in feeder:
+            # Keeps the step's stream busy, and the batch's memory in use, while more are made.
+            torch.cuda._sleep(2_000_000)
+            got.append(tuple(t.clone() for t in batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert len(got) == 12
+    for (images, labels), (on_cpu, classes) in zip(got, wanted, strict=True):
+        assert images.device == labels.device == device
+        assert torch.equal(labels.cpu(), classes)
+        difference = (images.cpu().int() - on_cpu.int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("slow_s", [0.0, 0.05])
+def test_waits_of_a_gpu_are_its_own(slow_s):
+    """A loader slower than the step is waited for; one that is hidden behind it is not."""
+
+    class Slow(Numbered):
+        def __getitem__(self, index):
+            time.sleep(slow_s)
+            return super().__getitem__(index)
+
+    batches = numbered_batches(8, 1)
+    batches.data = Slow(batches.data.sizes)
+    feeder = Feeder(batches, torch.device("cuda", torch.cuda.current_device()), 0, 14)
+    for _ in range(4):
+        next(feeder)
+    torch.cuda.synchronize()
+    feeder.forget_waits()
+    for _ in feeder:
+        torch.cuda._sleep(40_000_000)  # some 20 ms
+    torch.cuda.synchronize()
+    if slow_s:
+        assert feeder.waited_s > 9 * 0.01
+    else:
+        assert feeder.waited_s < 0.02
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_to_iterate(workers):
-    assert list(scene_batches(workers).iterate(4, 4)) == []
+    assert list(fed(scene_batches(workers), 4, 4)) == []
 
 
 def test_closing_midway_ends_the_processes():
-    batches = scene_batches(2).iterate(0, 1000)
+    batches = fed(scene_batches(2), 0, 1000)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     batches.close()
@@ -347,7 +568,7 @@ def test_closing_midway_ends_the_processes():
 def test_loader_processes_outlive_the_signals_of_the_job():
     """Slurm and Ctrl-C signal the whole group; the main process decides."""
     wanted = [scene_batches(0).batch(i) for i in range(12)]
-    batches = scene_batches(2).iterate(0, 12)
+    batches = fed(scene_batches(2), 0, 12)
     got = [next(batches)]
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGTERM)
@@ -360,7 +581,7 @@ def test_loader_processes_outlive_the_signals_of_the_job():
 def test_unusable_file_is_one_line_from_any_process(workers):
     batches = numbered_batches(8, 2, workers=workers, unusable={5})
     with pytest.raises(UserError) as caught:
-        list(batches.iterate(0, 4))
+        list(fed(batches, 0, 4))
     assert str(caught.value) == "image 5 cannot be read; replace it"
     assert caught.value.problems == (str(caught.value),)
     # While the error, and with it the iterator's frame, is still held.
@@ -436,7 +657,7 @@ def test_evaluation_shows_every_image_once_in_order():
 
 def test_decoded_is_the_data_it_was_made_from():
     data = Numbered([(4, 6), (6, 4)])
-    decoded = Decoded(data)
+    decoded = Decoded(data, Progress(None))
     assert len(decoded) == 2
     assert all(equal(decoded[i], data[i]) for i in range(2))
     for name in ("name", "split", "num_classes", "class_names", "palette"):
@@ -445,7 +666,7 @@ def test_decoded_is_the_data_it_was_made_from():
 
 def test_decoding_tells_all_unusable_files():
     with pytest.raises(UserError) as caught:
-        Decoded(Numbered([(4, 6)] * 5, unusable={1, 3}))
+        Decoded(Numbered([(4, 6)] * 5, unusable={1, 3}), Progress(None))
     assert caught.value.problems == tuple(f"image {i} cannot be read; replace it" for i in (1, 3))
 
 
@@ -527,11 +748,23 @@ def camvid(tmp_path):
 
 def problems(root, split="train", read=False):
     """Return what opening, or reading too, complains about; each in one line."""
-    use = Decoded if read else len
+    use = (lambda data: Decoded(data, Progress(None))) if read else len
     with pytest.raises(UserError) as caught:
         use(CamVid(root, split))
     assert all("\n" not in p and "Traceback" not in p for p in caught.value.problems)
     return caught.value.problems
+
+
+def test_labels_and_sizes_need_no_image(camvid):
+    scenes = SyntheticScenes("val", (20, 28), 3)
+    for data in (CamVid(camvid, "train"), scenes):
+        for index in range(3):
+            assert torch.equal(data.label(index), data[index][1])
+            assert data.size(index) == tuple(data.label(index).shape)
+    data = CamVid(camvid, "train")
+    for path, _ in data.pairs:
+        path.write_bytes(path.read_bytes()[:60])  # the header is left
+    assert data.size(1) == tuple(data.label(1).shape) == (12, 16)
 
 
 def test_good_tree(camvid):

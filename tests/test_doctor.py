@@ -8,10 +8,15 @@ import pytest
 import torch
 from nvml_replay import replayed
 from rich.console import Console
+from small_study import small_study
 
 from kdprof import doctor
-from kdprof.doctor import findings, print_findings
+from kdprof.doctor import findings, print_feeding, print_findings
 from kdprof.hardware import CpuHardware
+from kdprof.measure import feeding
+from kdprof.measure.feeding import Feeding, measure_feeding
+from kdprof.progress import Progress
+from kdprof.resolve import ResolvedStudy
 
 CPU = torch.device("cpu")
 
@@ -126,3 +131,71 @@ def test_the_table_is_printed(capsys):
     printed = capsys.readouterr().out
     for text in ("what that costs you", "torch", "energy", "torch.compile"):
         assert text in printed
+
+
+# Whether the loader keeps up
+
+
+def rates(**changes) -> Feeding:
+    found = {
+        "decoding": 100, "reading": 900, "lookup": 80, "lookup_cached": 1000, "augmentation": 5000,
+        "loader": 80, "step": 200, "cache": "none", "workers": 1, "cores": 16,
+        "on_cpu": False,
+    }  # fmt: skip
+    return Feeding(**{**found, **changes})
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (rates(loader=640), "the loader feeds 3.2 x the step"),
+        (
+            rates(loader=640, augmentation=800, on_cpu=True),
+            "the loader feeds 3.2 x the step; on a CPU augmentation adds 25% to it",
+        ),
+        (rates(), 'the loader feeds 0.4 x the step; set data_settings.cache = "disk"'),
+        (
+            rates(workers=0, step=2000),
+            'the loader feeds 0.04 x the step; set data_settings.cache = "disk" and '
+            "data_settings.workers = 3",
+        ),
+        (
+            rates(lookup_cached=81),
+            "the loader feeds 0.4 x the step; set data_settings.workers = 3",
+        ),
+        (
+            rates(lookup=900, cache="disk", step=30_000),
+            "the loader feeds 0.0027 x the step; set data_settings.workers = 16, which is all of "
+            "16 cores and less than needed",
+        ),
+        (
+            rates(lookup=900, cache="memory", workers=8, augmentation=150, loader=149),
+            "the loader feeds 0.74 x the step; augmentation alone makes 150 images/s; nothing to "
+            "set",
+        ),
+    ],
+)
+def test_verdict_on_the_loader(found, verdict):
+    assert found.verdict() == verdict
+
+
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_the_input_of_a_study(tmp_path, monkeypatch, capsys, cache):
+    monkeypatch.setattr(feeding, "TIMED_S", 0.02)
+    study = ResolvedStudy(
+        small_study(
+            data_settings__cache=cache,
+            data_settings__cache_folder=str(tmp_path / "cache"),
+            data_settings__workers=1,
+        )
+    )
+    found = measure_feeding(study, Progress(None))
+    assert all(value > 0 for value in vars(found).values() if isinstance(value, float))
+    assert (found.cache, found.workers) == (cache, 1)
+    assert found.loader <= 1.5 * found.augmentation
+    kept = [path.suffix for path in (tmp_path / "cache").iterdir()]
+    assert sorted(kept) == ([".cache", ".lock"] if cache == "disk" else [])  # no trial is left
+    print_feeding(found, Console(width=160))
+    printed = capsys.readouterr().out
+    assert f'data_settings.cache = "{cache}"' in printed
+    assert printed.splitlines()[-1] == found.verdict()

@@ -37,6 +37,9 @@ class Drawn:
         label = self.labels[index]
         return torch.full((3, *label.shape), index, dtype=torch.uint8), label
 
+    def label(self, index):
+        return self.labels[index]
+
 
 SCENES = Drawn([0, 1, IGNORE], [1, 1, 2], [2, 0, 3], [0, 0, 0])
 

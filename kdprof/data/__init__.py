@@ -2,15 +2,19 @@
 
 from kdprof.data.augment import Augmentation
 from kdprof.data.batches import PREFETCHED, Batches, evaluation_batches
-from kdprof.data.dataset import SegmentationData, open_data
-from kdprof.data.decoded import Decoded
+from kdprof.data.cache import decoded, default_folder
+from kdprof.data.dataset import DataOnDisk, SegmentationData, open_data
+from kdprof.data.feeder import Feeder
 
 __all__ = [
     "PREFETCHED",
     "Augmentation",
     "Batches",
-    "Decoded",
+    "DataOnDisk",
+    "Feeder",
     "SegmentationData",
+    "decoded",
+    "default_folder",
     "evaluation_batches",
     "open_data",
 ]

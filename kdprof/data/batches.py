@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdprof.data.augment import Augmentation
+from kdprof.data.augment import Augmentation, Gathered
 from kdprof.data.streams import Stream, generator
 from kdprof.errors import KdprofError, UserError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kdprof.data.dataset import SegmentationData
 
 Batch = tuple[Tensor, Tensor]
+"""Images uint8 (N, 3, h, w) and labels uint8 (N, h, w), 255 where void."""
+CPU = torch.device("cpu")
 PREFETCHED = 2
 """Batches that each loader process holds ready."""
 
@@ -46,16 +48,20 @@ class Batches(Dataset):
         self.augmentation, self.workers = augmentation, workers
         self._epoch: tuple[int, np.ndarray] | None = None
 
-    def batch(self, index: int) -> Batch:
-        """Return batch ``index``: uint8 images (N, 3, h, w) and labels (N, h, w), 255 = void."""
-        samples = [self._sample(index, slot) for slot in range(self.size)]
-        images, labels = zip(*samples, strict=True)
-        return torch.stack(images), torch.stack(labels)
+    def batch(self, index: int, device: torch.device = CPU) -> Batch:
+        """Return batch ``index``, augmented on ``device``."""
+        return self.augmentation.apply(self.gathered(index).to(device))
 
-    def _sample(self, index: int, slot: int) -> Batch:
-        image, label = self.data[self.sample_index(index * self.size + slot)]
-        draw = self.augmentation.draw(self.seed, index, slot)
-        return self.augmentation.apply(image, label, draw)
+    def gathered(self, index: int) -> Gathered:
+        """Return what batch ``index`` is made from: the work of a loader process.
+
+        Raises:
+            UserError: a file cannot be used.
+        """
+        slots = range(self.size)
+        samples = [self.data[self.sample_index(index * self.size + slot)] for slot in slots]
+        draws = [self.augmentation.draw(self.seed, index, slot) for slot in slots]
+        return self.augmentation.gather(samples, draws)
 
     def sample_index(self, visit: int) -> int:
         """Return which image the ``visit``-th sample of the run is."""
@@ -65,16 +71,17 @@ class Batches(Dataset):
             self._epoch = (epoch, order)
         return int(self._epoch[1][place])
 
-    def __getitem__(self, index: int) -> Batch | UserError:
+    def __getitem__(self, index: int) -> Gathered | UserError:
         """Return batch ``index``, or what is wrong with a file as a value: raised in a loader
         process, the message would come back wrapped in that process's traceback."""
         try:
-            return self.batch(index)
+            return self.gathered(index)
         except UserError as error:
             return error
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield batches ``start`` to ``stop`` - 1, prefetched by the loader processes.
+    def iterate(self, start: int, stop: int) -> Iterator[Gathered]:
+        """Yield batches ``start`` to ``stop`` - 1 before augmentation, prefetched by the loader
+        processes; in pinned memory where there is a GPU.
 
         Closing the iterator ends them.
 
@@ -104,13 +111,13 @@ class Batches(Dataset):
             while (batch := _next(loader)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
-                yield tuple(batch)
+                yield batch
         finally:
             loader.clear()
             atexit.unregister(loader.clear)
 
 
-def _next(loader: list[Iterator[Batch | UserError]]) -> Batch | UserError | None:
+def _next(loader: list[Iterator[Gathered | UserError]]) -> Gathered | UserError | None:
     """Return the next item, None after the last one."""
     try:
         return next(loader[0], None)

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,17 +65,35 @@ class CamVid:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image_path, label_path = self.pairs[index]
-        image = _decoded(image_path, "RGB")
-        label = _decoded(label_path)
+        image = _decoded(self.pairs[index][0], "RGB")
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), self.label(index)
+
+    def label(self, index: int) -> Tensor:
+        """Return the label (H, W) of an image.
+
+        Raises:
+            UserError: its file cannot be read, or holds no class indices.
+        """
+        path = self.pairs[index][1]
+        label = _decoded(path)
         highest = int(label.max())
         if highest > UNLABELLED:
             raise UserError(
-                f"label value {highest} in {label_path}; expected 0-{UNLABELLED - 1} or "
+                f"label value {highest} in {path}; expected 0-{UNLABELLED - 1} or "
                 f"{UNLABELLED} (unlabelled): convert the labels to class indices"
             )
         label[label == UNLABELLED] = IGNORE
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+        return torch.from_numpy(label)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image, pixels, from its header."""
+        _, (width, height) = _header(self.pairs[index][0])
+        return height, width
+
+    def identity(self) -> list[Any]:
+        """Return the files with their sizes and times of change."""
+        files = [path.absolute() for pair in self.pairs for path in pair]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:

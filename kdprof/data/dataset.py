@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,10 +38,31 @@ class SegmentationData(Protocol):
             UserError: the files of this index cannot be used.
         """
 
+    def label(self, index: int) -> Tensor:
+        """Return the label alone, without decoding the image.
+
+        Raises:
+            UserError: its file cannot be used.
+        """
+
+
+class DataOnDisk(SegmentationData, Protocol):
+    """A data set that can be cached."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image, pixels, without decoding it.
+
+        Raises:
+            UserError: its file cannot be used.
+        """
+
+    def identity(self) -> list[Any]:
+        """Return what the content depends on, as JSON: the files with sizes and times of change."""
+
 
 def open_data(
     spec: str, split: str, *, synthetic_size: tuple[int, int], synthetic_count: int
-) -> SegmentationData:
+) -> DataOnDisk:
     """Open the split of the data set that ``spec`` names: ``synthetic`` or ``camvid:ROOT``.
 
     Args:

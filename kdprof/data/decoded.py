@@ -1,11 +1,20 @@
-"""A data set that was decoded once and lies in memory."""
+"""Decoding a whole data set once, with all cores; into memory, where it then lies."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from torch import Tensor
 
 from kdprof.data.dataset import SegmentationData
 from kdprof.errors import UserError
+from kdprof.progress import Progress
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class Decoded:
@@ -15,10 +24,10 @@ class Decoded:
         UserError: a file cannot be used; the unusable ones all together.
     """
 
-    def __init__(self, data: SegmentationData):
+    def __init__(self, data: SegmentationData, progress: Progress):
         self.name, self.split, self.num_classes = data.name, data.split, data.num_classes
         self.class_names, self.palette = data.class_names, data.palette
-        self._samples = _all_samples(data)
+        self._samples = decode_all(data, lambda index, sample: sample, progress)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -26,14 +35,51 @@ class Decoded:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._samples[index]
 
+    def label(self, index: int) -> Tensor:
+        """Return the label of an image."""
+        return self._samples[index][1]
 
-def _all_samples(data: SegmentationData) -> list[tuple[Tensor, Tensor]]:
-    samples, problems = [], []
-    for index in range(len(data)):
+
+def decode_all(
+    data: SegmentationData,
+    use: Callable[[int, tuple[Tensor, Tensor]], Made],
+    progress: Progress,
+) -> list[Made]:
+    """Decode every image in threads and return what ``use`` makes of each, there.
+
+    Raises:
+        UserError: a file cannot be used; the unusable ones all together.
+    """
+
+    def make(index: int) -> Made | UserError:
         try:
-            samples.append(data[index])
+            return use(index, data[index])
         except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    return samples
+            return error
+
+    with progress.task(f"decoding {data.name} {data.split}", len(data)) as advance:
+        made = in_threads(make, range(len(data)), lambda: advance(1))
+    wrong = [problem for m in made if isinstance(m, UserError) for problem in m.problems]
+    if wrong:
+        raise UserError(*wrong)
+    return made
+
+
+def in_threads(
+    work: Callable[[Item], Made],
+    items: Iterable[Item],
+    advance: Callable[[], None] = lambda: None,
+) -> list[Made]:
+    """Return ``work`` of each item, in order, one thread per core; ``advance`` is called here.
+
+    The first exception is raised, and what had not begun by then is not done.
+    """
+    made = []
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for result in pool.map(work, items):
+            made.append(result)
+            advance()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return made

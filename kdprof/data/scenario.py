@@ -169,6 +169,10 @@ class Relabelled:
         image, label = self._data[self._chosen()[index]]
         return image, self._table[label.long()]
 
+    def label(self, index: int) -> Tensor:
+        """Return the mapped label of an image."""
+        return self._table[self._data.label(self._chosen()[index]).long()]
+
     def _chosen(self) -> list[int]:
         """Return the images of the data set that this is made of.
 
@@ -195,16 +199,16 @@ def presence(data: SegmentationData) -> np.ndarray:
     Raises:
         UserError: files that cannot be used; all of them.
     """
-    known = getattr(data, "_labels_shown", None)
+    known = getattr(data, "labels_shown", None)  # a cache has it in its file
     if known is not None:
         return known
     shown, problems = np.zeros((len(data), 256), bool), []
     for index in range(len(data)):
         try:
-            shown[index, np.unique(data[index][1].numpy())] = True
+            shown[index, np.unique(data.label(index).numpy())] = True
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    data._labels_shown = shown  # type: ignore[attr-defined]
+    data.labels_shown = shown  # type: ignore[attr-defined]
     return shown

@@ -10,6 +10,7 @@ The own car's bonnet and the frame's edge are void.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,17 +58,32 @@ class SyntheticScenes:
     num_classes = len(CLASSES)
 
     def __init__(self, split: str, size: tuple[int, int], count: int, seed: int = 0):
-        self.split, self.size, self.count, self.seed = split, size, count, seed
+        self.split, self._size, self.count, self.seed = split, size, count, seed
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self._scene(index).render()
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+
+    def label(self, index: int) -> Tensor:
+        """Return the label (H, W) of an image."""
+        return torch.from_numpy(self._scene(index).label())
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image, pixels."""
+        return self._size
+
+    def identity(self) -> list[Any]:
+        """Return what the scenes are drawn from."""
+        return [self.split, list(self._size), self.count, self.seed]
+
+    def _scene(self, index: int) -> _Scene:
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = generator(Stream.SCENE, self.seed, _SPLITS.index(self.split), index)
-        image, label = _Scene(rng, self.size).render()
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+        return _Scene(rng, self._size)
 
 
 class _Scene:
@@ -88,6 +104,18 @@ class _Scene:
 
     def render(self) -> tuple[np.ndarray, np.ndarray]:
         """Paint everything and return (image, label)."""
+        label = self._paint_all()
+        image = self._photograph(label)
+        self._mark_void(label)
+        return image, label
+
+    def label(self) -> np.ndarray:
+        """Paint everything and return the label, without taking the photograph."""
+        label = self._paint_all()
+        self._mark_void(label)
+        return label
+
+    def _paint_all(self) -> np.ndarray:
         self._sky()
         self._ground()
         self._street_end()
@@ -96,10 +124,7 @@ class _Scene:
         self._shadows()
         self._objects()
         self._bonnet()
-        label = np.asarray(self._label).copy()
-        image = self._photograph(label)
-        self._mark_void(label)
-        return image, label
+        return np.asarray(self._label).copy()
 
     # Geometry and paint
 

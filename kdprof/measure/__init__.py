@@ -61,6 +61,8 @@ def measure(
         UserError: no step fits into the device's memory, or an image is damaged.
     """
     measured = Measured(failures=_what_cannot_fit(study, names, progress))
+    if study.study.data_settings.cache == "disk":
+        study.decoded("train")  # here, with a bar; the methods' processes find it made
     for name in (name for name in names if name not in measured.failures):
         own = files.of(name) if files and len(names) > 1 else files or Files()
         try:

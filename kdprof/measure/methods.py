@@ -43,8 +43,7 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, report: Report) 
     """Measure one method of a resolved study in this process."""
     clock = clock_of(study.device)
     batches = study.batches(seed=0)
-    images, labels = batches.batch(0)
-    resident = (images.to(study.device), labels.to(study.device))
+    resident = batches.batch(0, study.device)
     needs_teacher = study.methods[name].cls.needs_teacher()
     # The reference reads no teacher: only a method that does may have one in its memory.
     teacher = study.placed_teacher() if needs_teacher else None

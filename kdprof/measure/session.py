@@ -450,7 +450,7 @@ def _loader_warnings(timed: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"LOADER-BOUND: an iteration with the loader takes {excess:.0%} longer than its step; "
-        "part of the comparison is about loading data (raise data_settings.workers)"
+        "part of the comparison is about loading data ('kdprof doctor --study' says what to set)"
     ]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kdprof.data import PREFETCHED, Batches
+from kdprof.data import PREFETCHED, Batches, Feeder
 from kdprof.errors import KdprofError
 from kdprof.measure.clock import Clock
 from kdprof.step import PHASES, Mark, TrainStep
@@ -98,32 +97,31 @@ class StudySubject:
         Loader processes have a full queue when the block begins; it is drained untimed. They
         deliver in bunches, so the block is whole bunches long, and the stream goes on past its
         end, or they would stop working inside it. The block is timed in the device's time from
-        step to step, without waiting in between: loading and computing overlap, as in training.
+        step to step, without waiting in between: loading, copying, augmentation and computing
+        overlap, as in training, whose feeder this is.
         """
         workers = self.batches.workers
         queued = PREFETCHED * workers
         if workers:
             count = workers * math.ceil(max(count, 2 * workers) / workers)
-        batches = self.batches.iterate(first, first + 1 + queued + count + queued)
+        # One more, because on a GPU the feeder is one batch ahead.
+        stop = first + 1 + queued + count + queued + 1
+        feeder = Feeder(self.batches, self.step.device, first, stop)
         try:
-            self._iterate(batches, 1 + queued)
+            self._iterate(feeder, 1 + queued)
+            feeder.forget_waits()
             began = self.clock.stamp()
-            waited = self._iterate(batches, count)
+            self._iterate(feeder, count)
             ended = self.clock.stamp()
             self.clock.synchronize()
+            waited_s = feeder.waited_s
         finally:
-            batches.close()
-        return Fed(self.clock.between(began, ended) / count, waited / count)
+            feeder.close()
+        return Fed(self.clock.between(began, ended) / count, waited_s / count)
 
-    def _iterate(self, batches: Iterator[Batch], count: int) -> float:
-        """Return how long the loop waited for batches."""
-        waited = 0.0
+    def _iterate(self, feeder: Feeder, count: int) -> None:
         for _ in range(count):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - began
-            self.step(*batch, self._next())
-        return waited
+            self.step(*next(feeder), self._next())
 
 
 class CallableSubject:

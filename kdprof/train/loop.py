@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdprof.data import Batches, SegmentationData
+from kdprof.data import Batches, Feeder, SegmentationData
 from kdprof.data.batches import Batch
 from kdprof.device import synchronize
 from kdprof.errors import KdprofError
@@ -150,7 +150,7 @@ class TrainingRun:
             self._save_record()
             # Or a run that is over the plan would have no more batches.
             last = self.run.iterations if type(self.pace) is Pace else ENDLESS
-            batches = self.batches.iterate(self.done, last)
+            batches = Feeder(self.batches, self.step.device, self.done, last)
             try:
                 for stop in self._stops():
                     self._train_until(stop, batches, advance)

@@ -1,0 +1,315 @@
+"""Images and labels of a split, decoded once into a file that later processes map into memory.
+
+A cache belongs to the files that it was made from (paths, sizes, times of change): other files get
+another cache. Nothing removes old ones; the folder can be deleted at any time.
+
+Every image has a CRC-32 in the index, and opening a cache checks all of them: about 2 GiB/s per
+core, less than reading the file takes, which is read into the page cache by it. A cache that is
+damaged is made again.
+
+The file::
+
+    header    magic, number of images, CRC-32 of the index
+    index     one INDEX entry per image
+    pixels    red, green, blue and label plane of each image, uint8
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import inspect
+import json
+import mmap
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from kdprof.data.dataset import DataOnDisk, SegmentationData
+from kdprof.data.decoded import Decoded, decode_all, in_threads
+from kdprof.errors import KdprofError, UserError
+from kdprof.progress import Progress
+from kdprof.store import replace_durably
+
+HEADER = struct.Struct("<8sQI")
+MAGIC = b"kdprof 1"
+"""Ends in the version of the layout."""
+INDEX = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("crc", "<u4"),
+        ("shown", "u1", 32),  # a bit for each label value
+    ]
+)
+PLANES = 4
+
+
+class Damaged(KdprofError):
+    """A cache file that is not what was written."""
+
+
+def decoded(
+    data: DataOnDisk,
+    cache: Literal["none", "memory", "disk"],
+    folder: Path,
+    progress: Progress,
+) -> SegmentationData:
+    """Return a data set as ``data_settings.cache`` asks for it.
+
+    Raises:
+        UserError: a file cannot be used (all of them), or the cache cannot be written.
+    """
+    if cache == "memory":
+        return Decoded(data, progress)
+    return open_cache(data, folder, progress) if cache == "disk" else data
+
+
+def default_folder() -> Path:
+    """Return where caches lie: ``kdprof`` in the user's cache folder."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # A relative path is invalid by the XDG specification, and to be ignored.
+    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "kdprof"
+
+
+def open_cache(data: DataOnDisk, folder: Path, progress: Progress) -> Cached:
+    """Return ``data`` from its cache in ``folder``, which is made where it is missing or damaged.
+
+    Processes that ask at once wait for the one that makes it.
+
+    Raises:
+        UserError: a file of ``data`` cannot be used (all of them), or the cache cannot be written.
+        Damaged: the cache cannot be read back as it was written.
+    """
+    path = folder / f"{data.name}-{data.split}-{_key(data)}.cache"
+    found = _intact(data, path, progress)
+    if found is not None:
+        return found
+    with writing(path), _lock(path, progress):
+        # Another process may have made it while this one waited.
+        found = _intact(data, path, Progress(None))
+        if found is not None:
+            return found
+        _make(data, path, progress)
+    return Cached(data, path)
+
+
+def _intact(data: SegmentationData, path: Path, progress: Progress) -> Cached | None:
+    if not path.exists():
+        return None
+    try:
+        return Cached(data, path)
+    except Damaged as damage:
+        progress.say(f"{damage}; making it again")
+        return None
+
+
+class Cached:
+    """``data`` from a cache file: images (3, H, W) and labels (H, W) are views of a read-only
+    mapping, which loader processes share. Writing to them ends the process.
+
+    Raises:
+        Damaged: the file is not what was written.
+    """
+
+    def __init__(self, data: SegmentationData, path: Path):
+        self.name, self.split, self.num_classes = data.name, data.split, data.num_classes
+        self.class_names, self.palette = data.class_names, data.palette
+        self.path = path
+        self._pixels = _mapped(path)
+        self._index = _read_index(path, self._pixels)
+        self.labels_shown = np.unpackbits(self._index["shown"], axis=1).astype(bool)
+        """(images, 256): which labels each image shows."""
+        if not all(in_threads(self._is_intact, range(len(self)))):
+            raise Damaged(f"the cache {path} is damaged")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        planes = self._planes(index)
+        return planes[:3], planes[3]
+
+    def label(self, index: int) -> Tensor:
+        """Return the label of an image."""
+        return self._planes(index)[3]
+
+    def _planes(self, index: int) -> Tensor:
+        entry = self._index[index]
+        size = (PLANES, int(entry["height"]), int(entry["width"]))
+        begin = int(entry["offset"])
+        return self._pixels[begin : begin + size[0] * size[1] * size[2]].view(size)
+
+    def _is_intact(self, index: int) -> bool:
+        return zlib.crc32(self._planes(index).numpy()) == self._index[index]["crc"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the pixels out: whoever unpickles this maps them again."""
+        return {name: value for name, value in vars(self).items() if name != "_pixels"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _pixels=_mapped(state["path"]))
+
+
+def _mapped(path: Path) -> Tensor:
+    """Return the bytes of a file, read when they are used."""
+    with path.open("rb") as file:
+        try:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # of an empty file
+            raise Damaged(f"the cache {path} is empty") from None
+    with warnings.catch_warnings():
+        # torch warns of memory that cannot be written. A writable mapping would warn nobody, but
+        # the system may refuse one that is larger than its memory.
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(content, dtype=torch.uint8)
+
+
+def _read_index(path: Path, content: Tensor) -> np.ndarray:
+    """Return the entries of all images.
+
+    Raises:
+        Damaged: the file is truncated, or its index was changed.
+    """
+    damaged = Damaged(f"the cache {path} is damaged")
+    if len(content) < HEADER.size:
+        raise damaged
+    raw = content.numpy()
+    magic, count, crc = HEADER.unpack(raw[: HEADER.size].tobytes())
+    end = HEADER.size + count * INDEX.itemsize
+    if magic != MAGIC or end > len(raw):
+        raise damaged
+    index = raw[HEADER.size : end].tobytes()
+    if zlib.crc32(index) != crc:
+        raise damaged
+    found = np.frombuffer(index, INDEX)
+    if _end(found) != len(raw):
+        raise damaged
+    return found
+
+
+def _end(index: np.ndarray) -> int:
+    """Return the size of a cache file, bytes."""
+    last = index[-1]
+    return int(last["offset"]) + PLANES * int(last["height"]) * int(last["width"])
+
+
+# Making one
+
+
+def _key(data: DataOnDisk) -> str:
+    """Return the hash of all that decoding depends on."""
+    code = Path(inspect.getfile(type(data))).read_bytes()
+    content = [
+        MAGIC.decode(),
+        hashlib.sha256(code).hexdigest(),
+        PIL.__version__,
+        data.identity(),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn any failure to write a cache into one line with the mend.
+
+    Raises:
+        UserError: the body raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {path} cannot be written: {error.strerror or error}; set "
+            'data_settings.cache_folder to another folder, or data_settings.cache to "none"'
+        ) from error
+
+
+@contextmanager
+def _lock(path: Path, progress: Progress) -> Iterator[None]:
+    """Be the only process that makes this cache. The lock goes with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.say(f"waiting for another process that makes the cache {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(data: DataOnDisk, path: Path, progress: Progress) -> None:
+    # One name, not one per process: what a killed process left does not stay.
+    unfinished = path.with_suffix(".part")
+    unfinished.unlink(missing_ok=True)
+    index = _planned(data)
+    _check_space(path.parent, _end(index))
+    try:
+        with unfinished.open("wb") as file:
+            _write(data, file.fileno(), index, progress)
+            os.fsync(file.fileno())
+        replace_durably(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _planned(data: DataOnDisk) -> np.ndarray:
+    """Return the index with everything that headers tell: where each image goes."""
+    index = np.zeros(len(data), INDEX)
+    sizes = np.array([data.size(number) for number in range(len(data))], np.int64)
+    index["height"], index["width"] = sizes.T
+    sizes_bytes = PLANES * sizes.prod(1)
+    index["offset"] = HEADER.size + index.nbytes + np.cumsum(sizes_bytes) - sizes_bytes
+    return index
+
+
+def _check_space(folder: Path, size_bytes: int) -> None:
+    """Refuse what does not fit, before anything is written.
+
+    Raises:
+        UserError: says how much is needed and how much is free.
+    """
+    system = os.statvfs(folder)
+    free_bytes = system.f_bavail * system.f_frsize
+    if size_bytes > free_bytes:
+        raise UserError(
+            f"the cache in {folder} needs {size_bytes / 2**30:.1f} GiB, "
+            f"{free_bytes / 2**30:.1f} GiB are free; make room, set data_settings.cache_folder to "
+            'another folder, or data_settings.cache to "none"'
+        )
+
+
+def _write(data: DataOnDisk, file: int, index: np.ndarray, progress: Progress) -> None:
+    # By writing, not through a mapping: a full disk is then an error, not a signal that kills.
+    def put(number: int, sample: tuple[Tensor, Tensor]) -> None:
+        image, label = sample
+        entry = index[number]
+        if tuple(label.shape) != (entry["height"], entry["width"]):
+            raise UserError(
+                f"image {number} of {data.name} {data.split} changed while it was read; try again"
+            )
+        planes = torch.cat([image, label[None]]).numpy()
+        entry["crc"] = zlib.crc32(planes)
+        entry["shown"] = np.packbits(np.bincount(label.numpy().ravel(), minlength=256) > 0)
+        _write_at(file, planes.reshape(-1).data, int(entry["offset"]))
+
+    decode_all(data, put, progress)
+    told = index.tobytes()
+    _write_at(file, memoryview(HEADER.pack(MAGIC, len(index), zlib.crc32(told)) + told), 0)
+
+
+def _write_at(file: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(file, content, offset)
+        content, offset = content[written:], offset + written

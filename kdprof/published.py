@@ -1,0 +1,212 @@
+"""Published schedules as equal compute: what each would cost on the measured device.
+
+A Cost is of the study's networks, batch and crop; a recipe has its own. Two things follow, and are
+kept apart:
+
+- *In iterations of the control* (kd): the ratio of two methods' costs, as measured. It is taken
+  to be the same at the recipe's batch and crop; no other assumption enters.
+- *In seconds*: scaled by the images and the crop's pixels, as if a step's time grew with both.
+  Where they differ from the study's this is a forecast. Fixed work (optimiser, launches) makes it
+  too long for larger steps; work that grows faster than the pixels makes it too short.
+
+The study's networks and classes are not changed: this is what a schedule costs here, not what it
+cost its authors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdprof.budget import cost_ratio, seconds_per_iteration
+from kdprof.errors import UserError, unknown
+from kdprof.method import Found, Method, Recipe, builtin_methods, find_method
+from kdprof.records import REFERENCE, Cost
+
+CONTROL = "kd"
+"""The method whose iterations schedules are converted to."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published schedule of a measured method, converted; None where ``reason`` says why."""
+
+    method: str
+    dataset: str | None
+    networks: tuple[str, ...]
+    """``teacher -> student`` of every recipe with this schedule."""
+    sources: tuple[str, ...]
+    iterations: int | None = None
+    batch: int | None = None
+    crop: tuple[int, int] | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    """Of the one measured device, evaluation excluded; a forecast where ``scale`` is not 1."""
+    seconds_low: float | None = None
+    seconds_high: float | None = None
+    """Ends of the 95 % interval that follows from the measurement's; the scaling adds none."""
+    device_hours: float | None = None
+    scale: float | None = None
+    """Images x crop pixels of the recipe over those of the measured step."""
+    kd_iterations: int | None = None
+    """Iterations of kd at the recipe's batch and crop that take as long."""
+    kd_iterations_low: int | None = None
+    kd_iterations_high: int | None = None
+    kd_iterations_measured_step: int | None = None
+    """The same with the batch and crop that were measured: a budget of the study."""
+    differs: tuple[str, ...] = ()
+    """What the recipe has otherwise than the measured step: networks, data, batch, crop."""
+    unreliable: tuple[str, ...] = ()
+    """Methods whose unreliable Costs this is made of."""
+    reason: str | None = None
+    """Why there is no conversion."""
+
+
+def published(
+    costs: Mapping[str, Cost], methods: Mapping[str, type[Method]], dataset: str | None = None
+) -> list[Published]:
+    """Return the schedules of every method in ``costs``, one for all recipes that share it.
+
+    Args:
+        costs: the newest Cost of each method.
+        methods: the classes by name; a method without its class has no recipes here.
+        dataset: convert schedules of this data set only, in any case of letters.
+
+    Raises:
+        UserError: no recipe has this data set.
+    """
+    found = [
+        _convert(one, costs)
+        for method in costs
+        for one in _schedules(method, methods.get(method), dataset)
+    ]
+    if dataset is not None and not found:
+        names = {r.dataset for m in costs if m in methods for r in methods[m].recipes}
+        raise UserError(unknown("data set", dataset, names))
+    return found
+
+
+def classes_of(costs: Iterable[str], specs: Iterable[str]) -> dict[str, type[Method]]:
+    """Return the classes of measured methods, those in files (``specs``) too; one whose file can no
+    longer be read is left out."""
+    found: dict[str, Found] = builtin_methods()
+    for spec in specs:
+        try:
+            method = find_method(spec)
+        except UserError:
+            continue
+        found[method.cls.name] = method
+    return {name: found[name].cls for name in costs if name in found}
+
+
+def _schedules(method: str, cls: type[Method] | None, dataset: str | None) -> list[Published]:
+    """Return the unconverted schedules of a method."""
+    if cls is None or not cls.recipes:
+        why = "no published recipe is known" if cls else "its class was not found"
+        return [] if dataset else [Published(method, None, (), (), reason=why)]
+    together: dict[tuple[Any, ...], list[Recipe]] = {}
+    for recipe in cls.recipes:
+        if dataset is None or _is_of(recipe.dataset, dataset):
+            schedule = (recipe.iterations, recipe.batch, recipe.crop, recipe.epochs)
+            together.setdefault((recipe.dataset, *schedule), []).append(recipe)
+    return [_schedule(method, recipes) for recipes in together.values()]
+
+
+def _is_of(dataset: str, wanted: str) -> bool:
+    """Say whether a data set is the one that is wanted, or a scenario of it."""
+    name, wanted = dataset.casefold(), wanted.strip().casefold()
+    return name == wanted or name.startswith((f"{wanted} ", f"{wanted},"))
+
+
+def _schedule(method: str, recipes: list[Recipe]) -> Published:
+    first = recipes[0]
+    return Published(
+        method,
+        first.dataset,
+        tuple(
+            dict.fromkeys(
+                f"{r.teacher} -> {r.student}" if r.teacher else r.student for r in recipes
+            )
+        ),
+        tuple(dict.fromkeys(recipe.source for recipe in recipes)),
+        first.iterations,
+        first.batch,
+        first.crop,
+        first.epochs,
+        reason=_missing(first),
+    )
+
+
+def _missing(recipe: Recipe) -> str | None:
+    """Return why a recipe's schedule cannot be converted."""
+    missing = [part for part in ("iterations", "batch", "crop") if getattr(recipe, part) is None]
+    if not missing:
+        return None
+    length = f"{recipe.epochs} epochs; " if recipe.epochs else ""
+    return f"{length}{', '.join(missing)} not published"
+
+
+def _convert(one: Published, costs: Mapping[str, Cost]) -> Published:
+    if one.reason:
+        return one
+    assert one.iterations is not None
+    assert one.batch is not None
+    assert one.crop is not None
+    cost = costs[one.method]
+    step = cost.settings.get("step", {})
+    if not {"batch", "crop"} <= step.keys():
+        return replace(one, reason="its cost does not say of which batch and crop it is")
+    scale = one.batch * one.crop[0] * one.crop[1] / (step["batch"] * _pixels(step["crop"]))
+    seconds, low, high = (
+        one.iterations * scale * value for value in seconds_per_iteration(cost, costs)
+    )
+    return replace(
+        one,
+        seconds=seconds,
+        seconds_low=low,
+        seconds_high=high,
+        device_hours=seconds / 3600,
+        scale=scale,
+        differs=_differs(one, cost.settings),
+        unreliable=_unreliable(cost, costs),
+        **_in_control(one.iterations, scale, cost, costs),
+    )
+
+
+def _pixels(crop: Iterable[int]) -> int:
+    height, width = crop
+    return height * width
+
+
+def _in_control(
+    iterations: int, scale: float, cost: Cost, costs: Mapping[str, Cost]
+) -> dict[str, int]:
+    """Return the iterations of the control; nothing where it was not measured."""
+    if CONTROL not in costs:
+        return {}
+    ratio, low, high = cost_ratio(cost, costs[CONTROL])
+    return {
+        "kd_iterations": round(iterations * ratio),
+        "kd_iterations_low": round(iterations * low),
+        "kd_iterations_high": round(iterations * high),
+        "kd_iterations_measured_step": round(iterations * ratio * scale),
+    }
+
+
+def _differs(one: Published, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the schedule has otherwise than the measured step."""
+    names = [settings.get("teacher"), settings.get("student")]
+    here = " -> ".join(name for name in names if name)
+    same = {
+        "networks": here.casefold() in {pair.casefold() for pair in one.networks},
+        "data": str(settings.get("data")).casefold() == str(one.dataset).casefold(),
+        "batch": settings["step"]["batch"] == one.batch,
+        "crop": tuple(settings["step"]["crop"]) == one.crop,
+    }
+    return tuple(part for part, equal in same.items() if not equal)
+
+
+def _unreliable(cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:
+    used = [cost, *(costs[name] for name in (CONTROL, REFERENCE) if name in costs)]
+    return tuple(dict.fromkeys(c.method for c in used if not c.reliable))

@@ -1,0 +1,205 @@
+"""Published recipes that several methods share: networks, schedule, optimiser, baselines.
+
+Each function returns one :class:`kdprof.method.Recipe`; what it does not name is that recipe's
+default, and ``changes`` are fields of Recipe. The mIoU are percent on the validation images unless
+``split`` says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kdprof.method import Recipe
+
+MOMENTUM = "momentum 0.9"
+BPKD = {"gpus": "4 A100", "source": "BPKD repository"}
+"""What BPKD changes of mmsegmentation's recipe."""
+BPKD_RERUN = {"gpus": "4 A100", "source": "BPKD repository, its authors' rerun"}
+"""Another method in BPKD's table."""
+SKDS_RERUN = BPKD_RERUN | {"source": "BPKD repository, its authors' rerun (terms not stated)"}
+"""Its row SKDS: which terms of structure KD it keeps is not said."""
+VOC_WEIGHTS = {"pixel": 0.01, "region": 0.01}
+"""CIRKD's on Pascal VOC."""
+
+_CIRKD_DATA = {
+    "Cityscapes": (40_000, (512, 1024), 78.07),
+    "Pascal VOC": (40_000, (512, 512), 77.67),
+    "CamVid": (40_000, (360, 360), 69.84),
+    "ADE20K": (40_000, (512, 512), 42.70),
+    "COCO-Stuff": (80_000, (512, 512), 38.71),
+}
+"""Iterations, crop and the mIoU of the DeepLabV3-R101 teacher."""
+_CIRKD_BASELINES = {
+    ("Cityscapes", "DeepLabV3-R18"): 74.21,
+    ("Cityscapes", "DeepLabV3-MobileNetV2"): 73.12,
+    ("Cityscapes", "PSPNet-R18"): 72.55,
+    ("Pascal VOC", "DeepLabV3-R18"): 73.21,
+    ("Pascal VOC", "PSPNet-R18"): 73.33,
+    ("CamVid", "DeepLabV3-R18"): 66.92,
+    ("CamVid", "PSPNet-R18"): 66.73,
+    ("ADE20K", "DeepLabV3-R18"): 33.91,
+    ("COCO-Stuff", "DeepLabV3-R18"): 32.60,
+}
+_CIRKDV2_BASELINES = {
+    ("Cityscapes", "DeepLabV3-R18"): 73.56,
+    ("Cityscapes", "UperNet-R18"): 68.90,
+    ("Cityscapes", "DeepLabV3-MobileNetV3-S"): 65.05,
+    ("Cityscapes", "PSPNet-MobileNetV3-S"): 62.78,
+    ("Cityscapes", "DeepLabV3-MobileViT-XXS"): 66.24,
+    ("Cityscapes", "PSPNet-MobileViT-XXS"): 65.48,
+    ("Cityscapes", "SegFormer-B0"): 74.12,
+    ("ADE20K", "DeepLabV3-R18"): 36.92,
+    ("ADE20K", "UperNet-R18"): 34.37,
+}
+CIRKDV2_STUDENTS = [student for data, student in _CIRKDV2_BASELINES if data == "Cityscapes"]
+_ATTNFD_DATA = {
+    "Cityscapes": (200, None, 0.01, 77.66, 64.09),
+    "Pascal VOC": (120, 6, 0.007, 77.85, 67.50),
+}
+"""Epochs, batch, learning rate, mIoU of the teacher and of the student alone."""
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """Return the recipe of the student alone that another one is compared with."""
+    return replace(
+        recipe, teacher=None, teacher_miou=None, baseline_miou=None, miou=recipe.baseline_miou
+    )
+
+
+def mmseg(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: Any) -> Recipe:
+    """Return mmsegmentation's recipe: 80k iterations, ADE20K in 512 x 512 by 16 images."""
+    ade = dataset == "ADE20K"
+    fields = {
+        "teacher": "PSPNet-R101",
+        "iterations": 80_000,
+        "batch": 16 if ade else 8,
+        "crop": (512, 512) if ade else (512, 1024),
+        "optimizer": f"SGD 0.01, {MOMENTUM}, wd 5e-4",
+        "schedule": "poly 0.9, floor 1e-4",
+        "source": "mmsegmentation model zoo",
+        "gpus": "4, 4 images each" if ade else "4, 2 images each",
+    }
+    return Recipe(**{"dataset": dataset, "student": student, **fields, **changes})
+
+
+def bpkd_context(**changes: Any) -> Recipe:
+    """Return BPKD's recipe for Pascal Context, of which the iterations are known."""
+    fields = {
+        "batch": None,
+        "crop": None,
+        "optimizer": "not stated",
+        "schedule": "not stated",
+        "teacher_miou": 52.47,
+        "baseline_miou": 43.79,
+    }
+    return mmseg("PSPNet-R18", "Pascal Context", **{**BPKD, **fields, **changes})
+
+
+def skd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:
+    """Return structure KD's recipe for Cityscapes: 40k iterations of 8 images, 512 x 512."""
+    fields = {
+        "dataset": "Cityscapes",
+        "teacher": "PSPNet-R101",
+        "iterations": 40_000,
+        "batch": 8,
+        "crop": (512, 512),
+        "optimizer": f"SGD 0.01, {MOMENTUM}, wd 5e-4",
+        "schedule": "poly 0.9",
+        "source": "structure-KD repository",
+        "gpus": "1",
+        "baseline_miou": 69.10,
+    }
+    return Recipe(**{"student": student, **fields, **changes})
+
+
+def mgd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:
+    """Return MGD's recipe for Cityscapes: 40k iterations of 16 images, 512 x 512."""
+    fields = {
+        "iterations": 40_000,
+        "batch": 16,
+        "crop": (512, 512),
+        "source": "MGD repository",
+        "gpus": "8, 2 images each",
+        "teacher_miou": 78.34,
+        "baseline_miou": {"PSPNet-R18": 69.85, "DeepLabV3-R18": 73.20}[student],
+    }
+    return mmseg(student, **{**fields, **changes})
+
+
+def cirkd(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: Any) -> Recipe:
+    """Return CIRKD's recipe of 2022: 40k iterations (COCO-Stuff 80k) of 16 images."""
+    iterations, crop, teacher_miou = _CIRKD_DATA[dataset]
+    fields = {
+        "teacher": "DeepLabV3-R101",
+        "iterations": iterations,
+        "batch": 16,
+        "crop": crop,
+        "optimizer": f"SGD 0.02, {MOMENTUM}, wd 1e-4",
+        "schedule": "poly 0.9",
+        "source": "CIRKD repository",
+        "gpus": "8 RTX 3090, 2 images each",
+        "teacher_miou": teacher_miou,
+        "baseline_miou": _CIRKD_BASELINES[dataset, student],
+    }
+    return Recipe(**{"dataset": dataset, "student": student, **fields, **changes})
+
+
+def cirkd_segformer(**changes: Any) -> Recipe:
+    """Return CIRKD's recipe for SegFormer on Cityscapes, whose schedule is not published."""
+    fields = {
+        "teacher": "SegFormer-B4",
+        "iterations": None,
+        "batch": None,
+        "crop": None,
+        "optimizer": "AdamW 2e-4",
+        "schedule": "not stated",
+        "source": "CIRKD repository",
+        "teacher_miou": 81.23,
+        "baseline_miou": 75.58,
+    }
+    return Recipe(**{"dataset": "Cityscapes", "student": "SegFormer-B0", **fields, **changes})
+
+
+def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe:
+    """Return CIRKD's recipe of 2025: 80k iterations, one image for each device on Cityscapes."""
+    city = dataset == "Cityscapes"
+    fields = {
+        "teacher": "DeepLabV3-R101",
+        "iterations": 80_000,
+        "batch": 8 if city else 16,
+        "crop": (512, 1024) if city else (512, 512),
+        "optimizer": f"SGD {0.01 if city else 0.02}, {MOMENTUM}, wd 1e-4",
+        "schedule": "poly 0.9",
+        "source": "CIRKD repository, 2025",
+        "gpus": "8, 1 image each" if city else None,
+        "teacher_miou": 78.30 if city else 43.83,
+        "split": "test" if city else "val",
+        "baseline_miou": _CIRKDV2_BASELINES[dataset, student],
+    }
+    if "MobileViT" in student:
+        fields |= {"optimizer": "AdamW 9e-4"}
+    if "SegFormer" in student:
+        fields |= {
+            "teacher": None, "teacher_miou": None, "iterations": 160_000, "crop": (1024, 1024),
+            "optimizer": "AdamW 2e-4",
+        }  # fmt: skip
+    return Recipe(**{"dataset": dataset, "student": student, **fields, **changes})
+
+
+def attnfd(dataset: str, **changes: Any) -> Recipe:
+    """Return AttnFD's recipe, which is published in epochs."""
+    epochs, batch, rate, teacher_miou, baseline_miou = _ATTNFD_DATA[dataset]
+    fields = {
+        "teacher": "DeepLabV3+-R101",
+        "iterations": None,
+        "epochs": epochs,
+        "batch": batch,
+        "crop": (513, 513),
+        "optimizer": f"SGD {rate} (head {10 * rate:g}), Nesterov, wd 5e-4",
+        "schedule": "poly 0.9",
+        "source": "AttnFD repository" + (" (inputs of fixed size)" if batch is None else ""),
+        "teacher_miou": teacher_miou,
+        "baseline_miou": baseline_miou,
+    }
+    return Recipe(**{"dataset": dataset, "student": "DeepLabV3+-R18", **fields, **changes})

@@ -1,0 +1,125 @@
+"""Table: what published schedules cost on the measured device, and in iterations of kd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from .text import FLAGS, MISSING, Grid, duration, figures, print_notes
+
+if TYPE_CHECKING:
+    from kdprof.published import Published
+    from kdprof.records import Cost
+
+UNRELIABLE = FLAGS[0]
+FORECAST = "~"
+FAR = 4
+"""Beyond this factor, fixed work and caches make time grow unlike the pixels."""
+
+
+def published_table(found: Sequence[Published], costs: Sequence[Cost], console: Console) -> None:
+    """Print one grid for each data set, the dearest schedule first, and what was not converted."""
+    converted = [one for one in found if one.reason is None]
+    for dataset in dict.fromkeys(one.dataset for one in converted):
+        rows = [one for one in converted if one.dataset == dataset]
+        _grid(f"{dataset}: published schedules", rows).print(console)
+    print_notes(_notes(converted, costs), console)
+    _print_missing([one for one in found if one.reason is not None], console)
+
+
+def _grid(title: str, rows: list[Published]) -> Grid:
+    header = ("method", "published schedule", "device time", "= kd iterations")
+    ordered = sorted(rows, key=lambda one: (-(one.seconds or 0), one.method))
+    return Grid(title, header, [_cells(one) for one in ordered])
+
+
+def _cells(one: Published) -> list[str]:
+    forecast = FORECAST if one.scale != 1 else ""
+    return [
+        one.method + UNRELIABLE * bool(one.unreliable),
+        _schedule(one),
+        MISSING if one.seconds is None else forecast + duration(one.seconds),
+        MISSING if one.kd_iterations is None else _interval(one),
+    ]
+
+
+def _interval(one: Published) -> str:
+    return f"{one.kd_iterations:,} [{one.kd_iterations_low:,}-{one.kd_iterations_high:,}]"
+
+
+def _schedule(one: Published) -> str:
+    """Return ``80k x 8 x 512x1024``."""
+    assert one.iterations is not None
+    assert one.crop is not None
+    whole = one.iterations % 1000 == 0
+    length = f"{one.iterations // 1000}k" if whole else f"{one.iterations:,}"
+    return f"{length} x {one.batch} x {one.crop[0]}x{one.crop[1]}"
+
+
+def _notes(converted: Sequence[Published], costs: Sequence[Cost]) -> list[str]:
+    if not converted:
+        return []
+    here = _measured(costs)
+    notes = [
+        f"Schedule: iterations x batch x crop. Device time: of one {here['device']}, evaluation "
+        "excluded.",
+        f"Networks and classes are those measured ({here['networks']}), whatever the paper's: what "
+        "the schedule costs here, not what it cost its authors.",
+        "= kd iterations: plain kd for as long, at the schedule's own batch and crop; the ratio of "
+        f"the costs is that measured at {here['step']}.",
+    ]
+    notes += _forecast_notes({one.scale for one in converted if one.scale} - {1}, here["step"])
+    if all(one.kd_iterations is None for one in converted):
+        notes.append("No cost of kd here: run 'kdprof measure --method kd' for its iterations.")
+    if doubtful := sorted({method for one in converted for method in one.unreliable}):
+        notes.append(
+            f"{UNRELIABLE} Made of an UNRELIABLE cost ({', '.join(doubtful)}); measure again when "
+            "it is quiet."
+        )
+    return notes
+
+
+def _forecast_notes(scales: set[float], step: str) -> list[str]:
+    """Say what the scaled seconds are made of; nothing where all were measured as they stand."""
+    if not scales:
+        return []
+    ends = dict.fromkeys(figures(end) for end in (min(scales), max(scales)))
+    notes = [
+        f"{FORECAST} Forecast, not measured: the step at {step} times {' to '.join(ends)}, as if "
+        "time grew with images and crop pixels. A method whose work grows faster (see its cost: "
+        "'kdprof methods NAME') takes longer in larger steps."
+    ]
+    if max(scales) > FAR or min(scales) < 1 / FAR:
+        notes.append(
+            f"Some of these are far from {step}: measure nearer to them (--batch, --crop) before "
+            "you quote them."
+        )
+    return notes
+
+
+def _measured(costs: Sequence[Cost]) -> dict[str, str]:
+    """Return the networks and the batch and crop of the Costs, in words."""
+    settings = [cost.settings for cost in costs]
+    students = _distinct(s.get("student") for s in settings)
+    teachers = _distinct(s.get("teacher") for s in settings)
+    taught = f" taught by {teachers}" if teachers else ""
+    steps = [s["step"] for s in settings if "crop" in s.get("step", {})]
+    shapes = _distinct("{} x {}x{}".format(step["batch"], *step["crop"]) for step in steps)
+    device = _distinct(cost.device for cost in costs)
+    return {"networks": f"{students}{taught}", "step": shapes, "device": device}
+
+
+def _distinct(names: Iterable[str | None]) -> str:
+    """Return the names that differ, joined."""
+    return " and ".join(dict.fromkeys(str(name) for name in names if name))
+
+
+def _print_missing(missing: Sequence[Published], console: Console) -> None:
+    if missing:
+        lines = dict.fromkeys(
+            f"  {one.method}{f', {one.dataset}' if one.dataset else ''}: {one.reason}"
+            for one in missing
+        )
+        console.print("", "Not converted:", *lines, sep="\n", soft_wrap=True)
