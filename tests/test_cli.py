@@ -18,7 +18,8 @@ from kdprof.store import Store
 from kdprof.study import claim_folder
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMANDS = ["", "methods", "measure", "compare", "convert", "train", "plot", "demo", "doctor"]
+COMMANDS = ["", "methods", "measure", "compare", "convert", "plan", "train", "status", "plot",
+            "demo", "doctor"]  # fmt: skip
 
 
 def kdprof(*arguments, cwd=None) -> subprocess.CompletedProcess:
@@ -298,7 +299,7 @@ def test_traceback_only_with_debug(tmp_path):
 def test_methods_list_and_card(capsys, monkeypatch):
     for arguments, expected in (
         ([], ["ifvd", "cwd:feature", "10 fitnet + 1 kd"]),
-        (["ifvd"], ["200 ifv", "own optimiser", "Wang et al.", "74.54"]),
+        (["ifvd"], ["200 ifv", "optimiser of its own", "Wang et al.", "74.54"]),
     ):
         monkeypatch.setattr(sys, "argv", ["kdprof", "methods", *arguments])
         monkeypatch.setenv("COLUMNS", "160")
@@ -313,3 +314,10 @@ def test_doctor_says_what_is_missing():
     assert done.returncode == 0, done.stderr
     assert "GPU" in done.stdout
     assert "torch" in done.stdout
+
+
+def test_doctor_refuses_a_study_before_it_prints_anything():
+    done = kdprof("doctor", "--data", "camvid:/nowhere", "--set", "data_settings.in_memory=true")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "set data_settings.cache to" in done.stderr

@@ -818,7 +818,7 @@ def test_imported_methods_are_not_the_files_own(mine):
         (
             MINE + "\nclass Two(Method): pass",
             "mine.py",
-            "unknown method class ''; valid: MyKD, Two",
+            r"has several methods; write .*mine\.py:MyKD or .*mine\.py:Two",
         ),
         ("x = 1", "mine.py:MyKD", "unknown method class 'MyKD'; there are none"),
         ("1 / 0", "mine.py:MyKD", r"mine\.py cannot be imported: ZeroDivisionError"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdprof.data.streams import Stream, generator
+from kdprof.errors import UserError
 from kdprof.method import IGNORE
 
 FILL = 128
@@ -54,7 +55,7 @@ class Gathered(NamedTuple):
     """(4, P) uint8: red, green, blue and label of every image's part, row by row, one image after
     the other."""
     places: Tensor
-    """(N, 3, h + w) int64: the lower, the upper and the nearest source row of each row of the crop,
+    """(N, 3, h + w) int32: the lower, the upper and the nearest source row of each row of the crop,
     as the offset in ``planes`` at which it begins, then likewise the columns. Nearest is
     :data:`OUTSIDE` beyond the image."""
     weights: Tensor
@@ -105,7 +106,11 @@ class Augmentation:
         )
 
     def gather(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Gathered:
-        """Look up what the crops of N images, whatever their sizes, are made from."""
+        """Look up what the crops of N images, whatever their sizes, are made from.
+
+        Raises:
+            UserError: more pixels than the indices can count.
+        """
         height, width = self.crop
         sizes = [label.shape for _, label in samples]
         pairs = list(zip(sizes, draws, strict=True))
@@ -113,9 +118,10 @@ class Augmentation:
         columns = [_axis(size[1], width, draw.scale, draw.left) for size, draw in pairs]
         columns = [c.flipped() if d.flip else c for c, d in zip(columns, draws, strict=True)]
         hued = [number for number, draw in enumerate(draws) if draw.hue is not None]
+        places = torch.from_numpy(_places(rows, columns))
         return Gathered(
             _planes(samples, rows, columns),
-            torch.from_numpy(_places(rows, columns)),
+            places,
             torch.from_numpy(_weights(rows, columns)),
             torch.tensor([_factors(draw) for draw in draws]).T.contiguous(),
             torch.tensor([draws[number].hue for number in hued], dtype=torch.float32),
@@ -198,7 +204,7 @@ def _planes(samples: Sequence[Sample], rows: Sequence[_Axis], columns: Sequence[
 
 
 def _places(rows: Sequence[_Axis], columns: Sequence[_Axis]) -> np.ndarray:
-    """Return the offsets of source rows and columns, (N, 3, h + w) int64."""
+    """Return the offsets of source rows and columns, (N, 3, h + w) int32."""
     found, begin = [], 0
     for row, column in zip(rows, columns, strict=True):
         width = column.stop - column.start
@@ -207,7 +213,9 @@ def _places(rows: Sequence[_Axis], columns: Sequence[_Axis]) -> np.ndarray:
         offsets[2][row.nearest == OUTSIDE] = across[2][column.nearest == OUTSIDE] = OUTSIDE
         found.append(np.concatenate([np.stack(offsets), np.stack(across)], 1))
         begin += width * (row.stop - row.start)
-    return np.stack(found)
+    if begin > np.iinfo(np.int32).max:
+        raise UserError(f"a batch reads {begin:.1e} pixels, over 2^31; lower step.batch")
+    return np.stack(found).astype(np.int32)
 
 
 def _weights(rows: Sequence[_Axis], columns: Sequence[_Axis]) -> np.ndarray:
@@ -247,20 +255,20 @@ def _interpolated(batch: Gathered, rows: Tensor, columns: Tensor) -> Tensor:
     row_step = (rows[:, 1] - rows[:, 0])[:, :, None]
     column_step = (columns[:, 1] - columns[:, 0])[:, None]
     planes, index = batch.planes[:3].float(), _index(rows[:, 0], columns[:, 0])
+    left, right, below = (planes.new_empty(3, *index.shape) for _ in range(3))
 
-    def pixels() -> Tensor:
-        found = planes.new_empty(3, index.numel())
-        for plane, out in zip(planes, found, strict=True):
-            torch.index_select(plane, 0, index.view(-1), out=out)
-        return found.view(3, *index.shape)
+    def read(pixels: Tensor) -> Tensor:
+        for plane, out in zip(planes, pixels, strict=True):
+            torch.index_select(plane, 0, index.view(-1), out=out.view(-1))
+        return pixels
 
-    left = pixels()
+    read(left)
     index += row_step
-    left.lerp_(pixels(), down)
+    left.lerp_(read(below), down)
     index += column_step
-    below = pixels()
+    read(below)
     index -= row_step
-    return left.lerp_(pixels().lerp_(below, down), across).transpose(0, 1)
+    return left.lerp_(read(right).lerp_(below, down), across).transpose(0, 1)
 
 
 def _distort(images: Tensor, batch: Gathered) -> None:

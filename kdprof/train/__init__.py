@@ -110,8 +110,8 @@ def _check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
         UserError: runs of the named methods had other settings, another device or other versions.
     """
     problems = [
-        f"{folder.path} was trained with other method settings, on another device or with other "
-        "versions; use another --out, or delete it to train it again"
+        f"{folder.path} was trained with other method settings or code, on another device or "
+        "with other versions; use another --out, or delete it to train it again"
         for folder in store.run_folders()
         if (run := folder.read_run()) is not None
         and run.method in names

@@ -66,7 +66,7 @@ def cells_of(
     before = {(run.method, run.budget): run for run in store.runs()}
     for text in study.study.budgets:
         budget = parse_budget(text)
-        images = len(study.train_data) if budget.unit == "epochs" else None
+        images = len(study.batches(0).data) if budget.unit == "epochs" else None
         bought = {c.method: c for c in convert(budget, costs, epoch_images=images)}
         for seed in range(study.study.seeds):
             for name in names:

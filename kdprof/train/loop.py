@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kdprof.data import Batches, Feeder, SegmentationData
-from kdprof.data.batches import Batch
 from kdprof.device import synchronize
 from kdprof.errors import KdprofError
 from kdprof.hardware import EnergyMeter
@@ -129,6 +128,7 @@ class TrainingRun:
         self._evaluated: set[int] = set()
         self._reached = 0
         """The last stop that was dealt with, in planned iterations."""
+        self._waited_s = 0.0
         self._stop = StopSignal()
         self._stretch = _Stretch(meter)
         self._fresh = STARTUP_ITERATIONS
@@ -154,6 +154,8 @@ class TrainingRun:
             try:
                 for stop in self._stops():
                     self._train_until(stop, batches, advance)
+                    self._waited_s += batches.waited_s
+                    batches.forget_waits()
                     self._at_stop(stop, progress, label)
                     self._leave_if_asked()
             except Interrupted:
@@ -208,6 +210,7 @@ class TrainingRun:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step.load_state_dict(state["step"])
         self.done, self.losses = state["iteration"], state["losses"]
+        self._waited_s = state["waited_s"]
 
     def _branch_off(self, trunk: Trunk) -> None:
         state = checkpoint.read(trunk.state)
@@ -228,7 +231,7 @@ class TrainingRun:
 
     # The loop
 
-    def _train_until(self, stop: int, batches: Iterator[Batch], advance: Advance) -> None:
+    def _train_until(self, stop: int, batches: Feeder, advance: Advance) -> None:
         """Train to a stop; the log, checkpoints and the stop signal interrupt between steps."""
         nearby = None if type(self.pace) is Pace else _Nearby(self.step.device)
         synchronize(self.step.device)
@@ -379,6 +382,7 @@ class TrainingRun:
         return {
             "iteration": self.done,
             "reached": self._reached,
+            "waited_s": self._waited_s,
             "losses": self.losses,
             "evaluated": sorted(self._evaluated),
             "run": self._record().model_dump(mode="json", by_alias=True),
@@ -407,6 +411,7 @@ class TrainingRun:
                 "eval_s": spent_s["eval"],
                 "checkpoint_s": spent_s["checkpoint"],
                 "logging_s": spent_s["logging"],
+                "data_wait_s": self._waited_s,
                 "lost_s": spent_s["lost"],
                 "flop": each.total * self.done if each else None,
                 "energy_j": energy_j,
