@@ -46,6 +46,7 @@ def a_run(method="cwd", budget="40k@cwd", seed=0, miou=0.7, **changes) -> Run:
         "finished": True,
         "versions": {},
     }
+    values["schedule_iterations"] = (values | changes)["iterations"]
     return Run(**(values | changes))
 
 
