@@ -24,7 +24,8 @@ this page.
 - **Symbols**: S student, T teacher or a temperature; N images on one device, C channels or classes,
   h x w the network's output grid, H x W the crop; z logits, f features, y labels, p a position or
   a probability; A a learnt 1x1 convolution from the student's channels to the teacher's.
-- **Cost**: what makes a step dear, in words; `kdprof measure` gives the figures.
+- **Cost**: what makes a step dear, in words; `kdprof measure` gives the figures, and
+  [objectives.md](objectives.md) says how much of it was the published code's.
 - **Published recipes**: iterations x batch (of all devices) x crop. mIoU in percent, "student
   alone -> distilled", on the validation images unless "test" is said; the teacher's in brackets.
   A question mark or "not published" is what was looked for and not found; "recalled" is from
