@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,9 @@ class Outcome:
 def train_in_child(study: Study, out: Path, kill_after_s: float | None) -> bool:
     """Train in a forked child; return whether it ended by itself.
 
+    This process must not have computed with torch: autograd refuses to run in the fork of a
+    process in which it has run on threads.
+
     Raises:
         RuntimeError: it failed by itself.
     """
@@ -99,7 +103,10 @@ def _train_and_leave(study: Study, out: Path) -> None:
         code = 0 if not summary.failures else 1
         for failure in summary.failures:
             print(failure, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
