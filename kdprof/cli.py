@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from kdprof.measure.feeding import Feeding
     from kdprof.progress import Progress
     from kdprof.records import Cost
+    from kdprof.resolve import ResolvedStudy
     from kdprof.store import Store
     from kdprof.study import MeasureSettings, Study
+    from kdprof.train import Prepared, Summary
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
@@ -414,27 +416,74 @@ _training = _options(
 )
 
 
+_launching = _options(
+    click.option(
+        "--launcher",
+        type=click.Choice(["local"]),
+        help="local: many runs at once on this machine, each in its own process.",
+    ),
+    click.option(
+        "--slots",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="With --launcher local: runs at once (default: one per GPU; 2 on a CPU).",
+    ),
+)
+
+
 @cli.command()
 @_study
 @_training
-def train(no_control: bool, **given: Any) -> None:
+@_launching
+def train(no_control: bool, launcher: str | None, slots: int | None, **given: Any) -> None:
     """Train every method at every budget; measures first what is missing."""
-    from kdprof.reports.table import print_table
-    from kdprof.resolve import ResolvedStudy
-    from kdprof.study import claim_folder
-    from kdprof.train import prepare
-    from kdprof.train import train as run
-
+    if slots is not None and launcher != "local":
+        raise UserError("--slots divides this machine among runs; add --launcher local")
     study, store, progress = _begin(given)
     if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
+    if launcher == "local":
+        summary = _train_locally(study, store, progress, not no_control, slots)
+    else:
+        summary = _train_here(study, store, progress, not no_control)
+    _conclude_training(summary, store, given)
+
+
+def _train_here(study: Study, store: Store, progress: Progress, control: bool) -> Summary:
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.train import train as run
+
     resolved = ResolvedStudy(study, progress=progress)
-    control = not no_control
-    names = resolved.method_names(control=control)
+    prepared = _prepare(resolved, store, progress, control)
+    return run(resolved, store, progress, control=control, prepared=prepared)
+
+
+def _train_locally(
+    study: Study, store: Store, progress: Progress, control: bool, slots: int | None
+) -> Summary:
+    from kdprof.launch.local import divide, train_locally
+    from kdprof.resolve import ResolvedStudy
+
+    # First: the threads that a slot has are part of what is measured.
+    divided = divide(study.device, slots)
+    resolved = ResolvedStudy(study, progress=progress)
+    prepared = _prepare(resolved, store, progress, control)
+    return train_locally(resolved, store, progress, divided, control=control, prepared=prepared)
+
+
+def _prepare(resolved: ResolvedStudy, store: Store, progress: Progress, control: bool) -> Prepared:
+    from kdprof.study import claim_folder
+    from kdprof.train import prepare
+
     # First, because it is where a step that cannot fit is refused: nothing is written by then.
-    prepared = prepare(resolved, store, names, progress)
-    claim_folder(store.study, study)
-    summary = run(resolved, store, progress, control=control, prepared=prepared)
+    prepared = prepare(resolved, store, resolved.method_names(control=control), progress)
+    claim_folder(store.study, resolved.study)
+    return prepared
+
+
+def _conclude_training(summary: Summary, store: Store, given: dict[str, Any]) -> None:
+    from kdprof.reports.table import print_table
+
     if given["as_json"]:
         _print_json(store.runs())
     elif not given["quiet"]:

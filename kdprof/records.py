@@ -277,6 +277,9 @@ class Run(Record):
     """What ends the run: its iterations, or its planned time, energy or flop."""
     startup: str = "apart"
     """Whether the start-up of its processes is counted in ``train_s``."""
+    beside: int | None = 0
+    """Runs that were trained on the same machine at the same time, at most: they share its memory
+    bandwidth, so that planned seconds do not hold. None = not known (a cluster's node)."""
     iterations_done: int
     miou: float | None
     """Of the last iterate, over the classes present in the validation labels; a fraction."""

@@ -269,6 +269,8 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         found.append(f"One seed, so no interval: {'all' if every else ', '.join(single)}.")
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clocks do not compare.")
+    if most := max((run.beside or 0 for run in results.finished), default=0):
+        found.append(f"Trained with up to {most} others at once on a machine: seconds are shared.")
     for run in filter(drifted, results.finished):
         drift = 100 * run.train_s.drift()
         found.append(f"* Drifted more than 2 % from the plan: {run_name(run)}, {drift:+.1f} %.")

@@ -42,6 +42,9 @@ MAY_IMPORT = {
         "budget", "data", "device", "errors", "hardware", "measure", "method", "models", "progress",
         "records", "resolve", "schedule", "step", "store", "study",
     },
+    "launch": {
+        "device", "errors", "measure", "progress", "resolve", "store", "study", "train",
+    },
     "methods": {"errors", "method"},
     "comparison": {"errors", "records", "stats", "store"},
     "reports": {

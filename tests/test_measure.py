@@ -218,8 +218,8 @@ def test_a_child_that_cannot_start_is_told(monkeypatch):
 
 
 def test_what_a_dying_child_said_is_passed_on():
-    assert "killed, most often by the system for lack of memory" in isolation._last_words(-9, "")
-    assert isolation._last_words(-11, "a\nSegmentation fault\n").endswith(
+    assert "killed, most often by the system for lack of memory" in isolation.last_words(-9, "")
+    assert isolation.last_words(-11, "a\nSegmentation fault\n").endswith(
         "signal 11: Segmentation fault"
     )
 

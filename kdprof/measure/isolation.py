@@ -66,7 +66,7 @@ def run_isolated(request: Request, report: Report) -> Cost:
             stderr = None if debugging() else file  # None: where ours goes
             status = _follow([str(asked), str(result)], stderr, report)
         if not result.exists():
-            raise Failure(_last_words(status, errors.read_text(errors="replace")))
+            raise Failure(last_words(status, errors.read_text(errors="replace")))
         found = json.loads(result.read_text())
     if "refused" in found:
         raise UserError(*found["refused"])
@@ -101,7 +101,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _last_words(status: int, stderr: str) -> str:
+def last_words(status: int, stderr: str) -> str:
+    """Return why a process died, from its exit status and what it wrote to stderr."""
     if status == -9:
         return (
             "its process was killed, most often by the system for lack of memory; "

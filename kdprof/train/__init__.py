@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from kdprof.models import SegmentationNetwork
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost, Run
 from kdprof.resolve import ResolvedStudy
-from kdprof.store import Held, Store
+from kdprof.store import Held, RunFolder, Store
 from kdprof.train import checkpoint
 from kdprof.train.cells import TEACHER, TRUNK, Cell, TrunkPlan, cells_of, new_run, trunk_plan
 from kdprof.train.loop import Interrupted, TrainingRun, Trunk, Validation
@@ -35,8 +35,8 @@ class Summary:
     finished: list[Run] = field(default_factory=list)
     skipped: int = 0
     """Runs that were finished before."""
-    elsewhere: list[Cell] = field(default_factory=list)
-    """Runs that other processes are training."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Runs that other processes are training, as messages call them."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -66,24 +66,73 @@ def train(
     cells = cells_of(study, store, [name for name in names if name in costs], costs)
     waiting = [cell for cell in cells if not cell.is_finished(store)]
     summary.skipped = len(cells) - len(waiting)
-    if not waiting:
-        return summary
-    needs_teacher = study.starts_as_teacher or any(
-        study.methods[cell.method].cls.needs_teacher() for cell in waiting
-    )
-    teacher = trained_teacher(study, store, progress) if needs_teacher else None
-    work = _Work(study, store, costs, teacher, progress, cells)
+    if waiting:
+        _train_waiting(study, store, costs, progress, cells, waiting, summary)
+    return summary
+
+
+def train_named(
+    study: ResolvedStudy,
+    store: Store,
+    progress: Progress,
+    method: str,
+    budgets: Collection[str],
+    seed: int,
+    *,
+    beside: int | None = 0,
+) -> Summary:
+    """Train the cells of a method, a seed and some of the study's budgets, whose Costs are there.
+
+    Args:
+        beside: runs that other processes train on this machine meanwhile; None = not known.
+
+    Raises:
+        UserError: a Cost that is needed was not measured on this device.
+        Interrupted: a signal came; everything is saved.
+    """
+    _check_runs(study, store, [method])
+    costs = _stored_costs(study, store, [method])
+    cells = cells_of(study, store, [method], costs)
+    named = [cell for cell in cells if cell.seed == seed and cell.budget in budgets]
+    waiting = [cell for cell in named if not cell.is_finished(store)]
+    summary = Summary(skipped=len(named) - len(waiting))
+    if waiting:
+        _train_waiting(study, store, costs, progress, cells, waiting, summary, beside)
+    return summary
+
+
+def needs_teacher(study: ResolvedStudy, names: Iterable[str]) -> bool:
+    """Return whether any of the named methods is trained with a teacher."""
+    return study.starts_as_teacher or any(study.methods[n].cls.needs_teacher() for n in names)
+
+
+def _train_waiting(
+    study: ResolvedStudy,
+    store: Store,
+    costs: Mapping[str, Cost],
+    progress: Progress,
+    cells: Sequence[Cell],
+    waiting: Sequence[Cell],
+    summary: Summary,
+    beside: int | None = 0,
+) -> None:
+    """Train the waiting ones of a study's cells, after the teacher."""
+    teacher = None
+    if needs_teacher(study, {cell.method for cell in waiting}):
+        teacher = trained_teacher(study, store, progress)
+    work = _Work(study, store, costs, teacher, progress, cells, beside)
     held = _train_cells(work, waiting, summary)
     # By now the holder may be through with them, or dead.
-    summary.elsewhere = _train_cells(work, held, summary) if held else []
-    return summary
+    held = _train_cells(work, held, summary) if held else []
+    summary.elsewhere = [cell.label() for cell in held]
 
 
 def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
     """Train cells one after the other; return those that other processes hold."""
     held = []
     for number, cell in enumerate(cells, 1):
-        label = f"[{number}/{len(cells)}] {cell.label()}"
+        count = f"[{number}/{len(cells)}] " if len(cells) > 1 else ""
+        label = count + cell.label()
         try:
             run = work.train(cell, label)
         except Interrupted:
@@ -96,7 +145,7 @@ def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[C
             own = isinstance(error, KdprofError)  # names its run itself
             failure = f"{'' if own else cell.label() + ': '}{explain(error)}"
             summary.failures.append(failure)
-            work.progress.say(f"[{number}/{len(cells)}] failed: {failure}")
+            work.progress.say(f"{count}failed: {failure}")
             continue
         summary.finished.append(run)
         work.progress.say(f"{label}: {_outcome(run)}")
@@ -131,8 +180,7 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
         KdprofError: no Cost of a method that a budget is measured in.
     """
     _check_runs(study, store, names)
-    budgets = [parse_budget(text) for text in study.study.budgets]
-    named = [b.method for b in budgets if b.method]
+    named = _budget_methods(study)
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     found = {name: store.read_cost(name, study.cost_key(name)) for name in wanted}
     missing = [name for name, cost in found.items() if cost is None]
@@ -147,6 +195,33 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
         )
     costs = {name: cost for name, cost in found.items() if cost is not None}
     return Prepared(costs, measured.summary().splitlines())
+
+
+def _budget_methods(study: ResolvedStudy) -> list[str]:
+    """Return the methods that budgets are measured in."""
+    budgets = [parse_budget(text) for text in study.study.budgets]
+    return [budget.method for budget in budgets if budget.method]
+
+
+def _stored_costs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> dict[str, Cost]:
+    """Return what :func:`prepare` would, measuring nothing.
+
+    Raises:
+        UserError: a Cost is missing, or was measured on another device.
+    """
+    wanted = dict.fromkeys([REFERENCE, *names, *_budget_methods(study)])
+    found = {name: store.read_cost(name, study.cost_key(name)) for name in wanted}
+    here = study.hardware.name
+    elsewhere = {cost.method: cost.device for cost in store.costs() if cost.device != here}
+    problems = [
+        f"'{name}' has no cost under this study on {here}"
+        + (f", but on {elsewhere[name]}: train there" if name in elsewhere else "; measure it here")
+        for name, cost in found.items()
+        if cost is None
+    ]
+    if problems:
+        raise UserError(*problems)
+    return found
 
 
 def _outcome(run: Run) -> str:
@@ -168,6 +243,7 @@ class _Work:
     teacher: SegmentationNetwork | None
     progress: Progress
     cells: Sequence[Cell]
+    beside: int | None
 
     def train(self, cell: Cell, label: str) -> Run:
         """Train a cell, and before it what it branches off from."""
@@ -225,6 +301,7 @@ class _Work:
             if made is not None and made.finished:
                 return made  # by another process, since this one looked
             run = made or new_run(study, cell, cost)
+            run = run.model_copy(update={"beside": self.beside})
             step = study.step(
                 cell.method, self.teacher, seed=cell.seed, iterations=run.schedule_iterations
             )
@@ -249,31 +326,48 @@ def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> S
     Its cost is in its own record and in no method's budget.
     """
     folder = store.teacher_folder()
-    with folder.lock():
-        run = folder.read_run()
-        step = study.teacher_step()
-        if run is None or not run.finished:
-            iterations = study.study.teacher_training.iterations
-            cell = Cell(
-                TEACHER, str(iterations), 0, iterations, iterations, iterations, iterations, None
-            )
-            evaluation = study.study.evaluation
-            training = TrainingRun(
-                folder,
-                run or new_run(study, cell, None),
-                step,
-                study.teacher_batches(),
-                Validation(study.teacher_val_data, evaluation.batch, evaluation.points, {}),
-                study.study.training,
-                meter=study.hardware.energy_meter(),
-            )
-            run = training.train(progress, "teacher")
-            progress.say(f"teacher: {_outcome(run)}")
-            return step.student
+    if not _is_finished(folder.read_run()):
+        with folder.lock():
+            run = folder.read_run()
+            if not _is_finished(run):
+                return _train_teacher(study, folder, run, progress)
+    return _read_teacher(study, folder)
+
+
+def _is_finished(run: Run | None) -> bool:
+    return run is not None and run.finished
+
+
+def _train_teacher(
+    study: ResolvedStudy, folder: RunFolder, run: Run | None, progress: Progress
+) -> SegmentationNetwork:
+    iterations = study.study.teacher_training.iterations
+    cell = Cell(TEACHER, str(iterations), 0, iterations, iterations, iterations, iterations, None)
+    evaluation, step = study.study.evaluation, study.teacher_step()
+    training = TrainingRun(
+        folder,
+        run or new_run(study, cell, None),
+        step,
+        study.teacher_batches(),
+        Validation(study.teacher_val_data, evaluation.batch, evaluation.points, {}),
+        study.study.training,
+        meter=study.hardware.energy_meter(),
+    )
+    progress.say(f"teacher: {_outcome(training.train(progress, 'teacher'))}")
+    return step.student
+
+
+def _read_teacher(study: ResolvedStudy, folder: RunFolder) -> SegmentationNetwork:
+    """Return the trained teacher.
+
+    Raises:
+        KdprofError: its weights are damaged or of another iteration.
+    """
     state, damage = checkpoint.load(folder)
-    if damage is not None or state is None or state["iteration"] != run.iterations:
+    if damage is not None or state is None or state["iteration"] != folder.read_run().iterations:
         raise KdprofError(
             f"{damage or 'the teacher has no checkpoint'}; delete {folder.path} to train it again"
         )
-    step.student.load_state_dict(state["step"]["student"])
-    return step.student
+    teacher = study.placed_teacher()
+    teacher.load_state_dict(state["step"]["student"])
+    return teacher

@@ -12,6 +12,7 @@ from kdprof.records import Cost, Run, Spent
 from kdprof.resolve import ResolvedStudy
 from kdprof.schedule import decay_start
 from kdprof.store import RunFolder, Store
+from kdprof.study import Study
 
 TEACHER = "teacher"
 """What the teacher's own run has as its method."""
@@ -148,16 +149,21 @@ class TrunkPlan:
     longest: Cell
 
 
+def shares_trunks(study: Study) -> bool:
+    """Return whether a method and seed is trained once until its budgets' decays begin."""
+    training = study.training
+    shared = training.enforce == "iterations" and training.learning_rate == "stretch"
+    return study.step.schedule == "wsd" and shared
+
+
 def trunk_plan(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> TrunkPlan | None:
     """Return the trunk that a cell branches off from; None where it is trained alone.
 
     Runs share a trunk where the learning rate does not know their length before the decay.
     """
-    step, training = study.study.step, study.study.training
-    shared = training.enforce == "iterations" and training.learning_rate == "stretch"
-    if step.schedule != "wsd" or not shared:
+    if not shares_trunks(study.study):
         return None
     family = [c for c in cells if (c.method, c.seed) == (cell.method, cell.seed)]
-    marks = {c.budget: decay_start(step, c.span) for c in family}
+    marks = {c.budget: decay_start(study.study.step, c.span) for c in family}
     longest = max(family, key=lambda c: c.iterations)
     return TrunkPlan(cell.method, cell.seed, marks, longest) if marks[cell.budget] else None

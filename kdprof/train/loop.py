@@ -194,6 +194,9 @@ class TrainingRun:
             self._restore(state)
             planned = self.run
             self.run = Run.model_validate(state["run"])
+            self.run = self.run.model_copy(
+                update={"beside": _most(planned.beside, self.run.beside)}
+            )
             if self._marks:  # a trunk may grow; any other run keeps its length
                 changes = {"iterations": planned.iterations, "finished": False}
                 changes["schedule_iterations"] = planned.schedule_iterations
@@ -282,10 +285,11 @@ class TrainingRun:
 
     def _startup_s(self, seconds: float, iterations: int) -> float:
         """Return what the first steps of this process took beyond the planned."""
-        planned = self.run.train_s.planned
-        if self._fresh != 0 or self.run.startup == "counted" or not planned:
+        planned, first = self.run.train_s.planned, self._fresh >= 0
+        if self._fresh == 0:
+            self._fresh = -1
+        if not first or self.run.startup == "counted" or not planned:
             return 0.0
-        self._fresh = -1
         return max(0.0, seconds - iterations * planned / self.run.iterations)
 
     def _finite(self, waiting: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -481,6 +485,10 @@ class _Nearby:
         self._events.append(event)
         if len(self._events) > STEPS_AHEAD:
             self._events.popleft().synchronize()
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else max(one, other)
 
 
 def _told(point: CurvePoint) -> str:

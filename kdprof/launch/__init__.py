@@ -1,0 +1,55 @@
+"""Many runs: the jobs of a study, each trained in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import RunFolder, Store
+from kdprof.train.cells import shares_trunks
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains: cells that belong together, one after the other."""
+
+    method: str
+    seed: int
+    budgets: tuple[str, ...]
+    """One, or all that share a trunk (wsd)."""
+
+    def labels(self) -> list[str]:
+        """Return what messages call its cells."""
+        return [f"{self.method} {budget} seed {self.seed}" for budget in self.budgets]
+
+    def label(self) -> str:
+        """Return what messages call it."""
+        return ", ".join(self.labels())
+
+    def folders(self, store: Store) -> list[RunFolder]:
+        """Return where the files of its cells are."""
+        return [store.run_folder(self.method, budget, self.seed) for budget in self.budgets]
+
+
+def jobs_of(study: ResolvedStudy, store: Store, names: Sequence[str]) -> list[Job]:
+    """Return what is left to train of the named methods, budget by budget, seed by seed."""
+    budgets = [(text,) for text in study.study.budgets]
+    if shares_trunks(study.study):
+        budgets = [tuple(study.study.budgets)]
+    every = [
+        Job(name, seed, group)
+        for group in budgets
+        for seed in range(study.study.seeds)
+        for name in names
+    ]
+    left = [_unfinished(job, store) for job in every]
+    return [job for job in left if job.budgets]
+
+
+def _unfinished(job: Job, store: Store) -> Job:
+    """Return the job without its finished cells."""
+    runs = [folder.read_run() for folder in job.folders(store)]
+    pairs = zip(job.budgets, runs, strict=True)
+    left = [budget for budget, run in pairs if run is None or not run.finished]
+    return Job(job.method, job.seed, tuple(left))

@@ -1,0 +1,179 @@
+"""Many runs at once on this machine: one per GPU, or in a share of the CPU's threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import torch
+
+from kdprof.device import find_device
+from kdprof.errors import UserError
+from kdprof.launch import Job, jobs_of
+from kdprof.launch.worker import Outcome, Request, Worker
+from kdprof.progress import Progress
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Store
+from kdprof.train import Prepared, Summary, needs_teacher, trained_teacher
+from kdprof.train.loop import Interrupted, StopSignal
+
+CPU_SLOTS = 2
+"""Runs at once on a CPU, if nothing else is said."""
+POLL_S = 0.2
+Slot = Mapping[str, str]
+"""The environment variables that give a worker its part of the machine."""
+
+
+def divide(device: str, count: int | None) -> list[Slot]:
+    """Divide this machine into slots, each for one run.
+
+    On a CPU the threads of this process are divided as well, so that what it measures is what a
+    slot has.
+
+    Args:
+        device: the study's.
+        count: slots; None = one per GPU, :data:`CPU_SLOTS` on a CPU.
+
+    Raises:
+        UserError: more slots than GPUs, or a certain GPU was named.
+    """
+    if find_device(device).type == "cpu":
+        return _cpu_slots(count or CPU_SLOTS)
+    if ":" in device:
+        raise UserError(
+            f"--launcher local takes every GPU, not {device}; use --device cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose"
+        )
+    return _gpu_slots(count)
+
+
+def _cpu_slots(count: int) -> list[Slot]:
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, min(torch.get_num_threads(), cores // count))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that measure, too
+    return [{}] * count
+
+
+def _gpu_slots(count: int | None) -> list[Slot]:
+    found = torch.cuda.device_count()
+    if count is not None and count > found:
+        raise UserError(f"--slots {count}: this machine has {found} GPUs, one run each; lower it")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(found)]
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: count or found]]
+
+
+def train_locally(
+    study: ResolvedStudy,
+    store: Store,
+    progress: Progress,
+    slots: Sequence[Slot],
+    *,
+    control: bool,
+    prepared: Prepared,
+) -> Summary:
+    """Train the teacher here, then every cell of the study, as many at once as there are slots.
+
+    A run that fails, or whose process dies, does not keep the others from being made.
+
+    Args:
+        prepared: what :func:`kdprof.train.prepare` returned for these methods.
+
+    Raises:
+        Interrupted: a signal came; every run is saved.
+    """
+    names = [name for name in study.method_names(control=control) if name in prepared.costs]
+    jobs = jobs_of(study, store, names)
+    cells = len(names) * len(study.study.budgets) * study.study.seeds
+    left = sum(len(job.budgets) for job in jobs)
+    summary = Summary(skipped=cells - left, failures=list(prepared.failures))
+    if jobs and needs_teacher(study, {job.method for job in jobs}):
+        trained_teacher(study, store, progress)
+        torch.cuda.empty_cache()  # the first slot's worker is on this GPU as well
+    pool = _Pool(store, study.device.type, slots, progress)
+    with progress.task("runs", left) as advance:
+        for job, outcome in pool.train(jobs):
+            _add(job, outcome, store, summary)
+            advance(len(job.budgets))
+    return summary
+
+
+def _add(job: Job, outcome: Outcome, store: Store, summary: Summary) -> None:
+    """Add what came of a job to the summary."""
+    runs = [folder.read_run() for folder in job.folders(store)]
+    summary.finished += [run for run in runs if run is not None and run.finished]
+    summary.failures += outcome.failures
+    if not outcome.failures:
+        pairs = zip(job.labels(), runs, strict=True)
+        summary.elsewhere += [label for label, run in pairs if run is None or not run.finished]
+
+
+class _Pool:
+    """Workers, one per slot."""
+
+    def __init__(self, store: Store, device: str, slots: Sequence[Slot], progress: Progress):
+        self._store, self._device, self._progress = store, device, progress
+        self._count = len(slots)
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        self._lock = threading.Lock()
+        self._workers: set[Worker] = set()
+        self._stopping = False
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """Train all jobs and yield each with how it ended.
+
+        Raises:
+            Interrupted: a signal came and every worker has saved.
+        """
+        signals = StopSignal()
+        beside = min(self._count, len(jobs)) - 1
+        with signals.watching(), ThreadPoolExecutor(self._count) as threads:
+            jobs_by_future = {threads.submit(self._train, job, beside): job for job in jobs}
+            waiting: set[Future] = set(jobs_by_future)
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
+                    if signals.raised:
+                        self._stop()
+                    yield from ((jobs_by_future[future], future.result()) for future in done)
+            finally:
+                self._stop()
+        if signals.raised:
+            raise Interrupted(
+                f"stopped and saved in {self._store.root}; run the same command again to continue"
+            )
+
+    def _stop(self) -> None:
+        with self._lock:
+            if not self._stopping:
+                for worker in self._workers:
+                    worker.stop()
+            self._stopping = True
+
+    def _train(self, job: Job, beside: int) -> Outcome:
+        slot = self._free.get()
+        request = Request(str(self._store.root), self._device, job, beside)
+        try:
+            with self._running(request, slot) as worker:
+                return worker.follow(self._progress.say) if worker else Outcome(stopped=True)
+        finally:
+            self._free.put(slot)
+
+    @contextmanager
+    def _running(self, request: Request, slot: Slot) -> Iterator[Worker | None]:
+        """Start a worker, unless all are to stop."""
+        with self._lock:
+            worker = None if self._stopping else Worker(request, slot)
+            self._workers |= {worker} - {None}
+        try:
+            yield worker
+        finally:
+            with self._lock:
+                self._workers.discard(worker)

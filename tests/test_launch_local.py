@@ -1,0 +1,212 @@
+"""Many runs at once on this machine, as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_study import small_study, small_toml, train_small
+
+from kdprof.errors import UserError
+from kdprof.launch import Job, jobs_of, local
+from kdprof.progress import Progress
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import RunFolder, Store, write_record
+from kdprof.study import claim_folder
+from kdprof.train import checkpoint, prepare, train_named
+
+METHODS = '''
+import os, signal, time
+from pathlib import Path
+from kdprof.method import Method
+class Slow(Method):
+    """Time enough for a signal."""
+    taps = ("logits",)
+    weights = {"mean": 0.01}
+    def forward(self, student, teacher, labels):
+        time.sleep(0.05)
+        return {"mean": student.logits.mean()}
+class Dies(Slow):
+    """Its process is killed, once it trains."""
+    def forward(self, student, teacher, labels):
+        if Path(__file__).with_name("armed").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(student, teacher, labels)
+class Raises(Slow):
+    """Fails, once it trains."""
+    def forward(self, student, teacher, labels):
+        if Path(__file__).with_name("armed").exists():
+            raise ValueError("armed")
+        return super().forward(student, teacher, labels)
+'''
+
+
+def specs(folder: Path, *names: str) -> list[str]:
+    (folder / "mine.py").write_text(METHODS)
+    return [f"{folder / 'mine.py'}:{name}" for name in names]
+
+
+def command(folder: Path, out: Path, *options: str, **changes) -> list[str]:
+    study = str(small_toml(folder, **changes))
+    start = [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", str(out)]
+    return [*start, "--launcher", "local", "--no-control", *options]
+
+
+def run(*arguments, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, **changes), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def start(*arguments, **changes) -> subprocess.Popen:
+    return subprocess.Popen(command(*arguments, **changes), stderr=subprocess.PIPE, text=True)
+
+
+def weights(folder: RunFolder) -> dict:
+    state, damage = checkpoint.load(folder)
+    assert damage is None
+    return state["step"]
+
+
+def wait_for(happened) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_at_once_are_the_runs_of_one_process(tmp_path):
+    done = run(tmp_path, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "kd 6 seed 0: mIoU" in done.stderr  # relayed
+    assert "2 runs trained" in done.stdout
+    ours, alone = Store(tmp_path / "out"), Store(tmp_path / "alone")
+    train_small(alone.root)
+    for method in ("none", "kd"):
+        folders = [store.run_folder(method, "6", 0) for store in (ours, alone)]
+        torch.testing.assert_close(*map(weights, folders), rtol=0, atol=0)
+        assert [folder.read_run().beside for folder in folders] == [1, 0]
+    again = run(tmp_path, tmp_path / "out", "--json")
+    assert again.returncode == 0
+    assert {record["finished"] for record in json.loads(again.stdout)} == {True}
+
+
+def test_one_that_dies_and_one_that_raises_do_not_keep_the_others_from_being_made(tmp_path):
+    methods = ["kd", *specs(tmp_path, "Dies", "Raises")]
+    changes = {"methods": methods, "budgets": ["2"]}
+    store = Store(tmp_path / "out")
+    study = small_study(**changes)
+    prepare(ResolvedStudy(study), store, ["kd", "dies", "raises"], Progress(None))
+    claim_folder(store.study, study)
+    (tmp_path / "armed").touch()
+    done = run(tmp_path, store.root, **changes)
+    assert done.returncode == 1
+    assert {run.method for run in store.runs() if run.finished} == {"kd"}
+    last = done.stderr.splitlines()[-2:]
+    assert any("dies 2 seed 0: its process was killed, most often" in line for line in last)
+    assert any("raises 2 seed 0: the step raised ValueError: armed" in line for line in last)
+    assert "1 runs trained, 0 were finished before, 0 are held by other processes, 2 failed" in (
+        " ".join(done.stdout.split())
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_launcher_has_every_run_saved(tmp_path, number):
+    """SIGKILL too: the workers notice that it is gone."""
+    changes = {"methods": specs(tmp_path, "Slow"), "budgets": ["60"], "seeds": 3}
+    store = Store(tmp_path / "out")
+    folders = [store.run_folder("slow", "60", seed) for seed in range(3)]
+    launcher = start(tmp_path, store.root, **changes)
+    wait_for(lambda: all(folder.record.exists() for folder in folders[:2]))
+    time.sleep(0.5)
+    launcher.send_signal(number)
+    stderr = launcher.communicate(timeout=120)[1]
+    if number != signal.SIGKILL:
+        assert launcher.returncode == 130
+        assert "run the same command again to continue" in stderr.splitlines()[-1]
+        assert "Traceback" not in stderr
+    wait_for(lambda: not any(folder.is_held() for folder in folders))
+    runs = [folder.read_run() for folder in folders[:2]]
+    assert all(0 < run.iterations_done < 60 for run in runs)
+    assert all(folder.checkpoint.exists() for folder in folders[:2])
+    assert not folders[2].record.exists()
+    assert run(tmp_path, store.root, "-q", **changes).returncode == 0
+    assert all(folder.read_run().finished for folder in folders)
+    alone = Store(tmp_path / "alone")
+    train_small(alone.root, **changes | {"seeds": 1})
+    torch.testing.assert_close(
+        weights(folders[0]), weights(alone.run_folder("slow", "60", 0)), rtol=0, atol=0
+    )
+
+
+def test_a_price_of_another_device_is_refused(tmp_path):
+    train_small(tmp_path, methods=["none", "kd"])
+    store = Store(tmp_path)
+    for cost in store.costs():
+        store.cost_path(cost.method, cost.key).unlink()
+        store.write_cost(cost.model_copy(update={"device": "NVIDIA X", "key": "0"}))
+    study = ResolvedStudy(small_study(seeds=2))
+    with pytest.raises(UserError, match=r"'kd' has no cost .*, but on NVIDIA X: train there"):
+        train_named(study, store, Progress(None), "kd", ["6"], 1)
+    run = store.run_folder("kd", "6", 0).read_run()
+    write_record(
+        store.run_folder("kd", "6", 0).record,
+        run.model_copy(update={"cost_key": "0", "finished": False}),
+    )
+    with pytest.raises(UserError, match=r"runs/kd/6/0 was trained .* on another device"):
+        train_named(study, store, Progress(None), "kd", ["6"], 0)
+
+
+def test_runs_that_share_a_trunk_are_one_job(tmp_path):
+    names, budgets = ["none", "kd"], ["3", "6"]
+    plain = jobs_of(ResolvedStudy(small_study(budgets=budgets)), Store(tmp_path), names)
+    assert plain == [Job(name, 0, (text,)) for text in budgets for name in names]
+    changes = {"budgets": budgets, "step.schedule": "wsd"}
+    shared = jobs_of(ResolvedStudy(small_study(**changes)), Store(tmp_path), names)
+    assert shared == [Job(name, 0, ("3", "6")) for name in names]
+
+
+def test_finished_cells_are_no_job(tmp_path):
+    train_small(tmp_path, methods=["kd"])
+    study = ResolvedStudy(small_study(budgets=["6", "7"]))
+    assert jobs_of(study, Store(tmp_path), ["kd"]) == [Job("kd", 0, ("7",))]
+
+
+def test_each_gpu_is_one_slot(monkeypatch):
+    monkeypatch.setattr(local, "find_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("auto", None)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("cuda", None)] == ["3", "GPU-5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("cuda", 1)] == ["3"]
+    with pytest.raises(UserError, match="--slots 3: this machine has 2 GPUs"):
+        local.divide("auto", 3)
+    with pytest.raises(UserError, match="takes every GPU, not cuda:1"):
+        local.divide("cuda:1", None)
+
+
+def test_a_cpu_is_shared_out_by_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    torch.set_num_threads(8)
+    assert len(local.divide("cpu", 4)) == 4
+    assert torch.get_num_threads() == 2
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert len(local.divide("cpu", 16)) == 16
+    assert torch.get_num_threads() == 1
+
+
+def test_slots_without_the_launcher_are_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "kdprof", "train", "--out", tmp_path, "--slots", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "add --launcher local" in done.stderr
+    assert done.stderr.count("\n") == 1
