@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
@@ -52,6 +55,14 @@ def configure_backends(device: torch.device, precision: str) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what torch.compile lacks on this machine; None where it lacks nothing."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "the package triton"
+    names = [os.environ.get("CXX", "g++"), "clang++"]
+    return None if any(map(shutil.which, names)) else "a C++ compiler, such as g++"
 
 
 def installed_version(package: str) -> str:

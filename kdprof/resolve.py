@@ -24,7 +24,7 @@ from kdprof.data import (
     open_data,
 )
 from kdprof.data.scenario import Role, Scenario
-from kdprof.device import configure_backends, find_device, versions
+from kdprof.device import configure_backends, find_device, missing_compiler, versions
 from kdprof.errors import UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
 from kdprof.method import (
@@ -35,7 +35,7 @@ from kdprof.method import (
     find_method,
     source_hash,
 )
-from kdprof.models import SegmentationNetwork, build, parse_name
+from kdprof.models import SegmentationNetwork, build, folded, parse_name
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE
 from kdprof.step import TrainStep
@@ -67,6 +67,7 @@ class ResolvedStudy:
         for network in (study.student, study.teacher):
             _checked(problems, lambda name=network: parse_name(name), None)
         _checked(problems, self._check_teacher_method, None)
+        _checked(problems, self._check_step, None)
         train = _checked(problems, lambda: self._open("train"), None)
         val = _checked(problems, lambda: self._open("val"), None) if not problems else None
         self.scenario = _checked(problems, lambda: self._scenario(train), None) if train else None
@@ -124,6 +125,28 @@ class ResolvedStudy:
             raise UserError(
                 f"teacher_training.method: '{name}' reads a teacher itself; use {REFERENCE}"
             )
+
+    def _check_step(self) -> None:
+        """Refuse step settings that this device, or the scenario, has no use for.
+
+        Raises:
+            UserError: all of them.
+        """
+        step, problems = self.study.step, []
+        if step.compile == "cuda-graphs" and self.device.type != "cuda":
+            problems.append(
+                f"step.compile = 'cuda-graphs' needs a CUDA device, this is {self.device.type}; "
+                "use 'default' or 'none'"
+            )
+        if step.compile != "none" and (missing := missing_compiler(self.device)):
+            problems.append(f"step.compile needs {missing}; install it or use 'none'")
+        if step.fold_teacher and self.starts_as_teacher:
+            problems.append(
+                "step.fold_teacher: a student that starts as the teacher needs its batch norms; "
+                'leave it out, or set scenario.initialise = "fresh"'
+            )
+        if problems:
+            raise UserError(*problems)
 
     def _scenario(self, data: SegmentationData) -> Scenario | None:
         settings, study = self.study.scenario, self.study
@@ -291,6 +314,10 @@ class ResolvedStudy:
         channels_last = self.study.step.channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return network.to(device, memory_format=layout)
+
+    def frozen(self, teacher: SegmentationNetwork) -> SegmentationNetwork:
+        """Return a teacher as steps read it: itself, or a copy with folded batch norm."""
+        return folded(teacher) if self.study.step.fold_teacher else teacher
 
     def placed_teacher(self) -> SegmentationNetwork:
         """Return an untrained teacher on the device: it costs what the trained one costs."""

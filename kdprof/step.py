@@ -122,10 +122,21 @@ class TrainStep:
         self._teacher_taps = method.read_of_teacher()
         self._labels_read = "labels" in method.taps
         self._shared_classes = _shared_classes(student, teacher, method)
+        self._run_student = self._compiled(self.student)
+        self._run_method = self._compiled(self.method)
+        self._run_frozen = self._compiled(teacher) if teacher is not None else None
+        self._graphs = settings.compile == "cuda-graphs"
         self._optimizer = _sgd([*student.parameters(), *method.extra_parameters()], settings)
         self._auxiliary_optimizer = self._build_auxiliary()
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+
+    def _compiled(self, module: nn.Module) -> Callable[..., Any]:
+        """Return a module as the step calls it; the second optimiser's work is never compiled."""
+        if self.settings.compile == "none":
+            return module
+        mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[self.settings.compile]
+        return torch.compile(module, dynamic=False, mode=mode)
 
     def _build_auxiliary(self) -> torch.optim.Optimizer | None:
         auxiliary = self.method.auxiliary()
@@ -153,6 +164,8 @@ class TrainStep:
             mark: called at the end of each phase with its name.
             position: in the learning-rate schedule, of ``iterations``.
         """
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(step_seed(self.seed, iteration))
         self._set_learning_rate(iteration if position is None else position)
         images = images.to(self.device, non_blocking=True, memory_format=self._layout)
@@ -161,7 +174,7 @@ class TrainStep:
         teacher = self._run_teacher(images)
         mark("teacher_forward")
         with self.autocast():
-            student = self.student(images, self._student_taps)
+            student = self._run_student(images, self._student_taps)
         mark("student_forward")
         cut = Taps(**{k: v.detach().requires_grad_() for k, v in vars(student).items()})
         losses = self._task(cut, labels)
@@ -179,7 +192,9 @@ class TrainStep:
         auxiliary = self._auxiliary_step(cut, teacher, labels)
         mark("auxiliary")
         losses.update(terms, **auxiliary)
-        return {name: value.detach() for name, value in losses.items()}
+        found = {name: value.detach() for name, value in losses.items()}
+        # The next replay of a graph overwrites what this one returned.
+        return {name: v.clone() for name, v in found.items()} if self._graphs else found
 
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position in this step's schedule."""
@@ -208,7 +223,7 @@ class TrainStep:
         if self.teacher is None:
             return Taps()
         with self.autocast():
-            return self.teacher(images, self._teacher_taps)
+            return self._run_frozen(images, self._teacher_taps)
 
     def _task(self, cut: Taps, labels: Tensor) -> dict[str, Tensor]:
         align = self.student.align_corners
@@ -225,7 +240,7 @@ class TrainStep:
     def _objective(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         student, labels = self._shown(cut, labels)
         with self.autocast():
-            return self.method(student, teacher, labels)
+            return self._run_method(student, teacher, labels)
 
     def _shown(self, cut: Taps, labels: Tensor) -> tuple[Taps, Tensor | None]:
         """Return what the method declared; of a teacher with fewer classes the shared ones, unless

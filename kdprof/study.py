@@ -57,6 +57,12 @@ class StepSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32 runs at full float32 (no TF32); bf16 and fp16 by autocast, fp16 with a loss scaler."""
     channels_last: bool = True
+    compile: Literal["none", "default", "cuda-graphs"] = "none"
+    """default: networks and objective by torch.compile; cuda-graphs: and replayed as CUDA graphs
+    (its mode reduce-overhead), on a GPU only."""
+    fold_teacher: bool = False
+    """Whether the teacher's batch norms are folded into its convolutions: less to compute, the
+    same taps up to rounding."""
     aux_weight: float = Field(0.4, ge=0)
     """Weight of the auxiliary head's cross-entropy; 0 leaves the auxiliary head out."""
     learning_rate: float = Field(0.01, gt=0)

@@ -179,7 +179,7 @@ def _counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Count | Failure]]:
     # One of each network for all methods: counting changes neither, and making them takes seconds.
-    mode, teacher, student = fake_tensors(), study.teacher(), None
+    mode, teacher, student = fake_tensors(), study.frozen(study.teacher()), None
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
             step = study.step(name, teacher, device=torch.device("cpu"), student=student)

@@ -46,7 +46,7 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, report: Report) 
     resident = batches.batch(0, study.device)
     needs_teacher = study.methods[name].cls.needs_teacher()
     # The reference reads no teacher: only a method that does may have one in its memory.
-    teacher = study.placed_teacher() if needs_teacher else None
+    teacher = study.frozen(study.placed_teacher()) if needs_teacher else None
     step = study.step(name, teacher)
     subject = StudySubject(step, resident, batches, clock)
 

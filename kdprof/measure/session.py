@@ -58,6 +58,12 @@ LOADER_BOUND = 0.02
 """An iteration this much longer than its step is bound by the loader."""
 
 
+COMPILED = (
+    "the step is compiled: its operators are those of the step that is not, and share out the "
+    "compiled phases' seconds like those of the other"
+)
+
+
 @dataclass(frozen=True)
 class Files:
     """What else a session writes, where it was asked for."""
@@ -221,6 +227,8 @@ def _trace(subject: Subject, device: torch.device, steps: int) -> Traced:
     ]
     last = traces[-1]
     notes = [] if last.note is None else [last.note]
+    if step is not None and step.settings.compile != "none":
+        notes.append(COMPILED)
     return Traced(operations, _shares_of_terms(traces, weights), last.synchronisations(), notes)
 
 

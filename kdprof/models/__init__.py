@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from kdprof.errors import UserError, unknown
 from kdprof.models.backbone import ALIASES, check_name
+from kdprof.models.folding import folded
 from kdprof.models.network import HEADS, SegmentationNetwork
 
-__all__ = ["SegmentationNetwork", "build", "parse_name"]
+__all__ = ["SegmentationNetwork", "build", "folded", "parse_name"]
 
 
 def parse_name(name: str) -> tuple[str, str]:

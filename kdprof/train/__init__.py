@@ -321,7 +321,7 @@ class _Work:
 
 
 def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> SegmentationNetwork:
-    """Return the study's teacher, on the device; trained on the first call, read later.
+    """Return the study's teacher as steps read it; trained on the first call, read later.
 
     Its cost is in its own record and in no method's budget.
     """
@@ -330,8 +330,8 @@ def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> S
         with folder.lock():
             run = folder.read_run()
             if not _is_finished(run):
-                return _train_teacher(study, folder, run, progress)
-    return _read_teacher(study, folder)
+                return study.frozen(_train_teacher(study, folder, run, progress))
+    return study.frozen(_read_teacher(study, folder))
 
 
 def _is_finished(run: Run | None) -> bool:

@@ -1,0 +1,131 @@
+"""The step's options that change how it is computed and not what: folding and compiling."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_study import small_study, small_toml
+from torch import nn
+
+from kdprof.errors import KdprofError, UserError
+from kdprof.measure.trace import StepTrace
+from kdprof.method import NETWORK_TAPS
+from kdprof.models import build, folded
+from kdprof.resolve import ResolvedStudy
+
+LOOK = torch.randint(0, 256, (2, 3, 72, 96), generator=torch.Generator().manual_seed(3))
+IMAGES = LOOK.to(torch.uint8)
+
+
+def trained(name: str) -> nn.Module:
+    """A network whose batch norms do something."""
+    torch.manual_seed(5)
+    network = build(name, 7).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias, std=0.3)
+    return network
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pspnet-test_resnet", "deeplabv3-r18", "pspnet-mobilenetv2_100", "pspnet-convnext_atto"],
+)
+def test_a_folded_network_computes_the_same(name):
+    network = trained(name)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    copy = folded(network)
+    with torch.no_grad():
+        wanted, found = network(IMAGES, NETWORK_TAPS), copy(IMAGES, NETWORK_TAPS)
+    for tap, value in vars(wanted).items():
+        assert (getattr(found, tap) - value).norm() <= 1e-4 * value.norm(), tap
+    assert not [m for m in copy.modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(dict(network.state_dict()), state, rtol=0, atol=0)
+
+
+def test_a_convolution_that_is_read_beside_its_norm_is_told():
+    network = trained("pspnet-test_resnet")
+
+    class Both(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            conv = self.inner.conv(x)
+            return self.inner.bn(conv).relu() + conv
+
+    network.auxiliary_head.convs[0] = Both(network.auxiliary_head.convs[0])
+    with pytest.raises(KdprofError, match=r"'aux' differs .* step.fold_teacher = false"):
+        folded(network)
+
+
+def steps(method: str, **changes):
+    study = ResolvedStudy(small_study(methods=[method], **changes))
+    step = study.step(method, study.frozen(study.placed_teacher()))
+    batches = study.batches(0)
+    found = [step(*batches.batch(index), index) for index in range(3)]
+    return step, found
+
+
+def test_a_folded_teacher_teaches_the_same():
+    plain, wanted = steps("kd")
+    folding, found = steps("kd", **{"step.fold_teacher": True})
+    assert any(isinstance(m, nn.BatchNorm2d) for m in plain.teacher.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folding.teacher.modules())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_step_computes_the_same_and_is_traced_as_it_would_be_plain(monkeypatch):
+    """Traced, not turned into machine code: that takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, wanted = steps("kd")
+    compiled, found = steps("kd", **{"step.compile": "default"})
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert compiled.state_dict()["student"].keys() == plain.state_dict()["student"].keys()
+    traced = [operators(step) for step in (plain, compiled)]
+    assert traced[0] == traced[1]
+
+
+def operators(step):
+    images, labels = torch.zeros(2, 3, 32, 48).byte(), torch.zeros(2, 32, 48).byte()
+    with StepTrace(step) as trace:
+        step(images, labels, 0, trace.mark)
+    return [(o.phase, o.name, o.calls, o.matrix_flop) for o in trace.operations()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step.compile": "cuda-graphs"}, "needs a CUDA device, this is cpu; use 'default'"),
+        (
+            {"step.fold_teacher": True, "scenario": {"new": ["car"]}},
+            'scenario.initialise = "fresh"',
+        ),
+    ],
+)
+def test_an_option_without_use_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        ResolvedStudy(small_study(**changes))
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path):
+    study = small_toml(tmp_path, **{"step.compile": "default"})
+    done = subprocess.run(
+        [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", tmp_path / "out"],
+        capture_output=True, text=True, env={"PATH": str(tmp_path), "CXX": "none"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "needs a C++ compiler, such as g++; install it or use 'none'" in done.stderr
+
+
+def test_the_options_have_costs_of_their_own():
+    changes = [{}, {"step.fold_teacher": True}, {"step.compile": "default"}]
+    keys = {ResolvedStudy(small_study(**change)).cost_key("kd") for change in changes}
+    assert len(keys) == 3
