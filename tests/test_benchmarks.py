@@ -9,7 +9,11 @@ from pathlib import Path
 import objectives
 import pytest
 import torch
+import training
 from oracles_core import ORACLES
+from small_study import small_study
+
+from kdprof.resolve import ResolvedStudy
 
 BROKEN = """
 from oracles_core import kd
@@ -55,6 +59,22 @@ def rows_of(markdown: str) -> dict[str, dict[str, str]]:
     lines = [line.strip("|").split("|") for line in markdown.splitlines() if line[:1] == "|"]
     head, _, *rows = [[cell.strip() for cell in line] for line in lines]
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_the_bare_loop_does_the_work_of_ours(tmp_path):
+    """One iteration of each, without dropout, comes to the same weights."""
+    study = ResolvedStudy(small_study(methods=["kd"]))
+    ours = training.OurLoop(study, "kd", 1, tmp_path)
+    bare = training.BareLoop(study, "kd", 1)
+    bare.student.load_state_dict(ours.step.student.state_dict())
+    for network in (ours.step.student, bare.student):
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d):
+                module.p = 0.0
+    assert ours() > 0
+    assert bare() > 0
+    wanted, found = dict(ours.step.student.state_dict()), dict(bare.student.state_dict())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_objectives_are_compared(tmp_path):

@@ -16,7 +16,7 @@ from kdprof.models.network import SegmentationNetwork
 TRIED_SIZE = 64
 """Height and width of the picture that the two networks are compared on."""
 TOLERANCE = 1e-3
-"""Relative L2 between a tap of the two. Rounding makes 1e-6 to 1e-5; a fold that is wrong, tenths."""
+"""Relative L2 between a tap of the two. Rounding makes up to 1e-5, a wrong fold tenths."""
 
 
 @torch.no_grad()

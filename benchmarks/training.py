@@ -1,0 +1,289 @@
+"""Does our loop cost anything? Against a bare PyTorch loop that does the same work, in one run.
+
+    python benchmarks/training.py [--study camvid] [--data camvid:ROOT] [--set KEY=VALUE ...]
+
+Prints ratios as a markdown table:
+
+- seconds per iteration of `kdprof train` to those of the bare loop (aim: at most 1.02);
+- the share of training that steps wait for data (aim: at most 0.02);
+- seconds per iteration with an option of the step or the input to those without (its gain);
+- evaluation's seconds per image to those of training's forward (aim: at most 1);
+- MFU, where the device's peak is published.
+
+What is compared takes turns, block by block; an interval is of 95 % over the blocks. On a machine
+with other work on it intervals are wide, and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from kdprof.data import Batches
+from kdprof.device import synchronize
+from kdprof.errors import UserError
+from kdprof.measure.session import Surroundings
+from kdprof.measure.trace import StepTrace
+from kdprof.method import IGNORE, Method
+from kdprof.models import SegmentationNetwork
+from kdprof.progress import Progress
+from kdprof.records import REFERENCE, Run
+from kdprof.resolve import ResolvedStudy
+from kdprof.stats import paired_ratio
+from kdprof.step import TrainStep
+from kdprof.store import RunFolder
+from kdprof.study import Study, TrainingSettings, load_study, parse_assignments
+from kdprof.train.cells import Cell, new_run
+from kdprof.train.evaluate import evaluate
+from kdprof.train.loop import TrainingRun
+
+Block = Callable[[], float]
+"""Does a block of work and returns its seconds."""
+OPTIONS = {
+    "channels_last": ({"step.channels_last": False}, {"step.channels_last": True}),
+    "fold_teacher": ({"step.fold_teacher": False}, {"step.fold_teacher": True}),
+    "cache = memory": ({"data_settings.cache": "none"}, {"data_settings.cache": "memory"}),
+    "workers = 2": ({"data_settings.workers": 0}, {"data_settings.workers": 2}),
+    "bf16": ({"step.precision": "fp32"}, {"step.precision": "bf16"}),
+    "compile": ({"step.compile": "none"}, {"step.compile": "default"}),
+    "cuda-graphs": ({"step.compile": "default"}, {"step.compile": "cuda-graphs"}),
+}
+"""Settings without and with each option."""
+NEVER_WAITED_FOR = TrainingSettings(checkpoint_every_s=1e9)
+
+
+def parts(study: ResolvedStudy, name: str) -> tuple[TrainStep, SegmentationNetwork | None]:
+    """Return a method's step, and the teacher it reads."""
+    reads = study.methods[name].cls.needs_teacher()
+    teacher = study.frozen(study.placed_teacher()) if reads else None
+    return study.step(name, teacher), teacher
+
+
+class OurLoop:
+    """`kdprof train`'s loop, a run per block, without evaluation and checkpoints on the way."""
+
+    def __init__(self, study: ResolvedStudy, name: str, iterations: int, folder: Path):
+        self.study, self.iterations, self.folder = study, iterations, folder
+        self.step, _ = parts(study, name)
+        self.batches = study.batches(seed=0)
+        self.cell = Cell(name, "all", 0, *[iterations] * 4, None)
+        self.blocks = itertools.count()
+        self.waited_s = self.trained_s = 0.0
+
+    def __call__(self) -> float:
+        folder = RunFolder(self.folder / str(next(self.blocks)))
+        folder.path.mkdir(parents=True)
+        run: Run = new_run(self.study, self.cell, None)
+        training = TrainingRun(folder, run, self.step, self.batches, None, NEVER_WAITED_FOR)
+        run = training.train(Progress(None), "")
+        self.waited_s += run.data_wait_s
+        self.trained_s += run.train_s.actual
+        return run.train_s.actual + run.startup_s + run.logging_s
+
+
+class BareLoop:
+    """What a script would do: the same networks, objective, images and optimiser, nothing else."""
+
+    def __init__(self, study: ResolvedStudy, name: str, iterations: int):
+        settings = study.study.step
+        if (
+            settings.precision == "fp16"
+            or study.methods[name].cls.auxiliary is not Method.auxiliary
+        ):
+            raise UserError("the bare loop has no loss scaler and no second optimiser")
+        step, self.teacher = parts(study, name)
+        self.student, self.method, self.device = step.student, step.method, step.device
+        self.autocast, self.settings, self.iterations = step.autocast, settings, iterations
+        self.batches: Batches = study.batches(seed=0)
+        self.parameters = [*self.student.parameters(), *self.method.parameters()]
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def __call__(self) -> float:
+        synchronize(self.device)
+        began = time.perf_counter()
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.iterations),
+            num_workers=self.batches.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for iteration, gathered in enumerate(loader):
+            images, labels = self.batches.augmentation.apply(gathered.to(self.device))
+            for group in self.optimizer.param_groups:
+                left = 1 - iteration / self.iterations
+                group["lr"] = self.settings.learning_rate * left**self.settings.poly_power
+            self.loss(images, labels.long()).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.device)
+        return time.perf_counter() - began
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            found = self.student(images, [*{"logits", "aux", *self.method.student_taps()}])
+            seen = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    seen = self.teacher(images, self.method.read_of_teacher())
+            terms = self.method(found, seen, labels)
+        loss = self.cross_entropy(found.logits, labels)
+        loss = loss + self.settings.aux_weight * self.cross_entropy(found.aux, labels)
+        return loss + sum(self.method.weights[name] * term for name, term in terms.items())
+
+    @staticmethod
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        resized = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear")
+        return F.cross_entropy(resized, labels, ignore_index=IGNORE)
+
+
+def ratio(above: Block, below: Block, blocks: int) -> tuple[float, float, float]:
+    """Return the ratio of the two's seconds with its 95 % interval; they take turns."""
+    above(), below()  # kernels are chosen, memory is taken
+    rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for number in range(blocks):
+        sides = [(rounds[0], above), (rounds[1], below)]
+        for found, block in sides if number % 2 else reversed(sides):
+            found.append([block()])
+    return paired_ratio(*rounds)
+
+
+def applies(option: str, study: ResolvedStudy, compiling: bool) -> bool:
+    """Return whether an option can be had here, and is wanted."""
+    if option in ("bf16", "cuda-graphs") and study.device.type != "cuda":
+        return False
+    return compiling or option not in ("compile", "cuda-graphs")
+
+
+def gains(
+    study: Study, name: str, iterations: int, blocks: int, compiling: bool, folder: Path
+) -> Iterator[tuple[str, tuple[float, float, float]]]:
+    """Yield each option with the ratio of our loop's seconds with it to those without."""
+    for option, (without, with_it) in OPTIONS.items():
+        if not applies(option, ResolvedStudy(study), compiling):
+            continue
+        sides = [
+            OurLoop(ResolvedStudy(changed(study, values)), name, iterations, folder / option / side)
+            for side, values in (("with", with_it), ("without", without))
+        ]
+        yield option, ratio(*sides, blocks)
+
+
+def changed(study: Study, values: dict) -> Study:
+    """Return the study with other settings."""
+    plain = {
+        key: value for key, value in study.model_dump(mode="json").items() if value is not None
+    }
+    for key, value in values.items():
+        section, field = key.split(".")
+        plain[section] = plain[section] | {field: value}
+    return Study.model_validate(plain)
+
+
+def evaluation_ratio(study: ResolvedStudy, blocks: int) -> tuple[float, float, float]:
+    """Return evaluation's seconds per image to those of a training forward of the same images."""
+    step, data = study.step(REFERENCE, None), study.val_data
+    size = study.study.evaluation.batch
+    images = torch.stack([data[index][0] for index in range(min(size, len(data)))])
+    images = images.to(study.device)
+
+    def evaluating() -> float:
+        began = time.perf_counter()
+        evaluate(step.student, data, study.device, batch=size, autocast=step.autocast())
+        synchronize(study.device)
+        return (time.perf_counter() - began) / len(data)
+
+    def forward() -> float:
+        repeats = max(1, len(data) // len(images))
+        network: nn.Module = step.student.train()
+        synchronize(study.device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            with step.autocast():
+                network(images, ["logits", "aux"])
+        synchronize(study.device)
+        return (time.perf_counter() - began) / (repeats * len(images))
+
+    return ratio(evaluating, forward, blocks)
+
+
+def utilisation(loop: OurLoop) -> float | None:
+    """Return the share of the device's published peak that our loop's last block made use of."""
+    study = loop.study
+    peak = Surroundings(REFERENCE, study.study.step.precision).peak_of(study.hardware.name)
+    if peak is None:
+        return None
+    with StepTrace(loop.step) as trace:
+        loop.step(*loop.batches.batch(0, study.device), 0, trace.mark)
+    flop = sum(trace.matrix_flop().values())
+    return flop * loop.iterations / loop() / peak
+
+
+def row(what: str, found: tuple[float, float, float], aim: str) -> str:
+    """Return a line of the table."""
+    return f"| {what} | {found[0]:.3f} [{found[1]:.3f}-{found[2]:.3f}] | {aim} |"
+
+
+def title(study: ResolvedStudy, given: argparse.Namespace) -> str:
+    """Return what was run where, and the table's head."""
+    threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return (
+        f"{given.method} of {given.study} on {study.hardware.name}, {threads}; {given.blocks} "
+        f"blocks of {given.iterations} iterations\n\n"
+        "| ratio | found [95 %] | aim |\n| --- | --- | --- |"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", default="quickstart")
+    parser.add_argument("--data")
+    parser.add_argument("--method", default="kd")
+    parser.add_argument("--set", action="append", default=[], dest="assignments")
+    parser.add_argument("--iterations", type=int, default=20, help="per block")
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--compile", action="store_true", help="takes minutes on a CPU")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run from the command line."""
+    given = arguments()
+    overrides = parse_assignments(given.assignments) | ({"data": given.data} if given.data else {})
+    study = load_study(given.study, overrides)
+    resolved = ResolvedStudy(study)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = OurLoop(resolved, given.method, given.iterations, Path(folder) / "ours")
+        bare = BareLoop(resolved, given.method, given.iterations)
+        found = ratio(ours, bare, given.blocks)
+        print(title(resolved, given))
+        print(row("our loop / bare loop", found, "<= 1.02"))
+        print(f"| data wait / training | {ours.waited_s / ours.trained_s:.3f} | <= 0.02 |")
+        print(row("evaluation / forward", evaluation_ratio(resolved, given.blocks), "<= 1"))
+        share = utilisation(ours)
+        print(f"| MFU | {'no published peak' if share is None else f'{share:.3f}'} | |", flush=True)
+        wanted = study, given.method, given.iterations, given.blocks, given.compile, Path(folder)
+        for option, gain in gains(*wanted):
+            print(row(f"with {option} / without", gain, "< 1"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
