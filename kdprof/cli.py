@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -419,14 +420,21 @@ _training = _options(
 _launching = _options(
     click.option(
         "--launcher",
-        type=click.Choice(["local"]),
-        help="local: many runs at once on this machine, each in its own process.",
+        type=click.Choice(["local", "slurm"]),
+        help="local: many runs at once on this machine, each in its own process; slurm: as jobs.",
     ),
     click.option(
         "--slots",
         type=click.IntRange(min=1),
         metavar="N",
         help="With --launcher local: runs at once (default: one per GPU; 2 on a CPU).",
+    ),
+    click.option(
+        "--slurm",
+        "slurm_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="With --launcher slurm: partition, account, qos, constraint, time, cpus, ...",
     ),
 )
 
@@ -435,18 +443,43 @@ _launching = _options(
 @_study
 @_training
 @_launching
-def train(no_control: bool, launcher: str | None, slots: int | None, **given: Any) -> None:
+def train(
+    no_control: bool,
+    launcher: str | None,
+    slots: int | None,
+    slurm_options: tuple[str, ...],
+    **given: Any,
+) -> None:
     """Train every method at every budget; measures first what is missing."""
     if slots is not None and launcher != "local":
         raise UserError("--slots divides this machine among runs; add --launcher local")
+    if slurm_options and launcher != "slurm":
+        raise UserError("--slurm asks a cluster for something; add --launcher slurm")
     study, store, progress = _begin(given)
     if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
+    if launcher == "slurm":
+        _submit(study, store, slurm_options, not no_control)
+        return
     if launcher == "local":
         summary = _train_locally(study, store, progress, not no_control, slots)
     else:
         summary = _train_here(study, store, progress, not no_control)
     _conclude_training(summary, store, given)
+
+
+def _submit(study: Study, store: Store, options: tuple[str, ...], control: bool) -> None:
+    if find_spec("submitit") is None:
+        raise UserError("--launcher slurm needs submitit; pip install 'kdprof[slurm]'")
+    from kdprof.launch.slurm import job_name, parse_options, submit
+
+    made = submit(study, store, parse_options(options), control=control)
+    click.echo(
+        f"submitted {made.runs} runs as {len(made.tasks)} tasks ({made.tasks[0]} ...), after "
+        f"{made.preparation}, which measures and trains the teacher\n"
+        f"follow: kdprof status --out {store.root}; logs: {store.slurm}; "
+        f"cancel: scancel --name={job_name(store)}"
+    )
 
 
 def _train_here(study: Study, store: Store, progress: Progress, control: bool) -> Summary:

@@ -303,6 +303,11 @@ class Store:
         """Return the folder of the teacher's own training."""
         return RunFolder(self.root / "teacher")
 
+    @property
+    def slurm(self) -> Path:
+        """Where a cluster's jobs have their scripts and logs."""
+        return self.root / "slurm"
+
     def trunk_folder(self, method: str, seed: int) -> RunFolder:
         """Return the folder of what a method's wsd runs of a seed share."""
         return RunFolder(self.root / "trunks" / slug(method) / str(seed))

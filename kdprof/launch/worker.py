@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
 from kdprof.study import load_study
-from kdprof.train import train_named
+from kdprof.train import needs_teacher, prepare, train_named, trained_teacher
 from kdprof.train.loop import Interrupted
 
 TOLD = "@kdprof "
@@ -39,9 +39,16 @@ class Request:
     out: str
     """The folder of results, which holds the study."""
     device: str
-    job: Job
+    job: Job | None
+    """None: measure what is missing and train the teacher, for the jobs that follow."""
     beside: int | None
     """Runs that other workers train on this machine meanwhile; None = not known."""
+    names: tuple[str, ...] = ()
+    """Methods to measure, where there is no job."""
+
+    def label(self) -> str:
+        """Return what messages call it."""
+        return self.job.label() if self.job else "preparation"
 
     def to_json(self) -> str:
         """Return it as one line."""
@@ -51,8 +58,10 @@ class Request:
     def from_json(text: str) -> Request:
         """Read what :meth:`to_json` returned."""
         values = json.loads(text)
-        job = values.pop("job")
-        return Request(job=Job(job["method"], job["seed"], tuple(job["budgets"])), **values)
+        job, names = values.pop("job"), tuple(values.pop("names"))
+        if job is not None:
+            job = Job(job["method"], job["seed"], tuple(job["budgets"]))
+        return Request(job=job, names=names, **values)
 
 
 @dataclass
@@ -74,7 +83,7 @@ class Worker:
     def __init__(self, request: Request, environment: Mapping[str, str]):
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._stopping = False
-        self._name = request.job.label()
+        self._name = request.label()
         # In a session of its own: Ctrl-C reaches it through the launcher only. SIGUSR2, by which a
         # cluster announces the end, is its launcher's too.
         self._child = subprocess.Popen(
@@ -92,6 +101,10 @@ class Worker:
         """Ask it to save and end; returns at once."""
         self._stopping = True
         self._child.terminate()
+
+    def wait(self) -> None:
+        """Wait until it has ended; it says too little to be held up by a full pipe."""
+        self._child.wait()
 
     def follow(self, say: Callable[[str], None]) -> Outcome:
         """Pass on what it says until it ends."""
@@ -148,10 +161,22 @@ def _train(request: Request) -> list[str]:
     study = load_study(str(store.study), {"device": request.device})
     job, progress = request.job, _Told()
     resolved = ResolvedStudy(study, progress=progress)
+    if job is None:
+        _prepare(resolved, store, progress, request.names)
+        return []
     summary = train_named(
         resolved, store, progress, job.method, job.budgets, job.seed, beside=request.beside
     )
     return summary.failures
+
+
+def _prepare(study: ResolvedStudy, store: Store, progress: Progress, names: Sequence[str]) -> None:
+    """Do what the jobs have in common. A method that cannot be measured fails in its own jobs."""
+    prepared = prepare(study, store, list(names), progress)
+    for failure in prepared.failures:
+        progress.say(failure)
+    if needs_teacher(study, prepared.costs.keys() & set(names)):
+        trained_teacher(study, store, progress)
 
 
 def main() -> None:
@@ -167,7 +192,7 @@ def main() -> None:
         if debugging():
             raise
         problems = error.problems if isinstance(error, UserError) else [explain(error)]
-        failures = [f"{request.job.label()}: {problem}" for problem in problems]
+        failures = [f"{request.label()}: {problem}" for problem in problems]
         for failure in failures:
             _tell("say", f"failed: {failure}")
     for failure in failures:
