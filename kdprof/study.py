@@ -158,6 +158,8 @@ class TrainingSettings(Section):
     log_every: int = Field(50, ge=1)
     """Iterations between two lines of the log; only there the host waits for the device."""
     checkpoint_every_s: float = Field(600, gt=0)
+    loggers: list[Literal["tensorboard", "wandb"]] = []
+    """Where the log goes beside log.jsonl and curve.jsonl: each needs the extra of its name."""
 
 
 class EvaluationSettings(Section):
@@ -234,7 +236,11 @@ class Study(Section):
     def comparable(self) -> dict[str, Any]:
         """Return what must agree for two results to belong to one comparison."""
         aside = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
-        exclude = {**dict.fromkeys(aside, True), "data_settings": {"cache_folder"}}
+        exclude = {
+            **dict.fromkeys(aside, True),
+            "data_settings": {"cache_folder"},
+            "training": {"loggers"},
+        }
         return self.model_dump(mode="json", exclude=exclude)
 
 

@@ -17,6 +17,7 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.store import Held, RunFolder, Store
 from kdprof.train import checkpoint
 from kdprof.train.cells import TEACHER, TRUNK, Cell, TrunkPlan, cells_of, new_run, trunk_plan
+from kdprof.train.loggers import check_loggers
 from kdprof.train.loop import Interrupted, TrainingRun, Trunk, Validation
 
 
@@ -175,10 +176,11 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     measuring what is missing and no more, and which could not be measured.
 
     Raises:
-        UserError: a step cannot fit into the device's memory, or the folder's runs were made under
-            other conditions than this study would make.
+        UserError: a step cannot fit into the device's memory, a logger is not installed, or the
+            folder's runs were made under other conditions than this study would make.
         KdprofError: no Cost of a method that a budget is measured in.
     """
+    check_loggers(study.study.training.loggers)
     _check_runs(study, store, names)
     named = _budget_methods(study)
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))

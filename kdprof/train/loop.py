@@ -28,6 +28,7 @@ from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
 from kdprof.train.evaluate import evaluate, mean_iou
 from kdprof.train.ledger import Ledger
+from kdprof.train.loggers import Logger, open_loggers
 from kdprof.train.pace import Pace, Spending, pace_of
 
 STARTUP_ITERATIONS = 2
@@ -129,6 +130,7 @@ class TrainingRun:
         self._reached = 0
         """The last stop that was dealt with, in planned iterations."""
         self._waited_s = 0.0
+        self._loggers: list[Logger] = []
         self._stop = StopSignal()
         self._stretch = _Stretch(meter)
         self._fresh = STARTUP_ITERATIONS
@@ -148,6 +150,7 @@ class TrainingRun:
             progress.task(label, self.run.iterations, self.done) as advance,
         ):
             self._save_record()
+            self._open_loggers()
             # Or a run that is over the plan would have no more batches.
             last = self.run.iterations if type(self.pace) is Pace else ENDLESS
             batches = Feeder(self.batches, self.step.device, self.done, last)
@@ -165,6 +168,7 @@ class TrainingRun:
                 raise
             finally:
                 batches.close()
+                self._close_loggers()
         return self.run
 
     def _stops(self) -> list[int]:
@@ -328,6 +332,20 @@ class TrainingRun:
         yield
         self.ledger.book(kind, self.done, time.perf_counter() - began)
 
+    def _open_loggers(self) -> None:
+        with self._booked("logging"):
+            label = f"{self.run.method} {self.run.budget} seed {self.run.seed}"
+            names = self.settings.loggers
+            self._loggers = open_loggers(names, self.folder.path, label, self.done)
+
+    def _close_loggers(self) -> None:
+        for logger in self._loggers:
+            logger.close()
+
+    def _tell_loggers(self, scalars: Mapping[str, float]) -> None:
+        for logger in self._loggers:
+            logger.add(self.done, scalars)
+
     def _log(self) -> None:
         with self._booked("logging"):
             line = LogLine(
@@ -337,6 +355,9 @@ class TrainingRun:
                 learning_rate=self._learning_rate(),
             )
             append_line(self.folder.log, line)
+            losses = {f"loss/{name}": value for name, value in self.losses.items()}
+            rest = {"learning_rate": line.learning_rate, "train_s": line.train_s}
+            self._tell_loggers(losses | rest)
             self.folder.renew_lease()
 
     def _learning_rate(self) -> float:
@@ -367,6 +388,8 @@ class TrainingRun:
                 learning_rate=self._learning_rate(),
             )
             append_line(self.folder.curve, point)
+        with self._booked("logging"):
+            self._tell_loggers({"miou": found.miou})
         self._evaluated.add(self.done)
         per_class = dict(zip(validation.data.class_names, found.per_class, strict=True))
         self.run = self.run.model_copy(

@@ -1,0 +1,95 @@
+"""Other people's dashboards, fed with what the run's own log.jsonl and curve.jsonl get."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from kdprof.errors import UserError
+
+
+class Logger(Protocol):
+    """Takes a run's scalars."""
+
+    def add(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Note scalars of one iteration."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class _TensorBoard:
+    """Event files in ``tensorboard/`` of the run's folder."""
+
+    def __init__(self, folder: Path, label: str, iteration: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed process wrote after its checkpoint is made again.
+        again = iteration + 1 if iteration else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=again)
+
+    def add(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A Weights & Biases run in ``wandb/`` of the run's folder, offline unless WANDB_MODE says
+    otherwise; ``wandb sync`` uploads it."""
+
+    def __init__(self, folder: Path, label: str, iteration: int):
+        import wandb
+
+        self._run = wandb.init(
+            project="kdprof",
+            name=label,
+            dir=str(folder),
+            # One per results folder and run, so that a continued run is the same there.
+            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            reinit="create_new",
+        )
+
+    def add(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+LOGGERS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+"""By the name of their package, which is also the extra that brings it."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse loggers whose package is not installed.
+
+    Raises:
+        UserError: names them all.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            *(
+                f"training.loggers: '{name}' is not installed; pip install 'kdprof[{name}]'"
+                for name in missing
+            )
+        )
+
+
+def open_loggers(names: Sequence[str], folder: Path, label: str, iteration: int) -> list[Logger]:
+    """Return loggers of one run.
+
+    Args:
+        folder: the run's.
+        iteration: where it begins or continues.
+    """
+    return [LOGGERS[name](folder, label, iteration) for name in names]
