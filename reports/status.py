@@ -26,7 +26,19 @@ def status_table(store: Store, console: Console) -> None:
         return
     rows = [_cells(folder, run) for folder, run in begun]
     Grid(f"Runs in {store.root}", HEADER, rows).print(console)
-    print_notes(_notes([run for _, run in begun]), console)
+    notes = _notes([run for _, run in begun])
+    print_notes([*notes, *_saving(store)], console)
+
+
+def _saving(store: Store) -> list[str]:
+    """Say what shared trunks (wsd) have saved: each run's price holds the whole of its share."""
+    shared_s = math.fsum(run.trunk_s for run in store.runs())
+    trunks = [run for folder in store.trunk_folders() if (run := folder.read_run())]
+    if not shared_s:
+        return []
+    saved_s = shared_s - math.fsum(run.train_s.actual for run in trunks)
+    spent_s = math.fsum(run.train_s.actual for run in store.runs())
+    return [f"Shared trunks (wsd) saved {duration(saved_s)} of {duration(spent_s)}."]
 
 
 def _cells(folder: RunFolder, run: Run) -> list[str]:

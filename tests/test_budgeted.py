@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.schedule import decay_start
 from kdprof.step import TrainStep
 from kdprof.store import Held, RunFolder, Store, append_line, write_record
-from kdprof.train import checkpoint
+from kdprof.train import _left, checkpoint
+from kdprof.train.cells import Cell
 from kdprof.train.ledger import Ledger
 from kdprof.train.loop import Interrupted
 from kdprof.train.pace import Enforced, Spending, pace_of
@@ -312,3 +314,10 @@ def test_status_tells_failed_stopped_and_running(tmp_path, capsys):
     for words in ("finished", "failed", "running", "stopped", "+6.0%", "kd is nan",
                   "1 of 1 finished runs more than 2 %"):  # fmt: skip
         assert words in lines
+
+
+def test_a_bar_tells_what_is_left_of_the_study():
+    cells = [Cell("kd", "6", seed, 6, 6, 6, 6, 1800.0) for seed in range(4)]
+    assert _left(cells, 0, 0.0) == " (2:00:00 for all)"
+    assert _left(cells, 1, 3600.0) == " (3:00:00 for all)"  # took twice its plan
+    assert _left([replace(cells[0], planned_s=None)], 0, 1.0) == " (0:00:00 for all)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 from kdprof.budget import parse_budget
@@ -130,12 +132,13 @@ def _train_waiting(
 
 def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
     """Train cells one after the other; return those that other processes hold."""
-    held = []
+    held, began = [], time.monotonic()
     for number, cell in enumerate(cells, 1):
         count = f"[{number}/{len(cells)}] " if len(cells) > 1 else ""
         label = count + cell.label()
+        left = _left(cells, number - 1, time.monotonic() - began) if count else ""
         try:
-            run = work.train(cell, label)
+            run = work.train(cell, label + left)
         except Interrupted:
             raise
         except Held:
@@ -151,6 +154,14 @@ def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[C
         summary.finished.append(run)
         work.progress.say(f"{label}: {_outcome(run)}")
     return held
+
+
+def _left(cells: Sequence[Cell], done: int, elapsed_s: float) -> str:
+    """Return what a bar says of the cells after the first ``done``: as long as was planned, times
+    what the others took, all told, of their plan."""
+    planned = [cell.planned_s or 0.0 for cell in cells]
+    pace = elapsed_s / sum(planned[:done]) if sum(planned[:done]) else 1.0
+    return f" ({timedelta(seconds=round(pace * sum(planned[done:])))} for all)"
 
 
 def _check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
