@@ -316,6 +316,25 @@ def test_status_tells_failed_stopped_and_running(tmp_path, capsys):
         assert words in lines
 
 
+def test_status_tells_what_a_shared_trunk_saved(tmp_path, capsys):
+    """Two runs of 50 s and 90 s that share the first 40 s and 80 s of a trunk of 80 s."""
+    from rich.console import Console
+
+    from kdprof.reports.status import status_table
+
+    store = Store(tmp_path)
+    made = [("2", 50.0, 40.0), ("4", 90.0, 80.0)]
+    folders = [store.run_folder("kd", budget, 0) for budget, _, _ in made]
+    for folder, (budget, spent_s, trunk_s) in zip(
+        [*folders, store.trunk_folder("kd", 0)], [*made, ("trunk", 80.0, 0.0)], strict=True
+    ):
+        folder.path.mkdir(parents=True)
+        spent = Spent(planned=None, actual=spent_s)
+        write_record(folder.record, record(budget=budget, train_s=spent, trunk_s=trunk_s))
+    status_table(store, Console(width=200))
+    assert "Shared trunks (wsd) saved 40.0 s of 2.33 min." in capsys.readouterr().out
+
+
 def test_a_bar_tells_what_is_left_of_the_study():
     cells = [Cell("kd", "6", seed, 6, 6, 6, 6, 1800.0) for seed in range(4)]
     assert _left(cells, 0, 0.0) == " (2:00:00 for all)"
