@@ -90,7 +90,7 @@ class Cluster:
         )  # fmt: skip
         self.wait(lambda: (self.folder / "munge.socket").exists())
         self._start("slurmctld", "-D", "-c")
-        self.start_node()
+        self._start("slurmd", "-D", "-N", self.host)
         return self
 
     def __exit__(self, *_) -> None:
@@ -105,16 +105,21 @@ class Cluster:
             [name, *options], env=self.environment, stdout=log, stderr=log
         )
 
-    def start_node(self) -> None:
-        """Start the node's daemon and wait until it takes jobs."""
-        self._start("slurmd", "-D", "-N", self.host)
-        self.wait(lambda: self.node_state().startswith(("idle", "mix", "alloc")))
+    def has_node(self) -> bool:
+        """Wait until the node takes jobs; say whether it came to that."""
+        deadline = time.monotonic() + 60
+        while not self.takes_jobs() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.takes_jobs()
+
+    def takes_jobs(self) -> bool:
+        return self.node_state().startswith(("idle", "mix", "alloc"))
 
     def start_node_again(self) -> None:
         """Start it after it was down."""
         self._start("slurmd", "-D", "-N", self.host)
         self.run("scontrol", "update", f"nodename={self.host}", "state=resume")
-        self.wait(lambda: self.node_state().startswith(("idle", "mix", "alloc")))
+        self.wait(self.takes_jobs)
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> None:
         """End a daemon."""
@@ -142,7 +147,7 @@ class Cluster:
     def running(self) -> list[str]:
         return [job for job, state in self.queue().items() if state == "RUNNING"]
 
-    def wait(self, happened, timeout_s: float = 120) -> None:
+    def wait(self, happened, timeout_s: float = 400) -> None:
         deadline = time.monotonic() + timeout_s
         while not happened():
             assert time.monotonic() < deadline, self.told()
