@@ -188,6 +188,7 @@ class Task:
 
     def __init__(self, request: Request):
         self.request = request
+        self._worker: Worker | None = None
 
     def __call__(self) -> None:
         """Train until the worker is through.
@@ -197,8 +198,8 @@ class Task:
         """
         with _held_back(signal.SIGUSR2):
             # Its end is announced to every process of a job. Only this one may act on it.
-            self._worker = Worker(self.request, {})
-        outcome = self._worker.follow(lambda text: print(text, flush=True))
+            self._worker = worker = Worker(self.request, {})
+        outcome = worker.follow(lambda text: print(text, flush=True))
         if outcome.failures:
             raise KdprofError("\n".join(outcome.failures))
         if outcome.stopped:
@@ -209,8 +210,9 @@ class Task:
 
         submitit calls this from the handler of the signal that announces the end.
         """
-        self._worker.stop()
-        self._worker.wait()
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker.wait()
         return DelayedSubmission(Task(self.request))
 
 
