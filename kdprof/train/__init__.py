@@ -138,7 +138,7 @@ def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[C
         label = count + cell.label()
         left = _left(cells, number - 1, time.monotonic() - began) if count else ""
         try:
-            run = work.train(cell, label + left)
+            run = work.train(cell, label, left)
         except Interrupted:
             raise
         except Held:
@@ -258,10 +258,10 @@ class _Work:
     cells: Sequence[Cell]
     beside: int | None
 
-    def train(self, cell: Cell, label: str) -> Run:
-        """Train a cell, and before it what it branches off from."""
+    def train(self, cell: Cell, label: str, left: str) -> Run:
+        """Train a cell, and before it what it branches off from; ``left`` is for its bar."""
         plan = trunk_plan(self.study, self.cells, cell)
-        trunk = self._trunk(plan, cell) if plan else None
+        trunk = self._trunk(plan, cell, left) if plan else None
         study = self.study
         validation = Validation(
             study.val_data,
@@ -269,9 +269,9 @@ class _Work:
             study.study.evaluation.points,
             study.scenario.groups() if study.scenario else {},
         )
-        return self._train(cell, validation, label, trunk=trunk)
+        return self._train(cell, validation, label, left, trunk=trunk)
 
-    def _trunk(self, plan: TrunkPlan, cell: Cell) -> Trunk | None:
+    def _trunk(self, plan: TrunkPlan, cell: Cell, left: str) -> Trunk | None:
         """Train the trunk as far as its branches need; return where a cell branches off."""
         folder = self.store.trunk_folder(plan.method, plan.seed)
         state = folder.mark(plan.marks[cell.budget])
@@ -284,7 +284,7 @@ class _Work:
                 plan.method, TRUNK, plan.seed, end, end, end, longest.span, share and share * end
             )
             label = f"{plan.method} trunk seed {plan.seed}"
-            run = self._train(trunk, None, label, marks=marks)
+            run = self._train(trunk, None, label, left, marks=marks)
             self.progress.say(f"{label}: {run.iterations} iterations, {run.train_s.actual:.1f} s")
         if state.exists():
             return Trunk(state)
@@ -299,6 +299,7 @@ class _Work:
         cell: Cell,
         validation: Validation | None,
         label: str,
+        left: str,
         *,
         trunk: Trunk | None = None,
         marks: set[int] | None = None,
@@ -330,7 +331,7 @@ class _Work:
                 trunk=trunk,
                 marks=marks or (),
             )
-            return training.train(self.progress, label)
+            return training.train(self.progress, label, left)
 
 
 def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> SegmentationNetwork:

@@ -135,8 +135,12 @@ class TrainingRun:
         self._stretch = _Stretch(meter)
         self._fresh = STARTUP_ITERATIONS
 
-    def train(self, progress: Progress, label: str) -> Run:
+    def train(self, progress: Progress, label: str, left: str = "") -> Run:
         """Train to the end and return the finished record.
+
+        Args:
+            label: what lines and the bar call it.
+            left: what the bar adds about the runs that follow.
 
         Raises:
             Interrupted: a signal came; everything is saved.
@@ -147,7 +151,7 @@ class TrainingRun:
         self.pace = pace_of(self.run, self.cost, Spending(self._spent_s, self._spent_j))
         with (
             self._stop.watching(),
-            progress.task(label, self.run.iterations, self.done) as advance,
+            progress.task(label + left, self.run.iterations, self.done) as advance,
         ):
             self._save_record()
             self._open_loggers()
