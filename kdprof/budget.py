@@ -203,9 +203,10 @@ def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Number
         per, low, high = seconds_per_iteration(cost, costs)
         return amount / per, amount / high, amount / low
     if budget.unit == "flop":
-        if cost.flop is None:
+        each = cost.flop_per_iteration()
+        if each is None:
             raise UserError(_missing(budget, cost, "flop"))
-        exact = amount / cost.flop.total
+        exact = amount / each
         return exact, exact, exact
     if cost.energy_j is None:
         raise UserError(_missing(budget, cost, "energy_j"))
@@ -250,9 +251,10 @@ def cost_ratio(above: Cost, below: Cost) -> Numbers:
 
 
 def _equal_flop(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> int | None:
-    if cost.flop is None or budget.unit == "samples":
+    each = cost.flop_per_iteration()
+    if each is None or budget.unit == "samples":
         return None
     if budget.unit == "flop":
-        return round(budget.amount / cost.flop.total)
-    reference = costs[budget.method].flop if budget.method else None
-    return round(budget.amount * reference.total / cost.flop.total) if reference else None
+        return round(budget.amount / each)
+    reference = costs[budget.method].flop_per_iteration() if budget.method else None
+    return round(budget.amount * reference / each) if reference else None

@@ -64,7 +64,8 @@ _study = _options(
     click.option("--data", metavar="NAME[:ROOT]", help="synthetic or camvid:ROOT."),
     click.option("--device", help="auto, cpu, cuda or cuda:N."),
     click.option("--precision", help="fp32, bf16 or fp16."),
-    click.option("--batch", type=int, help="Images per step."),
+    click.option("--batch", type=int, help="Images per step, over all GPUs."),
+    click.option("--gpus", type=int, help="GPUs that share each step of a run."),
     click.option("--crop", metavar="HxW", help="Training crop, pixels."),
     _out(DEFAULT_OUT),
     _json,
@@ -77,6 +78,7 @@ _STUDY_KEYS = {
     "device": "device",
     "precision": "step.precision",
     "batch": "step.batch",
+    "gpus": "step.gpus",
     "crop": "step.crop",
 }
 _MEASURE_KEYS = {
@@ -94,6 +96,7 @@ _NOT_FOR_STEPS = {
     "teacher": "--teacher",
     "data": "--data",
     "batch": "--batch",
+    "gpus": "--gpus",
     "crop": "--crop",
 }
 
@@ -465,7 +468,8 @@ def train(
         summary = _train_locally(study, store, progress, not no_control, slots)
     else:
         summary = _train_here(study, store, progress, not no_control)
-    _conclude_training(summary, store, given)
+    if summary is not None:
+        _conclude_training(summary, store, given)
 
 
 def _submit(study: Study, store: Store, options: tuple[str, ...], control: bool) -> None:
@@ -482,13 +486,24 @@ def _submit(study: Study, store: Store, options: tuple[str, ...], control: bool)
     )
 
 
-def _train_here(study: Study, store: Store, progress: Progress, control: bool) -> Summary:
+def _train_here(study: Study, store: Store, progress: Progress, control: bool) -> Summary | None:
+    """Train in this process, or in a group of them that this or torchrun starts; None in those
+    that follow another."""
+    from kdprof.launch.group import in_group, run_group
+    from kdprof.parallel import Place, Ranks
     from kdprof.resolve import ResolvedStudy
     from kdprof.train import train as run
 
-    resolved = ResolvedStudy(study, progress=progress)
-    prepared = _prepare(resolved, store, progress, control)
-    return run(resolved, store, progress, control=control, prepared=prepared)
+    if study.step.gpus > 1 and Place.from_environment() is None:
+        arguments = ["-P", "-m", "kdprof", *sys.argv[1:]]
+        raise click.exceptions.Exit(run_group(arguments, study.step.gpus))
+
+    def lead(ranks: Ranks | None) -> Summary:
+        resolved = ResolvedStudy(study, progress=progress, ranks=ranks)
+        prepared = _prepare(resolved, store, progress, control)
+        return run(resolved, store, progress, control=control, prepared=prepared)
+
+    return in_group(study, lead)
 
 
 def _train_locally(
@@ -498,7 +513,7 @@ def _train_locally(
     from kdprof.resolve import ResolvedStudy
 
     # First: the threads that a slot has are part of what is measured.
-    divided = divide(study.device, slots)
+    divided = divide(study.device, slots, study.step.gpus)
     resolved = ResolvedStudy(study, progress=progress)
     prepared = _prepare(resolved, store, progress, control)
     return train_locally(resolved, store, progress, divided, control=control, prepared=prepared)
@@ -717,28 +732,38 @@ def main() -> None:
     """Run the command line; every failure is one line unless ``--debug`` asks for more."""
     if "--debug" in sys.argv:
         os.environ["KDPROF_DEBUG"] = "1"  # for the processes that measure
-        sys.exit(cli(standalone_mode=False))
+        _leave(cli(standalone_mode=False))
     try:
-        sys.exit(cli(standalone_mode=False))
+        code = cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("kdprof: interrupted; what was written is whole", err=True)
-        sys.exit(130)
+        code = 130
     except click.ClickException as error:
         click.echo(f"kdprof: {_usage_message(error)}", err=True)
-        sys.exit(2)
+        code = 2
     except KdprofError as error:
         for line in str(error).splitlines():
             click.echo(f"kdprof: {line}", err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except Exception as error:
         message = " ".join(str(error).split()) or "no message"
         click.echo(
             f"kdprof: {type(error).__name__}: {message}; run 'kdprof --debug ...' for details",
             err=True,
         )
-        sys.exit(1)
+        code = 1
+    _leave(code)
+
+
+def _leave(code: int | None) -> None:
+    """End with an exit code; a process of a group in the way that its agent understands."""
+    if "RANK" in os.environ:
+        from kdprof.launch.group import leave
+
+        leave(code or 0)
+    sys.exit(code)
 
 
 def _usage_message(error: click.ClickException) -> str:

@@ -67,7 +67,7 @@ class TermCost(Record):
 
 OperationKind = Literal[
     "matrix", "elementwise", "reduction", "softmax", "normalisation", "resize", "pooling",
-    "gather", "copy", "optimizer", "uncounted",
+    "gather", "copy", "optimizer", "communication", "uncounted",
 ]  # fmt: skip
 """What a torch operator does. ``uncounted``: no formula knows it."""
 
@@ -164,11 +164,17 @@ class Outlier(Record):
 
 
 class Cost(Record):
-    """What one TrainStep of a method costs on one device."""
+    """What one TrainStep of a method costs on one device, or on several that share its batch.
+
+    Of several, ``energy_j`` is the sum; FLOP, bytes, memory and the operators are rank 0's, and
+    every other's are the same.
+    """
 
     schema_version: Literal[3] = Field(default=3, alias="schema")
     method: str
     device: str
+    gpus: int = 1
+    """Devices that made the step together, each on its share of the batch."""
     key: str
     """Hash of everything that changes the cost."""
     session: str
@@ -217,6 +223,10 @@ class Cost(Record):
     settings: dict[str, Any]
     """The study's fields and method settings that the key is made of."""
     versions: dict[str, str]
+
+    def flop_per_iteration(self) -> float | None:
+        """Return the matrix FLOP of one step on all its devices; None where not counted."""
+        return None if self.flop is None else self.flop.total * self.gpus
 
     def seconds_per_iteration(self) -> Interval:
         """Return what an iteration takes from a run's clock: with the loader where that was
@@ -277,6 +287,8 @@ class Run(Record):
     """What ends the run: its iterations, or its planned time, energy or flop."""
     startup: str = "apart"
     """Whether the start-up of its processes is counted in ``train_s``."""
+    gpus: int = 1
+    """Devices that trained it together: its GPU-seconds are ``train_s`` times these."""
     beside: int | None = 0
     """Runs that were trained on the same machine at the same time, at most: they share its memory
     bandwidth, so that planned seconds do not hold. None = not known (a cluster's node)."""
@@ -302,8 +314,9 @@ class Run(Record):
     data_wait_s: float | None = None
     """The part of ``train_s`` in which the step waited for its batch."""
     flop: float | None
+    """Of all its devices."""
     energy_j: float | None
-    """Of the training alone, by the device's own counter."""
+    """Of the training alone, by the devices' own counters."""
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
     finished: bool

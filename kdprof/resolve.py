@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from kdprof.method import (
     source_hash,
 )
 from kdprof.models import SegmentationNetwork, build, folded, parse_name
+from kdprof.parallel import Ranks
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE
 from kdprof.step import TrainStep
@@ -50,6 +52,8 @@ class ResolvedStudy:
 
     Args:
         parent: another process of ours on the device, which is no stranger there.
+        ranks: the group that this process makes steps with, where ``step.gpus`` asks for one. What
+            its rank 0 does to the study's steps, the others are told to do.
         progress: told when images are decoded into memory or into the cache.
 
     Raises:
@@ -57,12 +61,18 @@ class ResolvedStudy:
     """
 
     def __init__(
-        self, study: Study, *, parent: int | None = None, progress: Progress | None = None
+        self,
+        study: Study,
+        *,
+        parent: int | None = None,
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.study, self._progress = study, progress or Progress(None)
+        self.study, self._progress, self.ranks = study, progress or Progress(None), ranks
         self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
+        self._own_pids |= ranks.pids if ranks else frozenset()
         problems: list[str] = []
-        self.device = _checked(problems, lambda: find_device(study.device), torch.device("cpu"))
+        self.device = _checked(problems, self._find_device, torch.device("cpu"))
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
             _checked(problems, lambda name=network: parse_name(name), None)
@@ -80,6 +90,33 @@ class ResolvedStudy:
         self.teacher_train_data = self._view(train, "teacher", training=True)
         self._check_crop()
         configure_backends(self.device, study.step.precision)
+
+    def alone(self) -> ResolvedStudy:
+        """Return the same study without its group: for what one process does."""
+        study = copy.copy(self)
+        study.ranks = None
+        return study
+
+    def _find_device(self) -> torch.device:
+        """Find the device, which of several GPUs is this rank's.
+
+        Raises:
+            UserError: no such device, or not as many.
+        """
+        gpus, name = self.study.step.gpus, self.study.device
+        device = find_device(name)
+        if gpus == 1 or device.type == "cpu":
+            return device
+        if ":" in name:
+            raise UserError(
+                f"step.gpus = {gpus} takes the first {gpus} GPUs, not {name}; use device = 'cuda', "
+                "and CUDA_VISIBLE_DEVICES to choose"
+            )
+        if gpus > torch.cuda.device_count():
+            raise UserError(
+                f"step.gpus = {gpus}: this machine has {torch.cuda.device_count()}; use fewer"
+            )
+        return torch.device("cuda", self.ranks.rank if self.ranks else 0)
 
     def _find_methods(self, problems: list[str]) -> dict[str, Found]:
         """Return the study's methods, those its budgets name, and the controls."""
@@ -133,6 +170,21 @@ class ResolvedStudy:
             UserError: all of them.
         """
         step, problems = self.study.step, []
+        if step.batch % step.gpus:
+            problems.append(
+                f"a batch of {step.batch} cannot be shared equally by {step.gpus} GPUs; use a "
+                f"multiple of {step.gpus} for step.batch"
+            )
+        if step.gpus > 1 and step.compile == "cuda-graphs":
+            problems.append(
+                "step.compile = 'cuda-graphs' records the work of one GPU; use 'default' or 'none' "
+                f"with step.gpus = {step.gpus}"
+            )
+        if step.gpus > 1 and self.study.measure.in_process:
+            problems.append(
+                f"step.gpus = {step.gpus} is measured in {step.gpus} processes; leave "
+                "measure.in_process (--in-process) out"
+            )
         if step.compile == "cuda-graphs" and self.device.type != "cuda":
             problems.append(
                 f"step.compile = 'cuda-graphs' needs a CUDA device, this is {self.device.type}; "
@@ -176,7 +228,9 @@ class ResolvedStudy:
     def _check_crop(self) -> None:
         step = self.study.step
         checks = {self._student_shapes.check_input, self.teacher_shapes.check_input}
-        found = {check(step.batch, step.crop, True) for check in checks} - {None}
+        # Synchronised batch norm sees the pictures of all.
+        pictures = step.batch if step.sync_batchnorm else step.share
+        found = {check(pictures, step.crop, True) for check in checks} - {None}
         if found:
             raise UserError(*sorted(found))
 
@@ -222,7 +276,7 @@ class ResolvedStudy:
     @cached_property
     def hardware(self) -> Hardware:
         """The device's hardware."""
-        return hardware_of(self.device, self._own_pids)
+        return hardware_of(self.device, self._own_pids, self.study.step.gpus)
 
     def method_names(self, *, control: bool) -> list[str]:
         """Return the methods to compare; with ``control`` the equal-cost controls lead."""
@@ -276,6 +330,8 @@ class ResolvedStudy:
         ``iterations`` is the run's length; a step that is only measured has none of its own.
         """
         device = device or self.device
+        told = {"name": name, "seed": seed, "iterations": iterations}
+        self._tell(do="make", **told, teacher=teacher is not None)
         if student is None:
             student = self._placed(self.student(seed), device)
             if self.starts_as_teacher and teacher is not None:
@@ -288,10 +344,21 @@ class ResolvedStudy:
             iterations=iterations,
             seed=seed,
             device=device,
+            ranks=self.ranks,
         )
+
+    def _tell(self, **order: Any) -> None:
+        """Have the other ranks do the same, where this is rank 0 of several."""
+        if self.ranks and self.ranks.leads:
+            self.ranks.tell(order)
+
+    def forget_steps(self) -> None:
+        """Have the other ranks drop the steps made so far, and their memory."""
+        self._tell(do="forget")
 
     def teacher_step(self) -> TrainStep:
         """Return the step that trains the teacher itself: the reference method's."""
+        self._tell(do="make", name=None)
         training = self.study.teacher_training
         rate = training.learning_rate or self.study.step.learning_rate
         return TrainStep(
@@ -302,6 +369,7 @@ class ResolvedStudy:
             iterations=training.iterations,
             seed=0,
             device=self.device,
+            ranks=self.ranks,
         )
 
     def _teacher_method(self) -> Method:
@@ -316,7 +384,13 @@ class ResolvedStudy:
         return network.to(device, memory_format=layout)
 
     def frozen(self, teacher: SegmentationNetwork) -> SegmentationNetwork:
-        """Return a teacher as steps read it: itself, or a copy with folded batch norm."""
+        """Return a teacher as steps read it: itself, or a copy with folded batch norm.
+
+        On rank 0 of several, its weights become every rank's.
+        """
+        self._tell(do="teacher")
+        if self.ranks and self.ranks.leads:
+            self.ranks.share(teacher.state_dict())
         return folded(teacher) if self.study.step.fold_teacher else teacher
 
     def placed_teacher(self) -> SegmentationNetwork:
@@ -345,6 +419,8 @@ class ResolvedStudy:
             batch=self.study.step.batch,
             augmentation=augmentation,
             workers=settings.workers,
+            rank=self.ranks.rank if self.ranks else 0,
+            ranks=self.study.step.gpus,
         )
 
     def cost_settings(self, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kdprof.errors import KdprofError, unknown
 from kdprof.method import IGNORE, Method, Taps
+from kdprof.parallel import Call, Lead, Ranks, data_parallel, leaves_of, synchronize_norms
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -44,13 +45,21 @@ def _unmarked(phase: str) -> None:
     """Do nothing at the end of a phase: nobody is watching."""
 
 
-def task_loss(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
+def valid_pixels(labels: Tensor) -> Tensor:
+    """Return how many pixels are not void; a scalar on the device."""
+    return (labels != IGNORE).sum()
+
+
+def task_loss(
+    logits: Tensor, labels: Tensor, align_corners: bool = False, pixels: Tensor | None = None
+) -> Tensor:
     """Return the cross-entropy of logits resized to the labels, averaged over valid pixels.
 
     Args:
         logits: (N, C, h, w).
         labels: (N, H, W) int64, :data:`IGNORE` where void.
         align_corners: how the bilinear resize aligns, the network's own setting.
+        pixels: what the sum over valid pixels is divided by; their number if not given.
 
     The mean is over valid pixels, as in CIRKD's code; 0 where every pixel is void.
     """
@@ -58,13 +67,14 @@ def task_loss(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Te
         logits.float(), labels.shape[-2:], mode="bilinear", align_corners=align_corners
     )
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / (valid_pixels(labels) if pixels is None else pixels).clamp(min=1)
 
 
-def step_seed(seed: int, iteration: int) -> int:
+def step_seed(seed: int, iteration: int, rank: int = 0) -> int:
     """Return the random seed of one step: a pure function, so that a resumed run draws the same
-    dropout and masks as an uninterrupted one."""
-    return int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
+    dropout and masks as an uninterrupted one. Each rank has draws of its own."""
+    entropy = [seed, iteration, rank] if rank else [seed, iteration]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.SGD:
@@ -100,6 +110,8 @@ class TrainStep:
         method: built for these networks, on ``device``.
         iterations: what the learning-rate schedule spans.
         seed: seed of the run; with the iteration it fixes every random draw of the step.
+        ranks: the group that makes this step together, each rank on its share of the batch; None
+            where one process makes it alone.
     """
 
     def __init__(
@@ -112,6 +124,7 @@ class TrainStep:
         iterations: int,
         seed: int,
         device: torch.device,
+        ranks: Ranks | None = None,
     ):
         self.student, self.teacher, self.method = student.train(), teacher, method.train()
         self.settings, self.iterations, self.seed, self.device = settings, iterations, seed, device
@@ -122,14 +135,39 @@ class TrainStep:
         self._teacher_taps = method.read_of_teacher()
         self._labels_read = "labels" in method.taps
         self._shared_classes = _shared_classes(student, teacher, method)
-        self._run_student = self._compiled(self.student)
-        self._run_method = self._compiled(self.method)
-        self._run_frozen = self._compiled(teacher) if teacher is not None else None
+        self.lead, self._ranks = Lead(ranks), ranks
+        self._wrap()
         self._graphs = settings.compile == "cuda-graphs"
         self._optimizer = _sgd([*student.parameters(), *method.extra_parameters()], settings)
         self._auxiliary_optimizer = self._build_auxiliary()
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+
+    def _wrap(self) -> None:
+        """Make what the step calls: the modules, compiled and data-parallel as was asked for."""
+        student, method, ranks = self.student, self.method, self._ranks
+        auxiliary = method.auxiliary()
+        if ranks and self.settings.sync_batchnorm:
+            synchronize_norms(student, ranks)
+            synchronize_norms(method, ranks, skip=[auxiliary] if auxiliary is not None else [])
+        self._run_student = self._compiled(student)
+        self._run_method = self._compiled(method)
+        self._run_frozen = self._compiled(self.teacher) if self.teacher is not None else None
+        self._run_auxiliary = method.auxiliary_forward
+        if ranks:
+            self._run_student = data_parallel(Call(self._run_student), self._read_of_student())
+            self._run_method = data_parallel(Call(self._run_method), method.extra_parameters())
+        if ranks and auxiliary is not None:
+            judge = Call(method, "auxiliary_forward")
+            self._run_auxiliary = data_parallel(judge, auxiliary.parameters())
+
+    def _read_of_student(self) -> set[nn.Parameter]:
+        """Return the parameters that its taps are computed from: no gradient of another is
+        waited for."""
+        picture = torch.zeros(1, 3, *self.settings.crop, dtype=torch.uint8, device=self.device)
+        taps = self.student.eval()(picture, self._student_taps)
+        self.student.train()
+        return leaves_of(vars(taps).values())
 
     def _compiled(self, module: nn.Module) -> Callable[..., Any]:
         """Return a module as the step calls it; the second optimiser's work is never compiled."""
@@ -166,7 +204,7 @@ class TrainStep:
         """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(step_seed(self.seed, iteration))
+        torch.manual_seed(step_seed(self.seed, iteration, self._ranks.rank if self._ranks else 0))
         self._set_learning_rate(iteration if position is None else position)
         images = images.to(self.device, non_blocking=True, memory_format=self._layout)
         labels = labels.to(self.device, non_blocking=True).long()
@@ -192,9 +230,16 @@ class TrainStep:
         auxiliary = self._auxiliary_step(cut, teacher, labels)
         mark("auxiliary")
         losses.update(terms, **auxiliary)
-        found = {name: value.detach() for name, value in losses.items()}
+        found = self._over_ranks({name: value.detach() for name, value in losses.items()})
         # The next replay of a graph overwrites what this one returned.
         return {name: v.clone() for name, v in found.items()} if self._graphs else found
+
+    def _over_ranks(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean of each term: one that is not finite on any rank is none on all."""
+        if not self._ranks or not losses:
+            return losses
+        mean = self._ranks.mean(torch.stack([value.float() for value in losses.values()]))
+        return dict(zip(losses, mean, strict=True))
 
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position in this step's schedule."""
@@ -226,13 +271,16 @@ class TrainStep:
             return self._run_frozen(images, self._teacher_taps)
 
     def _task(self, cut: Taps, labels: Tensor) -> dict[str, Tensor]:
-        align = self.student.align_corners
+        align, pixels = self.student.align_corners, valid_pixels(labels)
+        if self._ranks:
+            # Of the whole batch: gradients are averaged over ranks that differ in void pixels.
+            pixels = self._ranks.mean(pixels.float())
         losses = {}
         if not self.method.replaces_task_loss:
-            losses["task"] = task_loss(cut.logits, labels, align)
+            losses["task"] = task_loss(cut.logits, labels, align, pixels)
         weights = {"task": 1.0}
         if self.settings.aux_weight:
-            losses["task_aux"] = task_loss(cut.aux, labels, align)
+            losses["task_aux"] = task_loss(cut.aux, labels, align, pixels)
             weights["task_aux"] = self.settings.aux_weight
         self._backward(losses, weights)
         return losses
@@ -279,7 +327,7 @@ class TrainStep:
             return {}
         student, labels = self._shown(cut, labels)
         with self.autocast():
-            terms = self.method.auxiliary_forward(student.detach(), teacher, labels)
+            terms = self._run_auxiliary(student.detach(), teacher, labels)
         weights = self.method.auxiliary_weights
         # Unscaled: a gradient penalty differentiates twice, and the scale would enter squared.
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
@@ -299,7 +347,8 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned, on every rank where rank 0 does."""
+        self.lead.load(state)
         self.student.load_state_dict(state["student"])
         self.method.load_state_dict(state["method"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -51,7 +51,12 @@ class StepSettings(Section):
     """One optimisation step. All of it is part of what a Cost is the cost of."""
 
     batch: int = Field(8, ge=1)
-    """Images per step."""
+    """Images per step, over all GPUs."""
+    gpus: int = Field(1, ge=1)
+    """GPUs of one machine that make a step together, each on its share of the batch; on a CPU,
+    processes."""
+    sync_batchnorm: bool = True
+    """With several GPUs: batch norm over the whole batch, not each GPU's share of it."""
     crop: Size = (512, 1024)
     """Height x width of a training crop, pixels."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -77,6 +82,11 @@ class StepSettings(Section):
     """Where the schedule ends."""
     warmup_iterations: int = Field(0, ge=0)
     """Linear warm-up from zero, part of the run's iterations."""
+
+    @property
+    def share(self) -> int:
+        """Images per GPU and step."""
+        return self.batch // self.gpus
 
 
 class DataSettings(Section):

@@ -29,7 +29,6 @@ from .results import (
     Results,
     collect,
     count,
-    device_count,
     device_text,
     drifted,
     in_iterations,
@@ -211,7 +210,7 @@ def _seconds_axis(runs: list[Run]) -> XAxis:
 
 def _device_time_axis(runs: list[Run]) -> XAxis:
     def device_seconds(run: Run) -> float:
-        return run.train_s.actual * device_count(run.device)
+        return run.train_s.actual * run.gpus
 
     unit, _, long = _time_unit(max(map(device_seconds, runs)))
     kinds = {"CPU" if is_cpu(run.device) else "GPU" for run in runs}

@@ -118,12 +118,6 @@ def is_cpu(device: str) -> bool:
     return re.search(r"\bcpu\b|\(\d+ threads\)$", device, re.IGNORECASE) is not None
 
 
-def device_count(device: str) -> int:
-    """Return how many devices a name stands for: 4 for ``4 x NVIDIA H200``, else 1."""
-    match = re.match(r"(\d+) ?x ", device)
-    return int(match.group(1)) if match else 1
-
-
 def device_text(devices: Iterable[str]) -> str:
     """Return the devices for a header; a CPU is called one whatever its model name."""
     named = [f"CPU: {d}" if is_cpu(d) and d.lower() != "cpu" else d for d in devices]

@@ -62,7 +62,9 @@ class Alone(Method):
         return {}
 
 
-def tiny_step(method_cls=Mimic, *, seed=0, iterations=20, dropout=0.1, **settings) -> TrainStep:
+def tiny_step(
+    method_cls=Mimic, *, seed=0, iterations=20, dropout=0.1, ranks=None, **settings
+) -> TrainStep:
     torch.manual_seed(seed)
     student, teacher, method = TinyNet(6, dropout), TinyNet(10), method_cls()
     method.build(student.info, teacher.info)
@@ -75,6 +77,7 @@ def tiny_step(method_cls=Mimic, *, seed=0, iterations=20, dropout=0.1, **setting
         iterations=iterations,
         seed=seed,
         device=torch.device("cpu"),
+        ranks=ranks,
     )
 
 

@@ -185,10 +185,20 @@ def test_each_gpu_is_one_slot(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("cuda", None)] == ["3", "GPU-5"]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("cuda", 1)] == ["3"]
-    with pytest.raises(UserError, match="--slots 3: this machine has 2 GPUs"):
+    with pytest.raises(UserError, match="3 slots of 1 GPUs each: this machine has 2; lower --slots"):
         local.divide("auto", 3)
     with pytest.raises(UserError, match="takes every GPU, not cuda:1"):
         local.divide("cuda:1", None)
+
+
+def test_gpus_of_one_run_are_one_slot(monkeypatch):
+    monkeypatch.setattr(local, "find_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,3,2,1,0")
+    shares = [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("auto", None, 2)]
+    assert shares == ["4,3", "2,1"]
+    with pytest.raises(UserError, match="1 slots of 8 GPUs each: this machine has 5; lower"):
+        local.divide("auto", None, 8)
 
 
 def test_a_cpu_is_shared_out_by_threads(monkeypatch):

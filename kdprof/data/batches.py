@@ -33,6 +33,9 @@ class Batches(Dataset):
     Samples are visited epoch by epoch, each epoch a permutation of its own; a batch may end one
     epoch and begin the next, or hold several of a small data set. ``batch`` is its size in images;
     ``workers`` = 0 assembles batches in the calling process.
+
+    Of ``ranks`` ranks that share each batch, this one, ``rank``, has its share of equal size: their
+    shares one after the other are the batch that one process alone would have.
     """
 
     def __init__(
@@ -43,8 +46,12 @@ class Batches(Dataset):
         batch: int,
         augmentation: Augmentation,
         workers: int,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.data, self.seed, self.size = data, seed, batch
+        share = batch // ranks
+        self._slots = range(rank * share, (rank + 1) * share)
         self.augmentation, self.workers = augmentation, workers
         self._epoch: tuple[int, np.ndarray] | None = None
 
@@ -58,9 +65,9 @@ class Batches(Dataset):
         Raises:
             UserError: a file cannot be used.
         """
-        slots = range(self.size)
-        samples = [self.data[self.sample_index(index * self.size + slot)] for slot in slots]
-        draws = [self.augmentation.draw(self.seed, index, slot) for slot in slots]
+        visits = [index * self.size + slot for slot in self._slots]
+        samples = [self.data[self.sample_index(visit)] for visit in visits]
+        draws = [self.augmentation.draw(self.seed, index, slot) for slot in self._slots]
         return self.augmentation.gather(samples, draws)
 
     def sample_index(self, visit: int) -> int:

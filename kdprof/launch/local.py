@@ -12,7 +12,7 @@ from queue import SimpleQueue
 import torch
 
 from kdprof.device import find_device
-from kdprof.errors import UserError
+from kdprof.errors import KdprofError, UserError
 from kdprof.launch import Job, jobs_of
 from kdprof.launch.worker import Outcome, Request, Worker
 from kdprof.progress import Progress
@@ -28,7 +28,7 @@ Slot = Mapping[str, str]
 """The environment variables that give a worker its part of the machine."""
 
 
-def divide(device: str, count: int | None) -> list[Slot]:
+def divide(device: str, count: int | None, each: int = 1) -> list[Slot]:
     """Divide this machine into slots, each for one run.
 
     On a CPU the threads of this process are divided as well, so that what it measures is what a
@@ -36,36 +36,42 @@ def divide(device: str, count: int | None) -> list[Slot]:
 
     Args:
         device: the study's.
-        count: slots; None = one per GPU, :data:`CPU_SLOTS` on a CPU.
+        count: slots; None = as many as there are GPUs for, :data:`CPU_SLOTS` on a CPU.
+        each: GPUs per slot, or processes that share a slot of the CPU.
 
     Raises:
-        UserError: more slots than GPUs, or a certain GPU was named.
+        UserError: more slots than GPUs for them, or a certain GPU was named.
     """
     if find_device(device).type == "cpu":
-        return _cpu_slots(count or CPU_SLOTS)
+        return _cpu_slots(count or CPU_SLOTS, each)
     if ":" in device:
         raise UserError(
             f"--launcher local takes every GPU, not {device}; use --device cuda, and "
             "CUDA_VISIBLE_DEVICES to choose"
         )
-    return _gpu_slots(count)
+    return _gpu_slots(count, each)
 
 
-def _cpu_slots(count: int) -> list[Slot]:
+def _cpu_slots(count: int, each: int) -> list[Slot]:
     cores = len(os.sched_getaffinity(0))
-    threads = max(1, min(torch.get_num_threads(), cores // count))
+    threads = max(1, min(torch.get_num_threads(), cores // (count * each)))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that measure, too
     return [{}] * count
 
 
-def _gpu_slots(count: int | None) -> list[Slot]:
+def _gpu_slots(count: int | None, each: int) -> list[Slot]:
     found = torch.cuda.device_count()
-    if count is not None and count > found:
-        raise UserError(f"--slots {count}: this machine has {found} GPUs, one run each; lower it")
+    most = found // each
+    if (count or 1) > most:
+        raise UserError(
+            f"{count or 1} slots of {each} GPUs each: this machine has {found}; lower --slots"
+            + (" or --gpus" if each > 1 else "")
+        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(found)]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: count or found]]
+    shares = [names[slot * each : (slot + 1) * each] for slot in range(count or most)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
 def train_locally(
@@ -93,14 +99,30 @@ def train_locally(
     left = sum(len(job.budgets) for job in jobs)
     summary = Summary(skipped=cells - left, failures=list(prepared.failures))
     if jobs and needs_teacher(study, {job.method for job in jobs}):
-        trained_teacher(study, store, progress)
-        torch.cuda.empty_cache()  # the first slot's worker is on this GPU as well
+        _train_teacher(study, store, progress, slots[0])
     pool = _Pool(store, study.device.type, slots, progress)
     with progress.task("runs", left) as advance:
         for job, outcome in pool.train(jobs):
             _add(job, outcome, store, summary)
             advance(len(job.budgets))
     return summary
+
+
+def _train_teacher(study: ResolvedStudy, store: Store, progress: Progress, slot: Slot) -> None:
+    """Train the teacher here, where one process does, or else in a slot.
+
+    Raises:
+        KdprofError: it failed.
+    """
+    if study.study.step.gpus == 1:
+        trained_teacher(study, store, progress)
+        torch.cuda.empty_cache()  # the first slot's worker is on this GPU as well
+        return
+    names = tuple(study.method_names(control=True))
+    request = Request(str(store.root), study.device.type, None, 0, names)
+    outcome = Worker(request, slot).follow(progress.say)
+    if outcome.failures:
+        raise KdprofError("\n".join(outcome.failures))
 
 
 def _add(job: Job, outcome: Outcome, store: Store, summary: Summary) -> None:

@@ -172,7 +172,7 @@ def _last_line(error: subprocess.CalledProcessError) -> str:
 
 def _executor(store: Store, study: Study, options: Mapping[str, Any]) -> SlurmExecutor:
     executor = SlurmExecutor(store.slurm, max_num_timeout=REQUEUED_AT_MOST)
-    gpus = {} if study.device == "cpu" else {"gpus_per_node": 1}
+    gpus = {} if study.device == "cpu" else {"gpus_per_node": study.step.gpus}
     executor.update_parameters(
         job_name=job_name(store),
         stderr_to_stdout=True,

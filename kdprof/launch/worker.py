@@ -20,11 +20,13 @@ from pathlib import Path
 
 from kdprof.errors import UserError
 from kdprof.launch import Job
+from kdprof.launch.group import in_group, leave, run_group
 from kdprof.measure.isolation import debugging, explain, last_words
+from kdprof.parallel import LostContact, Place, Ranks
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
-from kdprof.study import load_study
+from kdprof.study import Study, load_study
 from kdprof.train import needs_teacher, prepare, train_named, trained_teacher
 from kdprof.train.loop import Interrupted
 
@@ -155,12 +157,14 @@ def _end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train(request: Request) -> list[str]:
+def _study(request: Request) -> Study:
+    return load_study(str(Store(Path(request.out)).study), {"device": request.device})
+
+
+def _train(request: Request, ranks: Ranks | None) -> list[str]:
     """Train the job of a request and return what failed."""
-    store = Store(Path(request.out))
-    study = load_study(str(store.study), {"device": request.device})
-    job, progress = request.job, _Told()
-    resolved = ResolvedStudy(study, progress=progress)
+    store, job, progress = Store(Path(request.out)), request.job, _Told()
+    resolved = ResolvedStudy(_study(request), progress=progress, ranks=ranks)
     if job is None:
         _prepare(resolved, store, progress, request.names)
         return []
@@ -180,14 +184,20 @@ def _prepare(study: ResolvedStudy, store: Store, progress: Progress, names: Sequ
 
 
 def main() -> None:
-    """Be the worker."""
+    """Be the worker, or the agent of a group of them, or one of the group."""
     _end_with_launcher()
     request = Request.from_json(sys.argv[1])
     try:
-        failures = _train(request)
+        study = _study(request)
+        if study.step.gpus > 1 and Place.from_environment() is None:
+            arguments = ["-P", "-m", "kdprof.launch.worker", sys.argv[1]]
+            sys.exit(run_group(arguments, study.step.gpus))
+        failures = in_group(study, lambda ranks: _train(request, ranks)) or []
     except Interrupted as stop:
         _tell("stopped", str(stop))
-        sys.exit(stop.exit_code)
+        leave(stop.exit_code)
+    except LostContact as error:
+        leave(error.exit_code)
     except Exception as error:
         if debugging():
             raise
@@ -197,7 +207,7 @@ def main() -> None:
             _tell("say", f"failed: {failure}")
     for failure in failures:
         _tell("failed", failure)
-    sys.exit(1 if failures else 0)
+    leave(1 if failures else 0)
 
 
 if __name__ == "__main__":

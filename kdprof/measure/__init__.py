@@ -89,7 +89,7 @@ def _measure_one(study: ResolvedStudy, name: str, files: Files, report: Report) 
         "files": files.to_json(),
         "parent": os.getpid(),
     }
-    return run_isolated(Request("method", arguments), report)
+    return run_isolated(Request("method", arguments, study.study.step.gpus), report)
 
 
 @contextmanager
@@ -133,8 +133,8 @@ def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
     step = study.study.step
     taps = ("logits", "aux") if step.aux_weight else ("logits",)
     return {
-        "student": modules_flop(study.student(0), step.batch, step.crop, taps=taps),
-        "teacher": modules_flop(study.teacher(), step.batch, step.crop),
+        "student": modules_flop(study.student(0), step.share, step.crop, taps=taps),
+        "teacher": modules_flop(study.teacher(), step.share, step.crop),
     }
 
 
@@ -150,6 +150,7 @@ def _counted(
         unavailable["modules_flop"] = "not asked for (--modules)"
     return Cost(
         method=name,
+        gpus=study.study.step.gpus,
         device="none: counted, not run",
         key=study.cost_key(name),
         session="",
@@ -178,6 +179,7 @@ def _counted(
 def _counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Count | Failure]]:
+    study = study.alone()
     # One of each network for all methods: counting changes neither, and making them takes seconds.
     mode, teacher, student = fake_tensors(), study.frozen(study.teacher()), None
     with progress.task("counting FLOP", len(names)) as advance:
@@ -208,7 +210,7 @@ def _what_cannot_fit(
     if free is None:
         return {}
     found = {
-        name: f"a step with batch {step.batch} and crop {step.crop[0]}x{step.crop[1]} needs at "
+        name: f"a step with batch {step.share} and crop {step.crop[0]}x{step.crop[1]} needs at "
         f"least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
         f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
         for name, made in _counts(study, names, progress)

@@ -128,7 +128,7 @@ def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:
             _make_fake(module, mode)
     step = _rebuilt(step)
     saved, trace = SavedForBackward(step), StepTrace(step)
-    batch, (height, width) = step.settings.batch, step.settings.crop
+    batch, (height, width) = step.settings.share, step.settings.crop
     with mode:
         images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
         labels = torch.zeros(batch, height, width, dtype=torch.uint8)

@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from kdprof.device import find_device
 from kdprof.errors import KdprofError, UserError
 from kdprof.measure.latency import Report
+from kdprof.parallel import Place, Ranks
 from kdprof.records import Cost
 from kdprof.store import write_atomic
 
@@ -50,6 +52,8 @@ class Request:
     """``method`` of a study, or ``step`` that a file makes."""
     arguments: dict[str, Any]
     """Of measure_method or measure_file, JSON-able."""
+    ranks: int = 1
+    """Processes that make the step together."""
 
 
 def run_isolated(request: Request, report: Report) -> Cost:
@@ -64,7 +68,7 @@ def run_isolated(request: Request, report: Report) -> Cost:
         asked.write_text(json.dumps(vars(request)))
         with errors.open("wb") as file:
             stderr = None if debugging() else file  # None: where ours goes
-            status = _follow([str(asked), str(result)], stderr, report)
+            status = _follow([str(asked), str(result)], request.ranks, stderr, report)
         if not result.exists():
             raise Failure(last_words(status, errors.read_text(errors="replace")))
         found = json.loads(result.read_text())
@@ -75,13 +79,22 @@ def run_isolated(request: Request, report: Report) -> Cost:
     return Cost.model_validate(found["cost"])
 
 
-def _follow(arguments: list[str], stderr: Any, report: Report) -> int:
-    """Run the child to its end and return its exit status; it never outlives the parent's call."""
+def _follow(arguments: list[str], ranks: int, stderr: Any, report: Report) -> int:
+    """Run the child to its end, with those that make its step with it, and return its exit status;
+    none outlives the parent's call."""
     # -P: a user's queue.py in this folder is not the library's.
     command = [sys.executable, "-P", "-m", "kdprof.measure", *arguments]
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace"
-    )
+    children = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+        )
+        for rank in range(ranks)
+    ]
+    child = children[0]
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         for line in child.stdout or ():
@@ -92,8 +105,9 @@ def _follow(arguments: list[str], stderr: Any, report: Report) -> int:
         return child.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
-        child.kill()
-        child.wait()
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -159,22 +173,46 @@ def _report(done: int, width: float | None) -> None:
     print(f"{PROGRESS}{json.dumps([done, width])}", flush=True)
 
 
-def _measure(request: dict[str, Any]) -> Cost:
+def _measure(request: dict[str, Any], place: Place) -> Cost:
     if request["kind"] == "method":
         from kdprof.measure.methods import measure_method
 
-        return measure_method(**request["arguments"], report=_report)
+        ranks = _ranks(request, place)
+        cost = measure_method(**request["arguments"], report=_report, ranks=ranks)
+        if ranks:
+            ranks.end()
+        return cost
     from kdprof.measure.callables import measure_file
 
     return measure_file(**request["arguments"], report=_report)
 
 
+def _ranks(request: dict[str, Any], place: Place) -> Ranks | None:
+    device = request["arguments"]["study"]["device"]
+    return Ranks(place, find_device(device).type) if place.size > 1 else None
+
+
+def _follow_rank_0(request: dict[str, Any], place: Place) -> None:
+    from kdprof.follow import follow
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.study import Study
+
+    ranks = _ranks(request, place)
+    study = Study.model_validate(request["arguments"]["study"])
+    follow(ranks, lambda: ResolvedStudy(study, ranks=ranks))
+
+
 def main() -> None:
-    """Be the child: read the request, measure, write the result."""
-    asked, result = map(Path, sys.argv[1:])
+    """Be the child: read the request, measure, write the result. Or be one of those that make its
+    step with it."""
+    asked, result = map(Path, sys.argv[1:3])
     request = json.loads(asked.read_text())
+    place = Place(int(sys.argv[3]), request["ranks"], f"file://{asked.with_name('rendezvous')}")
+    if place.rank:
+        _follow_rank_0(request, place)
+        return
     try:
-        cost = guarded(lambda: _measure(request))
+        cost = guarded(lambda: _measure(request, place))
         answer = {"cost": cost.model_dump(mode="json", by_alias=True)}
     except UserError as error:
         answer = {"refused": error.problems}

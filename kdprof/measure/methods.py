@@ -10,6 +10,7 @@ from kdprof.measure.clock import clock_of
 from kdprof.measure.latency import Report
 from kdprof.measure.session import Files, Surroundings, run_session
 from kdprof.measure.subject import StudySubject
+from kdprof.parallel import Ranks
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.study import Study
@@ -21,8 +22,10 @@ def measure_method(
     files: Mapping[str, str | None],
     parent: int | None,
     report: Report,
+    ranks: Ranks | None = None,
 ) -> Cost:
-    """Measure one method of a study in this process. All arguments but ``report`` are JSON-able.
+    """Measure one method of a study in this process, which is rank 0 where it has others. All
+    arguments but the last two are JSON-able.
 
     Args:
         study: a dumped Study.
@@ -30,7 +33,7 @@ def measure_method(
         files: fields of :class:`~kdprof.measure.session.Files`.
         parent: process that asked, which is no stranger on the device; None where it is this one.
     """
-    resolved = ResolvedStudy(Study.model_validate(study), parent=parent)
+    resolved = ResolvedStudy(Study.model_validate(study), parent=parent, ranks=ranks)
     return measure_here(
         resolved,
         name,
@@ -66,6 +69,7 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, report: Report) 
     fields["warnings"] += step.method.notes
     return Cost(
         method=name,
+        gpus=study.study.step.gpus,
         key=study.cost_key(name),
         settings=study.cost_settings(name),
         versions=versions(),

@@ -266,6 +266,9 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
     ("optimizer", _per_parameter(6), "_fused_adagrad"),
     ("optimizer", _per_parameter(2), "_foreach_norm _amp_foreach_non_finite_check_and_unscale"),
     ("optimizer", _nothing, "_foreach_copy _foreach_zero _amp_update_scale"),
+    ("communication", lambda call: sum(t.numel() for t in tensors_in(call.args[:1])),
+     "c10d.allreduce"),
+    ("communication", _nothing, "c10d.broadcast c10d.allgather"),
 )  # fmt: skip
 """Kind and arithmetic by operator; a trailing underscore (in place) changes neither."""
 

@@ -74,7 +74,9 @@ class StudySubject:
 
     def run(self, mark: Mark) -> Mapping[str, Tensor]:
         """Queue one step on the resident batch."""
-        return self.step(*self.resident, self._next(), mark)
+        iteration = self._next()
+        self.step.lead.step(iteration, iteration, fed=False)
+        return self.step(*self.resident, iteration, mark)
 
     def check(self, result: Mapping[str, Tensor]) -> None:
         """Refuse losses that are not finite.
@@ -106,6 +108,7 @@ class StudySubject:
             count = workers * math.ceil(max(count, 2 * workers) / workers)
         # One more, because on a GPU the feeder is one batch ahead.
         stop = first + 1 + queued + count + queued + 1
+        self.step.lead.feed(first, stop)
         feeder = Feeder(self.batches, self.step.device, first, stop)
         try:
             self._iterate(feeder, 1 + queued)
@@ -121,7 +124,9 @@ class StudySubject:
 
     def _iterate(self, feeder: Feeder, count: int) -> None:
         for _ in range(count):
-            self.step(*next(feeder), self._next())
+            iteration = self._next()
+            self.step.lead.step(iteration, iteration, fed=True)
+            self.step(*next(feeder), iteration)
 
 
 class CallableSubject:

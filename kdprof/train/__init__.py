@@ -13,6 +13,7 @@ from kdprof.errors import KdprofError, UserError
 from kdprof.measure import measure
 from kdprof.measure.isolation import explain
 from kdprof.models import SegmentationNetwork
+from kdprof.parallel import LostContact
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost, Run
 from kdprof.resolve import ResolvedStudy
@@ -120,6 +121,10 @@ def _train_waiting(
     beside: int | None = 0,
 ) -> None:
     """Train the waiting ones of a study's cells, after the teacher."""
+    if study.ranks and study.ranks.restarts:
+        waiting = _without_failed(store, waiting, summary)
+    elif study.study.step.gpus > 1 and not study.ranks:
+        raise UserError(f"step.gpus = {study.study.step.gpus}: a run of several needs torchrun")
     teacher = None
     if needs_teacher(study, {cell.method for cell in waiting}):
         teacher = trained_teacher(study, store, progress)
@@ -128,6 +133,15 @@ def _train_waiting(
     # By now the holder may be through with them, or dead.
     held = _train_cells(work, held, summary) if held else []
     summary.elsewhere = [cell.label() for cell in held]
+
+
+def _without_failed(store: Store, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
+    """Leave out the cells whose failure had the group started again: they would fail once more."""
+    runs = [(cell, cell.folder(store).read_run()) for cell in cells]
+    failed = [(cell, run.failure) for cell, run in runs if run is not None and run.failure]
+    summary.failures += [f"{cell.label()}: {failure.reason}" for cell, failure in failed]
+    aside = {cell for cell, _ in failed}
+    return [cell for cell in cells if cell not in aside]
 
 
 def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
@@ -139,7 +153,7 @@ def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[C
         left = _left(cells, number - 1, time.monotonic() - began) if count else ""
         try:
             run = work.train(cell, label, left)
-        except Interrupted:
+        except (Interrupted, LostContact):
             raise
         except Held:
             held.append(cell)
@@ -316,6 +330,7 @@ class _Work:
                 return made  # by another process, since this one looked
             run = made or new_run(study, cell, cost)
             run = run.model_copy(update={"beside": self.beside})
+            study.forget_steps()
             step = study.step(
                 cell.method, self.teacher, seed=cell.seed, iterations=run.schedule_iterations
             )
@@ -343,6 +358,8 @@ def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> S
     if not _is_finished(folder.read_run()):
         with folder.lock():
             run = folder.read_run()
+            if study.ranks and study.ranks.restarts and run is not None and run.failure:
+                raise KdprofError(f"teacher: {run.failure.reason}")
             if not _is_finished(run):
                 return study.frozen(_train_teacher(study, folder, run, progress))
     return study.frozen(_read_teacher(study, folder))
@@ -357,6 +374,7 @@ def _train_teacher(
 ) -> SegmentationNetwork:
     iterations = study.study.teacher_training.iterations
     cell = Cell(TEACHER, str(iterations), 0, iterations, iterations, iterations, iterations, None)
+    study.forget_steps()
     evaluation, step = study.study.evaluation, study.teacher_step()
     training = TrainingRun(
         folder,
@@ -367,7 +385,7 @@ def _train_teacher(
         study.study.training,
         meter=study.hardware.energy_meter(),
     )
-    progress.say(f"teacher: {_outcome(training.train(progress, 'teacher'))}")
+    progress.say(f"teacher: {_outcome(training.train(progress, TEACHER))}")
     return step.student
 
 

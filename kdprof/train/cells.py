@@ -119,6 +119,7 @@ def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
         schedule_iterations=cell.span,
         enforce=training.enforce if cost else "iterations",
         startup=training.startup,
+        gpus=study.study.step.gpus,
         iterations_done=0,
         miou=None,
         miou_per_class=None,

@@ -20,6 +20,7 @@ from kdprof.data import Batches, Feeder, SegmentationData
 from kdprof.device import synchronize
 from kdprof.errors import KdprofError
 from kdprof.hardware import EnergyMeter
+from kdprof.parallel import lost_contact
 from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.step import TrainStep
@@ -157,6 +158,7 @@ class TrainingRun:
             self._open_loggers()
             # Or a run that is over the plan would have no more batches.
             last = self.run.iterations if type(self.pace) is Pace else ENDLESS
+            self.step.lead.feed(self.done, last)
             batches = Feeder(self.batches, self.step.device, self.done, last)
             try:
                 for stop in self._stops():
@@ -168,7 +170,10 @@ class TrainingRun:
             except Interrupted:
                 raise
             except Exception as error:
-                self._fail(error)
+                if not lost_contact(error):
+                    self._fail(error)
+                if not isinstance(error, NotFinite):
+                    self.step.lead.give_up(error)
                 raise
             finally:
                 batches.close()
@@ -250,8 +255,9 @@ class TrainingRun:
         saved_at = time.perf_counter()
         waiting: list[dict[str, Tensor]] = []
         while not self.pace.reached(stop, self.done):
-            images, labels = next(batches)
             position = self.pace.position(self.done)
+            self.step.lead.step(self.done, position, fed=True)
+            images, labels = next(batches)
             waiting.append(self.step(images, labels, self.done, position=position))
             self.done += 1
             advance(1)
@@ -428,7 +434,7 @@ class TrainingRun:
 
     def _record(self) -> Run:
         """Return the record as of now."""
-        spent_s, each = self.ledger.spent_s, self.cost and self.cost.flop
+        spent_s, each = self.ledger.spent_s, self.cost and self.cost.flop_per_iteration()
         energy_j = self.ledger.energy_j()
         unavailable = dict(self.run.unavailable)
         if energy_j is not None:
@@ -444,7 +450,7 @@ class TrainingRun:
                 "logging_s": spent_s["logging"],
                 "data_wait_s": self._waited_s,
                 "lost_s": spent_s["lost"],
-                "flop": each.total * self.done if each else None,
+                "flop": each * self.done if each else None,
                 "energy_j": energy_j,
                 "unavailable": unavailable,
                 "finished": self._reached >= self.run.iterations,

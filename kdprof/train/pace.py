@@ -68,7 +68,9 @@ def pace_of(run: Run, cost: Cost | None, spending: Spending) -> Pace:
             raise UserError("--enforce time: the run has no planned seconds; use iterations")
         return Enforced(run.iterations, run.train_s.planned, lambda done: spending.seconds())
     quantity = "energy_j" if run.enforce == "energy" else "flop"
-    each = None if cost is None else getattr(cost, quantity)
+    each = None
+    if cost is not None:
+        each = cost.energy_j if quantity == "energy_j" else cost.flop_per_iteration()
     if each is None:
         reason = cost.unavailable.get(quantity, "not measured") if cost else "no Cost"
         raise UserError(
@@ -77,5 +79,4 @@ def pace_of(run: Run, cost: Cost | None, spending: Spending) -> Pace:
         )
     if run.enforce == "energy":
         return Enforced(run.iterations, each * run.iterations, lambda done: spending.joules())
-    total = each.total
-    return Enforced(run.iterations, total * run.iterations, lambda done: total * done)
+    return Enforced(run.iterations, each * run.iterations, lambda done: each * done)

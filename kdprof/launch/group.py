@@ -1,0 +1,133 @@
+"""A command run by a group of processes, one per GPU, under torchrun's agent.
+
+The agent starts the whole group again when one of its processes dies. An orderly end is none: rank
+0 leaves its exit code in a file, so that the agent restarts after crashes only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kdprof.device import find_device
+from kdprof.errors import KdprofError, UserError
+from kdprof.follow import follow
+from kdprof.parallel import LostContact, Place, Ranks
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import write_atomic
+from kdprof.study import Study
+
+OUTCOME = "KDPROF_OUTCOME"
+"""Environment variable: the file that rank 0's exit code goes to."""
+RESTARTS = 10
+"""Times that a group is started again."""
+INTERRUPTED = 130
+Result = TypeVar("Result")
+
+
+def run_group(arguments: Sequence[str], processes: int) -> int:
+    """Run this Python with ``arguments`` in every process of a group; return rank 0's exit code.
+
+    The processes have the environment of this one, with torchrun's variables, and its standard
+    streams. SIGINT and SIGTERM are passed on to them.
+
+    Raises:
+        KdprofError: the group crashed more often than it is restarted.
+    """
+    # torchrun's agent would set 1 where nothing is set, and another number is another device.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=RESTARTS,
+    )
+    with tempfile.TemporaryDirectory(prefix="kdprof-") as folder:
+        outcome = Path(folder) / "outcome"
+        os.environ[OUTCOME] = str(outcome)
+        try:
+            elastic_launch(config, sys.executable)(*arguments)
+        except SignalException:
+            return _code(outcome, INTERRUPTED)
+        except ChildFailedError as error:
+            raise KdprofError(
+                f"a process of the {processes} crashed {RESTARTS + 1} times: "
+                f"{_last_line(error)}; what it said is above, what was trained is saved"
+            ) from error
+        finally:
+            del os.environ[OUTCOME]
+        return _code(outcome, 1)
+
+
+def _code(outcome: Path, otherwise: int) -> int:
+    return int(outcome.read_text()) if outcome.exists() else otherwise
+
+
+def _last_line(error: ChildFailedError) -> str:
+    rank, failure = error.get_first_failure()
+    return f"rank {rank} with exit code {failure.exitcode}"
+
+
+def in_group(study: Study, lead: Callable[[Ranks | None], Result]) -> Result | None:
+    """Do what ``lead`` does, alone or as rank 0 of the study's group.
+
+    Args:
+        lead: given the group, None where there is none.
+
+    Returns:
+        None on the other ranks, which do as rank 0 says until it is through.
+
+    Raises:
+        UserError: the study wants another number of processes than torchrun started.
+    """
+    place = Place.from_environment()
+    processes = 1 if place is None else place.size
+    if processes != study.step.gpus:
+        raise UserError(
+            f"torchrun started {processes} processes, the study has step.gpus = {study.step.gpus}; "
+            f"use --gpus {processes}, or leave torchrun to kdprof"
+        )
+    if place is None or place.size == 1:
+        return lead(None)
+    ranks = Ranks(place, find_device(study.device).type)
+    if not ranks.leads:
+        follow(ranks, lambda: ResolvedStudy(study, ranks=ranks))
+        return None
+    with _ending(ranks):
+        return lead(ranks)
+
+
+@contextmanager
+def _ending(ranks: Ranks) -> Iterator[None]:
+    """End the group in order after the body, unless contact was lost in it."""
+    try:
+        yield
+    except LostContact:
+        raise
+    except Exception:
+        ranks.end()
+        raise
+    ranks.end()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; for the agent of its group, in order."""
+    outcome = os.environ.get(OUTCOME) if os.environ.get("RANK") == "0" else None
+    if outcome is not None and code != LostContact.exit_code:
+        write_atomic(Path(outcome), str(code))
+        sys.exit(0)
+    sys.exit(code)
