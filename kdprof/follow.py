@@ -42,6 +42,7 @@ def follow(ranks: Ranks, resolve: Callable[[], ResolvedStudy]) -> None:
         follower.obey(order)
     if follower is not None:
         follower.forget()
+    ranks.leave()
 
 
 class _Follower:

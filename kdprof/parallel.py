@@ -1,4 +1,4 @@
-"""One run on many GPUs: a process per GPU, all of them making the same step on a share of its batch.
+"""One run on many GPUs: a process per GPU, each making the same step on its share of the batch.
 
 Rank 0 leads. It alone keeps the clock, the records and the decisions, and tells the others what
 comes next; they follow (:mod:`kdprof.follow`). Gradients are averaged by torch's
@@ -28,7 +28,9 @@ from kdprof.errors import KdprofError, UserError
 PATIENCE = timedelta(days=30)
 """How long a rank waits for an order: as long as the leader evaluates, measures or saves. A leader
 that died is noticed at once, by its closed connection."""
-_BROKEN = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|TCPStore", re.I)
+_BROKEN = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|TCPStore", re.IGNORECASE
+)
 
 
 class LostContact(KdprofError):
@@ -38,7 +40,7 @@ class LostContact(KdprofError):
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Return whether an error says that another rank is gone, and nothing of this one's own work."""
+    """Return whether an error says that another rank is gone."""
     told = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
     return isinstance(error, dist.DistError) or told
 
@@ -178,8 +180,13 @@ class Ranks:
         return total / self.size
 
     def end(self) -> None:
-        """Tell the other ranks that there is nothing more to do; rank 0's."""
+        """Tell the other ranks that there is nothing more to do, and leave; rank 0's."""
         self.tell({"do": "end"})
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the group: threads that serve it must not meet the end of Python."""
+        dist.destroy_process_group()
 
 
 class Lead:

@@ -259,6 +259,11 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {BASELINE}' is in "
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
+    if gpus := {run.gpus for run in results.finished} - {1}:
+        found.append(
+            f"A run's {' or '.join(map(str, sorted(gpus)))} devices train it together: its "
+            "GPU-hours are its time as often (plot --x gpu-hours)."
+        )
     if any(row.groups_percent for row in made):
         found.append(
             "old: mIoU over the classes that the teacher knows, the background among them; new: "

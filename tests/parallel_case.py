@@ -3,6 +3,7 @@
 Writes what it found as JSON to FOLDER/found-RANK. CASE names a function of this file.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -40,8 +41,9 @@ class Judged(Method):
         return {"fool": -self.judge(student.logits).mean(), "head": head}
 
     def auxiliary_forward(self, student, teacher, labels):
-        judged = self.judge(student.logits).mean() - self.judge(teacher.logits).mean()
-        return {"judge": judged.square()}
+        # Means over pictures: of the whole batch, they are the mean of the shares' means.
+        judged = self.judge(student.logits), self.judge(teacher.logits)
+        return {"judge": judged[0].sigmoid().mean() - judged[1].sigmoid().mean()}
 
 
 METHODS = {"alone": Alone, "mimic": Mimic, "judged": Judged}
@@ -77,6 +79,7 @@ def train(name: str, ranks: Ranks | None, **settings):
 def trajectories(ranks):
     found = {name: train(name, ranks) for name in METHODS}
     found["apart"] = train("alone", ranks, sync_batchnorm=False)
+    torch.compile = functools.partial(torch.compile, backend="eager")  # traced only: fast
     found["compiled"] = train("mimic", ranks, compile="default")
     return found
 
@@ -123,6 +126,7 @@ def main():
     ranks = Ranks(Place(rank, size, f"file://{folder / 'rendezvous'}"), "cpu")
     found = globals()[case](ranks)
     (folder / f"found-{rank}").write_text(json.dumps(found))
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def test_time_axis_has_a_readable_unit(tmp_path, seconds, label, value):
 
 
 def test_device_hours_count_devices_and_name_their_kind(tmp_path):
-    run = a_run(device="4 x NVIDIA H200")
+    run = a_run(device="4 x NVIDIA H200", gpus=4)
     axis = curves.x_axes(results.collect(a_store(tmp_path, [run])), "gpu-hours")[0]
     assert (axis.label, axis.of(run)) == ("training compute (GPU-hours)", 8)
     run = a_run(device="AMD EPYC 7763 64-Core Processor (8 threads)")

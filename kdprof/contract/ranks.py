@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 
 from kdprof.contract.bench import Bench, backward, trained
 from kdprof.contract.checks import reason
 from kdprof.method import Found, Method, find_method
+from kdprof.parallel import Call, data_parallel
 
 WORLD = 2
 PATIENCE_S = 30
@@ -118,35 +118,13 @@ def _spec(found: Found) -> str:
 # Within one of the two.
 
 
-class _Call(nn.Module):
-    """A method of a Method as a module, which is what can be wrapped."""
-
-    def __init__(self, method: Method, name: str):
-        super().__init__()
-        self.method, self.name = method, name
-
-    def forward(self, *inputs: Any) -> dict[str, Tensor]:
-        return (self.method if self.name == "forward" else getattr(self.method, self.name))(*inputs)
-
-
-def _wrapped(method: Method, name: str, parameters: Iterable[nn.Parameter]) -> nn.Module:
-    """Return the call, data-parallel over some of the method's parameters if there are any."""
-    call, mine = _Call(method, name), {id(p) for p in parameters if p.requires_grad}
-    others = [key for key, p in call.named_parameters() if id(p) not in mine]
-    if not mine:
-        return call
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(call, others)
-    # Without broadcasts, which would hide that state differs and lose all but the first rank's.
-    return DistributedDataParallel(call, broadcast_buffers=False)
-
-
 def _report(spec: str, rank: int) -> Report:
     bench = Bench(find_method(spec))
     method = bench.method()
     auxiliary = method.auxiliary()
-    objective = _wrapped(method, "forward", method.extra_parameters())
+    objective = data_parallel(Call(method), method.extra_parameters())
     if auxiliary is not None:
-        judge = _wrapped(method, "auxiliary_forward", auxiliary.parameters())
+        judge = data_parallel(Call(method, "auxiliary_forward"), auxiliary.parameters())
     for run in range(RUNS):
         method.zero_grad()
         student, teacher, labels = bench.draw(seed=WORLD * run + rank)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kdprof.data import PREFETCHED, Batches, DataOnDisk, Feeder
 from kdprof.data.cache import Cached, open_cache, writing
 from kdprof.device import synchronize
+from kdprof.errors import UserError
 from kdprof.measure.clock import clock_of
 from kdprof.measure.latency import Stopwatch
 from kdprof.measure.subject import StudySubject
@@ -91,8 +92,15 @@ def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
     """Measure a study's input on this machine; takes some seconds, and twice a cache of 32 images.
 
     Raises:
-        UserError: files that cannot be used, or a cache folder that cannot be written.
+        UserError: files that cannot be used, a cache folder that cannot be written, or a step that
+            several GPUs share.
     """
+    step = study.study.step
+    if step.gpus > 1:
+        raise UserError(
+            f"the input is measured with one GPU, this step is shared by {step.gpus}; add --set "
+            f"step.gpus=1 --set step.batch={step.share} for the share of one"
+        )
     raw, settings = study.on_disk["train"], study.study.data_settings
     batches = study.batches(seed=0)
     with progress.task("measuring the input", 5) as advance:

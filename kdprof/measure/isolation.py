@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ def _follow(arguments: list[str], ranks: int, stderr: Any, report: Report) -> in
         for rank in range(ranks)
     ]
     child = children[0]
+    for other in children[1:]:
+        threading.Thread(target=_end_with, args=(other, child), daemon=True).start()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         for line in child.stdout or ():
@@ -108,6 +111,12 @@ def _follow(arguments: list[str], ranks: int, stderr: Any, report: Report) -> in
         for child in children:
             child.kill()
             child.wait()
+
+
+def _end_with(other: subprocess.Popen, child: subprocess.Popen) -> None:
+    """End the child when another of its ranks dies: it would wait for that one for long."""
+    if other.wait():
+        child.terminate()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -188,8 +197,9 @@ def _measure(request: dict[str, Any], place: Place) -> Cost:
 
 
 def _ranks(request: dict[str, Any], place: Place) -> Ranks | None:
-    device = request["arguments"]["study"]["device"]
-    return Ranks(place, find_device(device).type) if place.size > 1 else None
+    if place.size == 1:
+        return None
+    return Ranks(place, find_device(request["arguments"]["study"]["device"]).type)
 
 
 def _follow_rank_0(request: dict[str, Any], place: Place) -> None:
