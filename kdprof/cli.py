@@ -61,6 +61,8 @@ _study = _options(
     click.option("--method", "methods", multiple=True, help="Repeatable; 'all'; FILE.py:Class."),
     click.option("--student", help="Network, such as pspnet-r18."),
     click.option("--teacher", help="Network, such as pspnet-r101."),
+    click.option("--teacher-weights", metavar="FILE", help="Whole teacher; else it is trained."),
+    click.option("--backbone-weights", metavar="FILE", help="Student's; or 'imagenet', 'none'."),
     click.option("--data", metavar="NAME[:ROOT]", help="synthetic or camvid:ROOT."),
     click.option("--device", help="auto, cpu, cuda or cuda:N."),
     click.option("--precision", help="fp32, bf16 or fp16."),
@@ -74,6 +76,8 @@ _study = _options(
 _STUDY_KEYS = {
     "student": "student",
     "teacher": "teacher",
+    "teacher_weights": "teacher_weights",
+    "backbone_weights": "student_backbone_weights",
     "data": "data",
     "device": "device",
     "precision": "step.precision",
@@ -94,6 +98,8 @@ _NOT_FOR_STEPS = {
     "assignments": "--set",
     "student": "--student",
     "teacher": "--teacher",
+    "teacher_weights": "--teacher-weights",
+    "backbone_weights": "--backbone-weights",
     "data": "--data",
     "batch": "--batch",
     "gpus": "--gpus",
@@ -659,6 +665,9 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
     store = Store(given["out"])
     store.check_writable()
     overrides = {k: given[o] for o, k in _STUDY_KEYS.items() if given[o] is not None}
+    for key in ("teacher_weights", "student_backbone_weights"):
+        if key in overrides and Path(overrides[key]).suffix:  # the study outlives this folder
+            overrides[key] = str(Path(overrides[key]).expanduser().resolve())
     for key in ("methods", "budgets"):
         if given.get(key):
             overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])

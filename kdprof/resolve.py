@@ -37,6 +37,8 @@ from kdprof.method import (
     source_hash,
 )
 from kdprof.models import SegmentationNetwork, build, folded, parse_name
+from kdprof.models.names import NetworkName
+from kdprof.models.weights import Weights, check_weights, load_weights, read_weights
 from kdprof.parallel import Ranks
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE
@@ -76,6 +78,7 @@ class ResolvedStudy:
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
             _checked(problems, lambda name=network: parse_name(name), None)
+        self._teacher_weights = _checked(problems, self._read_teacher_weights, None)
         _checked(problems, self._check_teacher_method, None)
         _checked(problems, self._check_step, None)
         train = _checked(problems, lambda: self._open("train"), None)
@@ -88,6 +91,8 @@ class ResolvedStudy:
         self._decoded: dict[str, SegmentationData] = {}
         self.train_data = self._view(train, "student", training=True)
         self.teacher_train_data = self._view(train, "teacher", training=True)
+        self.teacher_name = self._full_teacher_name()
+        """The teacher's network, with whatever its weights say of it."""
         self._check_crop()
         configure_backends(self.device, study.step.precision)
 
@@ -162,6 +167,21 @@ class ResolvedStudy:
             raise UserError(
                 f"teacher_training.method: '{name}' reads a teacher itself; use {REFERENCE}"
             )
+
+    def _read_teacher_weights(self) -> Weights | None:
+        path = self.study.teacher_weights
+        return None if path is None else read_weights(Path(path).expanduser())
+
+    def _full_teacher_name(self) -> NetworkName:
+        """Return the teacher's network.
+
+        Raises:
+            UserError: its weights are another network's, or of other classes.
+        """
+        if self._teacher_weights is None:
+            return parse_name(self.study.teacher)
+        classes = self.teacher_train_data.class_names
+        return check_weights(self._teacher_weights, self.study.teacher, classes)
 
     def _check_step(self) -> None:
         """Refuse step settings that this device, or the scenario, has no use for.
@@ -241,7 +261,7 @@ class ResolvedStudy:
     @cached_property
     def teacher_shapes(self) -> SegmentationNetwork:
         """The teacher with random weights, on the CPU: what shapes and costs need."""
-        return build(self.study.teacher, self.teacher_train_data.num_classes)
+        return build(self.teacher_name, self.teacher_train_data.num_classes)
 
     def _view(self, data: SegmentationData, role: Role, *, training: bool) -> SegmentationData:
         """Return what a network sees of a data set."""
@@ -293,7 +313,7 @@ class ResolvedStudy:
         """Return a fresh, untrained teacher."""
         torch.manual_seed(0)
         weights, classes = self.study.teacher_backbone_weights, self.teacher_train_data.num_classes
-        return build(self.study.teacher, classes, backbone_weights=weights)
+        return build(self.teacher_name, classes, backbone_weights=weights)
 
     @property
     def starts_as_teacher(self) -> bool:
@@ -393,6 +413,20 @@ class ResolvedStudy:
             self.ranks.share(teacher.state_dict())
         return folded(teacher) if self.study.step.fold_teacher else teacher
 
+    def published_teacher(self) -> tuple[SegmentationNetwork, str] | None:
+        """Return the teacher with the weights of its file, on the device, and what became of them
+        in one line; None where it is to be trained.
+
+        Raises:
+            UserError: the file does not fit.
+        """
+        if self._teacher_weights is None:
+            return None
+        network = build(self.teacher_name, self.teacher_train_data.num_classes)
+        loaded = load_weights(network, self._teacher_weights)
+        told = f"{self._teacher_weights.source}'s {self.teacher_name}: {loaded.summary()}"
+        return self._placed(network, self.device), told
+
     def placed_teacher(self) -> SegmentationNetwork:
         """Return an untrained teacher on the device: it costs what the trained one costs."""
         return self._placed(self.teacher(), self.device)
@@ -430,7 +464,7 @@ class ResolvedStudy:
         reads_teacher = found.cls.needs_teacher()
         return {
             "student": self.study.student,
-            "teacher": self.study.teacher if reads_teacher else None,
+            "teacher": str(self.teacher_name) if reads_teacher else None,
             "data": self.train_data.name,
             "classes": self.train_data.num_classes,
             "teacher_classes": self.teacher_train_data.num_classes if reads_teacher else None,

@@ -205,6 +205,9 @@ class Study(Section):
     student_backbone_weights: str = "none"
     """none, imagenet (timm's), or a file with a timm state dict."""
     teacher_backbone_weights: str = "none"
+    teacher_weights: str | None = None
+    """A file of the whole teacher's weights: mmsegmentation's, CIRKD's, torchvision's or kdprof's
+    own. None: the teacher is trained, once per study."""
     data: str = "synthetic"
     """synthetic, or NAME:ROOT."""
     device: str = "auto"

@@ -203,6 +203,8 @@ def header(results: Results) -> list[str]:
     if teacher is None:
         return [*lines, "Teacher: no run in this folder."]
     miou = MISSING if teacher.miou is None else f"{100 * teacher.miou:.2f} %"
+    if not teacher.iterations:
+        return [*lines, f"Teacher: mIoU {miou}; it came trained."]
     state = "" if teacher.finished else ", not finished"
     return [
         *lines,

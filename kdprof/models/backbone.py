@@ -17,14 +17,18 @@ from kdprof.errors import UserError, unknown
 STAGES = ("c2", "c3", "c4", "c5")
 OUTPUT_STRIDE = 8
 
-ALIASES = {"r18": "resnet18c", "r50": "resnet50c", "r101": "resnet101c"}
-"""mmsegmentation's ResNetV1c (deep stem), under the short names of the literature."""
-
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18c": ("resnet18", {"stem_type": "deep", "stem_width": 32}),
     "resnet34c": ("resnet34", {"stem_type": "deep", "stem_width": 32}),
+    "resnet18s": ("resnet18", {"stem_type": "deep", "stem_width": 64}),
+    "resnet34s": ("resnet34", {"stem_type": "deep", "stem_width": 64}),
 }
-"""Backbones timm can build but has no name for: our name -> timm name and arguments."""
+"""Backbones timm can build but has no name for: our name -> timm name and arguments. As timm has
+it for bottlenecks: c = mmsegmentation's ResNetV1c, s = the stem of twice the width, CIRKD's."""
+
+
+DILATED_TWICE = ("resnet18s", "resnet34s")
+"""Basic blocks whose second 3x3 is dilated as well: CIRKD's, and timm's own."""
 
 
 class Backbone(nn.Module):
@@ -33,6 +37,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each stage c2..c5.
         stride: input pixels per position of each stage c2..c5 (4, 8, 8, 8 for a ResNet).
+        mean, std: of timm's weights, per RGB channel in 0..255.
     """
 
     def __init__(self, name: str, weights: str = "none"):
@@ -40,10 +45,14 @@ class Backbone(nn.Module):
         self.net = _create(name)
         if weights == "imagenet":
             self.net = _create_pretrained(name)
-        _undilate_second_convolutions(self.net)
+        if name not in DILATED_TWICE:
+            _undilate_second_convolutions(self.net)
         if weights not in ("none", "imagenet"):
             _load(self.net, name, Path(weights))
         info = self.net.feature_info
+        self.mean, self.std = (
+            [255 * value for value in self.net.pretrained_cfg[key]] for key in ("mean", "std")
+        )
         self.channels = dict(zip(STAGES, info.channels(), strict=True))
         self.stride = dict(zip(STAGES, info.reduction(), strict=True))
 
@@ -71,10 +80,11 @@ def check_name(name: str) -> None:
     names = [*OWN, *timm.list_models()]
     if name in names:
         return
-    close = difflib.get_close_matches(name, [*ALIASES, *names], n=1, cutoff=0.5)
+    short = ["r18", "r50", "r101"]
+    close = difflib.get_close_matches(name, [*short, *names], n=1, cutoff=0.5)
     if close:
         raise UserError(unknown("backbone", name, close))
-    raise UserError(f"{unknown('backbone', name, ALIASES)}, or a name of timm.list_models()")
+    raise UserError(f"{unknown('backbone', name, short)}, or a name of timm.list_models()")
 
 
 def _timm_net(name: str, *, pretrained: bool = False) -> nn.Module:

@@ -1,4 +1,5 @@
-"""Segmentation heads in mmsegmentation's layout: PSP, ASPP and the auxiliary FCN head.
+"""Segmentation heads: PSP, ASPP and the auxiliary FCN head, as mmsegmentation, CIRKD and
+torchvision have them.
 
 Attribute names follow mmsegmentation's state dict (``psp_modules.0.1.conv.weight``,
 ``conv_seg.bias``, ...), so that a published checkpoint is imported by renaming keys. All
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DROPOUT = 0.1
+PROJECT_DROPOUT = 0.5
 PSP_BINS = (1, 2, 3, 6)
 ASPP_RATES = (12, 24, 36)
 
@@ -84,14 +86,17 @@ class PSPHead(nn.Module):
     [map, bins 1, 2, 3, 6] -> 3x3 convolution -> dropout per channel -> ``conv_seg``.
     """
 
+    dropout_kind: type[nn.Module] = nn.Dropout2d
+
     def __init__(self, channels: int, width: int, num_classes: int, align_corners: bool):
         super().__init__()
         self.align_corners = align_corners
+        branch = self.branch_width(channels, width)
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(BinPool(bins), ConvModule(channels, width, 1)) for bins in PSP_BINS
+            nn.Sequential(BinPool(bins), ConvModule(channels, branch, 1)) for bins in PSP_BINS
         )
-        self.bottleneck = ConvModule(channels + len(PSP_BINS) * width, width, 3)
-        self.dropout = nn.Dropout2d(DROPOUT)
+        self.bottleneck = ConvModule(channels + len(PSP_BINS) * branch, width, 3)
+        self.dropout = self.dropout_kind(DROPOUT)
         self.conv_seg = _classifier(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +108,22 @@ class PSPHead(nn.Module):
             for branch in self.psp_modules
         ]
         return self.dropout(self.bottleneck(torch.cat([x, *pyramid], dim=1)))
+
+    @staticmethod
+    def branch_width(channels: int, width: int) -> int:
+        """Return the channels of each bin's branch."""
+        return width
+
+
+class CirkdPSPHead(PSPHead):
+    """The same in CIRKD: branches of a quarter of the map's channels, dropout per element."""
+
+    dropout_kind = nn.Dropout
+
+    @staticmethod
+    def branch_width(channels: int, width: int) -> int:
+        """Return the channels of each bin's branch."""
+        return channels // 4
 
 
 class ASPPHead(nn.Module):
@@ -133,13 +154,62 @@ class ASPPHead(nn.Module):
         return self.dropout(self.bottleneck(torch.cat([picture, *branches], dim=1)))
 
 
-class FCNHead(nn.Module):
-    """Auxiliary head: 3x3 convolution -> dropout per channel -> ``conv_seg``."""
+class ProjectedASPPHead(nn.Module):
+    """The ASPP head of CIRKD and torchvision: [1x1, 3x3 at rates 12, 24, 36, picture average] ->
+    1x1 convolution -> dropout per element -> 3x3 convolution -> dropout -> ``conv_seg``.
 
-    def __init__(self, channels: int, width: int, num_classes: int):
+    Args:
+        dropout: before the classifier; torchvision's has none there.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        num_classes: int,
+        align_corners: bool,
+        dropout: float = DROPOUT,
+    ):
+        super().__init__()
+        self.image_pool = nn.Sequential(BinPool(1), ConvModule(channels, width, 1))
+        self.aspp_modules = nn.ModuleList(
+            [
+                ConvModule(channels, width, 1),
+                *(ConvModule(channels, width, 3, dilation=rate) for rate in ASPP_RATES),
+            ]
+        )
+        self.project = ConvModule((2 + len(ASPP_RATES)) * width, width, 1)
+        self.project_dropout = nn.Dropout(PROJECT_DROPOUT)
+        self.bottleneck = ConvModule(width, width, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_seg = _classifier(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the (N, width, h, w) input of the classifier, after its dropout."""
+        picture = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
+        branches = [branch(x) for branch in self.aspp_modules]
+        projected = self.project_dropout(self.project(torch.cat([*branches, picture], dim=1)))
+        return self.dropout(self.bottleneck(projected))
+
+
+class TorchvisionASPPHead(ProjectedASPPHead):
+    """Without dropout before the classifier."""
+
+    def __init__(self, channels: int, width: int, num_classes: int, align_corners: bool):
+        super().__init__(channels, width, num_classes, align_corners, dropout=0.0)
+
+
+class FCNHead(nn.Module):
+    """Auxiliary head: 3x3 convolution -> dropout -> ``conv_seg``.
+
+    Args:
+        per_channel: dropout of whole channels, as in mmsegmentation, or of elements.
+    """
+
+    def __init__(self, channels: int, width: int, num_classes: int, per_channel: bool = True):
         super().__init__()
         self.convs = nn.Sequential(ConvModule(channels, width, 3))
-        self.dropout = nn.Dropout2d(DROPOUT)
+        self.dropout = nn.Dropout2d(DROPOUT) if per_channel else nn.Dropout(DROPOUT)
         self.conv_seg = _classifier(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

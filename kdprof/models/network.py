@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,58 @@ from torch import Tensor, nn
 from kdprof.errors import unknown
 from kdprof.method import NETWORK_TAPS, NetworkInfo, Taps
 from kdprof.models.backbone import OUTPUT_STRIDE, Backbone
-from kdprof.models.heads import ASPPHead, FCNHead, PSPHead
+from kdprof.models.heads import (
+    ASPPHead,
+    CirkdPSPHead,
+    FCNHead,
+    ProjectedASPPHead,
+    PSPHead,
+    TorchvisionASPPHead,
+)
+from kdprof.models.names import NetworkName
 
-HEADS = {"pspnet": PSPHead, "deeplabv3": ASPPHead}
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-"""Of ImageNet, per RGB channel in 0..255, as mmsegmentation and timm have them."""
+HEADS = {
+    ("mmseg", "pspnet"): PSPHead,
+    ("mmseg", "deeplabv3"): ASPPHead,
+    ("cirkd", "pspnet"): CirkdPSPHead,
+    ("cirkd", "deeplabv3"): ProjectedASPPHead,
+    ("torchvision", "deeplabv3"): TorchvisionASPPHead,
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network does to a picture first. It belongs to the weights.
+
+    Attributes:
+        mean, std: per channel in 0..255, in the network's own order.
+        bgr: whether that order is blue, green, red.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    bgr: bool = False
+
+
+CIRKD_PREPROCESSING = Preprocessing((104.00698793, 116.66876762, 122.67891434), (1, 1, 1), bgr=True)
+"""CIRKD's data sets: Caffe's means, no division."""
+
+
+def width_of(name: NetworkName, channels: int) -> int:
+    """Return the width of the decode head: the name's, or the layout's own.
+
+    mmsegmentation: 128 on a c5 of at most 512 channels, else 512. CIRKD as of 2025: 512 for
+    DeepLabV3, 128 and 256 for PSPNet. torchvision: 256.
+    """
+    if name.width is not None:
+        return name.width
+    large = channels > 512
+    if name.layout == "mmseg":
+        return 512 if large else 128
+    if name.layout == "torchvision":
+        return 256
+    return 512 if name.head == "deeplabv3" else 256 if large else 128
+
 
 READ_BY = {"logits": "c5", "head": "c5", "aux": "c4"}
 """The backbone stage that each tap behind the backbone is computed from."""
@@ -24,28 +71,34 @@ READ_BY = {"logits": "c5", "head": "c5", "aux": "c4"}
 class SegmentationNetwork(nn.Module):
     """A backbone with a decode head on c5 and an auxiliary FCN head on c4.
 
-    The head is 512 channels wide and the auxiliary head 256, or 128 and 64 on a backbone whose c5
-    has at most 512 channels (mmsegmentation's R101 and R18 configurations).
-
     Attributes:
+        name: its name.
+        preprocessing: what pictures are normalised with: the layout's, or the backbone's.
         info: name, classes, and the channels and stride of each tap.
         align_corners: bilinear mode of every resize of this network's maps; the task loss and the
             evaluation resize the logits with it.
     """
 
-    align_corners = False
-
-    def __init__(self, head: str, backbone: str, num_classes: int, backbone_weights: str = "none"):
+    def __init__(self, name: NetworkName, num_classes: int, backbone_weights: str = "none"):
         super().__init__()
-        self.backbone = Backbone(backbone, backbone_weights)
+        self.name, mmseg = name, name.layout == "mmseg"
+        self.align_corners = name.aligned or name.layout == "cirkd"
+        self.backbone = Backbone(name.backbone, backbone_weights)
         channels, stride = self.backbone.channels, self.backbone.stride
-        width = 512 if channels["c5"] > 512 else 128
-        self.decode_head = HEADS[head](channels["c5"], width, num_classes, self.align_corners)
-        self.auxiliary_head = FCNHead(channels["c4"], width // 2, num_classes)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        width = width_of(name, channels["c5"])
+        head = HEADS[name.layout, name.head]
+        self.decode_head = head(channels["c5"], width, num_classes, self.align_corners)
+        auxiliary = width_of(replace(name, width=None), channels["c5"]) // 2 if mmseg else None
+        self.auxiliary_head = FCNHead(
+            channels["c4"], auxiliary or channels["c4"] // 4, num_classes, per_channel=mmseg
+        )
+        own = Preprocessing(tuple(self.backbone.mean), tuple(self.backbone.std))
+        self.preprocessing = CIRKD_PREPROCESSING if name.layout == "cirkd" else own
+        for key in ("mean", "std"):
+            values = torch.tensor(getattr(self.preprocessing, key), dtype=torch.float32)
+            self.register_buffer(key, values.view(1, 3, 1, 1), persistent=False)
         self.info = NetworkInfo(
-            name=f"{head}-{backbone}",
+            name=str(name),
             num_classes=num_classes,
             channels={"logits": num_classes, "aux": num_classes, "head": width, **channels},
             stride={**{tap: stride[stage] for tap, stage in READ_BY.items()}, **stride},
@@ -64,8 +117,13 @@ class SegmentationNetwork(nn.Module):
         for tap in taps:
             if tap not in NETWORK_TAPS:
                 raise ValueError(unknown("tap", tap, NETWORK_TAPS))
+        pictures = images.flip(1) if self.preprocessing.bgr else images
+        return self.read((pictures - self.mean) / self.std, taps)
+
+    def read(self, pictures: Tensor, taps: Collection[str]) -> Taps:
+        """Return what :meth:`forward` does, of normalised pictures in the network's own order."""
         stages = {READ_BY.get(tap, tap) for tap in taps if tap != "classifier"}
-        maps = self.backbone((images - self.mean) / self.std, stages)
+        maps = self.backbone(pictures, stages)
         found = {tap: maps[tap] for tap in taps if tap in maps}
         if "aux" in taps:
             found["aux"] = self.auxiliary_head(maps["c4"])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 
+import torch
+
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError
 from kdprof.measure import measure
@@ -17,9 +19,10 @@ from kdprof.parallel import LostContact
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost, Run
 from kdprof.resolve import ResolvedStudy
-from kdprof.store import Held, RunFolder, Store
+from kdprof.store import Held, RunFolder, Store, write_record
 from kdprof.train import checkpoint
 from kdprof.train.cells import TEACHER, TRUNK, Cell, TrunkPlan, cells_of, new_run, trunk_plan
+from kdprof.train.evaluate import evaluate
 from kdprof.train.loggers import check_loggers
 from kdprof.train.loop import Interrupted, TrainingRun, Trunk, Validation
 
@@ -355,6 +358,13 @@ def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> S
     Its cost is in its own record and in no method's budget.
     """
     folder = store.teacher_folder()
+    if (published := study.published_teacher()) is not None:
+        network, told = published
+        if not _is_finished(folder.read_run()):
+            with folder.lock():
+                _score_teacher(study, folder, network)
+            progress.say(f"teacher: {told}; mIoU {100 * folder.read_run().miou:.2f} %")
+        return study.frozen(network)
     if not _is_finished(folder.read_run()):
         with folder.lock():
             run = folder.read_run()
@@ -387,6 +397,28 @@ def _train_teacher(
     )
     progress.say(f"teacher: {_outcome(training.train(progress, TEACHER))}")
     return step.student
+
+
+def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: SegmentationNetwork) -> None:
+    """Write the record of a teacher that came with its weights."""
+    began, data = time.monotonic(), study.teacher_val_data
+    found = evaluate(
+        network,
+        data,
+        study.device,
+        batch=study.study.evaluation.batch,
+        autocast=torch.autocast(study.device.type, enabled=False),
+    )
+    cell = Cell(TEACHER, "weights", 0, 0, 0, 0, 0, None)
+    run = new_run(study, cell, None)
+    scores = {
+        "miou": found.miou,
+        "best_miou": found.miou,
+        "miou_per_class": dict(zip(data.class_names, found.per_class, strict=True)),
+        "eval_s": time.monotonic() - began,
+        "finished": True,
+    }
+    write_record(folder.record, run.model_copy(update=scores))
 
 
 def _read_teacher(study: ResolvedStudy, folder: RunFolder) -> SegmentationNetwork:

@@ -1,0 +1,84 @@
+"""Network names: ``pspnet-r18``, ``cirkd-deeplabv3-r101-w256``, ``deeplabv3-mobilenetv2_100``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdprof.errors import UserError, unknown
+from kdprof.models.backbone import check_name
+
+LAYOUTS: Mapping[str, Mapping[str, str]] = {
+    "mmseg": {"r18": "resnet18c", "r50": "resnet50c", "r101": "resnet101c"},
+    "cirkd": {"r18": "resnet18s", "r50": "resnet50s", "r101": "resnet101s"},
+    "torchvision": {"r50": "resnet50", "r101": "resnet101"},
+}
+"""Whose details a network has, and the backbones that its short names stand for."""
+DEFAULT_LAYOUT = "mmseg"
+HEADS = {
+    "mmseg": ("pspnet", "deeplabv3"),
+    "cirkd": ("pspnet", "deeplabv3"),
+    "torchvision": ("deeplabv3",),
+}
+
+
+@dataclass(frozen=True)
+class NetworkName:
+    """What a name says.
+
+    Attributes:
+        layout: of :data:`LAYOUTS`.
+        backbone: as :mod:`kdprof.models.backbone` knows it, aliases resolved.
+        width: channels of the map before the classifier; None = the layout's own.
+        aligned: whether every resize of maps has ``align_corners=True``, as in mmsegmentation's
+            configurations of 769x769; CIRKD's layout always has it.
+    """
+
+    head: str
+    backbone: str
+    layout: str = DEFAULT_LAYOUT
+    width: int | None = None
+    aligned: bool = False
+
+    def __str__(self) -> str:
+        """Return the name that :func:`parse_name` reads back."""
+        parts = [] if self.layout == DEFAULT_LAYOUT else [self.layout]
+        parts += [self.head, self.backbone]
+        parts += [f"w{self.width}"] if self.width else []
+        return "-".join([*parts, *(["aligned"] if self.aligned else [])])
+
+
+def parse_name(name: str) -> NetworkName:
+    """Read ``[LAYOUT-]HEAD-BACKBONE[-wWIDTH][-aligned]``.
+
+    Layouts: mmseg (if none is given), cirkd, torchvision. Heads: pspnet, deeplabv3. Backbones:
+    every timm name, ``resnet18c``, ``resnet18s``, ..., and the aliases r18, r50 and r101, which
+    are the layout's own.
+
+    Raises:
+        UserError: there is no such layout, head or backbone; names the nearest that there is.
+    """
+    layout, _, rest = name.partition("-")
+    if layout not in LAYOUTS:
+        layout, rest = DEFAULT_LAYOUT, name
+    head, _, rest = rest.partition("-")
+    rest, aligned = re.subn(r"-aligned$", "", rest)
+    if found := re.search(r"-w(\d+)$", rest):
+        rest = rest[: found.start()]
+    if head not in HEADS[layout] or not rest:
+        raise UserError(unknown("network", name, _examples(layout, rest)))
+    if layout == "cirkd" and aligned:
+        raise UserError(f"network '{name}': CIRKD's layout is always aligned; leave '-aligned' out")
+    if layout == "torchvision" and aligned:
+        raise UserError(f"network '{name}': torchvision's never is; leave '-aligned' out")
+    backbone = LAYOUTS[layout].get(rest, rest)
+    check_name(backbone)
+    width = int(found.group(1)) if found else None
+    return NetworkName(head, backbone, layout, width, bool(aligned))
+
+
+def _examples(layout: str, backbone: str) -> list[str]:
+    prefix = "" if layout == DEFAULT_LAYOUT else f"{layout}-"
+    backbones = [backbone] if backbone else list(LAYOUTS[layout])
+    return [f"{prefix}{head}-{b}" for head in HEADS[layout] for b in backbones]

@@ -1,0 +1,393 @@
+"""Files of weights: what a file holds is read from its content, and every key is accounted for.
+
+Nothing in a file is ever run: a pickle with anything but tensors and plain values is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kdprof.errors import UserError
+from kdprof.models.names import LAYOUTS, NetworkName, parse_name
+from kdprof.models.network import SegmentationNetwork, width_of
+
+OURS, MMSEG, CIRKD, TORCHVISION, TIMM = "kdprof", "mmsegmentation", "CIRKD", "torchvision", "timm"
+AUXILIARY = "auxiliary_head."
+BLOCKS = {
+    (2, 2, 2, 2, False): "r18",
+    (3, 4, 6, 3, False): "r34",
+    (3, 4, 6, 3, True): "r50",
+    (3, 4, 23, 3, True): "r101",
+}
+"""Blocks per stage and whether they are bottlenecks, by the short name of the ResNet."""
+
+_MMSEG = (
+    (r"^backbone\.stem\.7\.", "backbone.net.bn1."),
+    (r"^backbone\.stem\.", "backbone.net.conv1."),
+    (r"^backbone\.(conv1|bn1|layer\d)\.", r"backbone.net.\1."),
+)
+_CIRKD = (
+    (r"^pretrained\.conv1\.", "backbone.net.conv1.0."),
+    (r"^pretrained\.bn1\.", "backbone.net.conv1.1."),
+    (r"^pretrained\.conv2\.", "backbone.net.conv1.3."),
+    (r"^pretrained\.bn2\.", "backbone.net.conv1.4."),
+    (r"^pretrained\.conv3\.", "backbone.net.conv1.6."),
+    (r"^pretrained\.bn3\.", "backbone.net.bn1."),
+    (r"^pretrained\.", "backbone.net."),
+    (r"^head\.psp\.conv1\.", "decode_head.psp_modules.0.1."),
+    (r"^head\.psp\.conv2\.", "decode_head.psp_modules.1.1."),
+    (r"^head\.psp\.conv3\.", "decode_head.psp_modules.2.1."),
+    (r"^head\.psp\.conv4\.", "decode_head.psp_modules.3.1."),
+    (r"^head\.aspp\.b0\.", "decode_head.aspp_modules.0."),
+    (r"^head\.aspp\.b([123])\.block\.", r"decode_head.aspp_modules.\1."),
+    (r"^head\.aspp\.b4\.gap\.1\.", "decode_head.image_pool.1.0."),
+    (r"^head\.aspp\.b4\.gap\.2\.", "decode_head.image_pool.1.1."),
+    (r"^head\.aspp\.project\.", "decode_head.project."),
+    (r"^head\.classifier\.", "decode_head.conv_seg."),
+    (r"^head\.block\.4\.", "decode_head.conv_seg."),
+    (r"^head\.block\.", "decode_head.bottleneck."),
+    (r"^auxlayer\.block\.4\.", f"{AUXILIARY}conv_seg."),
+    (r"^auxlayer\.block\.", f"{AUXILIARY}convs.0."),
+)
+_TORCHVISION = (
+    (r"^backbone\.", "backbone.net."),
+    (r"^classifier\.0\.convs\.4\.1\.", "decode_head.image_pool.1.0."),
+    (r"^classifier\.0\.convs\.4\.2\.", "decode_head.image_pool.1.1."),
+    (r"^classifier\.0\.convs\.", "decode_head.aspp_modules."),
+    (r"^classifier\.0\.project\.", "decode_head.project."),
+    (r"^classifier\.4\.", "decode_head.conv_seg."),
+    (r"^classifier\.1\.", "decode_head.bottleneck.0."),
+    (r"^classifier\.2\.", "decode_head.bottleneck.1."),
+    (r"^aux_classifier\.4\.", f"{AUXILIARY}conv_seg."),
+    (r"^aux_classifier\.", f"{AUXILIARY}convs.0."),
+)
+_PAIRS = (
+    (r"^(decode_head\.(?:psp_modules\.\d\.1|image_pool\.1|aspp_modules\.\d|project|bottleneck)|"
+     r"auxiliary_head\.convs\.0)\.0\.", r"\1.conv."),
+    (r"^(decode_head\.(?:psp_modules\.\d\.1|image_pool\.1|aspp_modules\.\d|project|bottleneck)|"
+     r"auxiliary_head\.convs\.0)\.1\.", r"\1.bn."),
+)  # fmt: skip
+"""A convolution and its batch norm are numbered in CIRKD and torchvision, named in ours."""
+_RULES = {
+    OURS: (),
+    MMSEG: _MMSEG,
+    CIRKD: _CIRKD + _PAIRS,
+    TORCHVISION: _TORCHVISION + _PAIRS,
+}
+_LAYOUT_OF = {MMSEG: "mmseg", CIRKD: "cirkd", TORCHVISION: "torchvision"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds, under the names of :class:`SegmentationNetwork`'s state.
+
+    Attributes:
+        source: whose file it is.
+        name: of the network; None where the file does not tell (a run of kdprof's own).
+        renamed: by our key, the file's.
+        classes: names in the file's order; None where it does not tell.
+    """
+
+    path: Path
+    source: str
+    state: dict[str, Tensor]
+    renamed: dict[str, str]
+    name: NetworkName | None
+    classes: tuple[str, ...] | None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the decode head tells apart."""
+        return len(self.state["decode_head.conv_seg.weight"])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of every key.
+
+    Attributes:
+        matched: keys of the network that were set.
+        missing: keys of the network that the file lacks; only of an auxiliary head.
+        left: keys of the file that the network has no place for; only of an auxiliary head.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    left: list[str]
+
+    def summary(self) -> str:
+        """Return it in one line."""
+        told = f"{len(self.matched)} entries loaded"
+        if self.missing:
+            told += f", the auxiliary head is not in the file ({len(self.missing)} stay random)"
+        if self.left:
+            told += f", the file's auxiliary head is left out ({len(self.left)})"
+        return told
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a file of a segmentation network's weights.
+
+    Known are mmsegmentation's (``state_dict`` beside ``meta``), CIRKD's bare state dicts, those of
+    torchvision's ``deeplabv3_resnet50/101``, and kdprof's own checkpoints and exports; each as
+    torch writes it or as safetensors.
+
+    Raises:
+        UserError: no such file, one that is damaged or holds anything but tensors and plain
+            values, or that is none of these.
+    """
+    content, told = _content(path)
+    state = _state_of(content, path)
+    source = _source_of(state, path)
+    renamed = _renamed(state, source, path)
+    ours = {key: state[theirs] for key, theirs in renamed.items()}
+    if "decode_head.conv_seg.weight" not in ours:
+        raise UserError(
+            f"{path} is {source}'s, but has no classifier of a pspnet or deeplabv3 head; its keys "
+            f"are like {_some(state)}"
+        )
+    named = told.get("network")
+    name = parse_name(named) if named else _name_of(ours, source, content)
+    return Weights(path, source, ours, renamed, name, _classes_of(content, told))
+
+
+def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> NetworkName:
+    """Return the full name of the network that a file holds, if it is the wanted one.
+
+    Args:
+        wanted: a network's name; without a layout, the file's layout and width are taken.
+        classes: of the data, in order.
+
+    Raises:
+        UserError: another network, another number of classes, or another order of them.
+    """
+    asked, problems = parse_name(wanted), []
+    found = weights.name or asked
+    if not _agrees(asked, found, wanted):
+        problems.append(
+            f"{weights.path} holds {weights.source}'s {_short(found)}, not {wanted}; "
+            f"use {_short(found)}"
+        )
+    if weights.num_classes != len(classes):
+        problems.append(
+            f"{weights.path} tells {weights.num_classes} classes apart, the data has "
+            f"{len(classes)}; bring weights that were trained on it"
+        )
+    elif weights.classes is not None and _plain(weights.classes) != _plain(classes):
+        pairs = enumerate(zip(weights.classes, classes, strict=True))
+        index, (theirs, ours) = next(p for p in pairs if _plain(p[1][:1]) != _plain(p[1][1:]))
+        problems.append(
+            f"{weights.path} has its classes in another order: class {index} is '{theirs}' there, "
+            f"'{ours}' in the data; bring weights that were trained on it"
+        )
+    if problems:
+        raise UserError(*problems)
+    return replace(found, aligned=True) if asked.aligned else found
+
+
+def load_weights(network: SegmentationNetwork, weights: Weights) -> Loaded:
+    """Set a network's state from a file, strictly but for an auxiliary head.
+
+    Raises:
+        UserError: an entry of the network is not in the file, the file has one more, or their
+            shapes differ; every problem at once.
+    """
+    target, state = network.state_dict(), weights.state
+    missing = sorted(target.keys() - state.keys())
+    left = sorted(state.keys() - target.keys())
+    matched = sorted(target.keys() & state.keys())
+    problems = {
+        "missing": [key for key in missing if not key.startswith(AUXILIARY)],
+        "unexpected": [weights.renamed[k] for k in left if not k.startswith(AUXILIARY)],
+        "of another shape": [
+            f"{weights.renamed[k]} {tuple(state[k].shape)} for {tuple(target[k].shape)}"
+            for k in matched
+            if target[k].shape != state[k].shape
+        ],
+    }
+    told = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
+    if told:
+        raise UserError(f"{weights.path} does not fit {network.info.name}: {'; '.join(told)}")
+    network.load_state_dict({**target, **{key: state[key] for key in matched}})
+    return Loaded(matched, missing, left)
+
+
+# What is in a file
+
+
+def _content(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a file holds, and what its header tells."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; give the path of a checkpoint")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise UserError(f"{path} is damaged ({bad} does not match its checksum); get it again")
+    except zipfile.BadZipFile:
+        pass  # torch's format before 1.6 is no zip; what is truncated is told below
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling, zip and end-of-file errors share no narrower base
+        raise UserError(_unreadable(path, error)) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content, {}
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or half downloaded ({error}); get it again") from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    told = " ".join(str(error).split())
+    if found := re.search(r"GLOBAL ([\w.]+)", told) or re.search(r"global ([\w.]+)", told):
+        return (
+            f"{path} holds more than tensors ({found.group(1)}), and kdprof runs no code from "
+            "files; where you trust it, save its state_dict alone again with torch.save"
+        )
+    if "Weights only" in told or "Unsupported" in told:
+        return (
+            f"{path} holds more than tensors, and kdprof runs no code from files; where you trust "
+            "it, save its state_dict alone again with torch.save"
+        )
+    return f"{path} is damaged, half downloaded or no checkpoint ({told[:200]}); get it again"
+
+
+def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the state dict in what a file holds, without the prefix of data-parallel training."""
+    found = content
+    for keys in (("step", "student"), ("state_dict",), ("model",), ("model_state",)):
+        inner: Any = content
+        for key in keys:
+            inner = inner.get(key) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and inner:
+            found = inner
+            break
+    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no tensors; its keys are {_some(map(str, content))}")
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        short = key.removeprefix("module.")
+        if short in plain:
+            raise UserError(f"{path} has '{short}' twice, with and without 'module.'; remove one")
+        plain[short] = value
+    return plain
+
+
+def _source_of(state: Mapping[str, Tensor], path: Path) -> str:
+    starts = {
+        OURS: ("backbone.net.",),
+        CIRKD: ("pretrained.", "head."),
+        TORCHVISION: ("backbone.conv1", "classifier.0."),
+        MMSEG: ("backbone.", "decode_head."),
+    }
+    for source, needed in starts.items():
+        if all(any(key.startswith(start) for key in state) for start in needed):
+            return source
+    if any(re.match(r"(conv1|layer1|stem|blocks|stages|conv_stem)[._]", key) for key in state):
+        raise UserError(
+            f"{path} holds a backbone alone ({TIMM}'s names); give it as --backbone-weights, or as "
+            "teacher_backbone_weights in the study"
+        )
+    raise UserError(
+        f"{path} is no segmentation network's that kdprof knows ({MMSEG}, {CIRKD}, {TORCHVISION} "
+        f"or its own); its keys are like {_some(state)}"
+    )
+
+
+def _renamed(state: Mapping[str, Tensor], source: str, path: Path) -> dict[str, str]:
+    """Return the file's keys by ours."""
+    found: dict[str, str] = {}
+    for theirs in state:
+        key = theirs
+        for pattern, replacement in _RULES[source]:
+            key = re.sub(pattern, replacement, key)
+        if key in found:
+            raise UserError(f"{path}: '{found[key]}' and '{theirs}' are one entry; remove one")
+        found[key] = theirs
+    return found
+
+
+def _name_of(state: Mapping[str, Tensor], source: str, content: Any) -> NetworkName | None:
+    """Return which network a state is of, from its keys and shapes."""
+    if source == OURS:
+        return None
+    layout = _LAYOUT_OF[source]
+    head = "pspnet" if "decode_head.psp_modules.0.1.conv.weight" in state else "deeplabv3"
+    short = _resnet(state)
+    deep = "backbone.net.conv1.0.weight" in state
+    aliases = LAYOUTS[layout] if deep else LAYOUTS["torchvision"]
+    aligned = layout == "mmseg" and _told_aligned(content)
+    name = NetworkName(head, aliases.get(short, short), layout, aligned=aligned)
+    branch = "psp_modules.0.1" if head == "pspnet" else "aspp_modules.0"
+    width = len(state["decode_head.bottleneck.conv.weight"])
+    channels = state[f"decode_head.{branch}.conv.weight"].shape[1]
+    return name if width == width_of(name, channels) else replace(name, width=width)
+
+
+def _resnet(state: Mapping[str, Tensor]) -> str:
+    places = {m.groups() for key in state if (m := re.search(r"\.net\.layer(\d)\.(\d+)\.", key))}
+    blocks = [sum(stage == str(number) for stage, _ in places) for number in (1, 2, 3, 4)]
+    bottleneck = "backbone.net.layer1.0.conv3.weight" in state
+    return BLOCKS.get((*blocks, bottleneck), f"resnet with {blocks} blocks")
+
+
+def _told_aligned(content: Mapping[str, Any]) -> bool:
+    """Return what the configuration inside mmsegmentation's file says of align_corners."""
+    meta = content.get("meta")
+    config = meta.get("config", meta.get("cfg", "")) if isinstance(meta, Mapping) else ""
+    return re.search(r"align_corners['\"]?\s*[=:]\s*True", str(config)) is not None
+
+
+def _classes_of(content: Mapping[str, Any], told: Mapping[str, str]) -> tuple[str, ...] | None:
+    if "classes" in told:
+        return tuple(told["classes"].split("\n"))
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return None
+    described = meta.get("dataset_meta")
+    classes = described.get("classes") if isinstance(described, Mapping) else meta.get("CLASSES")
+    return tuple(map(str, classes)) if classes else None
+
+
+def _agrees(asked: NetworkName, found: NetworkName, wanted: str) -> bool:
+    """Return whether a file's network is the one asked for; a short name leaves the layout open."""
+    if asked.head != found.head or (asked.width and asked.width != found.width):
+        return False
+    if asked.layout == found.layout:
+        return asked.backbone == found.backbone
+    by_layout = {wanted.partition("-")[0]} & set(LAYOUTS)
+    short = wanted.partition("-")[2].removesuffix("-aligned")
+    return not by_layout and LAYOUTS[found.layout].get(short) == found.backbone
+
+
+def _short(name: NetworkName) -> str:
+    shorts = {full: short for short, full in LAYOUTS[name.layout].items()}
+    return str(replace(name, backbone=shorts.get(name.backbone, name.backbone)))
+
+
+def _plain(classes: Iterable[str]) -> list[str]:
+    return [re.sub(r"[^a-z0-9]", "", name.lower()) for name in classes]
+
+
+def _some(keys: Iterable[str], shown: int = 3) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,209 @@
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kdprof.errors import UserError
+from kdprof.models import SegmentationNetwork, build, parse_name
+from kdprof.models.weights import check_weights, load_weights, read_weights
+
+CLASSES = ("road", "sky", "car")
+TO_MMSEG = (
+    (r"^backbone\.net\.bn1\.", "backbone.stem.7."),
+    (r"^backbone\.net\.conv1\.", "backbone.stem."),
+    (r"^backbone\.net\.", "backbone."),
+)
+
+
+def mmseg_state(name="pspnet-r18"):
+    torch.manual_seed(5)
+    return {_renamed(key): value for key, value in build(name, len(CLASSES)).state_dict().items()}
+
+
+def _renamed(key):
+    for pattern, replacement in TO_MMSEG:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def published(tmp_path):
+    return saved(tmp_path / "t.pth", {"state_dict": mmseg_state(), "meta": {"CLASSES": CLASSES}})
+
+
+def loaded(path, wanted="pspnet-r18", classes=CLASSES):
+    weights = read_weights(path)
+    network = build(check_weights(weights, wanted, classes), len(classes))
+    return network, load_weights(network, weights)
+
+
+def refusal(*arguments, **keywords) -> str:
+    with pytest.raises(UserError) as caught:
+        loaded(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_entry_of_a_published_file_is_loaded(published):
+    network, told = loaded(published)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, mmseg_state()[_renamed(key)])
+    assert told.summary() == f"{len(mmseg_state())} entries loaded"
+
+
+def test_a_prefix_of_data_parallel_training_and_safetensors_are_read(tmp_path):
+    prefixed = {f"module.{key}": value for key, value in mmseg_state().items()}
+    for path in (saved(tmp_path / "a.pth", prefixed), tmp_path / "b.safetensors"):
+        if path.suffix == ".safetensors":
+            save_file(mmseg_state(), path)
+        network, _ = loaded(path)
+        assert torch.equal(
+            network.decode_head.conv_seg.weight, mmseg_state()["decode_head.conv_seg.weight"]
+        )
+
+
+def test_a_file_without_auxiliary_head_leaves_it_random_and_says_so(tmp_path):
+    state = {k: v for k, v in mmseg_state().items() if not k.startswith("auxiliary_head")}
+    _, told = loaded(saved(tmp_path / "t.pth", {"state_dict": state}))
+    assert "the auxiliary head is not in the file (8 stay random)" in told.summary()
+
+
+@pytest.mark.parametrize("depth", ["50", "101"])
+def test_torchvision_networks_compute_what_torchvision_computes(depth, tmp_path):
+    segmentation = pytest.importorskip("torchvision.models.segmentation")
+    torch.manual_seed(0)
+    make = getattr(segmentation, f"deeplabv3_resnet{depth}")
+    original = make(weights=None, weights_backbone=None, num_classes=3, aux_loss=True).eval()
+    for module in original.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.3, 0.6)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    path = saved(tmp_path / "tv.pth", original.state_dict())
+    network, told = loaded(path, f"deeplabv3-r{depth}")
+    assert (told.missing, told.left) == ([], [])
+    assert str(network.name) == f"torchvision-deeplabv3-resnet{depth}"
+    assert not network.align_corners
+    images = torch.randint(0, 256, (1, 3, 65, 97), dtype=torch.uint8)
+    normalised = (images / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        taps = network.eval()(images, ["logits", "aux"])
+        ours = {"out": taps.logits, "aux": taps.aux}
+        theirs = original(normalised)
+    for key, value in ours.items():
+        resized = torch.nn.functional.interpolate(value, (65, 97), mode="bilinear")
+        assert (resized - theirs[key]).norm() < 1e-4 * theirs[key].norm()
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_pickle_is_refused_and_never_run(tmp_path):
+    sprung = tmp_path / "sprung"
+    for content in ({"state_dict": mmseg_state(), "meta": _Bomb(sprung)}, _Bomb(sprung)):
+        line = refusal(saved(tmp_path / "bomb.pth", content))
+        assert "holds more than tensors" in line
+        assert "runs no code from files" in line
+    with (tmp_path / "plain.pth").open("wb") as file:
+        pickle.dump(_Bomb(sprung), file)
+    refusal(tmp_path / "plain.pth")
+    assert not sprung.exists()
+
+
+def test_damaged_and_half_downloaded_files(tmp_path, published):
+    whole = published.read_bytes()
+    for name in ("half.pth", "half.safetensors"):
+        half = tmp_path / name
+        if name.endswith("safetensors"):
+            save_file(mmseg_state(), half)
+            half.write_bytes(half.read_bytes()[: 10**6])
+        else:
+            half.write_bytes(whole[: len(whole) // 2])
+        assert re.search("damaged.*half downloaded|half downloaded", refusal(half))
+        assert "get it again" in refusal(half)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    assert "does not match its checksum" in refusal(tmp_path / "flipped.pth")
+    assert "no file" in refusal(tmp_path / "nowhere.pth")
+
+
+def test_another_network_or_other_classes_are_named(tmp_path, published):
+    assert "holds mmsegmentation's pspnet-r18, not deeplabv3-r101; use pspnet-r18" in refusal(
+        published, "deeplabv3-r101"
+    )
+    assert "not cirkd-pspnet-r18" in refusal(published, "cirkd-pspnet-r18")
+    assert "tells 3 classes apart, the data has 2" in refusal(published, classes=CLASSES[:2])
+    line = refusal(published, classes=("road", "car", "sky"))
+    assert "another order: class 1 is 'sky' there, 'car' in the data" in line
+
+
+def test_names_of_classes_may_be_written_otherwise(published):
+    loaded(published, classes=("Road", "sky", "c-a-r"))
+
+
+def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
+    from test_parity_models import FILES, regenerated
+
+    path = next((f for f in FILES if f.stem == "cirkd2022_deeplabv3_resnet18"), None)
+    if path is None:
+        pytest.skip("no golden numbers")
+    import numpy as np
+
+    state = regenerated(np.load(path, allow_pickle=False))
+    weights = read_weights(saved(tmp_path / "c.pth", state))
+    names = tuple(map(str, range(19)))
+    found = check_weights(weights, "deeplabv3-r18", names)
+    assert found == parse_name("cirkd-deeplabv3-r18-w128")
+    assert SegmentationNetwork(found, 19).preprocessing.bgr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("backbone.layer2.0.bn1.bias"), r"missing: backbone.net.layer2.0.bn1.bias"),
+        (lambda s: s.update({"decode_head.x": torch.ones(1)}), "unexpected: decode_head.x"),
+        (
+            lambda s: s.update({"backbone.layer2.0.conv1.weight": torch.ones(7, 64, 3, 3)}),
+            r"another shape: backbone.layer2.0.conv1.weight \(7, 64, 3, 3\) for \(128, 64, 3, 3\)",
+        ),
+        (
+            lambda s: s.update({"module.decode_head.conv_seg.bias": torch.ones(3)}),
+            "has 'decode_head.conv_seg.bias' twice",
+        ),
+        (
+            lambda s: s.update({"backbone.bn1.weight": torch.ones(64)}),
+            "'backbone.stem.7.weight' and 'backbone.bn1.weight' are one entry",
+        ),
+    ],
+)
+def test_every_key_is_accounted_for(change, message, tmp_path):
+    state = mmseg_state()
+    change(state)
+    assert re.search(message, refusal(saved(tmp_path / "t.pth", state)))
+
+
+def test_what_is_no_segmentation_network(tmp_path):
+    import timm
+
+    backbone = timm.create_model("resnet18").state_dict()
+    assert "holds a backbone alone" in refusal(saved(tmp_path / "b.pth", backbone))
+    assert "is no segmentation network's" in refusal(
+        saved(tmp_path / "o.pth", {"a": torch.ones(1)})
+    )
+    assert "holds no tensors" in refusal(saved(tmp_path / "n.pth", {"a": 1}))
+    assert "holds a list" in refusal(saved(tmp_path / "l.pth", [torch.ones(1)]))
