@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from kdprof.data import Batches
 from kdprof.device import synchronize
 from kdprof.errors import UserError
+from kdprof.evaluate import evaluate
 from kdprof.measure.session import Surroundings
 from kdprof.measure.trace import StepTrace
 from kdprof.method import IGNORE, Method
@@ -43,7 +44,6 @@ from kdprof.step import TrainStep
 from kdprof.store import RunFolder
 from kdprof.study import Study, TrainingSettings, load_study, parse_assignments
 from kdprof.train.cells import Cell, new_run
-from kdprof.train.evaluate import evaluate
 from kdprof.train.loop import TrainingRun
 
 Block = Callable[[], float]

@@ -17,6 +17,7 @@ from kdprof.errors import KdprofError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kdprof.evaluate import Views
     from kdprof.measure.feeding import Feeding
     from kdprof.progress import Progress
     from kdprof.records import Cost
@@ -550,6 +551,81 @@ def _conclude_training(summary: Summary, store: Store, given: dict[str, Any]) ->
         )
     if summary.failures:
         raise KdprofError("\n".join(summary.failures))
+
+
+@cli.command()
+@click.option("--model", required=True, help="Network, such as pspnet-r101.")
+@click.option("--weights", required=True, type=_FILE, help="Its weights.")
+@click.option("--data", required=True, metavar="NAME[:ROOT]", help="Images and labels.")
+@click.option("--split", default="val", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--window", metavar="HxW", help="Slide a window of this size; else whole images.")
+@click.option("--stride", metavar="HxW", help="Between windows.")
+@click.option("--scales", default="1", show_default=True, help="Such as 0.5,0.75,1,1.25,1.5,1.75.")
+@click.option("--flip", is_flag=True, help="See every image mirrored as well.")
+@click.option("--json", "as_json", is_flag=True, help="One record on stdout, nothing else.")
+def evaluate(as_json: bool, **given: Any) -> None:
+    """Score a file of weights: IoU per class, mIoU, mAcc, pixel accuracy, images per second."""
+    import json
+
+    from kdprof.data import open_data
+    from kdprof.device import find_device
+    from kdprof.evaluate import evaluate_file
+    from kdprof.reports.evaluation import print_evaluation, to_json
+    from kdprof.study import DataSettings
+
+    views, device = _views(given), find_device(given["device"])
+    synthetic = DataSettings()
+    data = open_data(
+        given["data"],
+        given["split"],
+        synthetic_size=synthetic.synthetic_size,
+        synthetic_count=synthetic.synthetic_val,
+    )
+    found = evaluate_file(
+        given["model"],
+        given["weights"],
+        data,
+        device,
+        batch=given["batch"],
+        precision=given["precision"],
+        views=views,
+        progress=_progress(False, False, as_json),
+    )
+    if as_json:
+        click.echo(json.dumps(to_json(found), indent=2))
+    else:
+        print_evaluation(found, _stdout())
+
+
+def _views(given: dict[str, Any]) -> Views:
+    from kdprof.evaluate import Views
+    from kdprof.study import parse_size
+
+    problems, sizes = [], {}
+    for option in ("window", "stride"):
+        try:
+            sizes[option] = parse_size(given[option])
+        except ValueError as error:
+            problems.append(f"--{option} {given[option]}: {error}")
+    if given["stride"] and not given["window"]:
+        problems.append("--stride is between windows; add --window")
+    try:
+        scales = tuple(float(scale) for scale in given["scales"].split(","))
+    except ValueError:
+        scales = ()
+    if not scales or min(scales) <= 0:
+        problems.append(f"--scales {given['scales']}: give factors above 0, such as 0.5,1,2")
+    if problems:
+        raise UserError(*problems)
+    return Views(sizes["window"], sizes["stride"], scales, given["flip"])
 
 
 @cli.command()

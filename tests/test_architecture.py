@@ -36,13 +36,15 @@ MAY_IMPORT = {
         "progress", "records", "step", "study",
     },
     "follow": {"data", "models", "parallel", "resolve", "step"},
+    "evaluate": {"data", "device", "errors", "method", "models", "progress"},
     "measure": {
         "data", "device", "errors", "follow", "hardware", "models", "parallel", "progress",
         "records", "resolve", "stats", "step", "store", "study",
     },
     "train": {
-        "budget", "data", "device", "errors", "hardware", "measure", "method", "models", "parallel",
-        "progress", "records", "resolve", "schedule", "step", "store", "study",
+        "budget", "data", "device", "errors", "evaluate", "hardware", "measure", "method",
+        "models", "parallel", "progress", "records", "resolve", "schedule", "step", "store",
+        "study",
     },
     "launch": {
         "device", "errors", "follow", "measure", "parallel", "progress", "resolve", "store",
@@ -51,8 +53,8 @@ MAY_IMPORT = {
     "methods": {"errors", "method"},
     "comparison": {"errors", "records", "stats", "store"},
     "reports": {
-        "budget", "comparison", "contract", "errors", "published", "records", "stats", "store",
-        "train",
+        "budget", "comparison", "contract", "errors", "evaluate", "published", "records", "stats",
+        "store", "train",
     },
     "presets": set(),
     "catalogue": {"method"},

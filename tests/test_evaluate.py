@@ -1,9 +1,19 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from kdprof.train.evaluate import confusion_matrix, scores
+from kdprof.evaluate import Views, _places, confusion_matrix, predict, scores
+from kdprof.method import Taps
+from kdprof.models import build, zoo
 
 
 def test_by_hand():
@@ -39,3 +49,113 @@ def test_against_sets_of_pixels(pairs):
     assert confusion.sum() == sum(y != 255 for y in labels)
     if confusion.sum():
         assert scores(confusion).miou == pytest.approx(literal_iou(predicted, labels, 4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_means_against_scikit_learn(seed):
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(seed)
+    labels = draw.choice([0, 1, 2, 3, 255], 500)
+    predicted = np.where(draw.random(500) < 0.6, labels, draw.integers(0, 4, 500)) % 255
+    found = scores(confusion_matrix(torch.tensor(predicted), torch.tensor(labels), 4))
+    valid = labels != 255
+    told = labels[valid], predicted[valid]
+    iou = metrics.jaccard_score(*told, average=None)
+    assert found.per_class == pytest.approx(iou.tolist())
+    assert found.miou == pytest.approx(iou.mean())
+    assert found.macc == pytest.approx(metrics.balanced_accuracy_score(*told))
+    assert found.pixel_accuracy == pytest.approx(metrics.accuracy_score(*told))
+
+
+class Local(nn.Module):
+    """Sees nothing but each position's own 8x8 pixels: windows cannot change what it says."""
+
+    align_corners = False
+
+    def forward(self, images, taps):
+        means = F.avg_pool2d(images.float(), 8)
+        return Taps(logits=torch.stack([means[:, 0], means[:, 1] + 3, 2 * means[:, 2] - 100], 1))
+
+
+PICTURE = torch.randint(0, 256, (1, 3, 5, 6), generator=torch.Generator().manual_seed(0))
+PICTURE = F.interpolate(PICTURE.float(), (40, 48)).to(torch.uint8)
+
+
+def test_windows_cover_a_side_and_end_with_it():
+    assert _places(10, 4, 3) == [slice(0, 4), slice(3, 7), slice(6, 10)]
+    assert _places(9, 4, 3) == [slice(0, 4), slice(3, 7), slice(5, 9)]
+    assert _places(3, 4, 3) == [slice(0, 3)]
+    assert _places(1024, 769, 513) == [slice(0, 769), slice(255, 1024)]
+
+
+def test_windows_are_averaged_where_they_overlap():
+    network = Local()
+    windows = Views(window=(24, 24), stride=(16, 24))
+    found = predict(network, PICTURE, windows)
+    parts = {}
+    for top in (0, 16):
+        for left in (0, 24):
+            part = PICTURE[..., top : top + 24, left : left + 24]
+            parts[top, left] = predict(network, part)
+    torch.testing.assert_close(found[..., :16, :24], parts[0, 0][..., :16, :])
+    overlap = (parts[0, 0][..., 16:24, :] + parts[16, 0][..., :8, :]) / 2
+    torch.testing.assert_close(found[..., 16:24, :24], overlap)
+    torch.testing.assert_close(found[..., 24:, 24:], parts[16, 24][..., 8:, :])
+
+
+def test_several_views_are_a_sum_of_softmax():
+    network = Local()
+    plain = predict(network, PICTURE)
+    mirrored = predict(network, PICTURE.flip(-1)).flip(-1)
+    found = predict(network, PICTURE, Views(flip=True))
+    torch.testing.assert_close(found, plain.softmax(1) + mirrored.softmax(1))
+    larger = F.interpolate(PICTURE.float(), (60, 72), mode="bilinear")
+    resized = F.interpolate(network(larger, []).logits, (40, 48), mode="bilinear")
+    found = predict(network, PICTURE, Views(scales=(1.0, 1.5)))
+    # What is resized first to the larger picture and then back differs from this by little.
+    assert (found - plain.softmax(1) - resized.softmax(1)).abs().mean() < 0.02
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kdprof", "evaluate", *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "student.pth"
+    torch.manual_seed(0)
+    network = build("pspnet-test_resnet", 12)
+    torch.save({"step": {"student": network.state_dict()}}, path)
+    return path
+
+
+def test_the_command_prints_every_class_and_what_was_published(weights, monkeypatch):
+    network = ("--model", "pspnet-test_resnet", "--weights", weights, "--data", "synthetic")
+    done = command(*network, "--flip", "--scales", "0.5,1", "--window", "64x64", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    for text in ("IoU %", "mIoU", "mAcc", "pixel accuracy", "images/s", "kdprof's:", "entries"):
+        assert text in done.stdout
+    found = json.loads(command(*network, "--batch", "4", "--json", "--device", "cpu").stdout)
+    assert found["images"] == 80
+    assert found["reported"] is None
+    assert len(found["scores"]["per_class"]) == len(found["class_names"])
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(zoo._CITYSCAPES, digest, ("pspnet_x", 70.0, None))
+    assert zoo.reported(weights).miou == 70.0
+    assert "configs/pspnet/metafile.yaml" in zoo.reported(weights).source
+
+
+def test_bad_input_gets_one_line_each(weights):
+    network = ("--model", "pspnet-test_resnet", "--weights", weights, "--data", "synthetic")
+    done = command(*network, "--stride", "6x6", "--scales", "0", "--device", "cpu")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "kdprof: --stride is between windows; add --window",
+        "kdprof: --scales 0: give factors above 0, such as 0.5,1,2",
+    ]
+    done = command("--model", "deeplabv3-r18", *network[2:], "--device", "cpu")
+    assert done.returncode == 2
+    assert "does not fit deeplabv3-resnet18c" in done.stderr

@@ -9,13 +9,13 @@ from small_study import SMALL, small_study, train_small
 
 from kdprof.data.scenario import Scenario
 from kdprof.errors import UserError
+from kdprof.evaluate import evaluate
 from kdprof.method import IGNORE, Method
 from kdprof.models import build
 from kdprof.resolve import ResolvedStudy
 from kdprof.step import TrainStep
 from kdprof.store import Store
 from kdprof.study import ScenarioSettings, StepSettings, load_study
-from kdprof.train.evaluate import evaluate
 
 NAMES = ("sky", "road", "car", "bus")
 

@@ -12,6 +12,7 @@ import torch
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError
+from kdprof.evaluate import evaluate
 from kdprof.measure import measure
 from kdprof.measure.isolation import explain
 from kdprof.models import SegmentationNetwork
@@ -22,7 +23,6 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.store import Held, RunFolder, Store, write_record
 from kdprof.train import checkpoint
 from kdprof.train.cells import TEACHER, TRUNK, Cell, TrunkPlan, cells_of, new_run, trunk_plan
-from kdprof.train.evaluate import evaluate
 from kdprof.train.loggers import check_loggers
 from kdprof.train.loop import Interrupted, TrainingRun, Trunk, Validation
 

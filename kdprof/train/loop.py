@@ -19,6 +19,7 @@ from torch import Tensor
 from kdprof.data import Batches, Feeder, SegmentationData
 from kdprof.device import synchronize
 from kdprof.errors import KdprofError
+from kdprof.evaluate import evaluate, mean_iou
 from kdprof.hardware import EnergyMeter
 from kdprof.parallel import lost_contact
 from kdprof.progress import Advance, Progress
@@ -27,7 +28,6 @@ from kdprof.step import TrainStep
 from kdprof.store import RunFolder, append_line, read_lines, write_atomic, write_record
 from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
-from kdprof.train.evaluate import evaluate, mean_iou
 from kdprof.train.ledger import Ledger
 from kdprof.train.loggers import Logger, open_loggers
 from kdprof.train.pace import Pace, Spending, pace_of

@@ -1,0 +1,239 @@
+"""Evaluation: predictions of whole images, confusion matrix, mean intersection over union."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdprof.data import SegmentationData, evaluation_batches
+from kdprof.device import configure_backends
+from kdprof.method import IGNORE
+from kdprof.models import SegmentationNetwork
+from kdprof.models.weights import check_weights, load_weights, read_weights
+from kdprof.models.zoo import Reported, reported
+from kdprof.progress import Progress
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Fractions. None for a class absent from the labels.
+
+    Attributes:
+        miou, per_class: intersection over union.
+        macc: mean over classes of the share of their pixels that is found.
+        pixel_accuracy: share of all valid pixels that is right.
+    """
+
+    miou: float
+    per_class: list[float | None]
+    macc: float
+    pixel_accuracy: float
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a network looks at an image.
+
+    Attributes:
+        window: height and width that are seen at once; None = the whole image.
+        stride: between windows, pixels; as mmsegmentation places them, the last at the border.
+        scales: sizes that the image is resized to, as factors; softmax is averaged over them.
+        flip: whether each is seen mirrored as well.
+    """
+
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+WHOLE = Views()
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the (classes, classes) int64 counts, rows = label, columns = prediction.
+
+    Args:
+        predicted, labels: integer tensors of one shape; pixels labelled :data:`IGNORE` are left
+            out.
+    """
+    valid = labels != IGNORE
+    pairs = labels[valid].long() * classes + predicted[valid].long()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def scores(confusion: Tensor) -> Scores:
+    """Return IoU per class and its mean over the classes present in the labels."""
+    confusion = confusion.double().cpu()
+    hit = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    present = confusion.sum(1) > 0
+    iou = hit / union.clamp(min=1)
+    per_class = [float(v) if p else None for v, p in zip(iou, present, strict=True)]
+    recall = (hit / confusion.sum(1).clamp(min=1))[present]
+    accuracy = hit.sum() / confusion.sum().clamp(min=1)
+    return Scores(float(iou[present].mean()), per_class, float(recall.mean()), float(accuracy))
+
+
+def predict(network: SegmentationNetwork, images: Tensor, views: Views = WHOLE) -> Tensor:
+    """Return scores (N, C, H, W) at the images' size: logits, or with several views the sum of
+    their softmax.
+
+    Args:
+        images: (N, 3, H, W) RGB in 0..255.
+    """
+    if views.scales == (1.0,) and not views.flip:
+        return _logits(network, images, views)
+    size, total = images.shape[-2:], 0
+    for scale in views.scales:
+        scaled = images.float()
+        if scale != 1:
+            shape = [max(1, round(scale * length)) for length in size]
+            scaled = F.interpolate(scaled, shape, mode="bilinear")
+        for mirrored in (False, True) if views.flip else (False,):
+            found = _logits(network, scaled.flip(-1) if mirrored else scaled, views)
+            found = _resized(found.flip(-1) if mirrored else found, size, network)
+            total = total + found.softmax(1)
+    return total
+
+
+def _resized(logits: Tensor, size: tuple[int, int], network: SegmentationNetwork) -> Tensor:
+    align = network.align_corners
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align)
+
+
+def _logits(network: SegmentationNetwork, images: Tensor, views: Views) -> Tensor:
+    """Return logits at the images' size; of windows, the mean of those that see a pixel."""
+    size = images.shape[-2:]
+    if views.window is None:
+        return _resized(network(images, ["logits"]).logits, size, network)
+    total, seen = 0.0, torch.zeros(size, device=images.device)
+    for rows in _places(size[0], views.window[0], (views.stride or views.window)[0]):
+        for columns in _places(size[1], views.window[1], (views.stride or views.window)[1]):
+            part = images[..., rows, columns]
+            found = _resized(network(part, ["logits"]).logits, part.shape[-2:], network)
+            if isinstance(total, float):
+                total = found.new_zeros(*found.shape[:2], *size)
+            total[..., rows, columns] += found
+            seen[rows, columns] += 1
+    return total / seen
+
+
+def _places(length: int, window: int, stride: int) -> list[slice]:
+    """Return where windows lie along a side; the last ends with it."""
+    count = max(0, length - window + stride - 1) // stride + 1
+    ends = [min(length, place * stride + window) for place in range(count)]
+    return [slice(max(0, end - window), end) for end in ends]
+
+
+def mean_iou(per_class: Iterable[float | None]) -> float | None:
+    """Return the mean over the classes that the labels show; None where they show none."""
+    found = [iou for iou in per_class if iou is not None]
+    return sum(found) / len(found) if found else None
+
+
+@torch.no_grad()
+def evaluate(
+    network: SegmentationNetwork,
+    data: SegmentationData,
+    device: torch.device,
+    *,
+    batch: int,
+    autocast: torch.autocast,
+    decide: Callable[[Tensor], Tensor] | None = None,
+    views: Views = WHOLE,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Scores:
+    """Return the scores of a network over images at their own size.
+
+    ``decide`` turns logits into what the prediction is the argmax of, where that is not the logits;
+    ``advance`` is told the number of images of every batch.
+
+    The network is left in training mode, as a run needs it.
+    """
+    network.eval()
+    total = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64, device=device)
+    for images, labels in evaluation_batches(data, batch):
+        with autocast:
+            resized = predict(network, images.to(device), views)
+        if decide is not None:
+            resized = decide(resized)
+        total += confusion_matrix(resized.argmax(1), labels.to(device), data.num_classes)
+        advance(len(images))
+    network.train()
+    return scores(total)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate_file` found.
+
+    Attributes:
+        network: the full name of what the file holds.
+        loaded: what became of its entries, in one line.
+        images_per_second: reading the images included.
+        reported: what was published of the file; None where it is not a known one.
+    """
+
+    network: str
+    loaded: str
+    data: str
+    split: str
+    images: int
+    class_names: tuple[str, ...]
+    scores: Scores
+    images_per_second: float
+    reported: Reported | None
+
+
+def evaluate_file(
+    model: str,
+    path: Path,
+    data: SegmentationData,
+    device: torch.device,
+    *,
+    batch: int,
+    precision: str,
+    views: Views,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate a file of weights on a data set.
+
+    Args:
+        model: the network's name; without a layout, the file's is taken.
+        precision: fp32, bf16 or fp16.
+
+    Raises:
+        UserError: the file is no such network's, or of other classes.
+    """
+    weights = read_weights(path)
+    name = check_weights(weights, model, data.class_names)
+    network = SegmentationNetwork(name, data.num_classes)
+    loaded = load_weights(network, weights)
+    configure_backends(device, precision)
+    network.to(device, memory_format=torch.channels_last)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    autocast = torch.autocast(device.type, dtype=types.get(precision), enabled=precision in types)
+    with progress.task("images", len(data)) as advance:
+        began = time.perf_counter()
+        found = evaluate(
+            network, data, device, batch=batch, autocast=autocast, views=views, advance=advance
+        )
+        elapsed_s = time.perf_counter() - began
+    return Evaluation(
+        network=str(name),
+        loaded=f"{weights.source}'s: {loaded.summary()}",
+        data=data.name,
+        split=data.split,
+        images=len(data),
+        class_names=data.class_names,
+        scores=found,
+        images_per_second=len(data) / elapsed_s,
+        reported=reported(path),
+    )

@@ -1,0 +1,46 @@
+"""What `kdprof evaluate` prints: every class's IoU, the means, and what was published."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from .text import MISSING, Grid
+
+if TYPE_CHECKING:
+    from kdprof.evaluate import Evaluation
+
+
+def print_evaluation(found: Evaluation, console: Console) -> None:
+    """Print an evaluation of one file."""
+    scores = found.scores
+    pairs = zip(found.class_names, scores.per_class, strict=True)
+    grid = Grid(
+        f"{found.network} on {found.data} {found.split} ({found.images} images)",
+        ["class", "IoU %"],
+        [[name, MISSING if iou is None else f"{100 * iou:.2f}"] for name, iou in pairs],
+    )
+    grid.print(console)
+    console.print(
+        f"mIoU {100 * scores.miou:.2f} %, mAcc {100 * scores.macc:.2f} %, pixel accuracy "
+        f"{100 * scores.pixel_accuracy:.2f} %; {found.images_per_second:.2f} images/s",
+        highlight=False,
+    )
+    console.print(found.loaded, highlight=False, soft_wrap=True)
+    if (told := found.reported) is not None:
+        several = "" if told.flipped is None else f", {told.flipped:.2f} % at several scales + flip"
+        console.print(
+            f"published: {told.file}, mIoU {told.miou:.2f} %{several} ({told.source})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def to_json(found: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as plain values."""
+    return {
+        **vars(found),
+        "scores": vars(found.scores),
+        "reported": None if found.reported is None else vars(found.reported),
+    }
