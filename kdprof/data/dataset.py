@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kdprof.data.camvid import CamVid
+from kdprof.data.layouts import LAYOUTS, open_layout
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError, unknown
 
-DATA_SETS = ("synthetic", "camvid")
+DATA_SETS = ("synthetic", *LAYOUTS)
 SPLITS = ("train", "val", "test")
 
 
@@ -63,7 +63,7 @@ class DataOnDisk(SegmentationData, Protocol):
 def open_data(
     spec: str, split: str, *, synthetic_size: tuple[int, int], synthetic_count: int
 ) -> DataOnDisk:
-    """Open the split of the data set that ``spec`` names: ``synthetic`` or ``camvid:ROOT``.
+    """Open the split of the data set that ``spec`` names: ``synthetic`` or ``NAME:ROOT``.
 
     Args:
         split: train, val or test.
@@ -80,8 +80,8 @@ def open_data(
         if colon:
             raise UserError("data 'synthetic' takes no folder; give synthetic")
         return SyntheticScenes(split, synthetic_size, synthetic_count)
-    if name == "camvid":
+    if name in LAYOUTS:
         if not root:
-            raise UserError("data 'camvid' needs its folder; give camvid:ROOT")
-        return CamVid(Path(root).expanduser(), split)
+            raise UserError(f"data '{name}' needs its folder; give {name}:ROOT")
+        return open_layout(name, Path(root).expanduser(), split)
     raise UserError(unknown("data set", name, DATA_SETS))

@@ -1,0 +1,265 @@
+"""Images and labels in files, in pairs: what every data set on a disk has in common."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kdprof.errors import UserError, nearest
+from kdprof.method import IGNORE
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+LABEL_SUFFIXES = (".png",)
+LABEL_MODES = ("L", "P")
+"""Pillow's names for 8-bit grey and palette images, whose values are class indices."""
+DEEP_MODES = ("I", "F")
+"""How Pillow's names for images of 16 bits and more begin; it cuts those to white when asked for
+RGB."""
+REFUSED = 254
+"""In a table of label values: a value that no label may have."""
+
+Pair = tuple[Path, Path]
+"""An image and its label."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a data set tells apart.
+
+    Attributes:
+        palette: an RGB colour for each class.
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+
+@cache
+def classes_of(data: str) -> Classes:
+    """Return the classes of a data set that kdprof knows: ``classes/<data>.txt``."""
+    text = (files("kdprof.data") / "classes" / f"{data}.txt").read_text()
+    lines = [line.split("\t") for line in text.splitlines()]
+    colours = [tuple(int(value) for value in colour.split()) for _, colour in lines]
+    return Classes(tuple(name for name, _ in lines), tuple(colours))
+
+
+@dataclass(frozen=True)
+class LabelValues:
+    """What the values in a label file mean.
+
+    Attributes:
+        table: class of each value 0-255, :data:`IGNORE` where void, :data:`REFUSED` where there
+            can be none.
+        told: the values that there can be, in words.
+    """
+
+    table: np.ndarray
+    told: str
+
+    @classmethod
+    def of(cls, meaning: dict[int, int], told: str) -> LabelValues:
+        """Return it from the class of each value that there can be."""
+        table = np.full(256, REFUSED, dtype=np.uint8)
+        for value, index in meaning.items():
+            table[value] = index
+        return cls(table, told)
+
+    @classmethod
+    def indices(cls, classes: int) -> LabelValues:
+        """Return it for class indices, 255 void."""
+        meaning = {index: index for index in range(classes)} | {IGNORE: IGNORE}
+        return cls.of(meaning, f"0-{classes - 1} or 255 (void)")
+
+    @classmethod
+    def from_one(cls, classes: int) -> LabelValues:
+        """Return it for class indices that begin with 1, 0 void."""
+        meaning = {index + 1: index for index in range(classes)} | {0: IGNORE, IGNORE: IGNORE}
+        return cls.of(meaning, f"1-{classes} or 0 (void)")
+
+
+class PairedImages:
+    """One split of a data set. Images are (3, H, W), labels (H, W).
+
+    Args:
+        pairs: of files that exist, checked by :func:`paired`.
+    """
+
+    def __init__(
+        self, name: str, split: str, classes: Classes, values: LabelValues, pairs: Sequence[Pair]
+    ):
+        self.name, self.split, self.pairs = name, split, list(pairs)
+        self.class_names, self.palette = classes.names, classes.palette
+        self.num_classes, self._values = len(classes.names), values
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = _decoded(self.pairs[index][0], "RGB")
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), self.label(index)
+
+    def label(self, index: int) -> Tensor:
+        """Return the label (H, W) of an image.
+
+        Raises:
+            UserError: its file cannot be read, or holds no class indices.
+        """
+        path = self.pairs[index][1]
+        values = _decoded(path)
+        label = self._values.table[values]
+        if (label == REFUSED).any():
+            wrong = int(values[label == REFUSED].max())
+            raise UserError(
+                f"label value {wrong} in {path}; expected {self._values.told}: convert the labels "
+                "to class indices"
+            )
+        return torch.from_numpy(label)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image, pixels, from its header."""
+        _, (width, height) = _header(self.pairs[index][0])
+        return height, width
+
+    def identity(self) -> list[Any]:
+        """Return the files with their sizes and times of change."""
+        paths = [path.absolute() for pair in self.pairs for path in pair]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def paired(
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    label_of: Callable[[str], Path],
+    image_of: Callable[[str], Path] | None = None,
+) -> list[Pair]:
+    """Return image and label of each name, in order of the images, after a look at their headers.
+
+    Args:
+        label_of: where the label of a name should be.
+        image_of: likewise; None = a label may be without image.
+
+    Raises:
+        UserError: a label or an image is missing, a header cannot be read, an image is not 8-bit,
+            a label is no 8-bit image of indices, or a pair differs in size; every problem at once.
+            What only decoding shows is raised when an image is read.
+    """
+    problems = []
+    for name, path in images.items():
+        if name in labels:
+            problems += _pair_problems(path, labels[name])
+        else:
+            problems.append(f"{path} has no label; add {label_of(name)} or remove the image")
+    problems += [
+        f"{path} has no image; add {image_of(name)} or .jpg, or remove the label"
+        for name, path in labels.items()
+        if image_of is not None and name not in images
+    ]
+    if problems:
+        raise UserError(*problems)
+    return [(path, labels[name]) for name, path in images.items()]
+
+
+def root_of(root: Path, name: str, told: str, candidates: Sequence[str], needed: str) -> Path:
+    """Return the folder that holds a data set: the one given, or one that it is unpacked into.
+
+    Args:
+        told: what the folder holds, for the message.
+        candidates: folders below the given one that may be it.
+        needed: a folder that it has.
+
+    Raises:
+        UserError: there is none; names what was looked for and the nearest thing there is.
+    """
+    if not root.is_dir():
+        raise UserError(no_root(root, name, told))
+    for place in (root, *(root / candidate for candidate in candidates)):
+        if (place / needed).is_dir():
+            return place
+    mend = nearest(needed.partition("/")[0], folders(root))
+    raise UserError(f"{root} holds no {needed} ({told}); in it: {mend}")
+
+
+def no_root(root: Path, name: str, told: str) -> str:
+    """Return the message for a missing root, with the nearest folder that is there."""
+    missing, parent = root, root.parent
+    while not parent.is_dir():
+        missing, parent = parent, parent.parent
+    close = difflib.get_close_matches(missing.name, folders(parent), n=1, cutoff=0.5)
+    mend = f"did you mean '{parent / close[0]}'?" if close else f"give {name}:ROOT"
+    return f"no folder {root}; {mend} ({told})"
+
+
+def folders(root: Path) -> list[str]:
+    """Return the names of the folders in one."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+
+
+def by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
+    """Return the files of a folder by stem, sorted; append what is wrong to ``problems``."""
+    if not folder.is_dir():
+        mend = nearest(folder.name, folders(folder.parent))
+        problems.append(f"no folder {folder}; in {folder.parent}: {mend}")
+        return {}
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
+        if path.stem in found:
+            problems.append(f"{found[path.stem]} and {path} have one name; remove one of them")
+        found[path.stem] = path
+    if not found:
+        problems.append(f"{folder} holds no {', '.join(suffixes)} file; put the split there")
+    return found
+
+
+def _pair_problems(image: Path, label: Path) -> list[str]:
+    """Return what the headers of an image and its label show to be wrong."""
+    problems: list[str] = []
+    headers = []
+    for path in (image, label):
+        try:
+            headers.append(_header(path))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        return problems
+    (image_mode, size), (mode, label_size) = headers
+    if image_mode.startswith(DEEP_MODES):
+        problems.append(f"{image} is {image_mode}, not 8 bits per channel; convert it to 8-bit RGB")
+    if mode not in LABEL_MODES:
+        problems.append(
+            f"{label} is {mode}, not 8-bit class indices; convert colours to class indices"
+        )
+    if size != label_size:
+        told = [f"{height}x{width}" for width, height in (size, label_size)]
+        problems.append(f"{image} is {told[0]} but {label} is {told[1]}; make them one size")
+    return problems
+
+
+def _header(path: Path) -> tuple[str, tuple[int, int]]:
+    """Return the mode and (width, height) of an image without decoding it."""
+    with _reading(path), Image.open(path) as image:
+        return image.mode, image.size
+
+
+def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
+    with _reading(path), Image.open(path) as image:
+        return np.array(image.convert(mode) if mode else image)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any failure to read an image into one line with its path."""
+    try:
+        yield
+    except Exception as error:  # by format: OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"{path} cannot be read: {error}; replace or remove it") from error

@@ -1,0 +1,347 @@
+"""Data sets in the layouts that they are published in.
+
+Each is found by the folders it has, wherever it was unpacked to; labels become class indices, 255
+void, when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdprof.data.camvid import CamVid
+from kdprof.data.files import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    Classes,
+    LabelValues,
+    Pair,
+    PairedImages,
+    classes_of,
+    folders,
+    paired,
+    root_of,
+)
+from kdprof.errors import UserError, nearest, unknown
+from kdprof.method import IGNORE
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a data set.
+
+    Attributes:
+        counts: images of each split.
+        crop: height and width of a training crop, the usual one (mmsegmentation's).
+        resize: what images are resized to before it, in words.
+    """
+
+    counts: Mapping[str, int]
+    crop: tuple[int, int]
+    resize: str
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "camvid": Published({"train": 367, "val": 101, "test": 233}, (360, 360), "0.5-2.0 of 360x480"),
+    "cityscapes": Published({"train": 2975, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048"),
+    "cityscapes-coarse": Published(
+        {"train": 22973, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048"
+    ),
+    "ade20k": Published(
+        {"train": 20210, "val": 2000}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+    ),
+    "voc": Published(
+        {"train": 1464, "val": 1449}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+    ),
+    "voc-aug": Published(
+        {"train": 10582, "val": 1449}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+    ),
+    "coco-stuff": Published(
+        {"train": 118287, "val": 5000}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+    ),
+    "pascal-context": Published(
+        {"train": 4996, "val": 5104}, (480, 480), "0.5-2.0 of the size that fits 480x520"
+    ),
+}
+"""mmsegmentation's counts and pipelines (its dataset documentation and configs/_base_/datasets)."""
+
+CITYSCAPES_TRAINED = (
+    7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33,
+)  # fmt: skip
+"""The ids of the 19 classes, in the order of their train ids (cityscapesScripts, labels.py)."""
+COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+"""Ids of 0-181 that name no class of the 171 (COCO's removed categories)."""
+
+
+def open_layout(name: str, root: Path, split: str) -> PairedImages:
+    """Open a split of a data set below ``root``.
+
+    Args:
+        name: of :data:`LAYOUTS`.
+
+    Raises:
+        UserError: no such split, no such layout there, or files that cannot be used; every problem
+            at once.
+    """
+    return LAYOUTS[name](root, split)
+
+
+# Cityscapes
+
+
+def _cityscapes(root: Path, split: str) -> PairedImages:
+    return _cityscapes_of(root, split, "cityscapes", coarse=False)
+
+
+def _cityscapes_coarse(root: Path, split: str) -> PairedImages:
+    """The coarsely labelled images as well, in training."""
+    return _cityscapes_of(root, split, "cityscapes-coarse", coarse=split == "train")
+
+
+def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> PairedImages:
+    told = "ROOT holds leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY"
+    root = root_of(root, name, told, ["cityscapes", "Cityscapes"], "leftImg8bit")
+    _known_split(name, split, {"train", "val", "test"})
+    parts = [(split, "gtFine")] + ([("train_extra", "gtCoarse")] if coarse else [])
+    images: dict[str, Path] = {}
+    found: dict[str, dict[str, Path]] = {"labelTrainIds": {}, "labelIds": {}}
+    for part, kind in parts:
+        folder = root / "leftImg8bit" / part
+        ending = "_leftImg8bit.png"
+        images |= _by_name(folder, ending, f"{part}/")
+        for suffix, labels in found.items():
+            labels |= _by_name(root / kind / part, f"_{kind}_{suffix}.png", f"{part}/", empty=True)
+    if not images:
+        raise UserError(
+            f"{root / 'leftImg8bit' / split} holds no *_leftImg8bit.png in city folders"
+        )
+    # Train ids where every image has them; converting ids gives the same.
+    trained = len(images.keys() & found["labelTrainIds"].keys()) == len(images)
+    kind = "labelTrainIds" if trained else "labelIds"
+
+    def label_of(name: str) -> Path:
+        part, _, rest = name.partition("/")
+        annotation = dict(parts)[part]
+        return root / annotation / part / f"{rest}_{annotation}_{kind}.png"
+
+    ids = dict.fromkeys(range(34), IGNORE) | {IGNORE: IGNORE}
+    ids |= {value: index for index, value in enumerate(CITYSCAPES_TRAINED)}
+    values = LabelValues.indices(19) if trained else LabelValues.of(ids, "ids 0-33 or 255 (void)")
+    pairs = paired(images, found[kind], label_of)
+    return PairedImages(name, split, classes_of("cityscapes"), values, pairs)
+
+
+# ADE20K
+
+
+def _ade20k(root: Path, split: str) -> PairedImages:
+    told = "ROOT holds images/training and annotations/training, as ADEChallengeData2016"
+    candidates = ["ADEChallengeData2016", "ade/ADEChallengeData2016", "ade20k"]
+    root = root_of(root, "ade20k", told, candidates, "annotations")
+    part = _known_split("ade20k", split, {"train": "training", "val": "validation"})
+    pairs = _mirrored(root / "images" / part, root / "annotations" / part)
+    classes = classes_of("ade20k")
+    return PairedImages("ade20k", split, classes, LabelValues.from_one(150), pairs)
+
+
+# Pascal
+
+
+def _voc(root: Path, split: str) -> PairedImages:
+    return _pascal_voc(root, split, "voc", ("SegmentationClass",), ("train",))
+
+
+def _voc_aug(root: Path, split: str) -> PairedImages:
+    """Training with the labels of Hariharan et al. (SBD): 10 582 images."""
+    folders = ("SegmentationClassAug", "SegmentationClass_aug", "SegmentationClass")
+    lists = ("trainaug", "train_aug", "aug")
+    return _pascal_voc(root, split, "voc-aug", folders if split == "train" else folders[-1:], lists)
+
+
+def _pascal_voc(
+    root: Path, split: str, name: str, label_folders: Iterable[str], train_lists: Iterable[str]
+) -> PairedImages:
+    told = "ROOT holds JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOC2012"
+    root = root_of(root, name, told, ["VOC2012", "VOCdevkit/VOC2012"], "JPEGImages")
+    _known_split(name, split, {"train", "val"})
+    folder = next((root / f for f in label_folders if (root / f).is_dir()), None)
+    if folder is None:
+        wanted = " or ".join(label_folders)
+        raise UserError(f"{root} holds no {wanted} ({told}); in it: {', '.join(folders(root))}")
+    lists = train_lists if split == "train" else ("val",)
+    names = _listed(root / "ImageSets" / "Segmentation", lists)
+    pairs = _named(names, root / "JPEGImages", folder)
+    return PairedImages(name, split, classes_of("voc"), LabelValues.indices(21), pairs)
+
+
+def _pascal_context(root: Path, split: str) -> PairedImages:
+    """59 classes; 0 is background, which is void."""
+    told = "ROOT holds JPEGImages and SegmentationClassContext, as mmsegmentation's VOC2010"
+    candidates = ["VOC2010", "VOCdevkit/VOC2010"]
+    root = root_of(root, "pascal-context", told, candidates, "SegmentationClassContext")
+    _known_split("pascal-context", split, {"train", "val"})
+    names = _listed(root / "ImageSets" / "SegmentationContext", (split,))
+    pairs = _named(names, root / "JPEGImages", root / "SegmentationClassContext")
+    classes = classes_of("pascal-context")
+    return PairedImages("pascal-context", split, classes, LabelValues.from_one(59), pairs)
+
+
+# COCO-Stuff
+
+
+def _coco_stuff(root: Path, split: str) -> PairedImages:
+    told = "ROOT holds images/train2017 and annotations/train2017, as COCO-Stuff 164k"
+    root = root_of(root, "coco-stuff", told, ["coco_stuff164k", "coco"], "images")
+    part = _known_split("coco-stuff", split, {"train": "train2017", "val": "val2017"})
+    places = [root / "annotations" / part, root / "stuffthingmaps_trainvaltest2017" / part]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise UserError(f"no folder {places[0]} or {places[1]} ({told})")
+    images = _by_name(root / "images" / part, ".jpg")
+    labels = _by_name(folder, "_labelTrainIds.png", empty=True)
+    values, ending = LabelValues.indices(171), "_labelTrainIds.png"
+    if images.keys() - labels.keys():
+        used = [value for value in range(182) if value not in COCO_UNUSED]
+        meaning = {value: index for index, value in enumerate(used)} | {IGNORE: IGNORE}
+        values = LabelValues.of(meaning, "0-181 without COCO's removed ids, or 255 (void)")
+        labels, ending = _by_name(folder, ".png"), ".png"
+    pairs = paired(images, labels, lambda name: folder / f"{name}{ending}")
+    return PairedImages("coco-stuff", split, classes_of("coco-stuff"), values, pairs)
+
+
+# One's own
+
+
+def _folder(root: Path, split: str) -> PairedImages:
+    """``images/SPLIT`` and ``masks/SPLIT`` with files of one stem, and ``classes.txt``: a class per
+    line, in order of the masks' values, a colour (``R G B``) after a tab where one is wanted."""
+    told = "ROOT holds images/SPLIT, masks/SPLIT and classes.txt"
+    root = root_of(root, "folder", told, [], "images")
+    if not (root / "images" / split).is_dir():
+        mend = nearest(split, folders(root / "images"))
+        raise UserError(f"no folder {root / 'images' / split}; in {root / 'images'}: {mend}")
+    classes = _own_classes(root / "classes.txt")
+    pairs = _mirrored(root / "images" / split, root / "masks" / split)
+    name = f"folder:{root.name}"
+    return PairedImages(name, split, classes, LabelValues.indices(len(classes.names)), pairs)
+
+
+def _own_classes(path: Path) -> Classes:
+    if not path.is_file():
+        raise UserError(f"no file {path}; write a class per line, in order of the masks' values")
+    lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    names = [name.strip() for name, *_ in lines]
+    if len(names) != len(set(names)) or not 1 <= len(names) < IGNORE:
+        raise UserError(f"{path} must hold 1 to 254 classes of different names, has {len(names)}")
+    spread = classes_of("ade20k").palette
+    colours = []
+    for index, (_, *colour) in enumerate(lines):
+        numbers = colour[0].split() if colour else []
+        if numbers and (
+            len(numbers) != 3 or not all(n.isdigit() and int(n) < 256 for n in numbers)
+        ):
+            raise UserError(f"{path}, line {index + 1}: write a colour as R G B, each 0-255")
+        colours.append(tuple(map(int, numbers)) if numbers else spread[index % len(spread)])
+    return Classes(tuple(names), tuple(colours))
+
+
+LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
+    "camvid": CamVid,
+    "cityscapes": _cityscapes,
+    "cityscapes-coarse": _cityscapes_coarse,
+    "ade20k": _ade20k,
+    "voc": _voc,
+    "voc-aug": _voc_aug,
+    "coco-stuff": _coco_stuff,
+    "pascal-context": _pascal_context,
+    "folder": _folder,
+}
+
+
+# What they have in common
+
+
+def _known_split(name: str, split: str, splits: Iterable[str]) -> str:
+    """Return what a data set calls a split.
+
+    Raises:
+        UserError: it has none of that name.
+    """
+    if split not in splits:
+        raise UserError(f"{name}: {unknown('split', split, list(splits))}")
+    return splits[split] if isinstance(splits, Mapping) else split
+
+
+def _by_name(
+    folder: Path, ending: str, prefix: str = "", *, empty: bool = False
+) -> dict[str, Path]:
+    """Return the files below a folder that end like this, by their path without the ending."""
+    if not folder.is_dir() and not empty:
+        there = folder.parent
+        mend = nearest(folder.name, folders(there)) if there.is_dir() else f"no folder {there}"
+        raise UserError(f"no folder {folder}; in {there}: {mend}")
+    paths = sorted(folder.rglob(f"*{ending}"))
+    found = {
+        f"{prefix}{path.relative_to(folder).as_posix().removesuffix(ending)}": path
+        for path in paths
+    }
+    if not found and not empty:
+        raise UserError(f"{folder} holds no *{ending}; put the split there")
+    return found
+
+
+def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
+    """Return the pairs of two folders whose files have the same names, but for the suffix."""
+    images, labels = (
+        {
+            key: path
+            for ending in endings
+            for key, path in _by_name(folder, ending, empty=True).items()
+        }
+        for folder, endings in ((image_folder, IMAGE_SUFFIXES), (label_folder, LABEL_SUFFIXES))
+    )
+    problems = [
+        f"{folder} holds no {', '.join(endings)} file; put the split there"
+        for folder, found, endings in (
+            (image_folder, images, IMAGE_SUFFIXES), (label_folder, labels, LABEL_SUFFIXES)
+        )
+        if not found
+    ]  # fmt: skip
+    if problems:
+        raise UserError(*problems)
+    images = dict(sorted(images.items()))
+    return paired(
+        images,
+        labels,
+        lambda name: label_folder / f"{name}.png",
+        lambda name: image_folder / f"{name}.png",
+    )
+
+
+def _listed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the names in the first list of these that there is."""
+    path = next((folder / f"{n}.txt" for n in names if (folder / f"{n}.txt").is_file()), None)
+    if path is None:
+        wanted = " or ".join(f"{name}.txt" for name in names)
+        raise UserError(f"no list {wanted} in {folder}; it comes with the data set")
+    # Some lists name two files per line, as /JPEGImages/x.jpg /SegmentationClassAug/x.png.
+    found = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+    if not found:
+        raise UserError(f"{path} lists nothing; get it again")
+    return found
+
+
+def _named(names: Iterable[str], image_folder: Path, label_folder: Path) -> list[Pair]:
+    """Return the pairs of listed names."""
+    images = {name: image_folder / f"{name}.jpg" for name in names}
+    labels = {name: label_folder / f"{name}.png" for name in names}
+    problems = [
+        f"no file {path}, which is listed; get it, or take {name} off the list"
+        for files in (images, labels)
+        for name, path in files.items()
+        if not path.is_file()
+    ]
+    if problems:
+        raise UserError(*problems)
+    return paired(images, labels, labels.__getitem__)
