@@ -64,7 +64,7 @@ _study = _options(
     click.option("--teacher", help="Network, such as pspnet-r101."),
     click.option("--teacher-weights", metavar="FILE", help="Whole teacher; else it is trained."),
     click.option("--backbone-weights", metavar="FILE", help="Student's; or 'imagenet', 'none'."),
-    click.option("--data", metavar="NAME[:ROOT]", help="synthetic or camvid:ROOT."),
+    click.option("--data", metavar="NAME[:ROOT]", help="synthetic, cityscapes:ROOT, ..."),
     click.option("--device", help="auto, cpu, cuda or cuda:N."),
     click.option("--precision", help="fp32, bf16 or fp16."),
     click.option("--batch", type=int, help="Images per step, over all GPUs."),
@@ -626,6 +626,38 @@ def _views(given: dict[str, Any]) -> Views:
     if problems:
         raise UserError(*problems)
     return Views(sizes["window"], sizes["stride"], scales, given["flip"])
+
+
+@cli.group()
+def data() -> None:
+    """Look at a data set."""
+
+
+@data.command()
+@click.argument("spec", metavar="NAME:ROOT")
+@click.option("--split", "splits", multiple=True, help="Repeatable; train and val if not given.")
+@click.option("--sheet", type=_FILE, help="Contact sheet [default: NAME-check.png].")
+@click.option("--study", "source", metavar="FILE|PRESET", help="Time loading against its step.")
+def check(spec: str, splits: tuple[str, ...], sheet: Path | None, source: str | None) -> None:
+    """Read every file of a data set: counts, sizes, label values, classes, and a contact sheet.
+
+    The exit code is 1 where something is wrong.
+    """
+    from kdprof.data.check import check_data
+    from kdprof.reports.data_check import contact_sheet, print_check
+
+    found = check_data(spec, splits or ("train", "val"), _progress(False, False, False))
+    print_check(found, _stdout())
+    if any(split.shown for split in found.splits):
+        sheet = sheet or Path(f"{found.name}-check.png")
+        contact_sheet(found, sheet)
+        _name_files([sheet])
+    if found.problems:
+        raise click.exceptions.Exit(1)
+    if source is not None:
+        from kdprof.doctor import print_feeding
+
+        print_feeding(_feeding(source, spec, ()), _stdout())
 
 
 @cli.command()

@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "methods": {"errors", "method"},
     "comparison": {"errors", "records", "stats", "store"},
     "reports": {
-        "budget", "comparison", "contract", "errors", "evaluate", "published", "records", "stats",
-        "store", "train",
+        "budget", "comparison", "contract", "data", "errors", "evaluate", "published", "records",
+        "stats", "store", "train",
     },
     "presets": set(),
     "catalogue": {"method"},

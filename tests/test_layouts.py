@@ -1,14 +1,19 @@
 """Small trees in exactly the layouts of the published data sets."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from kdprof.data import open_data
+from kdprof.data.check import check_data
 from kdprof.data.files import classes_of
 from kdprof.data.layouts import COCO_UNUSED, LAYOUTS, PUBLISHED
 from kdprof.errors import UserError
+from kdprof.progress import Progress
 
 SIZE = (6, 8)
 
@@ -256,3 +261,57 @@ def test_a_classes_file_that_says_nothing_sensible(tmp_path, text, message):
     folder(tmp_path)
     (tmp_path / "classes.txt").write_text(text)
     assert message in refusal("folder", tmp_path)[0]
+
+
+# kdprof data check
+
+
+def test_every_pixel_is_counted(tmp_path):
+    folder(tmp_path)
+    found = check_data(f"folder:{tmp_path}", ("train", "val"), Progress(None))
+    train = found.splits[0]
+    assert (train.images, train.published, dict(train.sizes)) == (1, None, {SIZE: 1})
+    assert train.pixels.tolist() == [1, 0, 1, SIZE[0] * SIZE[1] - 2]
+    assert train.present.tolist() == [1, 0, 1, 1]
+    assert found.problems == []
+    (index, picture, values) = train.shown[0]
+    assert (index, picture.shape, values.shape) == (0, (*SIZE, 3), SIZE)
+
+
+def test_every_unusable_file_is_told_and_the_others_are_counted(tmp_path):
+    ade20k(tmp_path)
+    base = tmp_path / "ADEChallengeData2016"
+    for number in (2, 3, 4):
+        name = f"ADE_train_{number:08}"
+        save(base / f"images/training/{name}.jpg")
+        save(base / f"annotations/training/{name}.png", label(1, 150 + (number == 3)))
+    damaged = base / "annotations/training/ADE_train_00000004.png"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    found = check_data(f"ade20k:{tmp_path}", ("train", "test"), Progress(None))
+    train, test = found.splits
+    assert (train.images, train.published, sum(train.sizes.values())) == (4, 20210, 2)
+    assert len(train.problems) == 2
+    assert any("label value 151" in line for line in train.problems)
+    assert any("ADE_train_00000004.png cannot be read" in line for line in train.problems)
+    assert "unknown split 'test'" in test.problems[0]
+
+
+def check(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kdprof", "data", "check", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=folder,
+    )  # fmt: skip
+
+
+def test_the_command_prints_and_draws(tmp_path):
+    voc(tmp_path / "data")
+    done = check(tmp_path, f"voc:{tmp_path / 'data'}")
+    assert done.returncode == 0, done.stderr
+    for text in ("1464", "6x8: 2", "aeroplane", "void", "no problems", "wrote voc-check.png"):
+        assert text in done.stdout
+    with Image.open(tmp_path / "voc-check.png") as sheet:
+        assert min(sheet.size) > 300
+        assert len(sheet.convert("RGB").getcolors(10**6)) > 50
+    done = check(tmp_path, f"voc:{tmp_path / 'data'}", "--split", "test")
+    assert done.returncode == 1
+    assert "unknown split 'test'" in done.stdout
