@@ -57,7 +57,12 @@ _loudness = _options(
     click.option("-v", "--verbose", is_flag=True, help="Print every warm-up and evaluation."),
 )
 _study = _options(
-    click.option("--study", "source", metavar="FILE|PRESET", help="quickstart, camvid, or a TOML."),
+    click.option(
+        "--study",
+        "source",
+        metavar="FILE|PRESET",
+        help="quickstart, camvid, cityscapes-pspnet-r18, ...",
+    ),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key."),
     click.option("--method", "methods", multiple=True, help="Repeatable; 'all'; FILE.py:Class."),
     click.option("--student", help="Network, such as pspnet-r18."),
@@ -215,7 +220,7 @@ def _measure(given: dict[str, Any]) -> None:
     plain, store, progress = _begin(given)
     # How long to measure belongs to this call, not to the folder's study.
     study = plain.model_copy(update={"measure": _measure_settings(plain, given)})
-    resolved = ResolvedStudy(study, progress=progress)
+    resolved = ResolvedStudy(study, progress=progress, weights=False)
     files = Files(given["trace"], given["memory_timeline"])
     check_files(files, resolved.device)
     names = resolved.method_names(control=False)
@@ -242,7 +247,7 @@ def _count(given: dict[str, Any], modules: bool) -> None:
     from kdprof.resolve import ResolvedStudy
 
     study, _, progress = _begin(given)
-    resolved = ResolvedStudy(study, progress=progress)
+    resolved = ResolvedStudy(study, progress=progress, weights=False)
     names = list(dict.fromkeys([REFERENCE, *resolved.method_names(control=False)]))
     measured = count_costs(resolved, names, progress, modules=modules)
     if given["as_json"]:
@@ -461,6 +466,8 @@ def train(
     **given: Any,
 ) -> None:
     """Train every method at every budget; measures first what is missing."""
+    from kdprof.data import require_files
+
     if slots is not None and launcher != "local":
         raise UserError("--slots divides this machine among runs; add --launcher local")
     if slurm_options and launcher != "slurm":
@@ -468,6 +475,7 @@ def train(
     study, store, progress = _begin(given)
     if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
+    require_files(study.data)  # before anything is measured
     if launcher == "slurm":
         _submit(study, store, slurm_options, not no_control)
         return
@@ -628,6 +636,42 @@ def _views(given: dict[str, Any]) -> Views:
     return Views(sizes["window"], sizes["stride"], scales, given["flip"])
 
 
+@cli.command()
+@click.argument("file", type=_FILE)
+@_out(DEFAULT_OUT)
+@click.option("--method", help="Of the run whose student is written.")
+@click.option("--budget", help="Of that run.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of that run.")
+@click.option("--teacher", is_flag=True, help="Write the teacher that was trained instead.")
+def export(
+    file: Path, out: Path, method: str | None, budget: str | None, seed: int, teacher: bool
+) -> None:
+    """Write a trained network to FILE: .safetensors, .pth in mmsegmentation's names, or .onnx."""
+    from kdprof.export import export as run
+    from kdprof.store import Store
+    from kdprof.study import load_study
+    from kdprof.train.trained import trained_network
+
+    store = Store(out)
+    store.require()
+    if teacher == bool(method or budget):
+        raise UserError("give --method and --budget of a run, or --teacher")
+    study = load_study(str(store.study), {})
+    if teacher:
+        folder, name = store.teacher_folder(), study.teacher
+    else:
+        known = [f"--method {r.method} --budget {r.budget} --seed {r.seed}" for r in store.runs()]
+        folder, name = store.run_folder(method or "", budget or "", seed), study.student
+        if folder.read_run() is None:
+            raise UserError(
+                f"no run of {method} at {budget} with seed {seed} in {out}; there are "
+                f"{', '.join(known) or 'none'}"
+            )
+    network, classes = trained_network(folder, name)
+    told = run(network, file, classes, study.step.crop)
+    click.echo(f"wrote {file} ({told})")
+
+
 @cli.group()
 def data() -> None:
     """Look at a data set."""
@@ -672,7 +716,7 @@ def plan(no_control: bool, **given: Any) -> None:
     from kdprof.train.plan import forecast
 
     study, store, progress = _begin(given)
-    resolved = ResolvedStudy(study, progress=progress)
+    resolved = ResolvedStudy(study, progress=progress, weights=False)
     names = resolved.method_names(control=not no_control)
     prepared = prepare(resolved, store, names, progress)
     found = forecast(resolved, store, [n for n in names if n in prepared.costs], prepared.costs)

@@ -22,6 +22,7 @@ from kdprof.data import (
     SegmentationData,
     decoded,
     default_folder,
+    is_drawn,
     open_data,
 )
 from kdprof.data.scenario import Role, Scenario
@@ -54,6 +55,8 @@ class ResolvedStudy:
 
     Args:
         parent: another process of ours on the device, which is no stranger there.
+        weights: whether networks begin with their files' weights; a step costs the same with random
+            ones.
         ranks: the group that this process makes steps with, where ``step.gpus`` asks for one. What
             its rank 0 does to the study's steps, the others are told to do.
         progress: told when images are decoded into memory or into the cache.
@@ -68,9 +71,11 @@ class ResolvedStudy:
         *,
         parent: int | None = None,
         progress: Progress | None = None,
+        weights: bool = True,
         ranks: Ranks | None = None,
     ):
         self.study, self._progress, self.ranks = study, progress or Progress(None), ranks
+        self._weights = weights
         self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
         self._own_pids |= ranks.pids if ranks else frozenset()
         problems: list[str] = []
@@ -97,9 +102,9 @@ class ResolvedStudy:
         configure_backends(self.device, study.step.precision)
 
     def alone(self) -> ResolvedStudy:
-        """Return the same study without its group: for what one process does."""
+        """Return the same study without its group and with random weights: for what is counted."""
         study = copy.copy(self)
-        study.ranks = None
+        study.ranks, study._weights = None, False
         return study
 
     def _find_device(self) -> torch.device:
@@ -243,6 +248,7 @@ class ResolvedStudy:
             split,
             synthetic_size=settings.synthetic_size,
             synthetic_count=count,
+            drawn=True,
         )
 
     def _check_crop(self) -> None:
@@ -273,6 +279,8 @@ class ResolvedStudy:
         Raises:
             UserError: files that cannot be used, or a cache that cannot be written.
         """
+        if is_drawn(self.study.data):
+            return self.on_disk[split]  # nothing to decode
         if split not in self._decoded:
             cache, data = self.study.data_settings.cache, self.on_disk[split]
             self._decoded[split] = decoded(data, cache, self.cache_folder(), self._progress)
@@ -306,13 +314,14 @@ class ResolvedStudy:
     def student(self, seed: int) -> SegmentationNetwork:
         """Return a fresh student; its initialisation depends on the seed alone, not the method."""
         torch.manual_seed(seed)
-        weights = self.study.student_backbone_weights
+        weights = self.study.student_backbone_weights if self._weights else "none"
         return build(self.study.student, self.train_data.num_classes, backbone_weights=weights)
 
     def teacher(self) -> SegmentationNetwork:
         """Return a fresh, untrained teacher."""
         torch.manual_seed(0)
-        weights, classes = self.study.teacher_backbone_weights, self.teacher_train_data.num_classes
+        weights = self.study.teacher_backbone_weights if self._weights else "none"
+        classes = self.teacher_train_data.num_classes
         return build(self.teacher_name, classes, backbone_weights=weights)
 
     @property
@@ -466,6 +475,7 @@ class ResolvedStudy:
             "student": self.study.student,
             "teacher": str(self.teacher_name) if reads_teacher else None,
             "data": self.train_data.name,
+            "drawn": is_drawn(self.study.data),
             "classes": self.train_data.num_classes,
             "teacher_classes": self.teacher_train_data.num_classes if reads_teacher else None,
             "scenario": scenario.model_dump(mode="json") if scenario else None,

@@ -19,7 +19,15 @@ from kdprof.budget import parse_budget
 from kdprof.errors import UserError, nearest, unknown
 from kdprof.store import write_atomic
 
-PRESETS = ("quickstart", "camvid")
+PRESETS = (
+    "quickstart",
+    "camvid",
+    "cityscapes-pspnet-r18",
+    "cityscapes-deeplabv3-r18",
+    "ade20k-pspnet-r18",
+    "voc-deeplabv3-r18",
+    "camvid-pspnet-r18",
+)
 RENAMED = {
     "data_settings.in_memory": 'set data_settings.cache to "none", "memory" or "disk"',
 }
@@ -209,7 +217,7 @@ class Study(Section):
     """A file of the whole teacher's weights: mmsegmentation's, CIRKD's, torchvision's or kdprof's
     own. None: the teacher is trained, once per study."""
     data: str = "synthetic"
-    """synthetic, or NAME:ROOT."""
+    """synthetic, or NAME:ROOT; to measure without files NAME alone."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda or cuda:N."""
     methods: list[str] = ["none", "kd"]

@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "progress", "records", "step", "study",
     },
     "follow": {"data", "models", "parallel", "resolve", "step"},
+    "export": {"device", "errors", "models", "store"},
     "evaluate": {"data", "device", "errors", "method", "models", "progress"},
     "measure": {
         "data", "device", "errors", "follow", "hardware", "models", "parallel", "progress",

@@ -81,7 +81,7 @@ def test_record_keys_snapshot():
         (["measure", "--teacher", "pspnt-r18"], "did you mean 'pspnet-r18'?"),
         (["measure", "--data", "camvit:x"], "unknown data set 'camvit'; did you mean 'camvid'?"),
         (["measure", "--data", "camvid:/no/such/place"], "no folder /no"),
-        (["measure", "--data", "camvid"], "give camvid:ROOT"),
+        (["train", "--budget", "9", "--data", "camvid"], "give camvid:ROOT"),
         (["measure", "--study", "quikstart"], "did you mean 'quickstart'?"),
         (["measure", "--set", "step.bach=4"], "unknown key 'step.bach'; did you mean 'batch'?"),
         (["measure", "--set", "step.batch"], "write key=value"),

@@ -340,6 +340,29 @@ def saved(path, state):
     return str(path)
 
 
+@pytest.mark.parametrize(("layout", "short"), [("mmseg", "r18"), ("cirkd", "r18")])
+def test_stems_of_published_imagenet_files_are_renamed(tmp_path, layout, short):
+    name = f"{layout}-pspnet-{short}"
+    original = build(name, 5).backbone.net.state_dict()
+    theirs = {
+        "mmseg": {"conv1.": "stem.", "bn1.": "stem.7."},
+        "cirkd": {
+            "conv1.0.": "conv1.", "conv1.1.": "bn1.", "conv1.3.": "conv2.", "conv1.4.": "bn2.",
+            "conv1.6.": "conv3.", "bn1.": "bn3.",
+        },
+    }[layout]  # fmt: skip
+    state = {}
+    for key, value in original.items():
+        begun = next((ours for ours in theirs if key.startswith(ours)), "")
+        state[theirs.get(begun, "") + key.removeprefix(begun)] = value
+    state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    path = tmp_path / "imagenet.pth"
+    torch.save(state, path)
+    loaded = build(name, 5, backbone_weights=str(path)).backbone.net.state_dict()
+    for key, value in original.items():
+        assert torch.equal(loaded[key], value)
+
+
 def test_a_state_dict_that_does_not_fit_is_refused_in_one_line(tmp_path):
     state = timm.create_model("test_resnet").state_dict()
     state["conv2.weight"] = state.pop("layer1.0.conv1.weight")
@@ -370,9 +393,36 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_imagenet_weights_that_cannot_be_had(monkeypatch):
-    with pytest.raises(UserError, match="timm has no ImageNet weights for 'resnet18c'; give"):
+def test_weights_that_only_mmsegmentation_has(monkeypatch):
+    seen = {}
+
+    def hub(url, **options):
+        seen.update(options, url=url)
+        net = build("pspnet-r18", 5).backbone.net
+        state = {key: value + 1 for key, value in net.state_dict().items()}
+        return {key.replace("conv1.", "stem.", 1) if key.startswith("conv1.") else
+                key.replace("bn1.", "stem.7.", 1) if key.startswith("bn1.") else key: value
+                for key, value in state.items()}  # fmt: skip
+
+    monkeypatch.setattr("kdprof.models.backbone.load_state_dict_from_url", hub)
+    torch.manual_seed(0)
+    net = build("pspnet-r18", 5, backbone_weights="imagenet").backbone.net
+    assert net.bn1.weight.min().item() == 2
+    assert seen["check_hash"]
+    assert seen["weights_only"]
+    assert seen["url"].endswith("resnet18_v1c-b5776b93.pth")
+
+    def offline(url, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("kdprof.models.backbone.load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=r"resnet18_v1c-b5776b93\.pth and give its path"):
         build("pspnet-r18", 5, backbone_weights="imagenet")
+
+
+def test_imagenet_weights_that_cannot_be_had(monkeypatch):
+    with pytest.raises(UserError, match="timm has no ImageNet weights for 'resnet34c'; give"):
+        build("pspnet-resnet34c", 5, backbone_weights="imagenet")
     create = timm.create_model
 
     def offline(name, pretrained=False, **options):

@@ -3,7 +3,13 @@
 from kdprof.data.augment import Augmentation
 from kdprof.data.batches import PREFETCHED, Batches, evaluation_batches
 from kdprof.data.cache import decoded, default_folder
-from kdprof.data.dataset import DataOnDisk, SegmentationData, open_data
+from kdprof.data.dataset import (
+    DataOnDisk,
+    SegmentationData,
+    is_drawn,
+    open_data,
+    require_files,
+)
 from kdprof.data.feeder import Feeder
 
 __all__ = [
@@ -16,5 +22,7 @@ __all__ = [
     "decoded",
     "default_folder",
     "evaluation_batches",
+    "is_drawn",
     "open_data",
+    "require_files",
 ]

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kdprof.data.layouts import LAYOUTS, open_layout
+from kdprof.data.drawn import DrawnImages
+from kdprof.data.layouts import LAYOUTS, PUBLISHED, open_layout
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError, unknown
 
@@ -60,12 +61,34 @@ class DataOnDisk(SegmentationData, Protocol):
         """Return what the content depends on, as JSON: the files with sizes and times of change."""
 
 
+def require_files(spec: str) -> None:
+    """Refuse a data set that is named without its folder.
+
+    Raises:
+        UserError: it is.
+    """
+    name, _, root = spec.partition(":")
+    if name in LAYOUTS and not root:
+        raise UserError(f"data '{name}' needs its folder; give {name}:ROOT")
+
+
+def is_drawn(spec: str) -> bool:
+    """Return whether a data set's images are drawn in place of its files."""
+    return ":" not in spec and spec in PUBLISHED
+
+
 def open_data(
-    spec: str, split: str, *, synthetic_size: tuple[int, int], synthetic_count: int
+    spec: str,
+    split: str,
+    *,
+    synthetic_size: tuple[int, int],
+    synthetic_count: int,
+    drawn: bool = False,
 ) -> DataOnDisk:
     """Open the split of the data set that ``spec`` names: ``synthetic`` or ``NAME:ROOT``.
 
     Args:
+        drawn: whether ``NAME`` without its folder stands for drawn images.
         split: train, val or test.
         synthetic_size: height x width of the synthetic scenes, pixels.
         synthetic_count: how many synthetic scenes the split has.
@@ -81,7 +104,8 @@ def open_data(
             raise UserError("data 'synthetic' takes no folder; give synthetic")
         return SyntheticScenes(split, synthetic_size, synthetic_count)
     if name in LAYOUTS:
-        if not root:
-            raise UserError(f"data '{name}' needs its folder; give {name}:ROOT")
+        if drawn and not colon and name in PUBLISHED:
+            return DrawnImages(name, split)
+        require_files(spec)
         return open_layout(name, Path(root).expanduser(), split)
     raise UserError(unknown("data set", name, DATA_SETS))

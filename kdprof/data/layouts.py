@@ -35,33 +35,40 @@ class Published:
         counts: images of each split.
         crop: height and width of a training crop, the usual one (mmsegmentation's).
         resize: what images are resized to before it, in words.
+        size: of a usual image, height and width.
     """
 
     counts: Mapping[str, int]
     crop: tuple[int, int]
     resize: str
+    size: tuple[int, int]
 
 
+_FITTED = "0.5-2.0 of the size that fits {}"
 PUBLISHED: Mapping[str, Published] = {
-    "camvid": Published({"train": 367, "val": 101, "test": 233}, (360, 360), "0.5-2.0 of 360x480"),
-    "cityscapes": Published({"train": 2975, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048"),
+    "camvid": Published(
+        {"train": 367, "val": 101, "test": 233}, (360, 360), "0.5-2.0 of 360x480", (360, 480)
+    ),
+    "cityscapes": Published(
+        {"train": 2975, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048", (1024, 2048)
+    ),
     "cityscapes-coarse": Published(
-        {"train": 22973, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048"
+        {"train": 22973, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048", (1024, 2048)
     ),
     "ade20k": Published(
-        {"train": 20210, "val": 2000}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+        {"train": 20210, "val": 2000}, (512, 512), _FITTED.format("512x2048"), (512, 683)
     ),
     "voc": Published(
-        {"train": 1464, "val": 1449}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+        {"train": 1464, "val": 1449}, (512, 512), _FITTED.format("512x2048"), (375, 500)
     ),
     "voc-aug": Published(
-        {"train": 10582, "val": 1449}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+        {"train": 10582, "val": 1449}, (512, 512), _FITTED.format("512x2048"), (375, 500)
     ),
     "coco-stuff": Published(
-        {"train": 118287, "val": 5000}, (512, 512), "0.5-2.0 of the size that fits 512x2048"
+        {"train": 118287, "val": 5000}, (512, 512), _FITTED.format("512x2048"), (480, 640)
     ),
     "pascal-context": Published(
-        {"train": 4996, "val": 5104}, (480, 480), "0.5-2.0 of the size that fits 480x520"
+        {"train": 4996, "val": 5104}, (480, 480), _FITTED.format("480x520"), (375, 500)
     ),
 }
 """mmsegmentation's counts and pipelines (its dataset documentation and configs/_base_/datasets)."""
@@ -72,6 +79,11 @@ CITYSCAPES_TRAINED = (
 """The ids of the 19 classes, in the order of their train ids (cityscapesScripts, labels.py)."""
 COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 """Ids of 0-181 that name no class of the 171 (COCO's removed categories)."""
+
+
+def class_table(name: str) -> str:
+    """Return whose classes a data set has: variants share them."""
+    return name.removesuffix("-coarse").removesuffix("-aug")
 
 
 def open_layout(name: str, root: Path, split: str) -> PairedImages:

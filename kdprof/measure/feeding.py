@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdprof.data import PREFETCHED, Batches, DataOnDisk, Feeder
+from kdprof.data import PREFETCHED, Batches, DataOnDisk, Feeder, require_files
 from kdprof.data.cache import Cached, open_cache, writing
 from kdprof.device import synchronize
 from kdprof.errors import UserError
@@ -95,6 +95,7 @@ def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
         UserError: files that cannot be used, a cache folder that cannot be written, or a step that
             several GPUs share.
     """
+    require_files(study.study.data)
     step = study.study.step
     if step.gpus > 1:
         raise UserError(

@@ -209,7 +209,7 @@ def _follow_rank_0(request: dict[str, Any], place: Place) -> None:
 
     ranks = _ranks(request, place)
     study = Study.model_validate(request["arguments"]["study"])
-    follow(ranks, lambda: ResolvedStudy(study, ranks=ranks))
+    follow(ranks, lambda: ResolvedStudy(study, weights=False, ranks=ranks))
 
 
 def main() -> None:

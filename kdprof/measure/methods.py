@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdprof.data import is_drawn
 from kdprof.device import versions
 from kdprof.measure.clock import clock_of
 from kdprof.measure.latency import Report
@@ -14,6 +15,8 @@ from kdprof.parallel import Ranks
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.study import Study
+
+DRAWN = "images were drawn in place of the data set's files: loading them is not in these times"
 
 
 def measure_method(
@@ -33,7 +36,7 @@ def measure_method(
         files: fields of :class:`~kdprof.measure.session.Files`.
         parent: process that asked, which is no stranger on the device; None where it is this one.
     """
-    resolved = ResolvedStudy(Study.model_validate(study), parent=parent, ranks=ranks)
+    resolved = ResolvedStudy(Study.model_validate(study), parent=parent, weights=False, ranks=ranks)
     return measure_here(
         resolved,
         name,
@@ -67,6 +70,8 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, report: Report) 
         report=report,
     )
     fields["warnings"] += step.method.notes
+    if is_drawn(study.study.data):
+        fields["warnings"].append(DRAWN)
     return Cost(
         method=name,
         gpus=study.study.step.gpus,

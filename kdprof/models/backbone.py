@@ -11,6 +11,7 @@ import timm
 from timm.models import load_state_dict
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+from torch.hub import load_state_dict_from_url
 
 from kdprof.errors import UserError, unknown
 
@@ -27,6 +28,23 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 it for bottlenecks: c = mmsegmentation's ResNetV1c, s = the stem of twice the width, CIRKD's."""
 
 
+OPENMMLAB = {
+    "resnet18c": "https://download.openmmlab.com/pretrain/third_party/resnet18_v1c-b5776b93.pth",
+}
+"""ImageNet weights that timm lacks, mmsegmentation's own starting point; the digest is checked."""
+_STEMS = {
+    "stem.7.weight": (("stem.7.", "bn1."), ("stem.", "conv1.")),
+    "conv3.weight": (
+        ("conv1.", "conv1.0."),
+        ("bn1.", "conv1.1."),
+        ("conv2.", "conv1.3."),
+        ("bn2.", "conv1.4."),
+        ("conv3.", "conv1.6."),
+        ("bn3.", "bn1."),
+    ),
+}
+"""Deep stems as mmsegmentation's and CIRKD's ImageNet files name them: a key that tells them, and
+how their keys begin in timm."""
 DILATED_TWICE = ("resnet18s", "resnet34s")
 """Basic blocks whose second 3x3 is dilated as well: CIRKD's, and timm's own."""
 
@@ -119,7 +137,10 @@ def _create(name: str) -> nn.Module:
 
 
 def _create_pretrained(name: str) -> nn.Module:
-    """Return the extractor with timm's ImageNet weights. Called once the name is known to build."""
+    """Return the extractor with ImageNet weights, timm's or mmsegmentation's. Called once the name
+    is known to build."""
+    if name in OPENMMLAB:
+        return _create_openmmlab(name)
     if name in OWN or not timm.is_model_pretrained(name):
         raise UserError(
             f"timm has no ImageNet weights for '{name}'; give a timm state dict "
@@ -135,6 +156,22 @@ def _create_pretrained(name: str) -> nn.Module:
             f"({type(error).__name__}); bring the .safetensors or .pth file of {place} "
             "and give its path as backbone weights"
         ) from error
+
+
+def _create_openmmlab(name: str) -> nn.Module:
+    url = OPENMMLAB[name]
+    try:
+        state = load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True, progress=False
+        )
+    except Exception as error:  # the network's errors share no narrower base class
+        raise UserError(
+            f"the ImageNet weights of '{name}' could not be downloaded ({type(error).__name__}); "
+            f"bring the file {url} and give its path as backbone weights"
+        ) from error
+    net = _create(name)
+    _fill(net, name, state.get("state_dict", state), Path(url).name)
+    return net
 
 
 def _undilate_second_convolutions(net: nn.Module) -> None:
@@ -161,8 +198,12 @@ def _load(net: nn.Module, name: str, path: Path) -> None:
             f"{path} is not a readable state dict ({type(error).__name__}); save "
             "model.state_dict() with torch.save or safetensors"
         ) from error
+    _fill(net, name, state, path)
+
+
+def _fill(net: nn.Module, name: str, state: dict[str, Tensor], path: Path | str) -> None:
     target = net.state_dict()
-    state = {_extractor_key(key, target): value for key, value in state.items()}
+    state = {_extractor_key(key, target): value for key, value in _in_timms_names(state).items()}
     problems = _differences(state, target, name)
     if problems:
         raise UserError(
@@ -170,6 +211,19 @@ def _load(net: nn.Module, name: str, path: Path) -> None:
             "dict of this architecture"
         )
     net.load_state_dict({key: state[key] for key in target})
+
+
+def _in_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a backbone's state with its stem named as in timm."""
+    for told_by, beginnings in _STEMS.items():
+        if told_by in state:
+            return {_begun_like(key, beginnings): value for key, value in state.items()}
+    return state
+
+
+def _begun_like(key: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    found = next(((old, new) for old, new in beginnings if key.startswith(old)), ("", ""))
+    return found[1] + key.removeprefix(found[0])
 
 
 def _extractor_key(key: str, target: Collection[str]) -> str:

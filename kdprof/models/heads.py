@@ -42,8 +42,8 @@ class BinPool(nn.Module):
     """Average pooling to ``bins`` x ``bins`` cells.
 
     PyTorch has no deterministic backward for adaptive pooling on CUDA and raises where
-    deterministic algorithms are demanded; only there the same averages are taken as two matrix
-    products.
+    deterministic algorithms are demanded, and ONNX has no such pooling; only there the same averages
+    are taken as two matrix products.
     """
 
     def __init__(self, bins: int):
@@ -52,15 +52,16 @@ class BinPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the (N, C, bins, bins) averages of an (N, C, h, w) map."""
-        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+        if deterministic or torch.onnx.is_in_onnx_export():
             return self.deterministic(x)
         return F.adaptive_avg_pool2d(x, self.bins)
 
     def deterministic(self, x: Tensor) -> Tensor:
         """Return the same averages by matrix products, accumulated in float32."""
         with torch.autocast(x.device.type, enabled=False):
-            rows = _averaging(self.bins, x.shape[-2], x.device)
-            columns = _averaging(self.bins, x.shape[-1], x.device)
+            rows = _averaging(self.bins, int(x.shape[-2]), x.device)
+            columns = _averaging(self.bins, int(x.shape[-1]), x.device)
             return (rows @ x.float() @ columns.T).to(x.dtype)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kdprof.budget import parse_budget
+from kdprof.data import require_files
 from kdprof.errors import KdprofError, UserError
 from kdprof.evaluate import evaluate
 from kdprof.measure import measure
@@ -67,6 +68,7 @@ def train(
         UserError: a budget buys less than an iteration of a method, or a step does not fit.
         Interrupted: a signal came; everything is saved.
     """
+    require_files(study.study.data)
     names = study.method_names(control=control)
     costs, failures = prepared or prepare(study, store, names, progress)
     summary = Summary(failures=list(failures))

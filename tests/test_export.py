@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from small_study import train_small
+
+from kdprof.errors import UserError
+from kdprof.export import export
+from kdprof.models import build
+from kdprof.models.weights import check_weights, load_weights, read_weights
+from kdprof.store import Store
+from kdprof.train import checkpoint
+
+CLASSES = ("road", "sky", "a car")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(3)
+    made = build("pspnet-r18", len(CLASSES))
+    for module in made.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    return made.eval()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_what_is_written_loads_back_bit_equal(network, tmp_path, ending):
+    path = tmp_path / f"student{ending}"
+    export(network, path, CLASSES, (64, 64))
+    weights = read_weights(path)
+    assert weights.classes == CLASSES
+    assert weights.source == {".safetensors": "kdprof", ".pth": "mmsegmentation"}[ending]
+    again = build(check_weights(weights, "pspnet-r18", CLASSES), len(CLASSES))
+    told = load_weights(again, weights)
+    assert (told.missing, told.left) == ([], [])
+    for key, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+
+def test_keys_are_mmsegmentations(network, tmp_path):
+    export(network, tmp_path / "s.pth", CLASSES, (64, 64))
+    content = torch.load(tmp_path / "s.pth", weights_only=True)
+    for key in ("backbone.stem.0.weight", "backbone.stem.7.bias", "backbone.layer4.1.bn2.bias",
+                "decode_head.psp_modules.3.1.conv.weight", "decode_head.conv_seg.bias",
+                "auxiliary_head.convs.0.bn.weight"):  # fmt: skip
+        assert key in content["state_dict"]
+    assert content["meta"]["CLASSES"] == CLASSES
+
+
+def test_safetensors_tell_the_network_and_its_preprocessing(tmp_path):
+    network = build("cirkd-deeplabv3-r18-w128", 3)
+    export(network, tmp_path / "c.safetensors", CLASSES, (64, 64))
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        told = file.metadata()
+    assert told["network"] == "cirkd-deeplabv3-resnet18s-w128"
+    assert json.loads(told["preprocessing"])["bgr"] is True
+    assert str(read_weights(tmp_path / "c.safetensors").name) == told["network"]
+    with pytest.raises(UserError, match="mmsegmentation has no cirkd-deeplabv3-resnet18s-w128"):
+        export(network, tmp_path / "c.pth", CLASSES, (64, 64))
+    with pytest.raises(UserError, match=r"export writes \.safetensors, \.pth, \.onnx, not '\.h5'"):
+        export(network, tmp_path / "c.h5", CLASSES, (64, 64))
+
+
+def test_onnx_runtime_computes_the_same(network, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "student.onnx"
+    assert "in ONNX Runtime" in export(network, path, CLASSES, (64, 96))
+    images = np.random.default_rng(1).integers(0, 256, (1, 3, 64, 96), dtype=np.uint8)
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"images": images})
+    with torch.no_grad():
+        logits = network(torch.from_numpy(images), ["logits"]).logits
+    expected = torch.nn.functional.interpolate(logits, (64, 96), mode="bilinear")
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+
+def kdprof(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kdprof", *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_trained_student_and_its_teacher_are_exported_and_evaluated(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "student.safetensors"
+    train_small(out, methods=["kd"])
+    run = ("--method", "kd", "--budget", "6")
+    done = kdprof("export", file, "--out", out, *run)
+    assert done.returncode == 0, done.stderr
+    store = Store(out)
+    state, _ = checkpoint.load(store.run_folder("kd", "6", 0))
+    with safe_open(file, "pt") as written:
+        for key, value in state["step"]["student"].items():
+            assert torch.equal(written.get_tensor(key), value)
+    done = kdprof("evaluate", "--model", "pspnet-test_resnet", "--weights", file,
+                  "--data", "synthetic", "--device", "cpu", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["network"] == "pspnet-test_resnet"
+    assert kdprof("export", tmp_path / "t.safetensors", "--out", out, "--teacher").returncode == 0
+    done = kdprof("export", file, "--out", out, "--method", "kd", "--budget", "7")
+    assert done.returncode == 2
+    assert "there are --method kd --budget 6 --seed 0" in done.stderr
+    assert kdprof("export", file, "--out", out).returncode == 2
