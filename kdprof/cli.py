@@ -820,6 +820,10 @@ def _begin(given: dict[str, Any]) -> tuple[Study, Store, Progress]:
     for key in ("teacher_weights", "student_backbone_weights"):
         if key in overrides and Path(overrides[key]).suffix:  # the study outlives this folder
             overrides[key] = str(Path(overrides[key]).expanduser().resolve())
+    for key in ("student", "teacher"):
+        path, colon, function = str(overrides.get(key, "")).rpartition(".py:")
+        if colon:
+            overrides[key] = f"{Path(path + '.py').expanduser().resolve()}:{function}"
     for key in ("methods", "budgets"):
         if given.get(key):
             overrides[key] = _method_specs(given[key]) if key == "methods" else list(given[key])

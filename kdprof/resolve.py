@@ -37,7 +37,15 @@ from kdprof.method import (
     find_method,
     source_hash,
 )
-from kdprof.models import SegmentationNetwork, build, folded, parse_name
+from kdprof.models import (
+    SegmentationNetwork,
+    build,
+    check_network,
+    folded,
+    is_adapted,
+    parse_name,
+    source_of,
+)
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, load_weights, read_weights
 from kdprof.parallel import Ranks
@@ -82,7 +90,7 @@ class ResolvedStudy:
         self.device = _checked(problems, self._find_device, torch.device("cpu"))
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
-            _checked(problems, lambda name=network: parse_name(name), None)
+            _checked(problems, lambda name=network: check_network(name), None)
         self._teacher_weights = _checked(problems, self._read_teacher_weights, None)
         _checked(problems, self._check_teacher_method, None)
         _checked(problems, self._check_step, None)
@@ -99,6 +107,7 @@ class ResolvedStudy:
         self.teacher_name = self._full_teacher_name()
         """The teacher's network, with whatever its weights say of it."""
         self._check_crop()
+        self._check_taps()
         configure_backends(self.device, study.step.precision)
 
     def alone(self) -> ResolvedStudy:
@@ -177,14 +186,16 @@ class ResolvedStudy:
         path = self.study.teacher_weights
         return None if path is None else read_weights(Path(path).expanduser())
 
-    def _full_teacher_name(self) -> NetworkName:
+    def _full_teacher_name(self) -> NetworkName | str:
         """Return the teacher's network.
 
         Raises:
             UserError: its weights are another network's, or of other classes.
         """
         if self._teacher_weights is None:
-            return parse_name(self.study.teacher)
+            return self.study.teacher
+        if is_adapted(self.study.teacher):
+            raise UserError(f"teacher_weights: {self.study.teacher} brings its own; leave them out")
         classes = self.teacher_train_data.class_names
         return check_weights(self._teacher_weights, self.study.teacher, classes)
 
@@ -259,6 +270,45 @@ class ResolvedStudy:
         found = {check(pictures, step.crop, True) for check in checks} - {None}
         if found:
             raise UserError(*sorted(found))
+
+    def _check_taps(self) -> None:
+        """Refuse what a network cannot give, before anything runs.
+
+        Raises:
+            UserError: a method reads a tap that a network lacks, or the auxiliary loss does; every
+                one at once.
+        """
+        student, teacher = self._student_shapes.info, self.teacher_shapes.info
+        problems = []
+        for info in dict.fromkeys((student.name, teacher.name)):
+            network = student if info == student.name else teacher
+            if self.study.step.aux_weight and "aux" not in network.channels:
+                problems.append(f"{info} has no auxiliary head; set step.aux_weight = 0")
+        for name in self.method_names(control=False):
+            method = self.methods[name].cls
+            for role, info, taps in (
+                ("student", student, method.student_taps()),
+                ("teacher", teacher, method.read_of_teacher()),
+            ):
+                lacking = [tap for tap in taps if not self._gives(info, tap)]
+                if lacking:
+                    problems.append(
+                        f"method '{name}' reads {', '.join(lacking)} of the {role}, and "
+                        f"{info.name} has {', '.join(info.channels)}; use another network or method"
+                    )
+        if self.study.step.fold_teacher and is_adapted(self.study.teacher):
+            problems.append(f"step.fold_teacher: {teacher.name} is not kdprof's own; leave it out")
+        if self.starts_as_teacher and is_adapted(self.study.student):
+            problems.append(
+                f'{student.name} cannot start as the teacher; set scenario.initialise = "fresh"'
+            )
+        if problems:
+            raise UserError(*problems)
+
+    @staticmethod
+    def _gives(info: NetworkInfo, tap: str) -> bool:
+        """Return whether a network has a tap; the classifier's weight only kdprof's own have."""
+        return tap in info.channels or (tap == "classifier" and not is_adapted(info.name))
 
     @cached_property
     def _student_shapes(self) -> SegmentationNetwork:
@@ -472,8 +522,8 @@ class ResolvedStudy:
         settings, scenario = self.study.method_settings.get(name, {}), self.study.scenario
         reads_teacher = found.cls.needs_teacher()
         return {
-            "student": self.study.student,
-            "teacher": str(self.teacher_name) if reads_teacher else None,
+            "student": self._known_as(self.study.student),
+            "teacher": self._known_as(self.teacher_name) if reads_teacher else None,
             "data": self.train_data.name,
             "drawn": is_drawn(self.study.data),
             "classes": self.train_data.num_classes,
@@ -486,6 +536,15 @@ class ResolvedStudy:
             "method": found.cls(**settings).settings(),
             "method_source_sha256": found.source_sha256,
         }
+
+    @staticmethod
+    def _known_as(name: NetworkName | str) -> str:
+        """Return what a network costs the same as: its full name, or the content of its file."""
+        if not isinstance(name, str):
+            return str(name)
+        if (source := source_of(name)) is not None:
+            return f"{name} {hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]}"
+        return name if is_adapted(name) else str(parse_name(name))
 
     def cost_key(self, name: str) -> str:
         """Return the hash under which the Cost of a method is stored."""

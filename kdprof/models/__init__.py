@@ -1,26 +1,51 @@
-"""Segmentation networks by name: ``pspnet-r18``, ``deeplabv3-mobilenetv2_100``, ..."""
+"""Segmentation networks by name: ``pspnet-r18``, ``segformer-b0``, ``./mine.py:build``, ..."""
 
 from __future__ import annotations
 
+from kdprof.models.adapted import AdaptedNetwork, build_adapted, is_adapted, source_of
 from kdprof.models.folding import folded
 from kdprof.models.names import NetworkName, parse_name
 from kdprof.models.network import SegmentationNetwork
 
-__all__ = ["SegmentationNetwork", "build", "folded", "parse_name"]
+__all__ = [
+    "AdaptedNetwork",
+    "SegmentationNetwork",
+    "build",
+    "check_network",
+    "folded",
+    "is_adapted",
+    "parse_name",
+    "source_of",
+]
+
+
+def check_network(name: str) -> None:
+    """Refuse the name of a network that there is not, as far as the name tells.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    if not is_adapted(name):
+        parse_name(name)
 
 
 def build(
     name: str | NetworkName, num_classes: int, *, backbone_weights: str = "none"
-) -> SegmentationNetwork:
+) -> SegmentationNetwork | AdaptedNetwork:
     """Return the network called ``name`` on the default device, in training mode.
 
+    Names are :func:`~kdprof.models.names.parse_name`'s and
+    :func:`~kdprof.models.adapted.build_adapted`'s.
+
     ``backbone_weights`` is ``none`` (random, reproducible under ``torch.manual_seed``),
-    ``imagenet`` (timm's, downloaded at first use), or the path of a timm state dict (.pth or
-    .safetensors) that must hold all of the backbone. The heads are always random.
+    ``imagenet`` (downloaded at first use), or the path of a timm state dict (.pth or .safetensors)
+    that must hold all of the backbone. The heads are always random.
 
     Raises:
         UserError: unknown name, a backbone that timm cannot dilate to stride 8, or weights that
             are unavailable or do not fit.
     """
+    if isinstance(name, str) and is_adapted(name):
+        return build_adapted(name, num_classes, backbone_weights)
     name = parse_name(name) if isinstance(name, str) else name
     return SegmentationNetwork(name, num_classes, backbone_weights)

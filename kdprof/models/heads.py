@@ -42,8 +42,8 @@ class BinPool(nn.Module):
     """Average pooling to ``bins`` x ``bins`` cells.
 
     PyTorch has no deterministic backward for adaptive pooling on CUDA and raises where
-    deterministic algorithms are demanded, and ONNX has no such pooling; only there the same averages
-    are taken as two matrix products.
+    deterministic algorithms are demanded, and ONNX has no such pooling; only there the same
+    averages are taken as two matrix products.
     """
 
     def __init__(self, bins: int):

@@ -1,0 +1,145 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_study import small_study, small_toml
+
+from kdprof.errors import UserError
+from kdprof.models import build
+from kdprof.resolve import ResolvedStudy
+
+MINE = """
+from torch import nn
+
+from kdprof.models import AdaptedNetwork
+
+
+class Mine(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+        self.classifier = nn.Conv2d(16, num_classes, 1)
+
+
+def maps(network, pictures):
+    head = network.body(network.stem(pictures))
+    return {"logits": network.classifier(head), "head": head}
+
+
+def build(num_classes):
+    return AdaptedNetwork(Mine(num_classes), maps, num_classes, name="mine")
+
+
+def wrong(num_classes):
+    return Mine(num_classes)
+
+
+def other_classes(num_classes):
+    return AdaptedNetwork(Mine(3), maps, num_classes)
+
+
+def other_tap(num_classes):
+    return AdaptedNetwork(
+        Mine(num_classes), lambda n, p: {**maps(n, p), "neck": p}, num_classes
+    )
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_channels_and_strides_are_looked_at(mine):
+    network = build(f"{mine}:build", 5)
+    assert network.info.channels == {"logits": 5, "head": 16}
+    assert network.info.stride == {"logits": 4, "head": 4}
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    taps = network(images, ["head"])
+    assert taps.head.shape == (2, 16, 8, 12)
+    with pytest.raises(AttributeError):
+        _ = taps.logits
+    with pytest.raises(UserError, match="mine has no tap 'c5'; it has head, logits"):
+        network(images, ["c5"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere.py:build", "no file"),
+        ("mine.py:built", "unknown function 'built'; did you mean 'build'?"),
+        ("mine.py:wrong", "returned a Mine; return AdaptedNetwork"),
+        ("mine.py:other_classes", "its logits have 3 channels for 5 classes"),
+        ("mine.py:other_tap", "unknown tap 'neck'"),
+    ],
+)
+def test_what_is_no_network_gets_one_line(mine, spec, message):
+    with pytest.raises(UserError) as caught:
+        build(f"{mine.parent}/{spec}", 5)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_network_lacks_is_told_before_anything_runs(mine):
+    changes = {"student": f"{mine}:build", "methods": ["kd", "reviewkd"]}
+    with pytest.raises(UserError) as caught:
+        ResolvedStudy(small_study(**changes))
+    told = "\n".join(caught.value.problems)
+    assert "mine has no auxiliary head; set step.aux_weight = 0" in told
+    assert "of the student, and mine has logits, head; use another network or method" in told
+    assert "method 'kd'" not in told
+
+
+def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp_path):
+    study = small_toml(
+        tmp_path, methods=["none", "kd"], **{"step.aux_weight": 0.0, "budgets": ["3"]}
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", out,
+         "--student", "./mine.py:build"],
+        capture_output=True, text=True, check=False, cwd=mine.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 runs trained" in done.stdout
+    before = ResolvedStudy(small_study(student=f"{mine}:build", **{"step.aux_weight": 0.0}))
+    key = before.cost_key("none")
+    mine.write_text(MINE + "\n# changed\n")
+    assert before.cost_key("none") != key
+
+
+def test_segformer_has_its_published_size_and_taps():
+    pytest.importorskip("transformers")
+    network = build("segformer-b0", 19)
+    # 3.8 M in table 1 of arXiv:2105.15203, with its 150 classes 3.75 M.
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(3.72e6, rel=0.01)
+    assert network.info.channels == {
+        "logits": 19, "head": 256, "c2": 32, "c3": 64, "c4": 160, "c5": 256,
+    }  # fmt: skip
+    assert network.info.stride == {"logits": 4, "head": 4, "c2": 4, "c3": 8, "c4": 16, "c5": 32}
+    with pytest.raises(UserError, match="did you mean 'segformer-b"):
+        build("segformer-b7", 19)
+
+
+def test_segmentation_models_pytorch_networks():
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build("smp-unet-resnet18", 5)
+    assert network.info.channels["logits"] == 5
+    assert network.info.stride["logits"] == 1
+    assert network.info.stride["c5"] == 32
+    with pytest.raises(UserError, match="did you mean 'smp-unet-resnet34'"):
+        build("smp-unett-resnet34", 5)
+    with pytest.raises(UserError, match="cannot build smp-unet-resnet17"):
+        build("smp-unet-resnet17", 5)
+
+
+@pytest.mark.parametrize("package", ["transformers", "segmentation_models_pytorch"])
+def test_a_missing_package_gets_one_line(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    name = "segformer-b0" if package == "transformers" else "smp-unet-resnet18"
+    with pytest.raises(UserError, match=rf"{name} needs {package}; pip install 'kdprof\["):
+        build(name, 5)
