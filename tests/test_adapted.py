@@ -1,12 +1,16 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from small_study import small_study, small_toml
 
 from kdprof.errors import UserError
+from kdprof.measure import count_costs
+from kdprof.method import builtin_methods
 from kdprof.models import build
+from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 
 MINE = """
@@ -143,3 +147,30 @@ def test_a_missing_package_gets_one_line(package, monkeypatch):
     name = "segformer-b0" if package == "transformers" else "smp-unet-resnet18"
     with pytest.raises(UserError, match=rf"{name} needs {package}; pip install 'kdprof\["):
         build(name, 5)
+
+
+def test_the_page_about_ones_own_network_is_true(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "own-model.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    (tmp_path / "mine.py").write_text(code)
+    network = build(f"{tmp_path}/mine.py:build", 7)
+    assert network.info.stride == {"logits": 8, "head": 8}
+    assert network(torch.zeros(1, 3, 64, 64), ["logits"]).logits.shape == (1, 7, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [("pspnet-test_resnet", "segformer-b0"), ("segformer-b0", "pspnet-test_resnet")],
+    ids=["larger maps", "smaller maps"],
+)
+def test_teacher_and_student_of_other_strides_work_under_every_method_that_can(student, teacher):
+    pytest.importorskip("transformers")
+    lacking = {"dist", "dkd", "dsd", "maskd"}  # read aux or the classifier's weight
+    names = [name for name in builtin_methods() if name not in lacking]
+    if teacher != "segformer-b0":
+        names = names[::4]  # takes half a minute for all
+    changes = {"student": student, "teacher": teacher, "methods": names}
+    study = ResolvedStudy(small_study(**changes, **{"step.aux_weight": 0.0}))
+    found = count_costs(study, names, Progress(None))
+    assert found.failures == {}
+    assert len(found.costs) == len(names) > 7

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdprof.data import open_data
+from kdprof.data import decoded, open_data
 from kdprof.data.check import check_data
 from kdprof.data.files import classes_of
 from kdprof.data.layouts import COCO_UNUSED, LAYOUTS, PUBLISHED
@@ -146,6 +146,21 @@ def test_a_tree_of_the_published_layout_is_read(tree, name, train, val, read, tm
         assert found.flatten()[: len(read)].tolist() == list(read)
         assert len(data.class_names) == len(data.palette) == data.num_classes
         assert data.size(0) == SIZE
+
+
+@pytest.mark.parametrize(("tree", "name"), [(t, n) for t, n, *_ in TREES.values()], ids=TREES)
+def test_the_cache_serves_every_layout(tree, name, tmp_path):
+    tree(tmp_path / "data")
+    data = opened(name, tmp_path / "data")
+    kept = decoded(data, "disk", tmp_path / "cache", Progress(None))
+    assert (kept.class_names, kept.palette, len(kept)) == (
+        data.class_names,
+        data.palette,
+        len(data),
+    )
+    for index in range(len(data)):
+        for ours, theirs in zip(kept[index], data[index], strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_every_layout_has_a_tree_here():

@@ -5,10 +5,18 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_study import small_study, train_small
 
+from kdprof.data import require_files
+from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
+from kdprof.export import export
 from kdprof.models import SegmentationNetwork, build, parse_name
 from kdprof.models.weights import check_weights, load_weights, read_weights
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Store
+from kdprof.study import load_study
+from kdprof.train import checkpoint
 
 CLASSES = ("road", "sky", "car")
 TO_MMSEG = (
@@ -207,3 +215,62 @@ def test_what_is_no_segmentation_network(tmp_path):
     )
     assert "holds no tensors" in refusal(saved(tmp_path / "n.pth", {"a": 1}))
     assert "holds a list" in refusal(saved(tmp_path / "l.pth", [torch.ones(1)]))
+
+
+# A published teacher in a study
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    names = SyntheticScenes("train", (8, 8), 1).class_names
+    torch.manual_seed(5)
+    network = build("cirkd-pspnet-r18-w64", len(names))
+    path = tmp_path / "teacher.safetensors"
+    export(network, path, names, (64, 64))
+    return path, network
+
+
+def test_students_learn_from_a_file(teacher, tmp_path):
+    path, network = teacher
+    changes = {"teacher": "pspnet-r18", "teacher_weights": str(path), "methods": ["kd"]}
+    summary = train_small(tmp_path / "out", budgets=["2"], **changes)
+    assert [run.method for run in summary.finished] == ["kd"]
+    store = Store(tmp_path / "out")
+    run = store.teacher_run()
+    assert (run.iterations, run.train_s.actual, run.finished) == (0, 0.0, True)
+    assert 0 <= run.miou <= 1
+    assert checkpoint.load(store.teacher_folder()) == (None, None)
+    study = ResolvedStudy(small_study(**changes))
+    assert str(study.teacher_name) == "cirkd-pspnet-resnet18s-w64"
+    found, told = study.published_teacher()
+    assert torch.equal(found.decode_head.conv_seg.weight, network.decode_head.conv_seg.weight)
+    assert found.preprocessing.bgr
+    assert "entries loaded" in told
+    # What the teacher is, is part of what a step costs; which file it came from is not.
+    other = ResolvedStudy(small_study(teacher="cirkd-pspnet-r18-w64", methods=["kd"]))
+    assert study.cost_key("kd") == other.cost_key("kd")
+    plain = ResolvedStudy(small_study(teacher="pspnet-r18", methods=["kd"]))
+    assert study.cost_key("kd") != plain.cost_key("kd")
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(teacher, published):
+    path, _ = teacher
+    for weights, name, message in (
+        (path, "deeplabv3-r18", "not deeplabv3-r18; use cirkd-pspnet-r18-w64"),
+        (published, "pspnet-r18", "tells 3 classes apart, the data has 12"),
+        ("nowhere.pth", "pspnet-r18", "no file nowhere.pth"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ResolvedStudy(small_study(teacher=name, teacher_weights=str(weights)))
+
+
+def test_a_preset_is_measured_without_data_or_weights():
+    study = ResolvedStudy(load_study("camvid-pspnet-r18", {"device": "cpu"}), weights=False)
+    assert (len(study.train_data), study.train_data.num_classes) == (367, 11)
+    images, labels = study.batches(0).batch(0)
+    assert images.shape == (16, 3, 360, 360)
+    assert set(labels.unique().tolist()) <= {*range(11), 255}
+    assert study.cost_settings("none")["drawn"]
+    assert str(study.student(0).name) == "cirkd-pspnet-resnet18s"
+    with pytest.raises(UserError, match="needs its folder; give camvid:ROOT"):
+        require_files(study.study.data)
