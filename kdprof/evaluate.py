@@ -177,12 +177,16 @@ class Evaluation:
     Attributes:
         network: the full name of what the file holds.
         loaded: what became of its entries, in one line.
+        missing, left: entries that the file lacks, and that the network has no place for; of an
+            auxiliary head.
         images_per_second: reading the images included.
         reported: what was published of the file; None where it is not a known one.
     """
 
     network: str
     loaded: str
+    missing: list[str]
+    left: list[str]
     data: str
     split: str
     images: int
@@ -229,6 +233,8 @@ def evaluate_file(
     return Evaluation(
         network=str(name),
         loaded=f"{weights.source}'s: {loaded.summary()}",
+        missing=loaded.missing,
+        left=loaded.left,
         data=data.name,
         split=data.split,
         images=len(data),

@@ -38,6 +38,7 @@ from kdprof.method import (
     source_hash,
 )
 from kdprof.models import (
+    AdaptedNetwork,
     SegmentationNetwork,
     build,
     check_network,
@@ -228,6 +229,15 @@ class ResolvedStudy:
             )
         if step.compile != "none" and (missing := missing_compiler(self.device)):
             problems.append(f"step.compile needs {missing}; install it or use 'none'")
+        if step.fold_teacher and is_adapted(self.study.teacher):
+            problems.append(
+                f"step.fold_teacher: {self.study.teacher} is not kdprof's own; leave it out"
+            )
+        if self.starts_as_teacher and is_adapted(self.study.student):
+            problems.append(
+                f"a {self.study.student} cannot start as the teacher; set "
+                'scenario.initialise = "fresh"'
+            )
         if step.fold_teacher and self.starts_as_teacher:
             problems.append(
                 "step.fold_teacher: a student that starts as the teacher needs its batch norms; "
@@ -278,37 +288,27 @@ class ResolvedStudy:
             UserError: a method reads a tap that a network lacks, or the auxiliary loss does; every
                 one at once.
         """
-        student, teacher = self._student_shapes.info, self.teacher_shapes.info
-        problems = []
-        for info in dict.fromkeys((student.name, teacher.name)):
-            network = student if info == student.name else teacher
-            if self.study.step.aux_weight and "aux" not in network.channels:
-                problems.append(f"{info} has no auxiliary head; set step.aux_weight = 0")
+        student, teacher = self._student_shapes, self.teacher_shapes
+        trained = [student] if self._teacher_weights else [student, teacher]
+        problems = [
+            f"{name} has no auxiliary head; set step.aux_weight = 0"
+            for name in dict.fromkeys(n.info.name for n in trained if "aux" not in n.info.channels)
+            if self.study.step.aux_weight
+        ]
+        given = {"student": _taps_of(student), "teacher": _taps_of(teacher)}
+        if self._teacher_weights and not self._teacher_weights.has_auxiliary:
+            given["teacher"].discard("aux")
         for name in self.method_names(control=False):
             method = self.methods[name].cls
-            for role, info, taps in (
-                ("student", student, method.student_taps()),
-                ("teacher", teacher, method.read_of_teacher()),
-            ):
-                lacking = [tap for tap in taps if not self._gives(info, tap)]
-                if lacking:
+            read = {"student": method.student_taps(), "teacher": method.read_of_teacher()}
+            for role, taps in read.items():
+                if lacking := [tap for tap in taps if tap not in given[role]]:
                     problems.append(
-                        f"method '{name}' reads {', '.join(lacking)} of the {role}, and "
-                        f"{info.name} has {', '.join(info.channels)}; use another network or method"
+                        f"method '{name}' reads {', '.join(lacking)} of the {role}, which has "
+                        f"{', '.join(sorted(given[role]))}; use another network or method"
                     )
-        if self.study.step.fold_teacher and is_adapted(self.study.teacher):
-            problems.append(f"step.fold_teacher: {teacher.name} is not kdprof's own; leave it out")
-        if self.starts_as_teacher and is_adapted(self.study.student):
-            problems.append(
-                f'{student.name} cannot start as the teacher; set scenario.initialise = "fresh"'
-            )
         if problems:
             raise UserError(*problems)
-
-    @staticmethod
-    def _gives(info: NetworkInfo, tap: str) -> bool:
-        """Return whether a network has a tap; the classifier's weight only kdprof's own have."""
-        return tap in info.channels or (tap == "classifier" and not is_adapted(info.name))
 
     @cached_property
     def _student_shapes(self) -> SegmentationNetwork:
@@ -550,6 +550,12 @@ class ResolvedStudy:
         """Return the hash under which the Cost of a method is stored."""
         content = [self.cost_settings(name), self.hardware.name, versions(), _engine_sha256()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _taps_of(network: SegmentationNetwork | AdaptedNetwork) -> set[str]:
+    """Return the taps that a network has; the classifier's weight only kdprof's own have."""
+    own = {"classifier"} if isinstance(network, SegmentationNetwork) else set()
+    return {*network.info.channels, *own}
 
 
 def _of_classes(info: NetworkInfo, classes: int) -> NetworkInfo:

@@ -28,6 +28,10 @@ def print_evaluation(found: Evaluation, console: Console) -> None:
         highlight=False,
     )
     console.print(found.loaded, highlight=False, soft_wrap=True)
+    rows = [["not in the file", key] for key in found.missing]
+    rows += [["left out", key] for key in found.left]
+    if rows:
+        Grid("entries that were not loaded", ["what", "entry"], rows, ["entry"]).print(console)
     if (told := found.reported) is not None:
         several = "" if told.flipped is None else f", {told.flipped:.2f} % at several scales + flip"
         console.print(

@@ -89,12 +89,13 @@ def test_what_is_no_network_gets_one_line(mine, spec, message):
 
 
 def test_what_a_network_lacks_is_told_before_anything_runs(mine):
-    changes = {"student": f"{mine}:build", "methods": ["kd", "reviewkd"]}
+    changes = {"student": f"{mine}:build", "methods": ["kd", "reviewkd", "dkd"]}
     with pytest.raises(UserError) as caught:
         ResolvedStudy(small_study(**changes))
     told = "\n".join(caught.value.problems)
     assert "mine has no auxiliary head; set step.aux_weight = 0" in told
-    assert "of the student, and mine has logits, head; use another network or method" in told
+    assert "of the student, which has head, logits; use another network or method" in told
+    assert "method 'dkd' reads classifier of the student" in told
     assert "method 'kd'" not in told
 
 

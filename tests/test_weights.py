@@ -264,6 +264,17 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(teacher, pu
             ResolvedStudy(small_study(teacher=name, teacher_weights=str(weights)))
 
 
+def test_a_teacher_without_auxiliary_head_teaches_no_method_that_reads_one(tmp_path):
+    names = SyntheticScenes("train", (8, 8), 1).class_names
+    state = build("pspnet-r18", len(names)).state_dict()
+    state = {_renamed(k): v for k, v in state.items() if not k.startswith("auxiliary_head")}
+    path = saved(tmp_path / "t.pth", {"state_dict": state})
+    changes = {"teacher": "pspnet-r18", "teacher_weights": str(path)}
+    with pytest.raises(UserError, match="method 'dist' reads aux of the teacher, which has c2"):
+        ResolvedStudy(small_study(methods=["kd", "dist"], **changes))
+    ResolvedStudy(small_study(methods=["kd"], **changes))
+
+
 def test_a_preset_is_measured_without_data_or_weights():
     study = ResolvedStudy(load_study("camvid-pspnet-r18", {"device": "cpu"}), weights=False)
     assert (len(study.train_data), study.train_data.num_classes) == (367, 11)

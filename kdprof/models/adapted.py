@@ -98,7 +98,7 @@ class AdaptedNetwork(nn.Module):
 
 def is_adapted(name: str) -> bool:
     """Return whether a name is of such a network."""
-    return name == "own" or ".py:" in name or name.startswith(("segformer-", "smp-"))
+    return ".py:" in name or name.startswith(("segformer-", "smp-"))
 
 
 def build_adapted(name: str, num_classes: int, weights: str = "none") -> AdaptedNetwork:

@@ -109,6 +109,11 @@ class Weights:
         """How many classes the decode head tells apart."""
         return len(self.state["decode_head.conv_seg.weight"])
 
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether an auxiliary head is in it."""
+        return any(key.startswith(AUXILIARY) for key in self.state)
+
 
 @dataclass(frozen=True)
 class Loaded:
