@@ -574,6 +574,13 @@ def _conclude_training(summary: Summary, store: Store, given: dict[str, Any]) ->
     show_default=True,
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--resize",
+    default="usual",
+    show_default=True,
+    metavar="usual|none|HxW",
+    help="What images are resized to fit.",
+)
 @click.option("--window", metavar="HxW", help="Slide a window of this size; else whole images.")
 @click.option("--stride", metavar="HxW", help="Between windows.")
 @click.option("--scales", default="1", show_default=True, help="Such as 0.5,0.75,1,1.25,1.5,1.75.")
@@ -614,11 +621,14 @@ def evaluate(as_json: bool, **given: Any) -> None:
 
 
 def _views(given: dict[str, Any]) -> Views:
+    from kdprof.data import fit_of
     from kdprof.evaluate import Views
     from kdprof.study import parse_size
 
     problems, sizes = [], {}
-    for option in ("window", "stride"):
+    for option in ("resize", "window", "stride"):
+        if given[option] in ("usual", "none"):
+            continue
         try:
             sizes[option] = parse_size(given[option])
         except ValueError as error:
@@ -633,7 +643,8 @@ def _views(given: dict[str, Any]) -> Views:
         problems.append(f"--scales {given['scales']}: give factors above 0, such as 0.5,1,2")
     if problems:
         raise UserError(*problems)
-    return Views(sizes["window"], sizes["stride"], scales, given["flip"])
+    fit = fit_of(sizes.get("resize", given["resize"]), given["data"].partition(":")[0])
+    return Views(sizes["window"], sizes["stride"], scales, given["flip"], fit)
 
 
 @cli.command()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.data import SegmentationData, evaluation_batches
+from kdprof.data import SegmentationData, evaluation_batches, fitted_size
 from kdprof.device import configure_backends
 from kdprof.method import IGNORE
 from kdprof.models import SegmentationNetwork
@@ -45,12 +45,14 @@ class Views:
         stride: between windows, pixels; as mmsegmentation places them, the last at the border.
         scales: sizes that the image is resized to, as factors; softmax is averaged over them.
         flip: whether each is seen mirrored as well.
+        fit: what the image is resized to fit first, see :func:`kdprof.data.augment.fitting`.
     """
 
     window: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    fit: tuple[int, int] | None = None
 
 
 WHOLE = Views()
@@ -88,14 +90,13 @@ def predict(network: SegmentationNetwork, images: Tensor, views: Views = WHOLE) 
     Args:
         images: (N, 3, H, W) RGB in 0..255.
     """
+    size = images.shape[-2:]
     if views.scales == (1.0,) and not views.flip:
-        return _logits(network, images, views)
-    size, total = images.shape[-2:], 0
+        fitted = _rescaled(images, fitted_size(size, views.fit))
+        return _resized(_logits(network, fitted, views), size, network)
+    total = 0
     for scale in views.scales:
-        scaled = images.float()
-        if scale != 1:
-            shape = [max(1, round(scale * length)) for length in size]
-            scaled = F.interpolate(scaled, shape, mode="bilinear")
+        scaled = _rescaled(images, fitted_size(size, views.fit, scale))
         for mirrored in (False, True) if views.flip else (False,):
             found = _logits(network, scaled.flip(-1) if mirrored else scaled, views)
             found = _resized(found.flip(-1) if mirrored else found, size, network)
@@ -103,7 +104,15 @@ def predict(network: SegmentationNetwork, images: Tensor, views: Views = WHOLE) 
     return total
 
 
+def _rescaled(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images.float(), size, mode="bilinear")
+
+
 def _resized(logits: Tensor, size: tuple[int, int], network: SegmentationNetwork) -> Tensor:
+    if logits.shape[-2:] == size:
+        return logits.float()
     align = network.align_corners
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align)
 

@@ -22,12 +22,15 @@ from kdprof.data import (
     SegmentationData,
     decoded,
     default_folder,
+    fit_of,
+    fitted_size,
     is_drawn,
     open_data,
 )
 from kdprof.data.scenario import Role, Scenario
 from kdprof.device import configure_backends, find_device, missing_compiler, versions
 from kdprof.errors import UserError, unknown
+from kdprof.evaluate import Views
 from kdprof.hardware import Hardware, hardware_of
 from kdprof.method import (
     Found,
@@ -108,6 +111,7 @@ class ResolvedStudy:
         self.teacher_name = self._full_teacher_name()
         """The teacher's network, with whatever its weights say of it."""
         self._check_crop()
+        self._check_sizes()
         self._check_taps()
         configure_backends(self.device, study.step.precision)
 
@@ -281,6 +285,21 @@ class ResolvedStudy:
         if found:
             raise UserError(*sorted(found))
 
+    def _check_sizes(self) -> None:
+        """Refuse a network that could not be evaluated on the images, hours after the start.
+
+        Raises:
+            UserError: it does not take pictures of their sizes.
+        """
+        choosy = [n for n in (self._student_shapes, self.teacher_shapes) if n.multiple > 1]
+        if not choosy or is_drawn(self.study.data):
+            return
+        data, fit = self.on_disk["val"], self.views.fit
+        sizes = {fitted_size(data.size(index), fit) for index in range(len(data))}
+        found = [net.check_input(1, size, training=False) for net in choosy for size in sizes]
+        if problems := sorted({problem for problem in found if problem}):
+            raise UserError(*problems[:3])
+
     def _check_taps(self) -> None:
         """Refuse what a network cannot give, before anything runs.
 
@@ -335,6 +354,11 @@ class ResolvedStudy:
             cache, data = self.study.data_settings.cache, self.on_disk[split]
             self._decoded[split] = decoded(data, cache, self.cache_folder(), self._progress)
         return self._decoded[split]
+
+    @property
+    def views(self) -> Views:
+        """How networks see the images that they are evaluated on."""
+        return Views(fit=fit_of(self.study.data_settings.resize, self.on_disk["val"].name))
 
     def cache_folder(self) -> Path:
         """Return where decoded images are kept."""
@@ -505,6 +529,9 @@ class ResolvedStudy:
             scale=settings.scale,
             flip=settings.flip,
             photometric=settings.photometric,
+            scale_step=settings.scale_step,
+            fit=self.views.fit,
+            max_class_share=settings.max_class_share,
         )
         return Batches(
             data,

@@ -107,8 +107,16 @@ class DataSettings(Section):
     first needed; disk: in a file, mapped into memory, that later processes use again."""
     cache_folder: str | None = None
     """Where that file lies; None = ``kdprof`` in the user's cache folder ($XDG_CACHE_HOME)."""
+    resize: Literal["usual", "none"] | Size = "usual"
+    """What images are resized to fit before the random scale, and in evaluation; their labels are
+    scored at their own size. usual: what is usual for the data set (docs/data.md)."""
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
-    """Range of the random resize."""
+    """Range of the random scale."""
+    scale_step: float = Field(0.0, ge=0)
+    """Between the scales that are drawn; 0 = any."""
+    max_class_share: float = Field(1.0, gt=0, le=1)
+    """A crop that one class has this share of is drawn again, at most ten times (mmsegmentation's
+    cat_max_ratio); 1 = never."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     photometric: bool = True

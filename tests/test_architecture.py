@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "schedule": {"study"},
     "step": {"errors", "method", "parallel", "schedule", "study"},
     "resolve": {
-        "budget", "data", "device", "errors", "hardware", "method", "models", "parallel",
-        "progress", "records", "step", "study",
+        "budget", "data", "device", "errors", "evaluate", "hardware", "method", "models",
+        "parallel", "progress", "records", "step", "study",
     },
     "follow": {"data", "models", "parallel", "resolve", "step"},
     "export": {"device", "errors", "models", "store"},

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdprof.data import Augmentation, Batches, Feeder, evaluation_batches, open_data
+from kdprof.data import Augmentation, Batches, Feeder, evaluation_batches, fitted_size, open_data
 from kdprof.data import feeder as feeder_module
 from kdprof.data.augment import Draw, Gathered
 from kdprof.data.batches import _next
@@ -288,6 +288,76 @@ def test_ranges_of_the_draws():
         [[d.scale, d.top, d.left, d.flip, d.hue is None, d.contrast is None] for d in draws], float
     )
     assert np.abs(np.corrcoef(table.T) - np.eye(6)).max() < 0.09
+
+
+def test_scales_in_steps():
+    """CIRKD's: 0.5, 0.6, ..., 2.0, all as likely."""
+    augmentation = Augmentation((8, 8), scale=(0.5, 2.0), scale_step=0.1)
+    drawn = [augmentation.draw(0, batch, 0).scale for batch in range(3200)]
+    scales, counts = np.unique(np.round(drawn, 9), return_counts=True)
+    assert scales == pytest.approx(0.5 + 0.1 * np.arange(16))
+    assert np.abs(counts - 200).max() < 60
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "expected"),
+    [
+        ((512, 683), (512, 2048), (512, 683)),
+        ((375, 500), (512, 2048), (512, 683)),  # 1.365 times: the shorter side decides
+        ((200, 1000), (512, 2048), (410, 2048)),  # the longer one
+        ((500, 375), (2048, 512), (683, 512)),  # whichever way round
+        ((375, 500), (520, 520), (390, 520)),
+        ((375, 500), None, (375, 500)),
+    ],
+)
+def test_images_are_resized_to_fit(size, fit, expected):
+    assert fitted_size(size, fit) == expected
+
+
+def test_fit_comes_before_the_scale():
+    image, label = noise(30, 40)
+    plain, fitted = Augmentation((24, 24)), Augmentation((24, 24), fit=(60, 400))
+    twice, once = replace(PLAIN, scale=1.5), replace(PLAIN, scale=0.75)
+    assert equal(
+        plain.apply(plain.gather([(image, label)], [twice])),
+        fitted.apply(fitted.gather([(image, label)], [once])),
+    )
+
+
+class TestOneClass:
+    """Left half class 0, right half 1 with a column of void; crops of 8x8 from 16x40."""
+
+    label = torch.cat([torch.zeros(16, 20), torch.ones(16, 20)], 1).byte()
+    label[:, 25] = 255
+    image = label.expand(3, -1, -1)
+
+    def columns(self, *places, share=0.75):
+        """Return the classes that the crop has in its first row."""
+        draw = replace(PLAIN, left=places[0], retries=tuple((0.0, place) for place in places[1:]))
+        augmentation = Augmentation((8, 8), max_class_share=share, photometric=False)
+        _, labels = augmentation.apply(augmentation.gather([(self.image, self.label)], [draw]))
+        return labels[0, 0].tolist()
+
+    def test_first_crop_that_is_mixed_is_taken(self):
+        assert self.columns(0.0, 1.0, 0.5, 0.25) == [0] * 4 + [1] * 4
+
+    def test_mixed_at_once(self):
+        assert self.columns(0.5, 0.0) == [0] * 4 + [1] * 4
+
+    def test_last_one_where_none_is(self):
+        assert self.columns(0.0, 0.1, 1.0) == [1] * 8
+
+    def test_void_does_not_count(self):
+        """Columns 19 to 26: one of class 0, six of class 1, one void: 6 of 7."""
+        assert self.columns(19 / 32, 0.0, share=0.85) == [0] * 8
+        assert self.columns(19 / 32, 0.0, share=0.86) == [0, 1, 1, 1, 1, 1, 255, 1]
+
+    def test_retries_are_drawn_on_request_and_change_nothing_else(self):
+        plain = Augmentation((8, 8)).draw(3, 5, 1)
+        redrawn = Augmentation((8, 8), max_class_share=0.75).draw(3, 5, 1)
+        assert plain.retries == ()
+        assert len(set(redrawn.retries)) == 10
+        assert replace(redrawn, retries=()) == plain
 
 
 def test_no_colour_and_no_flip_on_request():

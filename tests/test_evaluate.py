@@ -116,6 +116,16 @@ def test_several_views_are_a_sum_of_softmax():
     assert (found - plain.softmax(1) - resized.softmax(1)).abs().mean() < 0.02
 
 
+def test_fitted_images_are_scored_at_their_own_size():
+    network = Local()
+    fitted = F.interpolate(PICTURE.float(), (80, 96), mode="bilinear")
+    there = F.interpolate(network(fitted, []).logits, (80, 96), mode="bilinear")
+    back = F.interpolate(there, (40, 48), mode="bilinear")
+    torch.testing.assert_close(predict(network, PICTURE, Views(fit=(80, 400))), back)
+    same = predict(network, PICTURE, Views(fit=(40, 400)))
+    torch.testing.assert_close(same, predict(network, PICTURE), rtol=0, atol=0)
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "kdprof", "evaluate", *map(str, arguments)],
@@ -138,6 +148,8 @@ def test_the_command_prints_every_class_and_what_was_published(weights, monkeypa
     assert done.returncode == 0, done.stderr
     for text in ("IoU %", "mIoU", "mAcc", "pixel accuracy", "images/s", "kdprof's:", "entries"):
         assert text in done.stdout
+    refitted = command(*network, "--resize", "60x400", "--batch", "8", "--device", "cpu")
+    assert "mIoU" in refitted.stdout
     found = json.loads(command(*network, "--batch", "4", "--json", "--device", "cpu").stdout)
     assert found["images"] == 80
     assert found["reported"] is None
@@ -150,9 +162,12 @@ def test_the_command_prints_every_class_and_what_was_published(weights, monkeypa
 
 def test_bad_input_gets_one_line_each(weights):
     network = ("--model", "pspnet-test_resnet", "--weights", weights, "--data", "synthetic")
-    done = command(*network, "--stride", "6x6", "--scales", "0", "--device", "cpu")
+    done = command(
+        *network, "--stride", "6x6", "--scales", "0", "--resize", "big", "--device", "cpu"
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
+        "kdprof: --resize big: must be HEIGHTxWIDTH, such as 512x1024",
         "kdprof: --stride is between windows; add --window",
         "kdprof: --scales 0: give factors above 0, such as 0.5,1,2",
     ]

@@ -288,6 +288,11 @@ def test_initialisation_follows_the_seed():
         ("cirkd-deeplabv3-r18-w128", NetworkName("deeplabv3", "resnet18s", "cirkd", 128)),
         ("torchvision-deeplabv3-r101", NetworkName("deeplabv3", "resnet101", "torchvision")),
         ("pspnet-mobilenetv3_small_050", NetworkName("pspnet", "mobilenetv3_small_050")),
+        ("pspnet-r18-os8", NetworkName("pspnet", "resnet18c")),
+        (
+            "pspnet-r18-w64-os16-aligned",
+            NetworkName("pspnet", "resnet18c", "mmseg", 64, aligned=True, output_stride=16),
+        ),
     ],
 )
 def test_names(name, parsed):
@@ -303,12 +308,14 @@ def test_names(name, parsed):
         ("pspnet", "unknown network 'pspnet'; did you mean 'pspnet-r"),
         ("pspnet-mobilnetv2_100", "unknown backbone 'mobilnetv2_100'; did you mean 'mobilenetv2_1"),
         ("pspnet-zzqqxy", "valid: r101, r18, r50, or a name of timm.list_models()"),
-        ("pspnet-vit_tiny_patch16_224", "at output stride 8; take another, such as resnet18c"),
+        ("pspnet-vit_tiny_patch16_224", "takes pictures of one size only; take another, such as r"),
         ("pspnet-botnet26t_256", "takes pictures of one size only; take another"),
         ("cirkd-psnet-r18", "did you mean 'cirkd-pspnet-r18'?"),
         ("cirkd-pspnet-r18-aligned", "CIRKD's layout is always aligned; leave '-aligned' out"),
         ("torchvision-pspnet-r50", "unknown network 'torchvision-pspnet-r50'"),
-        ("pspnet-vgg11", "at output stride 8; take another"),
+        ("pspnet-vgg11", "at output stride 8: it ends at 32; append -os32 to the network's name"),
+        ("pspnet-r18-os12", "there is no -os12; use -os8, -os16, -os32"),
+        ("pspnet-inception_v3-os32", "a map of (192, 30, 46) for a picture of 136x200, where timm"),
     ],
 )
 def test_bad_names_get_one_line(name, message):
@@ -318,13 +325,46 @@ def test_bad_names_get_one_line(name, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [
+        ("pspnet-r18-os16", (4, 8, 16, 16)),
+        ("deeplabv3-mobilenetv3_small_050-os32", (4, 8, 16, 32)),
+        ("pspnet-convnext_atto-os16", (4, 8, 16, 16)),
+        ("pspnet-swin_tiny_patch4_window7_224-os32", (4, 8, 16, 32)),  # gives (N, h, w, C)
+        ("deeplabv3-pvt_v2_b0-os32", (4, 8, 16, 32)),
+    ],
+)
+def test_backbones_at_the_stride_they_can_do(name, stride):
+    """Also of a size that is no multiple of it."""
+    net = build(name, 5).train()
+    assert [net.info.stride[stage] for stage in ("c2", "c3", "c4", "c5")] == list(stride)
+    assert net.multiple == 1
+    taps = net(picture(2, 72, 104), FEATURE_TAPS)
+    for tap, value in vars(taps).items():
+        if value is not None:
+            expected = [size / net.info.stride[tap] for size in (72, 104)]
+            assert value.shape[:2] == (2, net.info.channels[tap])
+            assert all(abs(a - b) < 1 for a, b in zip(value.shape[2:], expected, strict=True))
+    taps.logits.sum().backward()
+
+
+def test_a_backbone_that_needs_multiples_says_so():
+    net = build("pspnet-hrnet_w18_small-os32", 5)
+    assert "multiples of 32, not 72x96" in net.check_input(2, (72, 96), training=False)
+    assert net.check_input(2, (64, 96), training=True) is None
+    net(picture(2, 64, 96), ["logits"])
+
+
 # Backbone weights
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("backbone", ["test_resnet", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize(
+    "backbone", ["test_resnet", "mobilenetv3_small_050", "convnext_atto", "pvt_v2_b0-os32"]
+)
 def test_a_timm_state_dict_is_loaded(tmp_path, backbone, suffix):
-    state = timm.create_model(backbone).state_dict()
+    state = timm.create_model(backbone.partition("-")[0]).state_dict()
     path = tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     net = build(f"pspnet-{backbone}", 5, backbone_weights=str(path)).backbone.net

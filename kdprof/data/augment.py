@@ -7,6 +7,7 @@ is done for the whole batch on the step's device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from kdprof.method import IGNORE
 
 FILL = 128
 """Brightness, of 255, where a crop reaches beyond its image; such pixels are labelled void."""
+RETRIES = 10
+"""How often a crop that shows too little else than one class is drawn again; mmsegmentation's."""
 OUTSIDE = -1
 """The nearest source pixel of such a pixel."""
 Sample = tuple[Tensor, Tensor]
@@ -41,6 +44,8 @@ class Draw:
     saturation: float | None
     hue: float | None
     contrast_last: bool
+    retries: tuple[tuple[float, float], ...] = ()
+    """Other ``top`` and ``left``, one after the other where a crop shows too much of one class."""
 
 
 class Gathered(NamedTuple):
@@ -87,12 +92,18 @@ class Augmentation:
     scale: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
     photometric: bool = True
+    scale_step: float = 0.0
+    """Scales are ``scale[0]`` and every such step above it; 0 = any."""
+    fit: tuple[int, int] | None = None
+    """What images are resized to fit before anything else, see :func:`fitting`."""
+    max_class_share: float = 1.0
+    """A crop is drawn again, at most :data:`RETRIES` times, while one class has this share of its
+    pixels that are not void, or all of them. 1 = never."""
 
     def draw(self, seed: int, batch: int, slot: int) -> Draw:
         """Return the choices for one place in one batch: a pure function of its arguments."""
         rng = generator(Stream.AUGMENTATION, seed, batch, slot)
         scale, top, left, flip = rng.random(4)
-        low, high = self.scale
         factors: list[float | None] = [
             float(value) if on < 0.5 and self.photometric else None
             for on, value in zip(
@@ -101,9 +112,18 @@ class Augmentation:
                 strict=True,
             )
         ]
-        return Draw(
-            low + (high - low) * scale, top, left, flip < self.flip, *factors, rng.random() < 0.5
-        )
+        late, retries = rng.random() < 0.5, ()
+        if self.max_class_share < 1:
+            retries = tuple(map(tuple, rng.random((RETRIES, 2))))
+        scale = self._scale(scale)
+        return Draw(scale, top, left, flip < self.flip, *factors, late, retries)
+
+    def _scale(self, place: float) -> float:
+        low, high = self.scale
+        if not self.scale_step:
+            return low + (high - low) * place
+        count = math.floor((high - low) / self.scale_step + 1e-9) + 1
+        return low + self.scale_step * math.floor(place * count)
 
     def gather(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Gathered:
         """Look up what the crops of N images, whatever their sizes, are made from.
@@ -111,11 +131,10 @@ class Augmentation:
         Raises:
             UserError: more pixels than the indices can count.
         """
-        height, width = self.crop
-        sizes = [label.shape for _, label in samples]
-        pairs = list(zip(sizes, draws, strict=True))
-        rows = [_axis(size[0], height, draw.scale, draw.top) for size, draw in pairs]
-        columns = [_axis(size[1], width, draw.scale, draw.left) for size, draw in pairs]
+        windows = [
+            self._window(label, draw) for (_, label), draw in zip(samples, draws, strict=True)
+        ]
+        rows, columns = [row for row, _ in windows], [column for _, column in windows]
         columns = [c.flipped() if d.flip else c for c, d in zip(columns, draws, strict=True)]
         hued = [number for number, draw in enumerate(draws) if draw.hue is not None]
         places = torch.from_numpy(_places(rows, columns))
@@ -127,6 +146,16 @@ class Augmentation:
             torch.tensor([draws[number].hue for number in hued], dtype=torch.float32),
             torch.tensor(hued, dtype=torch.int64),
         )
+
+    def _window(self, label: Tensor, draw: Draw) -> tuple[_Axis, _Axis]:
+        """Return the rows and columns of a crop: the first that is no one class, or the last."""
+        size, scale = label.shape, draw.scale * fitting(label.shape, self.fit)
+        for top, left in ((draw.top, draw.left), *draw.retries):
+            row = _axis(size[0], self.crop[0], scale, top)
+            column = _axis(size[1], self.crop[1], scale, left)
+            if not draw.retries or _class_share(label, row, column) < self.max_class_share:
+                break
+        return row, column
 
     def apply(self, batch: Gathered) -> tuple[Tensor, Tensor]:
         """Return the crops on the device that ``batch`` is on, without synchronising: images uint8
@@ -147,6 +176,26 @@ class Augmentation:
             images.mul_(255)
         images = images.round_().to(torch.uint8, memory_format=torch.contiguous_format)
         return images.masked_fill_(outside[:, None], FILL), labels.masked_fill_(outside, IGNORE)
+
+
+def fitting(size: Sequence[int], fit: tuple[int, int] | None) -> float:
+    """Return the factor that makes an image as large as fits: its longer side into the longer of
+    ``fit``, its shorter into the shorter; 1 where ``fit`` is None.
+
+    mmsegmentation's resize with ``keep_ratio``.
+    """
+    if fit is None:
+        return 1.0
+    return min(max(fit) / max(size), min(fit) / min(size))
+
+
+def fitted_size(
+    size: Sequence[int], fit: tuple[int, int] | None, scale: float = 1.0
+) -> tuple[int, int]:
+    """Return the height and width of an image that is resized to fit and then scaled."""
+    factor = scale * fitting(size, fit)
+    height, width = (max(1, round(factor * length)) for length in size)
+    return height, width
 
 
 # Looking up, on the CPU, per image
@@ -187,6 +236,15 @@ def _axis(length: int, crop: int, scale: float, place: float) -> _Axis:
     nearest[(nearest < 0) | (nearest >= length)] = OUTSIDE
     weight = (positions - lower).astype(np.float32)
     return _Axis(low, high, nearest, weight, int(low[0]), int(high[-1]) + 1)
+
+
+def _class_share(label: Tensor, row: _Axis, column: _Axis) -> float:
+    """Return the share of the class that a crop shows most, of its pixels that are not void; of a
+    crop without any, 1."""
+    inside = [axis.nearest[axis.nearest != OUTSIDE] for axis in (row, column)]
+    counts = np.bincount(label.numpy()[inside[0][:, None], inside[1]].ravel(), minlength=256)
+    counts[IGNORE] = 0
+    return counts.max() / counts.sum() if counts.any() else 1.0
 
 
 def _planes(samples: Sequence[Sample], rows: Sequence[_Axis], columns: Sequence[_Axis]) -> Tensor:

@@ -77,6 +77,18 @@ def is_drawn(spec: str) -> bool:
     return ":" not in spec and spec in PUBLISHED
 
 
+def fit_of(resize: str | tuple[int, int], name: str) -> tuple[int, int] | None:
+    """Return what images are resized to fit; None = they keep their size.
+
+    Args:
+        resize: ``none``, ``usual`` for the data set, or a height and width.
+        name: of the data set.
+    """
+    if resize == "usual":
+        return PUBLISHED[name].fit if name in PUBLISHED else None
+    return None if resize == "none" else resize
+
+
 def open_data(
     spec: str,
     split: str,

@@ -34,42 +34,26 @@ class Published:
     Attributes:
         counts: images of each split.
         crop: height and width of a training crop, the usual one (mmsegmentation's).
-        resize: what images are resized to before it, in words.
+        fit: what images are usually resized to fit before it, see
+            :func:`kdprof.data.augment.fitting`; None = they are not.
         size: of a usual image, height and width.
     """
 
     counts: Mapping[str, int]
     crop: tuple[int, int]
-    resize: str
+    fit: tuple[int, int] | None
     size: tuple[int, int]
 
 
-_FITTED = "0.5-2.0 of the size that fits {}"
 PUBLISHED: Mapping[str, Published] = {
-    "camvid": Published(
-        {"train": 367, "val": 101, "test": 233}, (360, 360), "0.5-2.0 of 360x480", (360, 480)
-    ),
-    "cityscapes": Published(
-        {"train": 2975, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048", (1024, 2048)
-    ),
-    "cityscapes-coarse": Published(
-        {"train": 22973, "val": 500}, (512, 1024), "0.5-2.0 of 1024x2048", (1024, 2048)
-    ),
-    "ade20k": Published(
-        {"train": 20210, "val": 2000}, (512, 512), _FITTED.format("512x2048"), (512, 683)
-    ),
-    "voc": Published(
-        {"train": 1464, "val": 1449}, (512, 512), _FITTED.format("512x2048"), (375, 500)
-    ),
-    "voc-aug": Published(
-        {"train": 10582, "val": 1449}, (512, 512), _FITTED.format("512x2048"), (375, 500)
-    ),
-    "coco-stuff": Published(
-        {"train": 118287, "val": 5000}, (512, 512), _FITTED.format("512x2048"), (480, 640)
-    ),
-    "pascal-context": Published(
-        {"train": 4996, "val": 5104}, (480, 480), _FITTED.format("480x520"), (375, 500)
-    ),
+    "camvid": Published({"train": 367, "val": 101, "test": 233}, (360, 360), None, (360, 480)),
+    "cityscapes": Published({"train": 2975, "val": 500}, (512, 1024), None, (1024, 2048)),
+    "cityscapes-coarse": Published({"train": 22973, "val": 500}, (512, 1024), None, (1024, 2048)),
+    "ade20k": Published({"train": 20210, "val": 2000}, (512, 512), (512, 2048), (512, 683)),
+    "voc": Published({"train": 1464, "val": 1449}, (512, 512), (512, 2048), (375, 500)),
+    "voc-aug": Published({"train": 10582, "val": 1449}, (512, 512), (512, 2048), (375, 500)),
+    "coco-stuff": Published({"train": 118287, "val": 5000}, (512, 512), (512, 2048), (480, 640)),
+    "pascal-context": Published({"train": 4996, "val": 5104}, (480, 480), (520, 520), (375, 500)),
 }
 """mmsegmentation's counts and pipelines (its dataset documentation and configs/_base_/datasets)."""
 

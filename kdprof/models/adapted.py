@@ -26,6 +26,9 @@ Maps = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 class AdaptedNetwork(nn.Module):
     """Any network, with what kdprof reads of one.
 
+    Attributes:
+        multiple: 1; it is taken at its word for every size.
+
     Args:
         module: the network.
         maps: what it computes, by tap: ``logits`` at least; ``head`` (input of the classifier),
@@ -39,6 +42,8 @@ class AdaptedNetwork(nn.Module):
     Raises:
         UserError: a tap that no network has, no logits, or logits of other classes.
     """
+
+    multiple = 1
 
     def __init__(
         self,

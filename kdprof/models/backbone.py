@@ -1,4 +1,4 @@
-"""Backbones from timm at output stride 8: four stages c2..c5, and where their weights come from."""
+"""Backbones from timm: four stages c2..c5, the stride they end at, whose weights they have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_state_dict
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ from kdprof.errors import UserError, unknown
 
 STAGES = ("c2", "c3", "c4", "c5")
 OUTPUT_STRIDE = 8
+"""Input pixels per position of c5 where the network's name does not say otherwise."""
+OUTPUT_STRIDES = (8, 16, 32)
+_PROBES = ((136, 200), (128, 192))
+"""Height and width of the pictures that tell what a backbone's maps are like; the first is of no
+multiples of 16."""
+
+MEND = "take another, such as resnet18c, resnet50c or mobilenetv2_100"
 
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18c": ("resnet18", {"stem_type": "deep", "stem_width": 32}),
@@ -50,19 +58,21 @@ DILATED_TWICE = ("resnet18s", "resnet34s")
 
 
 class Backbone(nn.Module):
-    """A timm backbone read at its last four stages, the last of them at stride 8.
+    """A timm backbone read at its last four stages.
 
     Attributes:
         channels: channels of each stage c2..c5.
-        stride: input pixels per position of each stage c2..c5 (4, 8, 8, 8 for a ResNet).
+        stride: input pixels per position of each stage c2..c5 (4, 8, 8, 8 for a ResNet at output
+            stride 8).
+        multiple: of which the sides of a picture must be multiples; 1 = it takes every size.
         mean, std: of timm's weights, per RGB channel in 0..255.
     """
 
-    def __init__(self, name: str, weights: str = "none"):
+    def __init__(self, name: str, weights: str = "none", output_stride: int = OUTPUT_STRIDE):
         super().__init__()
-        self.net = _create(name)
+        self.net, arguments = _create(name, output_stride)
         if weights == "imagenet":
-            self.net = _create_pretrained(name)
+            self.net = _create_pretrained(name, arguments)
         if name not in DILATED_TWICE:
             _undilate_second_convolutions(self.net)
         if weights not in ("none", "imagenet"):
@@ -73,6 +83,9 @@ class Backbone(nn.Module):
         )
         self.channels = dict(zip(STAGES, info.channels(), strict=True))
         self.stride = dict(zip(STAGES, info.reduction(), strict=True))
+        self.multiple, self._channels_last = 1, False
+        if not hasattr(self.net, "layer4"):
+            self._look_at_maps(name)
 
     def forward(self, x: Tensor, stages: Collection[str]) -> dict[str, Tensor]:
         """Return the maps of ``stages``, from a normalised (N, 3, H, W) picture.
@@ -82,7 +95,10 @@ class Backbone(nn.Module):
         """
         if not hasattr(self.net, "layer4"):
             maps = dict(zip(STAGES, self.net(x), strict=True))
-            return {stage: maps[stage] for stage in STAGES if stage in stages}
+            found = {stage: maps[stage] for stage in STAGES if stage in stages}
+            if self._channels_last:
+                return {stage: value.permute(0, 3, 1, 2) for stage, value in found.items()}
+            return found
         maps, stage_of = {}, dict(zip(self.net.return_layers, STAGES, strict=True))
         for name, module in self.net.named_children():
             if len(maps) == len(set(stages)):
@@ -91,6 +107,38 @@ class Backbone(nn.Module):
             if stage_of.get(name) in stages:
                 maps[stage_of[name]] = x
         return maps
+
+    @torch.no_grad()
+    def _look_at_maps(self, name: str) -> None:
+        """Read from a picture what timm does not tell, and check what it tells.
+
+        Raises:
+            UserError: the maps have other channels or strides than timm says.
+        """
+        training = self.net.training
+        for size in _PROBES:
+            try:
+                maps = self.net.eval()(torch.zeros(1, 3, *size))
+                break
+            except Exception as error:  # by backbone: RuntimeError, AssertionError, ValueError
+                self.multiple, refused = self.stride["c5"], error
+        else:
+            told = " ".join(str(refused).split())[:120]
+            raise UserError(f"backbone '{name}' takes pictures of some sizes only ({told}); {MEND}")
+        self.net.train(training)
+        strides, widths = self.stride.values(), self.channels.values()
+        shapes = [tuple(value.shape[1:]) for value in maps]
+        self._channels_last = [shape[2] for shape in shapes] == list(widths)
+        if self._channels_last:
+            shapes = [(shape[2], *shape[:2]) for shape in shapes]
+        for shape, width, stride in zip(shapes, widths, strides, strict=True):
+            height, wide = (abs(size[i] - stride * shape[1 + i]) < stride for i in (0, 1))
+            if shape[0] != width or not (height and wide):
+                raise UserError(
+                    f"backbone '{name}' gives a map of {shape} for a picture of "
+                    f"{size[0]}x{size[1]}, where timm says {width} channels at stride {stride}; "
+                    f"{MEND}"
+                )
 
 
 def check_name(name: str) -> None:
@@ -105,49 +153,58 @@ def check_name(name: str) -> None:
     raise UserError(f"{unknown('backbone', name, short)}, or a name of timm.list_models()")
 
 
-def _timm_net(name: str, *, pretrained: bool = False) -> nn.Module:
-    timm_name, arguments = OWN.get(name, (name, {}))
+def _timm_net(name: str, **arguments: Any) -> nn.Module:
+    timm_name, own = OWN.get(name, (name, {}))
     return timm.create_model(
-        timm_name,
-        pretrained=pretrained,
-        features_only=True,
-        output_stride=OUTPUT_STRIDE,
-        out_indices=(-4, -3, -2, -1),
-        **arguments,
+        timm_name, features_only=True, out_indices=(-4, -3, -2, -1), **own, **arguments
     )
 
 
-def _create(name: str) -> nn.Module:
-    """Return the timm feature extractor; UserError where timm cannot build it at stride 8."""
-    mend = "take another, such as resnet18c, resnet50c or mobilenetv2_100"
+def _create(name: str, output_stride: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the timm feature extractor that ends at a stride, and the arguments that make it.
+
+    Raises:
+        UserError: timm cannot build it so; names the stride that it ends at.
+    """
+    found = _built(name, output_stride=output_stride) or _built(name)
+    if found is None:
+        raise UserError(f"timm cannot build backbone '{name}' with its stages apart; {MEND}")
+    if found[0].pretrained_cfg.get("fixed_input_size"):
+        found = _built(name, strict_img_size=False)
+    if found is None:
+        raise UserError(f"backbone '{name}' takes pictures of one size only; {MEND}")
+    ends = found[0].feature_info.reduction()[-1]
+    if ends == output_stride:
+        return found
+    mend = f"append -os{ends} to the network's name, or {MEND}" if ends in OUTPUT_STRIDES else MEND
+    raise UserError(
+        f"timm cannot build backbone '{name}' at output stride {output_stride}: it ends at {ends}; "
+        f"{mend}"
+    )
+
+
+def _built(name: str, **arguments: Any) -> tuple[nn.Module, dict[str, Any]] | None:
+    """Return the extractor with its arguments; None where it has no such argument."""
     try:
-        net = _timm_net(name)
+        return _timm_net(name, **arguments), arguments
     except IndexError as error:
-        raise UserError(f"backbone '{name}' has fewer than four stages; {mend}") from error
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"timm cannot build backbone '{name}' at output stride {OUTPUT_STRIDE}; {mend}"
-        ) from error
-    if net.pretrained_cfg.get("fixed_input_size"):
-        raise UserError(f"backbone '{name}' takes pictures of one size only; {mend}")
-    stride = net.feature_info.reduction()[-1]
-    if stride != OUTPUT_STRIDE:
-        raise UserError(f"backbone '{name}' ends at stride {stride}, not {OUTPUT_STRIDE}; {mend}")
-    return net
+        raise UserError(f"backbone '{name}' has fewer than four stages; {MEND}") from error
+    except (TypeError, AssertionError, ValueError, RuntimeError):
+        return None
 
 
-def _create_pretrained(name: str) -> nn.Module:
+def _create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
     """Return the extractor with ImageNet weights, timm's or mmsegmentation's. Called once the name
-    is known to build."""
+    is known to build with these arguments."""
     if name in OPENMMLAB:
-        return _create_openmmlab(name)
+        return _create_openmmlab(name, arguments)
     if name in OWN or not timm.is_model_pretrained(name):
         raise UserError(
             f"timm has no ImageNet weights for '{name}'; give a timm state dict "
             "(.pth or .safetensors) as backbone weights, or 'none'"
         )
     try:
-        return _timm_net(name, pretrained=True)
+        return _timm_net(name, pretrained=True, **arguments)
     except Exception as error:  # the hub's network errors share no narrower base class
         source = timm.get_pretrained_cfg(name)
         place = f"huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
@@ -158,7 +215,7 @@ def _create_pretrained(name: str) -> nn.Module:
         ) from error
 
 
-def _create_openmmlab(name: str) -> nn.Module:
+def _create_openmmlab(name: str, arguments: dict[str, Any]) -> nn.Module:
     url = OPENMMLAB[name]
     try:
         state = load_state_dict_from_url(
@@ -169,7 +226,7 @@ def _create_openmmlab(name: str) -> nn.Module:
             f"the ImageNet weights of '{name}' could not be downloaded ({type(error).__name__}); "
             f"bring the file {url} and give its path as backbone weights"
         ) from error
-    net = _create(name)
+    net = _timm_net(name, **arguments)
     _fill(net, name, state.get("state_dict", state), Path(url).name)
     return net
 

@@ -1,4 +1,4 @@
-"""Network names: ``pspnet-r18``, ``cirkd-deeplabv3-r101-w256``, ``deeplabv3-mobilenetv2_100``."""
+"""Network names: ``pspnet-r18``, ``cirkd-deeplabv3-r101-w256``, ``deeplabv3-pvt_v2_b0-os32``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdprof.errors import UserError, unknown
-from kdprof.models.backbone import check_name
+from kdprof.models.backbone import OUTPUT_STRIDE, OUTPUT_STRIDES, check_name
 
 LAYOUTS: Mapping[str, Mapping[str, str]] = {
     "mmseg": {"r18": "resnet18c", "r50": "resnet50c", "r101": "resnet101c"},
@@ -33,6 +33,7 @@ class NetworkName:
         width: channels of the map before the classifier; None = the layout's own.
         aligned: whether every resize of maps has ``align_corners=True``, as in mmsegmentation's
             configurations of 769x769; CIRKD's layout always has it.
+        output_stride: input pixels per position of the backbone's last map. Weights fit at any.
     """
 
     head: str
@@ -40,21 +41,23 @@ class NetworkName:
     layout: str = DEFAULT_LAYOUT
     width: int | None = None
     aligned: bool = False
+    output_stride: int = OUTPUT_STRIDE
 
     def __str__(self) -> str:
         """Return the name that :func:`parse_name` reads back."""
         parts = [] if self.layout == DEFAULT_LAYOUT else [self.layout]
         parts += [self.head, self.backbone]
         parts += [f"w{self.width}"] if self.width else []
+        parts += [f"os{self.output_stride}"] if self.output_stride != OUTPUT_STRIDE else []
         return "-".join([*parts, *(["aligned"] if self.aligned else [])])
 
 
 def parse_name(name: str) -> NetworkName:
-    """Read ``[LAYOUT-]HEAD-BACKBONE[-wWIDTH][-aligned]``.
+    """Read ``[LAYOUT-]HEAD-BACKBONE[-wWIDTH][-osSTRIDE][-aligned]``.
 
     Layouts: mmseg (if none is given), cirkd, torchvision. Heads: pspnet, deeplabv3. Backbones:
     every timm name, ``resnet18c``, ``resnet18s``, ..., and the aliases r18, r50 and r101, which
-    are the layout's own.
+    are the layout's own. Output strides: 8 (if none is given), 16, 32.
 
     Raises:
         UserError: there is no such layout, head or backbone; names the nearest that there is.
@@ -64,18 +67,25 @@ def parse_name(name: str) -> NetworkName:
         layout, rest = DEFAULT_LAYOUT, name
     head, _, rest = rest.partition("-")
     rest, aligned = re.subn(r"-aligned$", "", rest)
-    if found := re.search(r"-w(\d+)$", rest):
-        rest = rest[: found.start()]
+    rest, output_stride = _number_after("os", rest)
+    rest, width = _number_after("w", rest)
     if head not in HEADS[layout] or not rest:
         raise UserError(unknown("network", name, _examples(layout, rest)))
     if layout == "cirkd" and aligned:
         raise UserError(f"network '{name}': CIRKD's layout is always aligned; leave '-aligned' out")
     if layout == "torchvision" and aligned:
         raise UserError(f"network '{name}': torchvision's never is; leave '-aligned' out")
+    if output_stride not in (None, *OUTPUT_STRIDES):
+        raise UserError(f"network '{name}': there is no -os{output_stride}; use -os8, -os16, -os32")
     backbone = LAYOUTS[layout].get(rest, rest)
     check_name(backbone)
-    width = int(found.group(1)) if found else None
-    return NetworkName(head, backbone, layout, width, bool(aligned))
+    return NetworkName(head, backbone, layout, width, bool(aligned), output_stride or OUTPUT_STRIDE)
+
+
+def _number_after(letters: str, name: str) -> tuple[str, int | None]:
+    """Return a name without ``-<letters>N`` at its end, and N."""
+    found = re.search(rf"-{letters}(\d+)$", name)
+    return (name[: found.start()], int(found.group(1))) if found else (name, None)
 
 
 def _examples(layout: str, backbone: str) -> list[str]:

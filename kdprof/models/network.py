@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdprof.errors import unknown
 from kdprof.method import NETWORK_TAPS, NetworkInfo, Taps
-from kdprof.models.backbone import OUTPUT_STRIDE, Backbone
+from kdprof.models.backbone import Backbone
 from kdprof.models.heads import (
     ASPPHead,
     CirkdPSPHead,
@@ -75,6 +75,7 @@ class SegmentationNetwork(nn.Module):
         name: its name.
         preprocessing: what pictures are normalised with: the layout's, or the backbone's.
         info: name, classes, and the channels and stride of each tap.
+        multiple: of which the sides of a picture must be multiples; 1 = it takes every size.
         align_corners: bilinear mode of every resize of this network's maps; the task loss and the
             evaluation resize the logits with it.
     """
@@ -83,7 +84,8 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.name, mmseg = name, name.layout == "mmseg"
         self.align_corners = name.aligned or name.layout == "cirkd"
-        self.backbone = Backbone(name.backbone, backbone_weights)
+        self.backbone = Backbone(name.backbone, backbone_weights, name.output_stride)
+        self.multiple = self.backbone.multiple
         channels, stride = self.backbone.channels, self.backbone.stride
         width = width_of(name, channels["c5"])
         head = HEADS[name.layout, name.head]
@@ -161,10 +163,16 @@ class SegmentationNetwork(nn.Module):
         to one position, and batch norm cannot train on the single value per channel that a batch of
         one leaves there, however large the crop.
         """
-        if min(crop) < OUTPUT_STRIDE:
+        position = self.info.stride["head"]
+        if min(crop) < position:
             return (
                 f"a crop of {crop[0]}x{crop[1]} is smaller than one position of the head; "
-                f"use at least {OUTPUT_STRIDE}x{OUTPUT_STRIDE}"
+                f"use at least {position}x{position}"
+            )
+        if any(side % self.multiple for side in crop):
+            return (
+                f"{self.info.name} takes pictures whose sides are multiples of "
+                f"{self.multiple}, not {crop[0]}x{crop[1]}; take another size or network"
             )
         if training and batch == 1:
             return (

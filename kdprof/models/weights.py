@@ -196,7 +196,9 @@ def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> Ne
         )
     if problems:
         raise UserError(*problems)
-    return replace(found, aligned=True) if asked.aligned else found
+    # A file tells neither for sure.
+    aligned = asked.aligned or found.aligned
+    return replace(found, aligned=aligned, output_stride=asked.output_stride)
 
 
 def load_weights(network: SegmentationNetwork, weights: Weights) -> Loaded:
@@ -379,7 +381,7 @@ def _agrees(asked: NetworkName, found: NetworkName, wanted: str) -> bool:
     if asked.layout == found.layout:
         return asked.backbone == found.backbone
     by_layout = {wanted.partition("-")[0]} & set(LAYOUTS)
-    short = wanted.partition("-")[2].removesuffix("-aligned")
+    short = wanted.split("-")[1]
     return not by_layout and LAYOUTS[found.layout].get(short) == found.backbone
 
 

@@ -287,6 +287,7 @@ class _Work:
             study.study.evaluation.batch,
             study.study.evaluation.points,
             study.scenario.groups() if study.scenario else {},
+            study.views,
         )
         return self._train(cell, validation, label, left, trunk=trunk)
 
@@ -393,7 +394,7 @@ def _train_teacher(
         run or new_run(study, cell, None),
         step,
         study.teacher_batches(),
-        Validation(study.teacher_val_data, evaluation.batch, evaluation.points, {}),
+        Validation(study.teacher_val_data, evaluation.batch, evaluation.points, {}, study.views),
         study.study.training,
         meter=study.hardware.energy_meter(),
     )
@@ -410,6 +411,7 @@ def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: Segmentatio
         study.device,
         batch=study.study.evaluation.batch,
         autocast=torch.autocast(study.device.type, enabled=False),
+        views=study.views,
     )
     cell = Cell(TEACHER, "weights", 0, 0, 0, 0, 0, None)
     run = new_run(study, cell, None)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kdprof.data import Batches, Feeder, SegmentationData
 from kdprof.device import synchronize
 from kdprof.errors import KdprofError
-from kdprof.evaluate import evaluate, mean_iou
+from kdprof.evaluate import WHOLE, Views, evaluate, mean_iou
 from kdprof.hardware import EnergyMeter
 from kdprof.parallel import lost_contact
 from kdprof.progress import Advance, Progress
@@ -85,6 +85,7 @@ class Validation:
     points: int
     class_groups: Mapping[str, Collection[str]]
     """Groups of classes that mIoU is told over, beside all."""
+    views: Views = WHOLE
 
 
 @dataclass(frozen=True)
@@ -389,6 +390,7 @@ class TrainingRun:
                 batch=validation.batch,
                 autocast=self.step.autocast(),
                 decide=self.step.method.decide,
+                views=validation.views,
             )
             point = CurvePoint(
                 iteration=self.done,
