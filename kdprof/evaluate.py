@@ -14,7 +14,7 @@ from torch import Tensor
 from kdprof.data import SegmentationData, evaluation_batches, fitted_size
 from kdprof.device import configure_backends
 from kdprof.method import IGNORE
-from kdprof.models import SegmentationNetwork
+from kdprof.models import SegmentationNetwork, build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.progress import Progress
@@ -225,9 +225,9 @@ def evaluate_file(
     Raises:
         UserError: the file is no such network's, or of other classes.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, adapted=is_adapted(model))
     name = check_weights(weights, model, data.class_names)
-    network = SegmentationNetwork(name, data.num_classes)
+    network = build(name, data.num_classes)
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
     network.to(device, memory_format=torch.channels_last)
@@ -241,7 +241,7 @@ def evaluate_file(
         elapsed_s = time.perf_counter() - began
     return Evaluation(
         network=str(name),
-        loaded=f"{weights.source}'s: {loaded.summary()}",
+        loaded=f"{weights.source} names: {loaded.summary()}",
         missing=loaded.missing,
         left=loaded.left,
         data=data.name,

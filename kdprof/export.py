@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdprof.device import installed_version
 from kdprof.errors import UserError
-from kdprof.models import SegmentationNetwork
+from kdprof.models import AdaptedNetwork, SegmentationNetwork
 from kdprof.store import write_atomic
 
 FORMATS = (".safetensors", ".pth", ".onnx")
@@ -32,7 +32,10 @@ _MMSEG_PLAIN = ((r"^backbone\.net\.", "backbone."),)
 
 
 def export(
-    network: SegmentationNetwork, path: Path, classes: Sequence[str], crop: tuple[int, int]
+    network: SegmentationNetwork | AdaptedNetwork,
+    path: Path,
+    classes: Sequence[str],
+    crop: tuple[int, int],
 ) -> str:
     """Write a network; what kind of file is told by its ending. Returns what was written, in words.
 
@@ -46,7 +49,7 @@ def export(
     network = network.eval().cpu()
     if path.suffix == ".safetensors":
         write_atomic(path, _safetensors(network, classes))
-        return "kdprof's names and the network's, as safetensors"
+        return "safetensors, with the network's name and classes"
     if path.suffix == ".pth":
         write_atomic(path, _mmsegmentation(network, classes))
         return "mmsegmentation's names"
@@ -56,14 +59,15 @@ def export(
     raise UserError(f"{path}: export writes {', '.join(FORMATS)}, not '{path.suffix}'")
 
 
-def _state(network: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().contiguous() for key, value in network.state_dict().items()}
+def _state(network: SegmentationNetwork | AdaptedNetwork) -> dict[str, Tensor]:
+    module = network.module if isinstance(network, AdaptedNetwork) else network
+    return {key: value.detach().contiguous() for key, value in module.state_dict().items()}
 
 
-def _safetensors(network: SegmentationNetwork, classes: Sequence[str]) -> bytes:
+def _safetensors(network: SegmentationNetwork | AdaptedNetwork, classes: Sequence[str]) -> bytes:
     told = {
         "format": "pt",
-        "network": str(network.name),
+        "network": network.info.name,
         "classes": "\n".join(classes),
         "preprocessing": json.dumps(vars(network.preprocessing)),
     }
@@ -71,9 +75,11 @@ def _safetensors(network: SegmentationNetwork, classes: Sequence[str]) -> bytes:
 
 
 def _mmsegmentation(network: SegmentationNetwork, classes: Sequence[str]) -> bytes:
-    if network.name.layout != "mmseg" or not hasattr(network.backbone.net, "layer4"):
+    own = isinstance(network, AdaptedNetwork) or network.name.layout != "mmseg"
+    if own or not hasattr(network.backbone.net, "layer4"):
         raise UserError(
-            f"mmsegmentation has no {network.name} with these keys; export .safetensors instead"
+            f"mmsegmentation has no {network.info.name} with these keys; export .safetensors "
+            "instead"
         )
     deep = "backbone.net.conv1.0.weight" in network.state_dict()
     rules = _MMSEG if deep else _MMSEG_PLAIN
@@ -109,7 +115,7 @@ class _WholePicture(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=align)
 
 
-def _onnx(network: SegmentationNetwork, path: Path, crop: tuple[int, int]) -> str:
+def _onnx(network: SegmentationNetwork | AdaptedNetwork, path: Path, crop: tuple[int, int]) -> str:
     """Write an ONNX file, run it beside the network and return how far they are apart.
 
     Raises:

@@ -189,7 +189,9 @@ class ResolvedStudy:
 
     def _read_teacher_weights(self) -> Weights | None:
         path = self.study.teacher_weights
-        return None if path is None else read_weights(Path(path).expanduser())
+        if path is None:
+            return None
+        return read_weights(Path(path).expanduser(), adapted=is_adapted(self.study.teacher))
 
     def _full_teacher_name(self) -> NetworkName | str:
         """Return the teacher's network.
@@ -199,8 +201,6 @@ class ResolvedStudy:
         """
         if self._teacher_weights is None:
             return self.study.teacher
-        if is_adapted(self.study.teacher):
-            raise UserError(f"teacher_weights: {self.study.teacher} brings its own; leave them out")
         classes = self.teacher_train_data.class_names
         return check_weights(self._teacher_weights, self.study.teacher, classes)
 
@@ -507,7 +507,7 @@ class ResolvedStudy:
             return None
         network = build(self.teacher_name, self.teacher_train_data.num_classes)
         loaded = load_weights(network, self._teacher_weights)
-        told = f"{self._teacher_weights.source}'s {self.teacher_name}: {loaded.summary()}"
+        told = f"{self.teacher_name}, {self._teacher_weights.source} names: {loaded.summary()}"
         return self._placed(network, self.device), told
 
     def placed_teacher(self) -> SegmentationNetwork:

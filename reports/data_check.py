@@ -29,6 +29,10 @@ LEGEND_CLASSES = 30
 def print_check(found: DataCheck, console: Console) -> None:
     """Print counts, sizes, classes and problems."""
     _counts(found).print(console)
+    if found.usual is not None:
+        crop, fit = ("x".join(map(str, size or ())) for size in (found.usual.crop, found.usual.fit))
+        resized = f", of images resized to fit {fit}" if fit else ""
+        console.print(f"usual crop in training: {crop}{resized}", highlight=False)
     if found.class_names:
         _classes(found).print(console)
     for split in found.splits:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,50 @@ def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp
     key = before.cost_key("none")
     mine.write_text(MINE + "\n# changed\n")
     assert before.cost_key("none") != key
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "kdprof", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=cwd,
+    )  # fmt: skip
+
+
+def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
+    """As a teacher, in an evaluation, and from an export of a student that was trained."""
+    torch.manual_seed(0)
+    own = build(f"{mine}:build", 12)
+    torch.save(own.module.state_dict(), tmp_path / "own.pth")
+    changes = {"teacher": f"{mine}:build", "teacher_weights": str(tmp_path / "own.pth")}
+    study = ResolvedStudy(small_study(**changes, **{"step.aux_weight": 0.0}))
+    teacher, told = study.published_teacher()
+    assert all(
+        torch.equal(a, b) for a, b in zip(teacher.parameters(), own.parameters(), strict=True)
+    )
+    assert told.endswith(f"the network's own names: {len(own.module.state_dict())} entries loaded")
+
+    state = own.module.state_dict()
+    del state["stem.0.bias"]
+    torch.save({**state, "stem.0.scale": torch.ones(8)}, tmp_path / "other.pth")
+    evaluation = ("evaluate", "--model", "./mine.py:build", "--data", "synthetic", "--weights")
+    done = run(*evaluation, "other.pth", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "does not fit mine: missing: stem.0.bias; unexpected: stem.0.scale" in done.stderr
+
+    toml = small_toml(tmp_path, methods=["none"], **{"step.aux_weight": 0.0, "budgets": ["3"]})
+    train = ("train", "--study", toml, "--student", "./mine.py:build", "--no-control")
+    assert run(*train, cwd=tmp_path).returncode == 0
+    given = ("--method", "none", "--budget", "3")
+    for file in ("student.safetensors", "student.onnx"):
+        done = run("export", file, *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "mmsegmentation has no mine" in run("export", "student.pth", *given, cwd=tmp_path).stderr
+    checkpoint = tmp_path / "kdprof-out/runs/none/3/0/checkpoint.pt"
+    scores = [
+        json.loads(run(*evaluation, file, "--json", cwd=tmp_path).stdout)["scores"]
+        for file in ("student.safetensors", checkpoint)
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_segformer_has_its_published_size_and_taps():

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdprof.data.dataset import DataOnDisk, open_data
 from kdprof.data.decoded import in_threads
-from kdprof.data.layouts import PUBLISHED
+from kdprof.data.layouts import PUBLISHED, Published
 from kdprof.errors import UserError
 from kdprof.method import IGNORE
 from kdprof.progress import Progress
@@ -50,12 +50,14 @@ class DataCheck:
 
     Attributes:
         class_names, palette: empty where no split could be opened.
+        usual: what is known of the published data set; None of one's own.
     """
 
     name: str
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     splits: list[SplitCheck]
+    usual: Published | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -72,10 +74,10 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
         spec: ``NAME:ROOT``.
     """
     name = spec.partition(":")[0]
-    published = PUBLISHED[name].counts if name in PUBLISHED else {}
+    usual = PUBLISHED.get(name)
     found, classes = [], ((), ())
     for split in splits:
-        made = SplitCheck(split, published=published.get(split))
+        made = SplitCheck(split, published=usual.counts.get(split) if usual else None)
         found.append(made)
         try:
             data = open_data(spec, split, synthetic_size=(120, 160), synthetic_count=80)
@@ -84,7 +86,7 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
             continue
         classes = (data.class_names, data.palette)
         _read(data, made, progress)
-    return DataCheck(name, *classes, found)
+    return DataCheck(name, *classes, found, usual)
 
 
 def _read(data: DataOnDisk, made: SplitCheck, progress: Progress) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdprof.errors import UserError, unknown
 from kdprof.method import FEATURE_TAPS, NetworkInfo, Taps
+from kdprof.models.network import Preprocessing
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -58,6 +59,7 @@ class AdaptedNetwork(nn.Module):
     ):
         super().__init__()
         self.module, self.maps, self.align_corners = module, maps, align_corners
+        self.preprocessing = Preprocessing(mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.info = self._looked_at(name, num_classes)

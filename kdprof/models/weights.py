@@ -17,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdprof.errors import UserError
+from kdprof.models.adapted import AdaptedNetwork, is_adapted
 from kdprof.models.names import LAYOUTS, NetworkName, parse_name
 from kdprof.models.network import SegmentationNetwork, width_of
 
 OURS, MMSEG, CIRKD, TORCHVISION, TIMM = "kdprof", "mmsegmentation", "CIRKD", "torchvision", "timm"
+ADAPTED = "the network's own"
+"""Whose names an adapted network's file has."""
 AUXILIARY = "auxiliary_head."
 BLOCKS = {
     (2, 2, 2, 2, False): "r18",
@@ -88,10 +91,11 @@ _LAYOUT_OF = {MMSEG: "mmseg", CIRKD: "cirkd", TORCHVISION: "torchvision"}
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds, under the names of :class:`SegmentationNetwork`'s state.
+    """What a file holds, under the names of :class:`SegmentationNetwork`'s state; for an adapted
+    network, under those of its module's.
 
     Attributes:
-        source: whose file it is.
+        source: whose names the file has.
         name: of the network; None where the file does not tell (a run of kdprof's own).
         renamed: by our key, the file's.
         classes: names in the file's order; None where it does not tell.
@@ -105,14 +109,15 @@ class Weights:
     classes: tuple[str, ...] | None
 
     @property
-    def num_classes(self) -> int:
-        """How many classes the decode head tells apart."""
-        return len(self.state["decode_head.conv_seg.weight"])
+    def num_classes(self) -> int | None:
+        """How many classes the decode head tells apart; None of an adapted network."""
+        found = self.state.get("decode_head.conv_seg.weight")
+        return None if self.source == ADAPTED else len(found)
 
     @property
     def has_auxiliary(self) -> bool:
-        """Whether an auxiliary head is in it."""
-        return any(key.startswith(AUXILIARY) for key in self.state)
+        """Whether an auxiliary head is in it, where the network has one."""
+        return self.source == ADAPTED or any(key.startswith(AUXILIARY) for key in self.state)
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,11 @@ class Loaded:
         return told
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, *, adapted: bool = False) -> Weights:
     """Read a file of a segmentation network's weights.
+
+    Args:
+        adapted: whether they are for an :class:`AdaptedNetwork`, whose entries are never renamed.
 
     Known are mmsegmentation's (``state_dict`` beside ``meta``), CIRKD's bare state dicts, those of
     torchvision's ``deeplabv3_resnet50/101``, and kdprof's own checkpoints and exports; each as
@@ -151,7 +159,9 @@ def read_weights(path: Path) -> Weights:
             values, or that is none of these.
     """
     content, told = _content(path)
-    state = _state_of(content, path)
+    state, classes = _state_of(content, path), _classes_of(content, told)
+    if adapted:
+        return Weights(path, ADAPTED, state, {key: key for key in state}, None, classes)
     source = _source_of(state, path)
     renamed = _renamed(state, source, path)
     ours = {key: state[theirs] for key, theirs in renamed.items()}
@@ -162,11 +172,13 @@ def read_weights(path: Path) -> Weights:
         )
     named = told.get("network")
     name = parse_name(named) if named else _name_of(ours, source, content)
-    return Weights(path, source, ours, renamed, name, _classes_of(content, told))
+    return Weights(path, source, ours, renamed, name, classes)
 
 
-def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> NetworkName:
+def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> NetworkName | str:
     """Return the full name of the network that a file holds, if it is the wanted one.
+
+    Of an adapted network only :func:`load_weights` can tell.
 
     Args:
         wanted: a network's name; without a layout, the file's layout and width are taken.
@@ -175,24 +187,17 @@ def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> Ne
     Raises:
         UserError: another network, another number of classes, or another order of them.
     """
-    asked, problems = parse_name(wanted), []
+    problems = _class_problems(weights, classes)
+    if is_adapted(wanted):
+        if problems:
+            raise UserError(*problems)
+        return wanted
+    asked = parse_name(wanted)
     found = weights.name or asked
     if not _agrees(asked, found, wanted):
         problems.append(
             f"{weights.path} holds {weights.source}'s {_short(found)}, not {wanted}; "
             f"use {_short(found)}"
-        )
-    if weights.num_classes != len(classes):
-        problems.append(
-            f"{weights.path} tells {weights.num_classes} classes apart, the data has "
-            f"{len(classes)}; bring weights that were trained on it"
-        )
-    elif weights.classes is not None and _plain(weights.classes) != _plain(classes):
-        pairs = enumerate(zip(weights.classes, classes, strict=True))
-        index, (theirs, ours) = next(p for p in pairs if _plain(p[1][:1]) != _plain(p[1][1:]))
-        problems.append(
-            f"{weights.path} has its classes in another order: class {index} is '{theirs}' there, "
-            f"'{ours}' in the data; bring weights that were trained on it"
         )
     if problems:
         raise UserError(*problems)
@@ -201,20 +206,37 @@ def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> Ne
     return replace(found, aligned=aligned, output_stride=asked.output_stride)
 
 
-def load_weights(network: SegmentationNetwork, weights: Weights) -> Loaded:
+def _class_problems(weights: Weights, classes: tuple[str, ...]) -> list[str]:
+    mend = "bring weights that were trained on it"
+    count = weights.num_classes or len(weights.classes or classes)
+    if count != len(classes):
+        return [f"{weights.path} tells {count} classes apart, the data has {len(classes)}; {mend}"]
+    if weights.classes is None or _plain(weights.classes) == _plain(classes):
+        return []
+    pairs = enumerate(zip(weights.classes, classes, strict=True))
+    index, (theirs, ours) = next(p for p in pairs if _plain(p[1][:1]) != _plain(p[1][1:]))
+    return [
+        f"{weights.path} has its classes in another order: class {index} is '{theirs}' there, "
+        f"'{ours}' in the data; {mend}"
+    ]
+
+
+def load_weights(network: SegmentationNetwork | AdaptedNetwork, weights: Weights) -> Loaded:
     """Set a network's state from a file, strictly but for an auxiliary head.
 
     Raises:
         UserError: an entry of the network is not in the file, the file has one more, or their
             shapes differ; every problem at once.
     """
-    target, state = network.state_dict(), weights.state
+    module = network.module if isinstance(network, AdaptedNetwork) else network
+    target, state = module.state_dict(), weights.state
     missing = sorted(target.keys() - state.keys())
     left = sorted(state.keys() - target.keys())
     matched = sorted(target.keys() & state.keys())
+    optional = () if module is not network else (AUXILIARY,)
     problems = {
-        "missing": [key for key in missing if not key.startswith(AUXILIARY)],
-        "unexpected": [weights.renamed[k] for k in left if not k.startswith(AUXILIARY)],
+        "missing": [key for key in missing if not key.startswith(optional)],
+        "unexpected": [weights.renamed[k] for k in left if not k.startswith(optional)],
         "of another shape": [
             f"{weights.renamed[k]} {tuple(state[k].shape)} for {tuple(target[k].shape)}"
             for k in matched
@@ -224,7 +246,7 @@ def load_weights(network: SegmentationNetwork, weights: Weights) -> Loaded:
     told = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
     if told:
         raise UserError(f"{weights.path} does not fit {network.info.name}: {'; '.join(told)}")
-    network.load_state_dict({**target, **{key: state[key] for key in matched}})
+    module.load_state_dict({**target, **{key: state[key] for key in matched}})
     return Loaded(matched, missing, left)
 
 
