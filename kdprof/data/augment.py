@@ -241,10 +241,10 @@ def _axis(length: int, crop: int, scale: float, place: float) -> _Axis:
 def _class_share(label: Tensor, row: _Axis, column: _Axis) -> float:
     """Return the share of the class that a crop shows most, of its pixels that are not void; of a
     crop without any, 1."""
-    inside = [axis.nearest[axis.nearest != OUTSIDE] for axis in (row, column)]
-    counts = np.bincount(label.numpy()[inside[0][:, None], inside[1]].ravel(), minlength=256)
-    counts[IGNORE] = 0
-    return counts.max() / counts.sum() if counts.any() else 1.0
+    rows, columns = (axis.nearest[axis.nearest != OUTSIDE] for axis in (row, column))
+    crop = torch.from_numpy(label.numpy()[rows].take(columns, 1))
+    counts = torch.bincount(crop.view(-1), minlength=IGNORE + 1)[:IGNORE]
+    return float(counts.max() / counts.sum()) if counts.any() else 1.0
 
 
 def _planes(samples: Sequence[Sample], rows: Sequence[_Axis], columns: Sequence[_Axis]) -> Tensor:
