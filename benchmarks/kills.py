@@ -125,17 +125,31 @@ def same(one: tuple[dict, list], other: tuple[dict, list]) -> bool:
     return one[1] == other[1]
 
 
+def _priced(out: Path, name: str) -> Store:
+    """Return a new results folder with the Costs of the first training."""
+    store = Store(out / name)
+    for cost in Store(out / "first").costs():
+        store.write_cost(cost)
+    return store
+
+
 def kill_again_and_again(out: Path, kills: int, seed: int, study: Study | None = None) -> Outcome:
-    """Kill trainings ``kills`` times in all, each until it is through."""
+    """Kill trainings ``kills`` times in all, each until it is through.
+
+    All but the first are given its Costs: measuring takes longer than the training, and would get
+    most of the kills.
+    """
     study = study or load_study(None, STUDY)
-    began = time.monotonic()
-    train_in_child(study, out / "whole", None)
-    whole_s = time.monotonic() - began
     cell = study.methods[0], study.budgets[0], 0
-    wanted = result(Store(out / "whole").run_folder(*cell))
+    train_in_child(study, out / "first", None)
+    wanted = result(Store(out / "first").run_folder(*cell))
+    whole = _priced(out, "whole")
+    began = time.monotonic()
+    train_in_child(study, whole.root, None)
+    whole_s = time.monotonic() - began
     draw, found = random.Random(seed), Outcome()
     while found.kills < kills:
-        store = Store(out / f"round{found.rounds}")
+        store = _priced(out, f"round{found.rounds}")
         while not train_in_child(study, store.root, draw.uniform(0, whole_s)):
             found.kills += 1
         folder = store.run_folder(*cell)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # loads what is used of it at first use: scipy.stats takes most of a second
 
 RESAMPLES = 500
 CONFIDENCE = 0.95
@@ -38,7 +38,7 @@ def block_length(values: np.ndarray) -> int:
     positively correlated.
     """
     count = len(values)
-    ranks = stats.rankdata(values) - (count + 1) / 2
+    ranks = scipy.stats.rankdata(values) - (count + 1) / 2
     spread = float(np.square(ranks).sum())
     if spread == 0:
         return 1
@@ -68,7 +68,7 @@ def _median_and_error(values: np.ndarray) -> tuple[float, float]:
     resampled = float(np.median(values[drawn], axis=1).std(ddof=1)) * math.sqrt(blocks / freedom)
     deviation = NORMAL_DEVIATION * float(np.median(np.abs(values - middle)))
     error = max(resampled, math.sqrt(math.pi / 2 / blocks) * deviation)
-    return middle, STOPPING_MARGIN * error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    return middle, STOPPING_MARGIN * error * float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
 
 
 def _from_logs(middle: float, half_width: float) -> Numbers:
@@ -142,7 +142,7 @@ def drift_of(samples: Sequence[float], tolerance: float) -> tuple[float, bool]:
     first, second, third, last = quarters
     halves = ((first, second), (third, last)), ((second, third), (first, last))
     chance = min(
-        stats.mannwhitneyu(np.concatenate(one), np.concatenate(other)).pvalue
+        scipy.stats.mannwhitneyu(np.concatenate(one), np.concatenate(other)).pvalue
         for one, other in halves
     )
     return drift, bool(chance >= DRIFT_SIGNIFICANCE / 2)
@@ -174,5 +174,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
         return mean, None, None
     if np.ptp(data) == 0:
         return mean, mean, mean
-    low, high = stats.t.interval(CONFIDENCE, data.size - 1, loc=mean, scale=stats.sem(data))
+    low, high = scipy.stats.t.interval(
+        CONFIDENCE, data.size - 1, loc=mean, scale=scipy.stats.sem(data)
+    )
     return mean, float(low), float(high)

@@ -11,6 +11,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _prices(tmp_path_factory):
+    import small_study
+
+    base = tmp_path_factory.getbasetemp()
+    # One for all processes of pytest-xdist: each has a folder of its own in the session's.
+    small_study.PRICES = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prices"
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_study import small_study, small_toml
+from small_study import price, small_study, small_toml
 
 from kdprof.errors import UserError
 from kdprof.measure import count_costs
@@ -101,10 +101,8 @@ def test_what_a_network_lacks_is_told_before_anything_runs(mine):
 
 
 def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp_path):
-    study = small_toml(
-        tmp_path, methods=["none", "kd"], **{"step.aux_weight": 0.0, "budgets": ["3"]}
-    )
-    out = tmp_path / "out"
+    changes = {"methods": ["none", "kd"], "step.aux_weight": 0.0, "budgets": ["3"]}
+    study, out = small_toml(tmp_path, **changes), tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", out,
          "--student", "./mine.py:build"],
@@ -146,7 +144,9 @@ def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
     assert done.returncode == 2
     assert "does not fit mine: missing: stem.0.bias; unexpected: stem.0.scale" in done.stderr
 
-    toml = small_toml(tmp_path, methods=["none"], **{"step.aux_weight": 0.0, "budgets": ["3"]})
+    changes = {"methods": ["none"], "step.aux_weight": 0.0, "budgets": ["3"]}
+    toml = small_toml(tmp_path, **changes)
+    price(tmp_path / "kdprof-out", small_study(student=f"{mine}:build", **changes))
     train = ("train", "--study", toml, "--student", "./mine.py:build", "--no-control")
     assert run(*train, cwd=tmp_path).returncode == 0
     given = ("--method", "none", "--budget", "3")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_study import small_study, small_toml, train_small
+from small_study import price, small_study, small_toml, train_small
 
 from kdprof.errors import UserError
 from kdprof.launch import Job, jobs_of, local
@@ -18,7 +18,7 @@ from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store, write_record
 from kdprof.study import claim_folder
-from kdprof.train import checkpoint, prepare, train_named
+from kdprof.train import checkpoint, train_named
 
 METHODS = '''
 import os, signal, time
@@ -52,6 +52,7 @@ def specs(folder: Path, *names: str) -> list[str]:
 
 
 def command(folder: Path, out: Path, *options: str, **changes) -> list[str]:
+    price(out, small_study(**changes))
     study = str(small_toml(folder, **changes))
     start = [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", str(out)]
     return [*start, "--launcher", "local", "--no-control", *options]
@@ -101,7 +102,7 @@ def test_one_that_dies_and_one_that_raises_do_not_keep_the_others_from_being_mad
     changes = {"methods": methods, "budgets": ["2"]}
     store = Store(tmp_path / "out")
     study = small_study(**changes)
-    prepare(ResolvedStudy(study), store, ["kd", "dies", "raises"], Progress(None))
+    price(store.root, study)
     claim_folder(store.study, study)
     (tmp_path / "armed").touch()
     done = run(tmp_path, store.root, **changes)

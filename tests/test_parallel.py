@@ -308,11 +308,14 @@ class Raises(Method):
 '''
 
 
-def test_a_method_that_raises_on_one_rank_does_not_keep_the_others_from_being_made(tmp_path):
+def test_a_method_that_raises_on_one_rank_does_not_keep_the_others_from_being_made(
+    together, tmp_path
+):
     method = tmp_path / "mine.py"
     method.write_text(RAISES)
     spec, changes = f"{method}:Raises", {"measure__max_time_s": 0.01}
     out = tmp_path / "out"
+    shutil.copytree(together[1].root / "costs", out / "costs")
     process = start(tmp_path, out, "--no-control", methods=[spec, "none"], budgets=["5"], **changes)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors

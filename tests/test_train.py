@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_study import small_study, small_toml, train_small
+from small_study import price, small_study, small_toml, train_small
 
 from kdprof.errors import KdprofError, UserError
 from kdprof.progress import Progress
@@ -143,8 +143,9 @@ def test_stopped_and_continued_is_the_uninterrupted_run(
 
 def test_killed_again_and_again_ends_with_the_same_weights(trained, tmp_path):
     """SIGKILL of the real process at growing times; what is left is continued each time."""
-    study = small_toml(tmp_path, methods=["kd"], evaluation__points=6)
-    out = tmp_path / "out"
+    changes, out = {"methods": ["kd"], "evaluation__points": 6}, tmp_path / "out"
+    study = small_toml(tmp_path, **changes)
+    price(out, small_study(**changes))
     command = [sys.executable, "-m", "kdprof", "train", "--study", str(study), "--out", str(out)]
     folder = Store(out).run_folder("kd", "6", 0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -274,6 +275,7 @@ def test_runs_that_fail_do_not_spoil_the_others(tmp_path):
     names = ["nan", "raises", "unmeasurable", "kd"]
     specs = [f"{file}:{name.title()}" for name in names[:-1]]
     study = small_study(methods=[*specs, "kd"])
+    price(store.root, study.model_copy(update={"methods": study.methods[:2]}))
     resolved = ResolvedStudy(study)
     prepared = prepare(resolved, store, names, Progress(None))
     claim_folder(store.study, study)
