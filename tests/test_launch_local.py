@@ -116,7 +116,7 @@ def test_one_that_dies_and_one_that_raises_do_not_keep_the_others_from_being_mad
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_launcher_has_every_run_saved(tmp_path, number):
     """SIGKILL too: the workers notice that it is gone."""
     changes = {"methods": specs(tmp_path, "Slow"), "budgets": ["60"], "seeds": 3}

@@ -1,12 +1,11 @@
 """TensorBoard's files as its own reader finds them, and W&B offline."""
 
-import importlib.util
 import subprocess
 import sys
 from itertools import pairwise
 
 import pytest
-from small_study import small_study, small_toml, train_small
+from small_study import price, small_study, small_toml, train_small
 
 from kdprof.errors import UserError
 from kdprof.records import LogLine
@@ -66,9 +65,10 @@ def test_loggers_are_no_part_of_what_is_compared(tmp_path):
     join_study(tmp_path / "study.toml", small_study(**{"training.loggers": ["tensorboard"]}))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_weights_and_biases_works_offline(tmp_path):
-    study = small_toml(tmp_path, **{"training.loggers": ["wandb"], "methods": ["none"]})
+    changes = {"training.loggers": ["wandb"], "methods": ["none"]}
+    study = small_toml(tmp_path, **changes)
+    price(tmp_path / "out", small_study(**changes))
     done = subprocess.run(
         [
             sys.executable, "-m", "kdprof", "train", "--study", study, "--out", tmp_path / "out",
