@@ -1,9 +1,12 @@
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from kdprof.errors import UserError
 from kdprof.study import PRESETS, Study, claim_folder, load_study, parse_assignments
+
+REFERENCES = sorted((Path(__file__).parents[1] / "reports" / "reference").glob("*/study.toml"))
 
 
 def problems(overrides):
@@ -18,6 +21,11 @@ def test_presets_load_and_survive_a_round_trip(preset, tmp_path):
     file = tmp_path / "study.toml"
     file.write_text(study.to_toml())
     assert load_study(str(file), {}) == study
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.parent.name)
+def test_a_reference_study_can_be_run_again(path):
+    assert load_study(str(path), {}).budgets
 
 
 def test_unknown_key_names_the_nearest():
