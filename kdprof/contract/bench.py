@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdprof.contract.ranks import in_two_processes
 from kdprof.method import IGNORE, Found, Method, NetworkInfo, Taps
 
 if TYPE_CHECKING:
@@ -128,8 +129,6 @@ class Bench:
     def ranks(self) -> Mapping[str, Any]:
         """What the two processes of :mod:`kdprof.contract.ranks` found."""
         if self._ranks is None:
-            from kdprof.contract.ranks import in_two_processes
-
             self._ranks = in_two_processes([self.found])[self.cls.name]
         return self._ranks
 
