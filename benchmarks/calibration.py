@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from simulated import MACHINES, QuietHardware, measure_simulated, quiet
 
-from kdprof.measure.canary import Canary
+from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock
-from kdprof.measure.latency import Session, time_in_turn
-from kdprof.measure.subject import CallableSubject
+from kdprof.measure.latency import Session, time_interleaved
+from kdprof.measure.user_step import CallableSubject
 from kdprof.stats import Numbers, paired_ratio
 from kdprof.study import MeasureSettings
 
@@ -115,11 +115,11 @@ def real(delay: float, repeats: int, max_time_s: float) -> Repeats:
         subjects = [
             CallableSubject("delayed", _real_step(delay_s)), CallableSubject("base", base),
         ]  # fmt: skip
-        session = time_in_turn(
+        session = time_interleaved(
             subjects,
             settings,
             clock=clock,
-            canary=Canary(torch.device("cpu"), clock),
+            canary=CanaryKernel(torch.device("cpu"), clock),
             hardware=QuietHardware(),
         )
         median, low, high = _ratio(session)

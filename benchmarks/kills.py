@@ -27,7 +27,8 @@ from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store
 from kdprof.study import Study, claim_folder, load_study
-from kdprof.train import checkpoint, train
+from kdprof.train import checkpoint
+from kdprof.train.runs import train
 
 STUDY = {
     "student": "pspnet-test_resnet",

@@ -38,10 +38,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from kdprof.device import configure_backends, find_device, synchronize, versions
+from kdprof.discovery import builtin_methods, find_method
 from kdprof.errors import KdprofError, UserError, unknown
-from kdprof.hardware import CpuHardware
-from kdprof.method import IGNORE, Method, NetworkInfo, Taps, builtin_methods, find_method
+from kdprof.hardware.cpu import CpuHardware
+from kdprof.hardware.device import configure_backends, find_device, synchronize, versions
+from kdprof.method import IGNORE, Method, NetworkInfo, Taps
 
 GB = 1e9
 Oracle = Callable[[Taps, Taps, Tensor | None, Method], dict[str, Tensor]]

@@ -12,10 +12,11 @@ import argparse
 
 import numpy as np
 
-from kdprof.measure.canary import Canary
+from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, clock_of
-from kdprof.measure.latency import time_in_turn
-from kdprof.measure.subject import Batch, StudySubject
+from kdprof.measure.latency import time_interleaved
+from kdprof.measure.study_step import StudySubject
+from kdprof.measure.subject import Batch
 from kdprof.resolve import ResolvedStudy
 from kdprof.stats import drift_of, paired_ratio, relative_width
 from kdprof.step import PHASES, Mark
@@ -68,11 +69,11 @@ def main() -> None:
         max_time_s=given.max_time, precision_target=given.precision_target, steps=3
     )
     clock = clock_of(study.device)
-    session = time_in_turn(
+    session = time_interleaved(
         subjects(study, given.method),
         settings,
         clock=clock,
-        canary=Canary(study.device, clock),
+        canary=CanaryKernel(study.device, clock),
         hardware=study.hardware,
     )
     watched, unwatched = session.samples

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from kdprof.measure.latency import Session, time_in_turn
+from kdprof.measure.latency import Session, time_interleaved
 from kdprof.study import MeasureSettings
 
 Noise = Iterator[float]
@@ -118,7 +118,7 @@ def measure_simulated(
     """Measure steps of known latency; the last one is the reference."""
     clock = SimulatedClock()
     steps = [SimulatedStep(name, s, clock, noise) for name, s in latencies_s.items()]
-    session = time_in_turn(
+    session = time_interleaved(
         steps,
         MeasureSettings(**settings),
         clock=clock,

@@ -29,9 +29,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kdprof.data import Batches
-from kdprof.device import synchronize
 from kdprof.errors import UserError
 from kdprof.evaluate import evaluate
+from kdprof.hardware.device import synchronize
 from kdprof.measure.session import Surroundings
 from kdprof.measure.trace import StepTrace
 from kdprof.method import IGNORE, Method

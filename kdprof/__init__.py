@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdprof.measure.callables import measure_steps
+    from kdprof.measure.user_step import measure_steps
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "measure_steps"]
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs torch when it is asked for: the command line's help does not."""
     if name != "measure_steps":
         raise AttributeError(f"module 'kdprof' has no attribute '{name}'")
-    from kdprof.measure.callables import measure_steps
+    from kdprof.measure.user_step import measure_steps
 
     return measure_steps

@@ -17,6 +17,15 @@ from kdprof.records import REFERENCE, Cost, Interval
 from kdprof.stats import Numbers, median_interval, product_of, ratio_of
 
 Unit = Literal["iterations", "samples", "epochs", "s", "flop", "J"]
+Matched = Literal["wall-clock", "FLOP", "energy", "iterations", "samples", "epochs"]
+_MATCHED: dict[Unit, Matched] = {
+    "iterations": "iterations",
+    "samples": "samples",
+    "epochs": "epochs",
+    "s": "wall-clock",
+    "flop": "FLOP",
+    "J": "energy",
+}
 
 _PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _UNITS: dict[str, tuple[Unit, float]] = {
@@ -53,6 +62,16 @@ class Budget:
     amount: float
     unit: Unit
     method: str | None = None
+
+    @property
+    def matches(self) -> Matched:
+        """What is equal among the methods that are given this budget."""
+        return "wall-clock" if self.method else _MATCHED[self.unit]
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether it is an amount of compute; else it is one of work, and compute differs."""
+        return self.matches in ("wall-clock", "FLOP", "energy")
 
     def __add__(self, other: Budget) -> Budget:
         """Return both together.
@@ -226,13 +245,13 @@ def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
     """Return (seconds, low, high) that an iteration takes from a run's clock.
 
     It is the method's ratio to the reference times the reference's seconds, and those are pooled
-    over the rounds of every session: each method was measured beside the reference, at its own
+    over the rounds of every session: each method was interleaved with the reference, at its own
     time, so only ratios compare, and one disturbed session does not set the scale for all.
     """
     ratio = cost.ratio_per_iteration()
-    beside = [other for other in costs.values() if other.ratio and other.ratio.to == ratio.to]
-    looped = cost.end_to_end_ratio is not None
-    rounds = [r for other in beside for r in other.reference_rounds(looped=looped)]
+    alike = [other for other in costs.values() if other.ratio and other.ratio.to == ratio.to]
+    end_to_end = cost.end_to_end_ratio is not None
+    rounds = [r for other in alike for r in other.reference_rounds(end_to_end=end_to_end)]
     if len(rounds) < 2:
         return _numbers(cost.seconds_per_iteration())
     return product_of(median_interval(rounds), _numbers(ratio))

@@ -59,6 +59,8 @@ class Comparison:
 
     rows: list[Change]
     notes: list[str]
+    unreliable: list[str]
+    """Costs that are not to be trusted, each with its side and the reasons."""
 
 
 def read_costs(path: Path) -> list[Cost]:
@@ -122,7 +124,7 @@ def compare(
             "measure the same methods"
         )
     rows = [_change(one, other, noise_threshold) for one, other in pairs]
-    return Comparison(rows, _notes(before, after, pairs, noise_threshold))
+    return Comparison(rows, _notes(before, after, pairs, noise_threshold), _unreliable(pairs))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -223,7 +225,6 @@ def _notes(
         *_difference_notes("settings", pairs),
         *_difference_notes("versions", pairs),
         *_machine_notes(pairs, noise_threshold),
-        *_reliability_notes(pairs),
         *_same_notes(pairs),
         *(f"Only in {name}: {_listed(alone)}." for name, alone in _alone(before, after) if alone),
     ]
@@ -300,9 +301,9 @@ def _machine_notes(pairs: Pairs, noise_threshold: float) -> list[str]:
     return found
 
 
-def _reliability_notes(pairs: Pairs) -> list[str]:
+def _unreliable(pairs: Pairs) -> list[str]:
     return [
-        f"† {cost.method} ({side}) is UNRELIABLE: {'; '.join(cost.warnings) or 'no reason'}."
+        f"{cost.method} ({side}) is UNRELIABLE: {'; '.join(cost.warnings) or 'no reason'}."
         for pair in pairs
         for side, cost in zip(("old", "new"), pair, strict=True)
         if not cost.reliable

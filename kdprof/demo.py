@@ -12,23 +12,18 @@ from kdprof.reports import costs as cost_report
 from kdprof.reports import curves, table
 from kdprof.reports.conversion import conversion_table
 from kdprof.reports.costs import measure_table
-from kdprof.resolve import ResolvedStudy
-from kdprof.store import Store
-from kdprof.study import claim_folder, join_study, load_study
-from kdprof.train import prepare, train
+from kdprof.train.runs import train
+from kdprof.workflow import Workflow
 
 
 def run(out: Path, progress: Progress, console: Console) -> None:
     """Measure, convert, train and plot the ``quickstart`` study into a folder."""
-    study = load_study("quickstart", {})
-    resolved, store = ResolvedStudy(study, progress=progress), Store(out)
-    join_study(store.study, study)
-    prepared = prepare(resolved, store, resolved.method_names(control=True), progress)
-    costs = prepared.costs
-    claim_folder(store.study, study)
-    measure_table(list(costs.values()), console)
-    for budget in study.budgets:
-        conversion_table(budget, convert(parse_budget(budget), costs), console)
+    workflow = Workflow.open("quickstart", {}, out, progress)
+    resolved, store = workflow.resolved(), workflow.store
+    prepared = workflow.prepare(resolved)
+    measure_table(list(prepared.costs.values()), console)
+    for budget in workflow.study.budgets:
+        conversion_table(budget, convert(parse_budget(budget), prepared.costs), console)
     train(resolved, store, progress, prepared=prepared)
     paths = [*curves.render(store), *table.render(store), *cost_report.render(store)]
     table.print_table(store, console)

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from kdprof.device import find_device, installed_version, versions
-from kdprof.hardware import HARMLESS_CLOCK_REASONS, Hardware, hardware_of
+from kdprof.hardware import Hardware, hardware_of
+from kdprof.hardware.device import find_device, installed_version, versions
+from kdprof.hardware.nvml import HARMLESS_CLOCK_REASONS
 from kdprof.measure.clock import clock_of
-from kdprof.measure.feeding import Feeding
 from kdprof.measure.memory import available_bytes
 
 PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
@@ -179,29 +177,7 @@ def _compiler() -> Finding:
     )
 
 
-def print_findings(console: Console) -> None:
-    """Print the findings about the device that ``--device auto`` means as a table."""
+def findings_here() -> list[Finding]:
+    """Look at this machine and at the device that ``--device auto`` means."""
     device = find_device("auto")
-    table = Table("what", "found", "what that costs you", box=None, pad_edge=False)
-    for finding in findings(device, hardware_of(device)):
-        table.add_row(finding.what, finding.found, finding.costs)
-    console.print(table)
-
-
-def print_feeding(feeding: Feeding, console: Console) -> None:
-    """Print how fast each part of the input is, and whether it keeps up with the step."""
-    rows = {
-        "decoding": (feeding.decoding, "one core"),
-        "a cache on disk": (feeding.reading, "read and checked, all cores"),
-        "lookup, cached": (feeding.lookup_cached, "one loader process, cache in memory"),
-        "lookup": (feeding.lookup, f'one loader process, data_settings.cache = "{feeding.cache}"'),
-        "augmentation": (feeding.augmentation, "on the step's device"),
-        "the loader": (feeding.loader, f"all of it, data_settings.workers = {feeding.workers}"),
-        "the step": (feeding.step, "without distillation, the hardest to feed"),
-    }
-    table = Table("input", "images/s", "how", box=None, pad_edge=False)
-    for what, (rate, how) in rows.items():
-        table.add_row(what, f"{rate:.4g}", how)
-    console.print()
-    console.print(table)
-    console.print(feeding.verdict(), highlight=False, soft_wrap=True)
+    return findings(device, hardware_of(device))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Value = TypeVar("Value")
+Default = TypeVar("Default")
 
 
 class KdprofError(Exception):
@@ -20,6 +24,24 @@ class UserError(KdprofError):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class Problems(list[str]):
+    """Collects what is wrong, so that all of it is told at once."""
+
+    def attempt(self, work: Callable[[], Value], default: Default) -> Value | Default:
+        """Return what ``work`` returns; where it raises UserError, note its problems and return
+        ``default``."""
+        try:
+            return work()
+        except UserError as error:
+            self.extend(error.problems)
+            return default
+
+    def refuse(self) -> None:
+        """Raise UserError, each problem once, if there are any."""
+        if self:
+            raise UserError(*dict.fromkeys(self))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.data import SegmentationData, evaluation_batches, fitted_size
-from kdprof.device import configure_backends
+from kdprof.hardware.device import autocast, configure_backends
 from kdprof.method import IGNORE
 from kdprof.models import SegmentationNetwork, build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
@@ -231,12 +231,16 @@ def evaluate_file(
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
     network.to(device, memory_format=torch.channels_last)
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    autocast = torch.autocast(device.type, dtype=types.get(precision), enabled=precision in types)
     with progress.task("images", len(data)) as advance:
         began = time.perf_counter()
         found = evaluate(
-            network, data, device, batch=batch, autocast=autocast, views=views, advance=advance
+            network,
+            data,
+            device,
+            batch=batch,
+            autocast=autocast(device, precision),
+            views=views,
+            advance=advance,
         )
         elapsed_s = time.perf_counter() - began
     return Evaluation(

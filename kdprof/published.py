@@ -20,16 +20,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdprof.budget import cost_ratio, seconds_per_iteration
+from kdprof.data import title_of
+from kdprof.discovery import MethodEntry, builtin_methods, find_method
 from kdprof.errors import UserError, unknown
-from kdprof.method import Found, Method, Recipe, builtin_methods, find_method
-from kdprof.records import REFERENCE, Cost
-
-CONTROL = "kd"
-"""The method whose iterations schedules are converted to."""
+from kdprof.method import Method, Recipe
+from kdprof.models.names import published_pair
+from kdprof.records import CONTROL, REFERENCE, Cost
+from kdprof.study import StepSettings
 
 
 @dataclass(frozen=True)
-class Published:
+class ConvertedSchedule:
     """One published schedule of a measured method, converted; None where ``reason`` says why."""
 
     method: str
@@ -63,9 +64,9 @@ class Published:
     """Why there is no conversion."""
 
 
-def published(
+def converted_schedules(
     costs: Mapping[str, Cost], methods: Mapping[str, type[Method]], dataset: str | None = None
-) -> list[Published]:
+) -> list[ConvertedSchedule]:
     """Return the schedules of every method in ``costs``, one for all recipes that share it.
 
     Args:
@@ -90,7 +91,7 @@ def published(
 def classes_of(costs: Iterable[str], specs: Iterable[str]) -> dict[str, type[Method]]:
     """Return the classes of measured methods, those in files (``specs``) too; one whose file can no
     longer be read is left out."""
-    found: dict[str, Found] = builtin_methods()
+    found: dict[str, MethodEntry] = builtin_methods()
     for spec in specs:
         try:
             method = find_method(spec)
@@ -100,11 +101,13 @@ def classes_of(costs: Iterable[str], specs: Iterable[str]) -> dict[str, type[Met
     return {name: found[name].cls for name in costs if name in found}
 
 
-def _schedules(method: str, cls: type[Method] | None, dataset: str | None) -> list[Published]:
+def _schedules(
+    method: str, cls: type[Method] | None, dataset: str | None
+) -> list[ConvertedSchedule]:
     """Return the unconverted schedules of a method."""
     if cls is None or not cls.recipes:
         why = "no published recipe is known" if cls else "its class was not found"
-        return [] if dataset else [Published(method, None, (), (), reason=why)]
+        return [] if dataset else [ConvertedSchedule(method, None, (), (), reason=why)]
     together: dict[tuple[Any, ...], list[Recipe]] = {}
     for recipe in cls.recipes:
         if dataset is None or _is_of(recipe.dataset, dataset):
@@ -119,16 +122,12 @@ def _is_of(dataset: str, wanted: str) -> bool:
     return name == wanted or name.startswith((f"{wanted} ", f"{wanted},"))
 
 
-def _schedule(method: str, recipes: list[Recipe]) -> Published:
+def _schedule(method: str, recipes: list[Recipe]) -> ConvertedSchedule:
     first = recipes[0]
-    return Published(
+    return ConvertedSchedule(
         method,
         first.dataset,
-        tuple(
-            dict.fromkeys(
-                f"{r.teacher} -> {r.student}" if r.teacher else r.student for r in recipes
-            )
-        ),
+        tuple(dict.fromkeys(map(_pair, recipes))),
         tuple(dict.fromkeys(recipe.source for recipe in recipes)),
         first.iterations,
         first.batch,
@@ -136,6 +135,10 @@ def _schedule(method: str, recipes: list[Recipe]) -> Published:
         first.epochs,
         reason=_missing(first),
     )
+
+
+def _pair(recipe: Recipe) -> str:
+    return f"{recipe.teacher} -> {recipe.student}" if recipe.teacher else recipe.student
 
 
 def _missing(recipe: Recipe) -> str | None:
@@ -147,7 +150,7 @@ def _missing(recipe: Recipe) -> str | None:
     return f"{length}{', '.join(missing)} not published"
 
 
-def _convert(one: Published, costs: Mapping[str, Cost]) -> Published:
+def _convert(one: ConvertedSchedule, costs: Mapping[str, Cost]) -> ConvertedSchedule:
     if one.reason:
         return one
     assert one.iterations is not None
@@ -194,13 +197,12 @@ def _in_control(
     }
 
 
-def _differs(one: Published, settings: Mapping[str, Any]) -> tuple[str, ...]:
+def _differs(one: ConvertedSchedule, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what the schedule has otherwise than the measured step."""
-    names = [settings.get("teacher"), settings.get("student")]
-    here = " -> ".join(name for name in names if name)
+    networks = published_pair(settings.get("teacher"), str(settings.get("student")))
     same = {
-        "networks": here.casefold() in {pair.casefold() for pair in one.networks},
-        "data": str(settings.get("data")).casefold() == str(one.dataset).casefold(),
+        "networks": networks in {pair.casefold() for pair in one.networks},
+        "data": title_of(str(settings.get("data"))).casefold() == str(one.dataset).casefold(),
         "batch": settings["step"]["batch"] == one.batch,
         "crop": tuple(settings["step"]["crop"]) == one.crop,
     }
@@ -210,3 +212,38 @@ def _differs(one: Published, settings: Mapping[str, Any]) -> tuple[str, ...]:
 def _unreliable(cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:
     used = [cost, *(costs[name] for name in (CONTROL, REFERENCE) if name in costs)]
     return tuple(dict.fromkeys(c.method for c in used if not c.reliable))
+
+
+def published_iterations(cls: type[Method], data: str, networks: str, step: StepSettings) -> int:
+    """Return the iterations that were published for a method on a study's data set.
+
+    Where several lengths were published, the recipes of the study's networks, then of its crop,
+    then of its batch count, as far as there are any.
+
+    Args:
+        data: the data set's name.
+        networks: see :func:`kdprof.models.names.published_pair`.
+
+    Raises:
+        UserError: none was published for the data set, or several that nothing tells apart.
+    """
+    title = title_of(data)
+    recipes = [r for r in cls.recipes if r.iterations and _is_of(r.dataset, title)]
+    for agrees in (
+        lambda recipe: _pair(recipe).casefold() == networks,
+        lambda recipe: recipe.crop == step.crop,
+        lambda recipe: recipe.batch == step.batch,
+    ):
+        recipes = [recipe for recipe in recipes if agrees(recipe)] or recipes
+    lengths = sorted({recipe.iterations for recipe in recipes if recipe.iterations})
+    if len(lengths) == 1:
+        return lengths[0]
+    found = "no iterations" if not lengths else f"several lengths ({_listed(lengths)})"
+    raise UserError(
+        f"training.schedule_span = 'published': {found} of '{cls.name}' were published for "
+        f"{title}; use stretch, or truncate with training.schedule_iterations"
+    )
+
+
+def _listed(lengths: Iterable[int]) -> str:
+    return ", ".join(f"{length:,}" for length in lengths)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 REFERENCE = "none"
 """The method that every other one's cost is a ratio to: the student alone."""
+CONTROL = "kd"
+"""Plain logit distillation: differences in mIoU are to it, schedules are converted to it."""
+CONTROLS = (REFERENCE, CONTROL)
+"""The methods that every comparison holds at the same budget, unless it is told not to."""
 
 
 class Record(BaseModel):
@@ -170,7 +174,7 @@ class Cost(Record):
     every other's are the same.
     """
 
-    schema_version: Literal[3] = Field(default=3, alias="schema")
+    schema_version: Literal[4] = Field(default=4, alias="schema")
     method: str
     device: str
     gpus: int = 1
@@ -198,8 +202,6 @@ class Cost(Record):
     phases add up to ``latency_s.median``."""
     terms: dict[str, TermCost] | None
     flop: Flop | None
-    modules_flop: dict[str, dict[str, float]] | None
-    """Forward matrix FLOP of ``student`` and ``teacher`` by module, as fvcore counts them."""
     operations: list[Operation] | None
     bytes_moved: float | None
     hidden_cost: float | None
@@ -235,9 +237,10 @@ class Cost(Record):
         assert found is not None, "a stored Cost has a latency"
         return found
 
-    def reference_rounds(self, *, looped: bool) -> list[list[float]]:
-        """Return the seconds of the reference beside it by round; ``looped``: with the loader."""
-        if looped:
+    def reference_rounds(self, *, end_to_end: bool) -> list[list[float]]:
+        """Return the seconds of the reference that it was interleaved with, by round; of its steps
+        alone, or of iterations with the loader."""
+        if end_to_end:
             return [[seconds] for seconds in self.reference_end_to_end_samples_s]
         return self.reference_samples_s
 
@@ -246,6 +249,23 @@ class Cost(Record):
         found = self.end_to_end_ratio or self.ratio
         assert found is not None, "a stored Cost has a ratio"
         return found
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_schema_3(cls, values: Any) -> Any:
+        """Read a record of schema 3, which had a count by module that was always null."""
+        if isinstance(values, dict) and values.get("schema") == 3:
+            values = {key: v for key, v in values.items() if key != "modules_flop"} | {"schema": 4}
+            reasons = values.get("unavailable") or {}
+            values["unavailable"] = {k: v for k, v in reasons.items() if k != "modules_flop"}
+        return values
+
+
+class CountedCost(Cost):
+    """What was counted of a step that did not run: no latency, memory or energy."""
+
+    modules_flop: dict[str, dict[str, float]] | None
+    """Forward matrix FLOP of ``student`` and ``teacher`` by module, as fvcore counts them."""
 
 
 class Spent(Record):
@@ -271,12 +291,26 @@ class Failure(Record):
     """Iterations of the last good checkpoint; None where there is none."""
 
 
-class Run(Record):
-    """One training of (method, budget, seed)."""
+RunKind = Literal["run", "teacher", "trunk"]
+"""A training of (method, budget, seed); the teacher's own; what a method's wsd runs share."""
 
-    schema_version: Literal[2] = Field(default=2, alias="schema")
+
+def run_label(kind: RunKind, method: str, budget: str, seed: int) -> str:
+    """Return what messages and reports call a run: ``cwd 40k@cwd seed 0``."""
+    if kind == "teacher":
+        return "teacher"
+    return f"{method} {'trunk' if kind == 'trunk' else budget} seed {seed}"
+
+
+class Run(Record):
+    """One training."""
+
+    schema_version: Literal[3] = Field(default=3, alias="schema")
+    kind: RunKind = "run"
     method: str
+    """Of a run or trunk; of the teacher, what it is trained with."""
     budget: str
+    """Empty where the kind is no run."""
     seed: int
     device: str
     iterations: int
@@ -289,9 +323,9 @@ class Run(Record):
     """Whether the start-up of its processes is counted in ``train_s``."""
     gpus: int = 1
     """Devices that trained it together: its GPU-seconds are ``train_s`` times these."""
-    beside: int | None = 0
-    """Runs that were trained on the same machine at the same time, at most: they share its memory
-    bandwidth, so that planned seconds do not hold. None = not known (a cluster's node)."""
+    concurrent_runs: int | None = 0
+    """Other runs that were trained on the same machine at the same time, at most: they share its
+    memory bandwidth, so that planned seconds do not hold. None = not known (a cluster's node)."""
     iterations_done: int
     miou: float | None
     """Of the last iterate, over the classes present in the validation labels; a fraction."""
@@ -329,6 +363,25 @@ class Run(Record):
         if self.finished:
             return "finished"
         return "failed" if self.failure else "begun"
+
+    def label(self) -> str:
+        """Return what messages and reports call it."""
+        return run_label(self.kind, self.method, self.budget, self.seed)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_schema_2(cls, values: Any) -> Any:
+        """Read a record of schema 2: a teacher had a method, and a trunk a budget, of that name."""
+        if not isinstance(values, dict) or values.get("schema") != 2:
+            return values
+        values = dict(values, schema=3)
+        if "beside" in values:
+            values["concurrent_runs"] = values.pop("beside")
+        if values.get("method") == "teacher" and values.get("cost_key") is None:
+            values |= {"kind": "teacher", "method": REFERENCE, "budget": ""}
+        elif values.get("budget") == "trunk":
+            values |= {"kind": "trunk", "budget": ""}
+        return values
 
 
 class CurvePoint(Record):

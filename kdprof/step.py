@@ -17,9 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdprof.distributed.data_parallel import (
+    CallableModule,
+    data_parallel,
+    leaves_of,
+    synchronize_norms,
+)
+from kdprof.distributed.ranks import Lead, Ranks
 from kdprof.errors import KdprofError, unknown
+from kdprof.hardware.device import autocast
 from kdprof.method import IGNORE, Method, Taps
-from kdprof.parallel import Call, Lead, Ranks, data_parallel, leaves_of, synchronize_norms
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -38,11 +45,10 @@ PHASES = (
 student's outputs; auxiliary is all of the second optimiser's work."""
 
 Mark = Callable[[str], None]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _unmarked(phase: str) -> None:
-    """Do nothing at the end of a phase: nobody is watching."""
+def ignore_phase(phase: str) -> None:
+    """Do nothing at the end of a phase."""
 
 
 def valid_pixels(labels: Tensor) -> Tensor:
@@ -155,10 +161,14 @@ class TrainStep:
         self._run_frozen = self._compiled(self.teacher) if self.teacher is not None else None
         self._run_auxiliary = method.auxiliary_forward
         if ranks:
-            self._run_student = data_parallel(Call(self._run_student), self._read_of_student())
-            self._run_method = data_parallel(Call(self._run_method), method.extra_parameters())
+            self._run_student = data_parallel(
+                CallableModule(self._run_student), self._read_of_student()
+            )
+            self._run_method = data_parallel(
+                CallableModule(self._run_method), method.extra_parameters()
+            )
         if ranks and auxiliary is not None:
-            judge = Call(method, "auxiliary_forward")
+            judge = CallableModule(method, "auxiliary_forward")
             self._run_auxiliary = data_parallel(judge, auxiliary.parameters())
 
     def _read_of_student(self) -> set[nn.Parameter]:
@@ -189,7 +199,7 @@ class TrainStep:
         images: Tensor,
         labels: Tensor,
         iteration: int,
-        mark: Mark = _unmarked,
+        mark: Mark = ignore_phase,
         *,
         position: float | None = None,
     ) -> dict[str, Tensor]:
@@ -258,10 +268,7 @@ class TrainStep:
 
     def autocast(self) -> torch.autocast:
         """Return the precision that forwards run in, as a context."""
-        precision = self.settings.precision
-        return torch.autocast(
-            self.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"
-        )
+        return autocast(self.device, self.settings.precision)
 
     @torch.no_grad()
     def _run_teacher(self, images: Tensor) -> Taps:
@@ -334,6 +341,30 @@ class TrainStep:
         self._auxiliary_optimizer.step()
         self._auxiliary_optimizer.zero_grad(set_to_none=True)
         return terms
+
+    def rebuilt(self) -> TrainStep:
+        """Return the same step with fresh optimisers, around the parameters that its modules have
+        now; made by this process alone."""
+        return TrainStep(
+            student=self.student,
+            teacher=self.teacher,
+            method=self.method,
+            settings=self.settings,
+            iterations=self.iterations,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def make_auxiliary_state(self) -> None:
+        """Let the second optimiser make its state, which else its first step does."""
+        optimizer = self._auxiliary_optimizer
+        if optimizer is None:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: student, extras, optimisers, loss scale."""

@@ -19,19 +19,17 @@ from kdprof.budget import parse_budget
 from kdprof.errors import UserError, nearest, unknown
 from kdprof.store import write_atomic
 
-PRESETS = (
-    "quickstart",
-    "camvid",
-    "cityscapes-pspnet-r18",
-    "cityscapes-deeplabv3-r18",
-    "ade20k-pspnet-r18",
-    "voc-deeplabv3-r18",
-    "camvid-pspnet-r18",
-)
 RENAMED = {
     "data_settings.in_memory": 'set data_settings.cache to "none", "memory" or "disk"',
+    "training.learning_rate": "set training.schedule_span",
 }
 """Keys of earlier versions, with what to write now."""
+
+
+def presets() -> list[str]:
+    """Return the names of the studies that come with kdprof."""
+    names = (Path(file.name) for file in files("kdprof.presets").iterdir())
+    return sorted(name.stem for name in names if name.suffix == ".toml")
 
 
 def parse_size(value: Any) -> Any:
@@ -173,9 +171,10 @@ class TrainingSettings(Section):
     enforce: Literal["iterations", "time", "energy", "flop"] = "iterations"
     """What ends a run: the iterations solved from the Costs before it began, or, followed while it
     trains, the seconds, joules or FLOP that these were worth."""
-    learning_rate: Literal["stretch", "truncate", "published"] = "stretch"
-    """What the schedule spans: the run; ``schedule_iterations`` for every method; or the published
-    iterations of each method. The last two are cut off where the budget ends."""
+    schedule_span: Literal["stretch", "truncate", "published"] = "stretch"
+    """What the learning-rate schedule spans: the run; ``schedule_iterations`` for every method; or
+    the iterations that were published for each method on the study's data set. The last two are cut
+    off where the budget ends."""
     schedule_iterations: int | None = Field(None, ge=1)
     """With truncate: what the schedule spans."""
     startup: Literal["apart", "counted"] = "apart"
@@ -258,6 +257,11 @@ class Study(Section):
                 raise ValueError(str(error)) from None
         return value
 
+    @property
+    def starts_as_teacher(self) -> bool:
+        """Whether every student of this study is a teacher that grew."""
+        return self.scenario is not None and self.scenario.initialise == "teacher"
+
     def to_toml(self) -> str:
         """Return the study as TOML, every field written out."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
@@ -297,6 +301,17 @@ def load_study(source: str | None, overrides: Mapping[str, Any]) -> Study:
         raise UserError(*(_explain(origin, item) for item in error.errors())) from None
 
 
+def with_measuring(study: Study, overrides: Mapping[str, Any]) -> Study:
+    """Return a study that is measured otherwise; ``overrides`` are keys such as
+    ``measure.max_time_s``.
+
+    Raises:
+        UserError: a value is not valid.
+    """
+    own = {f"measure.{key}": value for key, value in study.measure.model_dump().items()}
+    return study.model_copy(update={"measure": load_study(None, own | dict(overrides)).measure})
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Read ``key=value`` texts; values are TOML, and plain words are strings.
 
@@ -321,14 +336,14 @@ def _toml_value(text: str) -> Any:
 
 def _read(source: str) -> dict[str, Any]:
     path = Path(source)
-    if source in PRESETS:
+    if source in presets():
         text = (files("kdprof.presets") / f"{source}.toml").read_text()
     elif path.is_file():
         text = path.read_text()
     elif path.suffix == ".toml" or "/" in source:
-        raise UserError(f"no study file {source}; give a file or a preset: {', '.join(PRESETS)}")
+        raise UserError(f"no study file {source}; give a file or a preset: {', '.join(presets())}")
     else:
-        raise UserError(unknown("preset", source, PRESETS))
+        raise UserError(unknown("preset", source, presets()))
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

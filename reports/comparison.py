@@ -9,8 +9,7 @@ from rich.console import Console
 from kdprof.comparison import Change, Comparison
 from kdprof.stats import Numbers
 
-from .cost_grids import UNRELIABLE
-from .text import MISSING, Estimate, Grid, digits, print_notes
+from .text import MISSING, UNRELIABLE, Estimate, Grid, digits, flagged, print_notes
 
 _TITLES = {
     "latency": "new / old",
@@ -24,28 +23,21 @@ _TITLES = {
 
 def comparison_table(comparison: Comparison, console: Console) -> None:
     """Print the changes, one method a line, and the notes."""
-    _grid(comparison, brief=True).without_empty().print(console)
+    _grid(comparison).without_empty().print(console)
     print_notes(_notes(comparison), console)
 
 
-def comparison_markdown(comparison: Comparison) -> str:
-    """Return the same as Markdown, intervals by their ends."""
-    grid = _grid(comparison)
-    notes = "\n".join(f"- {' '.join(note.split())}" for note in _notes(comparison))
-    return f"## {grid.title}\n\n{grid.markdown()}\n\n{notes}\n"
-
-
-def _grid(comparison: Comparison, *, brief: bool = False) -> Grid:
+def _grid(comparison: Comparison) -> Grid:
     unit, scale = _time_unit(comparison)
     references = sorted({row.reference for row in comparison.rows if row.reference})
     columns: dict[str, Callable[[Change], str]] = {
-        "method": lambda row: row.method + UNRELIABLE * (not row.reliable),
+        "method": lambda row: flagged(row.method, not row.reliable),
         f"old ({unit})": lambda row: _seconds(row.old_s, scale),
         f"new ({unit})": lambda row: _seconds(row.new_s, scale),
-        "new / old": lambda row: _estimate(row.latency, brief),
+        "new / old": lambda row: _estimate(row.latency),
         "verdict": lambda row: row.verdict or MISSING,
         "threshold": lambda row: f"{100 * row.threshold:.1f} %" if row.verdict else MISSING,
-        f"change of / {' or '.join(references)}": lambda row: _estimate(row.relative, brief),
+        f"change of / {' or '.join(references)}": lambda row: _estimate(row.relative),
         "FLOP": lambda row: _percent(row.flop),
         "memory": lambda row: _percent(row.memory),
         "energy": lambda row: _percent(row.energy),
@@ -64,12 +56,11 @@ def _seconds(value: float | None, scale: float) -> str:
     return MISSING if value is None else f"{value * scale:.{digits(value * scale, 0)}f}"
 
 
-def _estimate(numbers: Numbers | None, brief: bool) -> str:
+def _estimate(numbers: Numbers | None) -> str:
     if numbers is None:
         return MISSING
     # Three decimals: a change of half a percent has to be seen.
-    found = Estimate(*numbers)
-    return found.brief(3) if brief else found.text(3)
+    return Estimate(*numbers).brief(3)
 
 
 def _percent(ratio: float | None) -> str:
@@ -83,7 +74,8 @@ def _notes(comparison: Comparison) -> list[str]:
         "The change of the ratio to the reference cancels the machine's own speed. FLOP, peak "
         "memory, energy: relative change, '=' where there is none."
     )
-    return [comparison.notes[0], columns, *comparison.notes[1:], *_missing(comparison)]
+    doubts = [f"{UNRELIABLE} {doubt}" for doubt in comparison.unreliable]
+    return [comparison.notes[0], columns, *comparison.notes[1:], *doubts, *_missing(comparison)]
 
 
 def _missing(comparison: Comparison) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from .text import MISSING, Grid, duration, print_notes
+from .text import MISSING, Grid, duration, flagged, print_notes, unreliable_note
 
 if TYPE_CHECKING:
     from kdprof.budget import Conversion
@@ -23,17 +23,14 @@ def conversion_table(budget_text: str, conversions: Sequence[Conversion], consol
     notes = ["Wall-clock is the forecast for these iterations, evaluation excluded."]
     if any(one.iterations_equal_flop is None for one in ordered):
         notes.append(f"'{MISSING}' at equal FLOP: the budget or the cost has no FLOP count.")
-    if doubtful := sorted({method for one in ordered for method in one.unreliable}):
-        notes.append(
-            f"† Made of an UNRELIABLE cost ({', '.join(doubtful)}); measure again when it is quiet."
-        )
+    notes += unreliable_note(method for one in ordered for method in one.unreliable)
     print_notes(notes, console)
 
 
 def _cells(conversion: Conversion) -> list[str]:
     flop = conversion.iterations_equal_flop
     return [
-        conversion.method + "†" * bool(conversion.unreliable),
+        flagged(conversion.method, bool(conversion.unreliable)),
         f"{conversion.iterations:,}",
         f"[{conversion.low:,}-{conversion.high:,}]",
         duration(conversion.seconds),

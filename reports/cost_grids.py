@@ -6,14 +6,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
-from kdprof.records import Cost, Interval, Operation, OperationKind, Ratio, TermCost
+from kdprof.records import (
+    REFERENCE,
+    Cost,
+    CountedCost,
+    Interval,
+    Operation,
+    OperationKind,
+    Ratio,
+    TermCost,
+)
 
 from .results import device_text
-from .text import FLAGS, MISSING, Estimate, Grid, digits, figures, size
+from .text import HIDDEN, MISSING, Estimate, Grid, digits, figures, flagged, size
 
 HIDDEN_LIMIT = 0.10
 """Where the hidden-cost index is further from 0, matching by FLOP is not valid for a method."""
-UNRELIABLE, HIDDEN = FLAGS
 
 Columns = Mapping[str, Callable[[Cost], str]]
 
@@ -38,7 +46,7 @@ def main_grid(costs: Sequence[Cost], *, brief: bool = False, wide: bool = False)
         "method": _name,
         f"step ({unit})": lambda cost: _estimate(cost.latency_s, scale, brief),
         f"/ {reference_name(costs)}": lambda cost: _ratio(cost, cost.ratio, brief),
-        f"with loader ({unit})": lambda cost: _estimate(cost.end_to_end_s, scale, brief),
+        f"end-to-end ({unit})": lambda cost: _estimate(cost.end_to_end_s, scale, brief),
         "GFLOP": lambda cost: _figures(flop_total(cost), 4, 1e-9),
         "hidden %": _hidden,
         **moved,
@@ -150,11 +158,13 @@ def _uncounted_grid(costs: Sequence[Cost], top: int | None) -> Grid:
 def count_grid(costs: Sequence[Cost]) -> Grid:
     """Return the work of one step by part, of costs that have FLOP."""
     parts = ("teacher", "student", "objective", "backward", "auxiliary", "total")
-    reference = next((c.flop.total for c in costs if c.flop and c.method == "none"), None)
+    reference = next((c.flop.total for c in costs if c.flop and c.method == REFERENCE), None)
     columns: dict[str, Callable[[Cost], str]] = {"method": _name}
     for part in parts:
         columns[part] = lambda cost, part=part: _number(getattr(cost.flop, part), ",.2f", 1e-9)
-    columns["/ none"] = lambda cost: _number(reference and cost.flop.total / reference, ".2f")
+    columns[f"/ {REFERENCE}"] = lambda cost: _number(
+        reference and cost.flop.total / reference, ".2f"
+    )
     columns["other"] = lambda cost: _number(other_flop(cost), ",.2f", 1e-9)
     columns["moved (GB)"] = _moved
     return _grid("GFLOP of one step, counted", columns, costs)
@@ -178,7 +188,7 @@ def counted_terms_grid(costs: Sequence[Cost]) -> Grid:
     return Grid("GFLOP of the objectives' terms", header, rows, ("term", "note"))
 
 
-def module_grid(costs: Sequence[Cost], depth: int | None = None) -> Grid:
+def module_grid(costs: Sequence[CountedCost], depth: int | None = None) -> Grid:
     """Return the forward FLOP of the networks' modules, ``depth`` levels deep."""
     rows = [
         [
@@ -199,7 +209,7 @@ def module_grid(costs: Sequence[Cost], depth: int | None = None) -> Grid:
 
 
 def _name(cost: Cost) -> str:
-    return cost.method + UNRELIABLE * (not cost.reliable)
+    return flagged(cost.method, not cost.reliable)
 
 
 def phase_words(phase: str) -> str:
@@ -349,7 +359,7 @@ def other_flop(cost: Cost) -> float | None:
     return sum(one.other_flop or 0 for one in cost.operations)
 
 
-def _networks(costs: Iterable[Cost]) -> list[tuple[str, dict[str, float]]]:
+def _networks(costs: Iterable[CountedCost]) -> list[tuple[str, dict[str, float]]]:
     """Return the counts by module of each network; methods that count the same share one."""
     found: dict[tuple, tuple[str, dict[str, float], list[str]]] = {}
     for cost in costs:

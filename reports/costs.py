@@ -13,14 +13,12 @@ from pathlib import Path
 from rich.console import Console
 
 from kdprof.errors import UserError
-from kdprof.records import Cost, Interval
+from kdprof.records import Cost, CountedCost, Interval
 from kdprof.stats import relative_width
 from kdprof.store import Store, write_atomic
 
 from .cost_grids import (
-    HIDDEN,
     HIDDEN_LIMIT,
-    UNRELIABLE,
     count_grid,
     counted_terms_grid,
     detail_grids,
@@ -37,7 +35,7 @@ from .cost_grids import (
     uncounted_operators,
 )
 from .results import count
-from .text import MISSING, Grid, figures, print_notes
+from .text import HIDDEN, MISSING, UNRELIABLE, Grid, figures, print_notes
 
 TOP_OPERATORS = 3
 """Uncounted operators that a terminal shows of each method."""
@@ -47,7 +45,7 @@ MODULE_DEPTH = 2
 _FIELDS = {
     "latency_s": "step latency",
     "ratio": "ratio to the reference",
-    "end_to_end_s": "time with the loader",
+    "end_to_end_s": "end-to-end time",
     "flop": "FLOP",
     "hidden_cost": "hidden cost",
     "bytes_moved": "bytes moved",
@@ -88,7 +86,7 @@ def measure_table(costs: Sequence[Cost], console: Console, *, detail: bool = Fal
     print_notes(_notes(ordered, _FIELDS.keys() - left_out), console)
 
 
-def count_table(costs: Sequence[Cost], console: Console, *, detail: bool = False) -> None:
+def count_table(costs: Sequence[CountedCost], console: Console, *, detail: bool = False) -> None:
     """Print the work of one step by part and by term; for costs that were counted, not timed.
 
     Args:
@@ -418,8 +416,8 @@ def _flat(cost: Cost) -> dict[str, str]:
         **_ends("step_s", cost.latency_s),
         **_ends("ratio", cost.ratio),
         "ratio_to": cost.ratio and cost.ratio.to,
-        **_ends("with_loader_s", cost.end_to_end_s),
-        **_ends("with_loader_ratio", cost.end_to_end_ratio),
+        **_ends("end_to_end_s", cost.end_to_end_s),
+        **_ends("end_to_end_ratio", cost.end_to_end_ratio),
         "matrix_flop": flop_total(cost),
         "other_flop": other_flop(cost),
         "hidden_cost_fraction": cost.hidden_cost,

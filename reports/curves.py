@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
+from kdprof.budget import parse_budget
 from kdprof.errors import UserError, unknown
-from kdprof.records import Run
+from kdprof.records import CONTROL, REFERENCE, Run
 from kdprof.stats import mean_interval
 from kdprof.store import Store, write_atomic
 
@@ -31,12 +32,11 @@ from .results import (
     count,
     device_text,
     drifted,
-    in_iterations,
     is_cpu,
-    run_name,
     shortened,
     study_text,
 )
+from .text import UNRELIABLE, flagged
 
 STYLE = {
     "font.size": 7,
@@ -81,7 +81,7 @@ LONGEST_NAME = 20
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("^", "D", "v", "P", "X", "<", "*", ">")
 DASHES = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1.2, 1)), (0, (5, 1, 1.2, 1, 1.2, 1)))
-CONTROLS = {"none": ("black", "o", "-"), "kd": ("#808080", "s", "-")}
+CONTROL_LOOKS = {REFERENCE: ("black", "o", "-"), CONTROL: ("#808080", "s", "-")}
 DODGE_POINTS = 9.0
 """Widest sideways spread of the methods of one budget, which would else hide one another."""
 
@@ -274,8 +274,8 @@ def _looks(methods: list[str]) -> dict[str, Look]:
     found, others = {}, 0
     for place, method in enumerate(methods):
         dodge = (place - (len(methods) - 1) / 2) * step
-        if method in CONTROLS:
-            found[method] = Look(*CONTROLS[method], dodge)
+        if method in CONTROL_LOOKS:
+            found[method] = Look(*CONTROL_LOOKS[method], dodge)
             continue
         colour = COLOURS[others % len(COLOURS)]
         dash = DASHES[others // len(COLOURS) % len(DASHES)]
@@ -306,7 +306,7 @@ def _panel(panel: Axes, axis: XAxis, results: Results, looks: dict[str, Look]) -
     panel.set_axisbelow(True)
     for method, points in lines.items():
         shift = ScaledTranslation(looks[method].dodge / 72, 0, panel.figure.dpi_scale_trans)
-        _line(panel, points, looks[method], panel.transData + shift, method in CONTROLS)
+        _line(panel, points, looks[method], panel.transData + shift, method in CONTROL_LOOKS)
     if results.teacher and results.teacher.miou is not None:
         panel.axhline(100 * results.teacher.miou, color="#444444", linewidth=0.8, dashes=(5, 3))
 
@@ -373,12 +373,12 @@ def _share_y(panels: list[Axes], results: Results, lines: dict[str, list[Point]]
 
 def _key_names(results: Results) -> dict[str, str]:
     """Return what the key calls each method, and the teacher under the empty name."""
-    flagged = {cost.method for cost in results.unreliable()}
+    unreliable = {cost.method for cost in results.unreliable()}
     names = {}
     for method in results.methods():
         long = len(method) > LONGEST_NAME
         short = method[: LONGEST_NAME - 8] + "…" + method[-7:] if long else method
-        names[method] = short + ("†" if method in flagged else "")
+        names[method] = flagged(short, method in unreliable)
     if results.teacher and results.teacher.miou is not None:
         names[""] = f"teacher {100 * results.teacher.miou:.1f}"
     return names
@@ -458,15 +458,19 @@ def notes(results: Results, axis: XAxis) -> list[str]:
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clocks do not compare.")
     if off := [run for run in results.finished if drifted(run)]:
-        named = [f"{run_name(run)} {100 * run.train_s.drift():+.1f} %" for run in off]
+        named = [f"{run.label()} {100 * run.train_s.drift():+.1f} %" for run in off]
         found.append(f"Hollow: wall-clock more than 2 % off plan ({shortened(named)}).")
     if bad := results.unreliable():
         named = shortened(sorted({cost.method for cost in bad}))
-        found.append(f"†\u00a0planned with a cost marked unreliable: {named}; table.md says why.")
-    if plain := sorted({run.budget for run in results.finished if in_iterations(run)}):
-        found.append(f"Budgets in plain iterations, compute not matched: {shortened(plain)}.")
+        found.append(
+            f"{UNRELIABLE}\u00a0planned with a cost marked unreliable: {named}; table.md says why."
+        )
+    if plain := sorted(
+        {run.budget for run in results.finished if not parse_budget(run.budget).is_compute}
+    ):
+        found.append(f"Budgets of equal work, compute not matched: {shortened(plain)}.")
     if without := [run for run in results.finished if axis.of(run) is None]:
-        named = shortened([run_name(run) for run in without])
+        named = shortened([run.label() for run in without])
         found.append(f"Not in (a), quantity not recorded: {named}.")
     if results.left_out:
         found.append(f"Left out, not finished: {count(len(results.left_out), 'run')}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from .text import MISSING, Grid, duration, print_notes
+from .text import MISSING, Grid, duration, flagged, print_notes, unreliable_note
 
 if TYPE_CHECKING:
     from kdprof.train.plan import Forecast
@@ -36,8 +36,7 @@ def plan_table(forecasts: Sequence[Forecast], console: Console) -> None:
         )
     if any(one.energy_j is None for one in forecasts):
         notes.append(f"'{MISSING}' in energy: the device has no energy counter.")
-    if doubtful := sorted({one.method for one in forecasts if one.unreliable}):
-        notes.append(f"† Made of an UNRELIABLE cost ({', '.join(doubtful)}).")
+    notes += unreliable_note(one.method for one in forecasts if one.unreliable)
     print_notes(notes, console)
 
 
@@ -48,7 +47,7 @@ def _cells(one: Forecast) -> list[str]:
     runs = f"{one.runs}" if not one.finished else f"{one.runs - one.finished} of {one.runs}"
     interval = "" if one.low == one.high else f" [{one.low:,}-{one.high:,}]"
     return [
-        one.method + "†" * one.unreliable,
+        flagged(one.method, one.unreliable),
         one.budget,
         runs,
         f"{one.iterations:,}{interval}",

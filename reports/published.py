@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from .text import FLAGS, MISSING, Grid, duration, figures, print_notes
+from .text import MISSING, Grid, duration, figures, flagged, print_notes, unreliable_note
 
 if TYPE_CHECKING:
-    from kdprof.published import Published
+    from kdprof.published import ConvertedSchedule
     from kdprof.records import Cost
 
-UNRELIABLE = FLAGS[0]
 FORECAST = "~"
 FAR = 4
 """Beyond this factor, fixed work and caches make time grow unlike the pixels."""
 
 
-def published_table(found: Sequence[Published], costs: Sequence[Cost], console: Console) -> None:
+def published_table(
+    found: Sequence[ConvertedSchedule], costs: Sequence[Cost], console: Console
+) -> None:
     """Print one grid for each data set, the dearest schedule first, and what was not converted."""
     converted = [one for one in found if one.reason is None]
     for dataset in dict.fromkeys(one.dataset for one in converted):
@@ -29,27 +30,27 @@ def published_table(found: Sequence[Published], costs: Sequence[Cost], console: 
     _print_missing([one for one in found if one.reason is not None], console)
 
 
-def _grid(title: str, rows: list[Published]) -> Grid:
+def _grid(title: str, rows: list[ConvertedSchedule]) -> Grid:
     header = ("method", "published schedule", "device time", "= kd iterations")
     ordered = sorted(rows, key=lambda one: (-(one.seconds or 0), one.method))
     return Grid(title, header, [_cells(one) for one in ordered])
 
 
-def _cells(one: Published) -> list[str]:
+def _cells(one: ConvertedSchedule) -> list[str]:
     forecast = FORECAST if one.scale != 1 else ""
     return [
-        one.method + UNRELIABLE * bool(one.unreliable),
+        flagged(one.method, bool(one.unreliable)),
         _schedule(one),
         MISSING if one.seconds is None else forecast + duration(one.seconds),
         MISSING if one.kd_iterations is None else _interval(one),
     ]
 
 
-def _interval(one: Published) -> str:
+def _interval(one: ConvertedSchedule) -> str:
     return f"{one.kd_iterations:,} [{one.kd_iterations_low:,}-{one.kd_iterations_high:,}]"
 
 
-def _schedule(one: Published) -> str:
+def _schedule(one: ConvertedSchedule) -> str:
     """Return ``80k x 8 x 512x1024``."""
     assert one.iterations is not None
     assert one.crop is not None
@@ -58,7 +59,7 @@ def _schedule(one: Published) -> str:
     return f"{length} x {one.batch} x {one.crop[0]}x{one.crop[1]}"
 
 
-def _notes(converted: Sequence[Published], costs: Sequence[Cost]) -> list[str]:
+def _notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> list[str]:
     if not converted:
         return []
     here = _measured(costs)
@@ -73,12 +74,7 @@ def _notes(converted: Sequence[Published], costs: Sequence[Cost]) -> list[str]:
     notes += _forecast_notes({one.scale for one in converted if one.scale} - {1}, here["step"])
     if all(one.kd_iterations is None for one in converted):
         notes.append("No cost of kd here: run 'kdprof measure --method kd' for its iterations.")
-    if doubtful := sorted({method for one in converted for method in one.unreliable}):
-        notes.append(
-            f"{UNRELIABLE} Made of an UNRELIABLE cost ({', '.join(doubtful)}); measure again when "
-            "it is quiet."
-        )
-    return notes
+    return notes + unreliable_note(method for one in converted for method in one.unreliable)
 
 
 def _forecast_notes(scales: set[float], step: str) -> list[str]:
@@ -116,7 +112,7 @@ def _distinct(names: Iterable[str | None]) -> str:
     return " and ".join(dict.fromkeys(str(name) for name in names if name))
 
 
-def _print_missing(missing: Sequence[Published], console: Console) -> None:
+def _print_missing(missing: Sequence[ConvertedSchedule], console: Console) -> None:
     if missing:
         lines = dict.fromkeys(
             f"  {one.method}{f', {one.dataset}' if one.dataset else ''}: {one.reason}"

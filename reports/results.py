@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdprof.budget import parse_budget
 from kdprof.errors import UserError
 from kdprof.records import Cost, Run
 from kdprof.store import Store
@@ -60,9 +61,9 @@ class Results:
         own = self.cost_of(run)
         if own is None or run.cost_key is None:
             return []
-        other = run.budget.partition("@")[2]
-        beside = self._newest(other, own.device) if other != run.method else None
-        return [own] if beside is None else [own, beside]
+        other = parse_budget(run.budget).method
+        of_budget = self._newest(other, own.device) if other not in (None, run.method) else None
+        return [own] if of_budget is None else [own, of_budget]
 
     def _newest(self, method: str, device: str) -> Cost | None:
         found = [c for c in self.costs if (c.method, c.device) == (method, device)]
@@ -130,11 +131,6 @@ def study_text(study: dict[str, Any]) -> str:
     return f"{data}, student {study.get('student', '?')}, teacher {study.get('teacher', '?')}"
 
 
-def run_name(run: Run) -> str:
-    """Return a run's name for notes: ``cwd 40k@cwd seed 0``."""
-    return f"{run.method} {run.budget} seed {run.seed}"
-
-
 def shortened(names: Sequence[str]) -> str:
     """Return the names, comma-separated; after four, how many more there are."""
     more = len(names) - NAMED_AT_MOST
@@ -145,8 +141,3 @@ def shortened(names: Sequence[str]) -> str:
 def count(number: int, noun: str) -> str:
     """Return ``1 seed`` or ``3 seeds``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def in_iterations(run: Run) -> bool:
-    """Say whether a run's budget is plain iterations (``40k``), which match no compute."""
-    return re.fullmatch(r"[\d.]+(e\+?\d+)?\s*[kM]?", run.budget) is not None

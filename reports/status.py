@@ -45,7 +45,7 @@ def _cells(folder: RunFolder, run: Run) -> list[str]:
     drift = run.train_s.drift() if run.finished else None
     aside = run.eval_s + run.checkpoint_s + run.logging_s + run.startup_s
     return [
-        _name(run),
+        run.label(),
         _state(folder, run),
         f"{run.iterations_done:,} of {run.iterations:,}",
         MISSING if run.miou is None else f"{100 * run.miou:.2f}",
@@ -57,10 +57,6 @@ def _cells(folder: RunFolder, run: Run) -> list[str]:
     ]
 
 
-def _name(run: Run) -> str:
-    return f"{run.method} {run.budget} seed {run.seed}" if run.cost_key else run.method
-
-
 def _state(folder: RunFolder, run: Run) -> str:
     """Return finished, failed, running, or stopped: begun, and no process holds it."""
     if run.state() != "begun":
@@ -70,7 +66,7 @@ def _state(folder: RunFolder, run: Run) -> str:
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = [
-        f"{_name(run)} failed at iteration {run.failure.iteration}: {run.failure.reason}"
+        f"{run.label()} failed at iteration {run.failure.iteration}: {run.failure.reason}"
         for run in runs
         if run.failure
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from kdprof.records import REFERENCE, Cost, Run
+from kdprof.budget import parse_budget
+from kdprof.records import CONTROL, REFERENCE, Cost, Run
 from kdprof.stats import mean_interval
 from kdprof.store import Store, write_atomic
 
@@ -25,14 +25,9 @@ from .results import (
     count,
     device_text,
     drifted,
-    in_iterations,
-    run_name,
     study_text,
 )
-from .text import MISSING, Estimate, Grid, duration, print_notes
-
-BASELINE = "kd"
-"""Differences in mIoU are to this method."""
+from .text import MISSING, UNRELIABLE, Estimate, Grid, duration, flagged, print_notes
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Row:
 
     budget: str
     matched: str
-    """What the budget makes equal: wall-clock, FLOP, energy or iterations."""
+    """What the budget makes equal among methods."""
     method: str
     iterations: int
     planned_s: float | None
@@ -105,7 +100,7 @@ def _row(results: Results, group: list[Run]) -> Row:
         missing["reliable"] = "not planned with a stored cost"
     return Row(
         budget=first.budget,
-        matched=matched(first),
+        matched=parse_budget(first.budget).matches,
         method=first.method,
         iterations=round(np.mean([run.iterations_done for run in group])),
         planned_s=planned_s,
@@ -133,24 +128,15 @@ def _groups(group: list[Run]) -> dict[str, Estimate]:
     }
 
 
-def matched(run: Run) -> str:
-    """Return what a run's budget makes equal among methods."""
-    if re.search(r"flop$", run.budget):
-        return "FLOP"
-    if re.search(r"(J|Wh)$", run.budget):
-        return "energy"
-    return "iterations" if in_iterations(run) else "wall-clock"
-
-
 def _delta(results: Results, group: list[Run], missing: dict[str, str]) -> Estimate | None:
-    """Return mIoU minus the baseline's, over the seeds that both finished."""
-    if group[0].method == BASELINE:
-        missing["delta_points"] = f"{BASELINE} is the baseline"
+    """Return mIoU minus the control's, over the seeds that both finished."""
+    if group[0].method == CONTROL:
+        missing["delta_points"] = f"{CONTROL} is the control"
         return None
-    baseline = {run.seed: run.miou for run in results.group(BASELINE, group[0].budget)}
-    gains = [100 * (run.miou - baseline[run.seed]) for run in group if run.seed in baseline]
+    control = {run.seed: run.miou for run in results.group(CONTROL, group[0].budget)}
+    gains = [100 * (run.miou - control[run.seed]) for run in group if run.seed in control]
     if not gains:
-        missing["delta_points"] = f"{BASELINE} has no finished run of the same budget and seed"
+        missing["delta_points"] = f"{CONTROL} has no finished run of the same budget and seed"
         return None
     return Estimate(*mean_interval(gains))
 
@@ -234,17 +220,17 @@ def grids(made: Sequence[Row], *, compact: bool = False) -> list[Grid]:
 
 def _cells(row: Row, compact: bool) -> dict[str, str]:
     """Return a row's texts by column."""
-    marks = "*" * row.drifted + "†" * (row.reliable is False)
+    name = flagged(row.method + "*" * row.drifted, row.reliable is False)
     delta, ratio = row.delta_points, row.latency_ratio
     if compact and ratio:
         ratio = Estimate(ratio.value)
     planned = {"planned": MISSING if row.planned_s is None else duration(row.planned_s)}
     return {
-        "method": row.method + marks,
+        "method": name,
         "#" if compact else "rank": str(row.rank),
         "mIoU %": row.miou_percent.plus_minus(2),
         **{f"{name} %": found.plus_minus(2) for name, found in row.groups_percent.items()},
-        f"vs {BASELINE}": delta.plus_minus(2, signed=True) if delta else MISSING,
+        f"vs {CONTROL}": delta.plus_minus(2, signed=True) if delta else MISSING,
         "seeds": str(row.seeds),
         "iter." if compact else "iterations": f"{row.iterations:,}",
         **({} if compact else planned),
@@ -258,7 +244,7 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
     """Return what a reader must know before comparing the numbers, one sentence each."""
     found = [
         "mIoU is the last iterate's, mean over seeds; rank is by it. Intervals are 95 %: ± by "
-        f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {BASELINE}' is in "
+        f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {CONTROL}' is in "
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
     if gpus := {run.gpus for run in results.finished} - {1}:
@@ -276,24 +262,24 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         found.append(f"One seed, so no interval: {'all' if every else ', '.join(single)}.")
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clocks do not compare.")
-    if most := max((run.beside or 0 for run in results.finished), default=0):
+    if most := max((run.concurrent_runs or 0 for run in results.finished), default=0):
         found.append(f"Trained with up to {most} others at once on a machine: seconds are shared.")
     for run in filter(drifted, results.finished):
         drift = 100 * run.train_s.drift()
-        found.append(f"* Drifted more than 2 % from the plan: {run_name(run)}, {drift:+.1f} %.")
+        found.append(f"* Drifted more than 2 % from the plan: {run.label()}, {drift:+.1f} %.")
     for cost in results.unreliable():
         why = "; ".join(cost.warnings) or "no warning recorded"
-        found.append(f"† Planned with an unreliable cost, {cost.method}: {why}.")
+        found.append(f"{UNRELIABLE} Planned with an unreliable cost, {cost.method}: {why}.")
     for run in results.left_out:
         state = "has no mIoU" if run.finished else "not finished"
         done = f"{run.iterations_done:,} of {run.iterations:,} iterations"
-        found.append(f"Left out: {run_name(run)}, {state} ({done}).")
+        found.append(f"Left out: {run.label()}, {state} ({done}).")
     return found + _missing_notes(made)
 
 
 def _missing_notes(made: Sequence[Row]) -> list[str]:
     """Return why cells hold a dash: one note per column and reason."""
-    titles = {"planned_s": "planned, drift", "delta_points": f"vs {BASELINE}",
+    titles = {"planned_s": "planned, drift", "delta_points": f"vs {CONTROL}",
               "latency_ratio": f"step / {REFERENCE}", "reliable": "reliability"}  # fmt: skip
     where: dict[tuple[str, str], list[str]] = {}
     for row in made:
@@ -304,7 +290,7 @@ def _missing_notes(made: Sequence[Row]) -> list[str]:
         f"'{MISSING}' in {title}: {reason} "
         f"({'all' if len(cells) == len(made) else ', '.join(cells)})."
         for (title, reason), cells in where.items()
-        if not reason.startswith(BASELINE + " is")  # seen at a glance
+        if not reason.startswith(CONTROL + " is")  # seen at a glance
     ]
 
 

@@ -16,8 +16,12 @@ from rich.text import Text
 MISSING = "-"
 """Stands for what is not available; a note under the table says why."""
 
-FLAGS = ("\N{DAGGER}", "\N{DOUBLE DAGGER}")
-"""End the text of a cell that a note warns about; a terminal shows it in colour."""
+UNRELIABLE = "\N{DAGGER}"
+"""Ends the text of a cell that is based on an unreliable Cost."""
+HIDDEN = "\N{DOUBLE DAGGER}"
+"""Ends the hidden cost of a method that must not be matched by FLOP."""
+FLAGS = (UNRELIABLE, HIDDEN)
+"""A note explains each of them; a terminal shows a cell that ends with one in colour."""
 
 SYMMETRIC = 1.1
 """Up to this quotient of high end and value, an interval on a log scale is nearly symmetric."""
@@ -151,7 +155,7 @@ _LATEX = {
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     # After \\ a bracket would be read as its argument.
     "[": "{[}", "]": "{]}", "\N{PLUS-MINUS SIGN}": r"$\pm$",
-    "\N{MULTIPLICATION SIGN}": r"$\times$", FLAGS[0]: r"$^{\dagger}$", FLAGS[1]: r"$^{\ddagger}$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$", UNRELIABLE: r"$^{\dagger}$", HIDDEN: r"$^{\ddagger}$",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }  # fmt: skip
 _LATIN = 0x180
@@ -171,6 +175,18 @@ def latex_text(text: str) -> str:
     ):
         escaped = re.sub(pattern, sign, escaped)
     return escaped
+
+
+def flagged(name: str, unreliable: bool) -> str:
+    """Return a method's name, marked where it is based on an unreliable Cost."""
+    return name + UNRELIABLE * unreliable
+
+
+def unreliable_note(methods: Iterable[str]) -> list[str]:
+    """Return the note that explains the mark; none where no method's Cost is unreliable."""
+    named = ", ".join(sorted(set(methods)))
+    mend = "measure again when the machine is quiet"
+    return [f"{UNRELIABLE} Based on an UNRELIABLE Cost ({named}); {mend}."] if named else []
 
 
 def print_notes(notes: Iterable[str], console: Console) -> None:

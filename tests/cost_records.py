@@ -66,7 +66,6 @@ def make_cost(
         "phases_s": {"objective": seconds},
         "terms": None,
         "flop": student_only(flop) if isinstance(flop, float) else flop,
-        "modules_flop": None,
         "operations": None,
         "bytes_moved": None,
         "hidden_cost": None,

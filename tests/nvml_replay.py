@@ -15,7 +15,7 @@ from typing import Any
 
 import pynvml
 
-from kdprof.hardware import CudaHardware, open_nvml
+from kdprof.hardware.nvml import CudaHardware, open_nvml
 
 SESSIONS = Path(__file__).parent / "nvml"
 

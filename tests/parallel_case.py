@@ -12,8 +12,9 @@ import torch
 from builders import Alone, Mimic, tiny_batch, tiny_step
 from torch import nn
 
+from kdprof.distributed.data_parallel import synchronize_norms
+from kdprof.distributed.ranks import Place, Ranks, _SyncBatchNormOnCpu
 from kdprof.method import Method
-from kdprof.parallel import Place, Ranks, _SyncBatchNormOnCpu, synchronize_norms
 
 STEPS, BATCH = 6, 8
 
@@ -103,7 +104,7 @@ def norm(ranks):
 
 def orders(ranks):
     """Everything that rank 0 can say, as the other one hears it."""
-    from kdprof.parallel import StepOrder
+    from kdprof.distributed.ranks import StepOrder
 
     said = [StepOrder(3, 10**7, 0.1, True), {"do": "feed", "step": 1}, {"do": "end"}]
     state = {"weights": torch.arange(5.0), "nested": {"count": 3, "names": ["a", "b"]}}

@@ -7,7 +7,8 @@ from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
 from kdprof.study import Study, claim_folder, load_study
-from kdprof.train import Summary, prepare, train
+from kdprof.train.prepare import prepare
+from kdprof.train.runs import Summary, train
 
 SMALL = {
     "student": "pspnet-test_resnet",

@@ -7,12 +7,13 @@ import pytest
 import torch
 from small_study import price, small_study, small_toml
 
+from kdprof.discovery import builtin_methods
 from kdprof.errors import UserError
-from kdprof.measure import count_costs
-from kdprof.method import builtin_methods
+from kdprof.measure.count_study import count_costs
 from kdprof.models import build
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.key import cost_key
 
 MINE = """
 from torch import nn
@@ -111,9 +112,9 @@ def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp
     assert done.returncode == 0, done.stderr
     assert "2 runs trained" in done.stdout
     before = ResolvedStudy(small_study(student=f"{mine}:build", **{"step.aux_weight": 0.0}))
-    key = before.cost_key("none")
+    key = cost_key(before, "none")
     mine.write_text(MINE + "\n# changed\n")
-    assert before.cost_key("none") != key
+    assert cost_key(before, "none") != key
 
 
 def run(*arguments, cwd):
@@ -130,7 +131,7 @@ def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
     torch.save(own.module.state_dict(), tmp_path / "own.pth")
     changes = {"teacher": f"{mine}:build", "teacher_weights": str(tmp_path / "own.pth")}
     study = ResolvedStudy(small_study(**changes, **{"step.aux_weight": 0.0}))
-    teacher, told = study.published_teacher()
+    teacher, told = study.factory.published_teacher()
     assert all(
         torch.equal(a, b) for a, b in zip(teacher.parameters(), own.parameters(), strict=True)
     )

@@ -24,6 +24,7 @@ from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.key import cost_key
 from kdprof.study import load_study
 
 SILENT = Progress(None)
@@ -335,10 +336,10 @@ def test_a_study_reads_its_images_from_the_cache(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing is made before it is needed
     got = cached.batches(1).batch(4)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    same(cached.val_data, plain.val_data)
+    same(cached.data.val("student"), plain.data.val("student"))
     assert len(list(tmp_path.glob("synthetic-*.cache"))) == 2
     monkeypatch.setattr(SyntheticScenes, "__getitem__", None)
-    again = ResolvedStudy(small_study(**changes)).teacher_batches().batch(2)
+    again = ResolvedStudy(small_study(**changes)).factory.batches(0, "teacher").batch(2)
     assert again[0].shape == got[0].shape
 
 
@@ -346,8 +347,8 @@ def test_where_the_cache_lies_changes_no_result():
     here = small_study(data_settings__cache="disk", data_settings__cache_folder="/here")
     there = small_study(data_settings__cache="disk", data_settings__cache_folder="/there")
     assert here.comparable() == there.comparable()
-    assert ResolvedStudy(here).cost_key("none") == ResolvedStudy(there).cost_key("none")
-    assert ResolvedStudy(here).cost_key("none") != ResolvedStudy(small_study()).cost_key("none")
+    assert cost_key(ResolvedStudy(here), "none") == cost_key(ResolvedStudy(there), "none")
+    assert cost_key(ResolvedStudy(here), "none") != cost_key(ResolvedStudy(small_study()), "none")
 
 
 def test_the_old_name_of_the_setting_is_refused():

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdprof import catalogue
-from kdprof.method import Found, Method, Recipe, builtin_methods
-from kdprof.method_cards import REGENERATE, markdown
+from kdprof.discovery import MethodEntry, builtin_methods
+from kdprof.method import Method, Recipe
+from kdprof.reports import methods
+from kdprof.reports.methods_page import REGENERATE, markdown
 
 METHODS = {n: found for n, found in builtin_methods().items() if found.origin == "built-in"}
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
@@ -83,20 +84,20 @@ def test_figures_of_the_cards():
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_list_fits_and_breaks_no_word(width):
-    lines = printed(catalogue.print_methods, METHODS, width)
+    lines = printed(methods.print_methods, METHODS, width)
     assert max(map(len, lines)) <= width
     assert len(lines) < 3 * len(METHODS)
     text = "\n".join(lines)
     for name, found in METHODS.items():
         assert re.search(rf"^ *{name} ", text, re.M), name
-        for term in list(found.cls.weights)[: catalogue.MOST_TERMS]:
+        for term in list(found.cls.weights)[: methods.MOST_TERMS]:
             assert term in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_fits(name, width):
-    lines = printed(catalogue.print_method, METHODS[name], width)
+    lines = printed(methods.print_method, METHODS[name], width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "``" not in text
@@ -105,7 +106,7 @@ def test_a_method_fits(name, width):
 
 
 def test_variants_stand_under_their_method():
-    names = [name for _, family in catalogue.by_family(METHODS) for name in family]
+    names = [name for _, family in methods.by_family(METHODS) for name in family]
     assert sorted(names) == sorted(METHODS)
     at = names.index("cwd")
     assert names[at : at + 4] == ["cwd", "cwd:cirkd", "cwd:feature", "cwd:mmrazor"]
@@ -128,7 +129,7 @@ class Scant(Method):
 
 
 def test_a_users_method_needs_no_more_than_the_contract():
-    text = "\n".join(printed(catalogue.print_method, Found(Scant, "./mine.py"), 80))
+    text = "\n".join(printed(methods.print_method, MethodEntry(Scant, "./mine.py"), 80))
     assert "custom, from ./mine.py" in text
     assert "Equation" not in text
     assert "    2e-05" not in text
@@ -142,7 +143,7 @@ def test_a_users_method_needs_no_more_than_the_contract():
 
 
 def test_markdown_escapes_what_it_would_read_as_its_own():
-    page = markdown({"scant": Found(Scant, "built-in")})
+    page = markdown({"scant": MethodEntry(Scant, "built-in")})
     assert r"`a < b` and \_c_ \* d." in page
     assert "- one item\n- two" in page
     assert "own optimiser" not in page
@@ -150,4 +151,4 @@ def test_markdown_escapes_what_it_would_read_as_its_own():
 
 
 def test_pages_of_users_methods_are_left_out():
-    assert "scant" not in markdown({**METHODS, "scant": Found(Scant, "elsewhere")})
+    assert "scant" not in markdown({**METHODS, "scant": MethodEntry(Scant, "elsewhere")})

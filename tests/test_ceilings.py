@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from kdprof.device import backends_kept
+from kdprof.hardware.device import backends_kept
 from kdprof.measure import ceilings
 from kdprof.measure.ceilings import (
     PUBLISHED_PEAKS,

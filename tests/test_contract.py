@@ -11,12 +11,12 @@ import torch
 from click.testing import CliRunner
 
 from kdprof.cli import cli
-from kdprof.contract import CHECKS, check_method
-from kdprof.contract.bench import Bench
-from kdprof.contract.checks import NotApplicable, left_alone
-from kdprof.contract.ranks import in_two_processes
+from kdprof.discovery import builtin_methods, find_method
 from kdprof.errors import UserError
-from kdprof.method import builtin_methods, find_method
+from kdprof.method_checks import CHECKS, check_method
+from kdprof.method_checks.bench import Bench
+from kdprof.method_checks.checks import NotApplicable, left_alone
+from kdprof.method_checks.two_ranks import in_two_processes
 
 NAMES = sorted(name for name, found in builtin_methods().items() if found.origin == "built-in")
 ALONE = [name for name in CHECKS if name != "ddp"]

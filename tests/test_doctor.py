@@ -12,7 +12,7 @@ from small_study import small_study
 
 from kdprof import doctor
 from kdprof.doctor import findings, print_feeding, print_findings
-from kdprof.hardware import CpuHardware
+from kdprof.hardware.cpu import CpuHardware
 from kdprof.measure import feeding
 from kdprof.measure.feeding import Feeding, measure_feeding
 from kdprof.progress import Progress

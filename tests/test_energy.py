@@ -3,7 +3,7 @@
 import pytest
 from nvml_replay import replayed
 
-from kdprof.hardware import RaplMeter
+from kdprof.hardware.cpu import RaplMeter
 from kdprof.measure.energy import measure_energy
 
 

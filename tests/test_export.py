@@ -9,8 +9,8 @@ from safetensors import safe_open
 from small_study import train_small
 
 from kdprof.errors import UserError
-from kdprof.export import export
 from kdprof.models import build
+from kdprof.models.export import export
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.store import Store
 from kdprof.train import checkpoint

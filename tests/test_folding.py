@@ -14,6 +14,7 @@ from kdprof.measure.trace import StepTrace
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded
 from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.key import cost_key
 
 LOOK = torch.randint(0, 256, (2, 3, 72, 96), generator=torch.Generator().manual_seed(3))
 IMAGES = LOOK.to(torch.uint8)
@@ -67,8 +68,8 @@ def test_a_convolution_that_is_read_beside_its_norm_is_told():
 
 def steps(method: str, **changes):
     study = ResolvedStudy(small_study(methods=[method], **changes))
-    step = study.step(method, study.frozen(study.placed_teacher()))
-    batches = study.batches(0)
+    step = study.factory.step(method, study.factory.frozen(study.factory.placed_teacher()))
+    batches = study.factory.batches(0)
     found = [step(*batches.batch(index), index) for index in range(3)]
     return step, found
 
@@ -127,5 +128,5 @@ def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path):
 
 def test_the_options_have_costs_of_their_own():
     changes = [{}, {"step.fold_teacher": True}, {"step.compile": "default"}]
-    keys = {ResolvedStudy(small_study(**change)).cost_key("kd") for change in changes}
+    keys = {cost_key(ResolvedStudy(small_study(**change)), "kd") for change in changes}
     assert len(keys) == 3

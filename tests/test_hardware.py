@@ -11,15 +11,11 @@ import pytest
 import torch
 from nvml_replay import NvmlReplay, replayed, session
 
-from kdprof import hardware
-from kdprof.device import versions
-from kdprof.hardware import (
-    CpuHardware,
-    CudaHardware,
-    NoNvml,
-    hardware_of,
-    open_nvml,
-)
+from kdprof.hardware import hardware_of
+from kdprof.hardware import nvml as nvml_module
+from kdprof.hardware.cpu import CpuHardware
+from kdprof.hardware.device import versions
+from kdprof.hardware.nvml import CudaHardware, NoNvml, open_nvml
 
 GIB = 2**30
 SESSIONS = ("healthy", "throttled_shared", "consumer", "no_permission", "driver_goes_away")
@@ -109,7 +105,7 @@ def test_reasons_that_hold_the_clock_down(mask, names, harmful):
 
 
 def test_our_bits_are_nvmls():
-    ours = {name.replace(" ", ""): bit for bit, name in hardware._CLOCK_REASONS.items()}
+    ours = {name.replace(" ", ""): bit for bit, name in nvml_module._CLOCK_REASONS.items()}
     theirs = {
         "idle": pynvml.nvmlClocksThrottleReasonGpuIdle,
         "powercap": pynvml.nvmlClocksThrottleReasonSwPowerCap,
@@ -123,7 +119,11 @@ def test_our_bits_are_nvmls():
     }
     assert ours == theirs
     clocks = (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU)
-    assert clocks == (hardware._SM_CLOCK, hardware._MEMORY_CLOCK, hardware._CORE_TEMPERATURE)
+    assert clocks == (
+        nvml_module._SM_CLOCK,
+        nvml_module._MEMORY_CLOCK,
+        nvml_module._CORE_TEMPERATURE,
+    )
 
 
 def test_a_consumer_card_says_which_readings_it_does_not_support():
@@ -200,7 +200,7 @@ def test_a_uuid_that_nvml_does_not_know():
 
 def test_pynvml_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    nvml = hardware._nvml_of(torch.device("cuda", 0))
+    nvml = nvml_module.nvml_of(torch.device("cuda", 0))
     assert isinstance(nvml, NoNvml)
     assert "pip install nvidia-ml-py" in nvml.reason
 

@@ -18,10 +18,12 @@ from simulated import (
 )
 
 from kdprof.measure import latency
-from kdprof.measure.canary import Canary
+from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock, phase_seconds
-from kdprof.measure.latency import Stopwatch, collector_off, time_in_turn
-from kdprof.measure.subject import BadStep, CallableSubject, StudySubject
+from kdprof.measure.latency import Stopwatch, collector_off, time_interleaved
+from kdprof.measure.study_step import StudySubject
+from kdprof.measure.subject import BadStep
+from kdprof.measure.user_step import CallableSubject
 from kdprof.stats import drift_of
 from kdprof.step import PHASES
 from kdprof.study import MeasureSettings
@@ -72,7 +74,9 @@ def test_subjects_take_turns_in_random_order():
     steps = [Told(name, 0.01, clock, quiet()) for name in "abc"]
     settings = MeasureSettings(least_rounds=12, max_time_s=1, steps=3)
     canary = SimulatedCanary(clock, quiet())
-    session = time_in_turn(steps, settings, clock=clock, canary=canary, hardware=QuietHardware())
+    session = time_interleaved(
+        steps, settings, clock=clock, canary=canary, hardware=QuietHardware()
+    )
     assert session.rounds == 12
     timed = "".join(seen)[-12 * 3 * 4 :]
     blocks = [timed[i : i + 4] for i in range(0, len(timed), 4)]
@@ -149,7 +153,7 @@ def test_an_outlier_keeps_its_place_and_has_its_cause():
     taken: list[str] = []
     clock = SimulatedClock()
     noise = calibration.MACHINES["independent"](np.random.default_rng(1), 0.005)
-    session = time_in_turn(
+    session = time_interleaved(
         [Collecting("a", 0.01, clock, noise)],
         MeasureSettings(least_rounds=12, max_time_s=0.1),
         clock=clock,
@@ -184,7 +188,7 @@ def test_the_hardware_names_the_cause_of_an_outlier():
 
     noise = iter([*[1.0, 1.01, 0.99] * 12, 3.0, *[1.0, 1.01, 0.99] * 30])
     clock = SimulatedClock()
-    session = time_in_turn(
+    session = time_interleaved(
         [SimulatedStep("a", 0.01, clock, noise)],
         MeasureSettings(least_rounds=12, max_time_s=0.1),
         clock=clock,
@@ -223,8 +227,10 @@ class Diverging(Mimic):
 
 def real_session(*subjects, settings=BRIEF):
     clock = CpuClock()
-    canary = Canary(torch.device("cpu"), clock)
-    return time_in_turn(subjects, settings, clock=clock, canary=canary, hardware=QuietHardware())
+    canary = CanaryKernel(torch.device("cpu"), clock)
+    return time_interleaved(
+        subjects, settings, clock=clock, canary=canary, hardware=QuietHardware()
+    )
 
 
 def no_loader(step):

@@ -18,7 +18,8 @@ from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store, write_record
 from kdprof.study import claim_folder
-from kdprof.train import checkpoint, train_named
+from kdprof.train import checkpoint
+from kdprof.train.runs import train_named
 
 METHODS = '''
 import os, signal, time

@@ -11,7 +11,7 @@ from PIL import Image
 from kdprof.data import decoded, open_data
 from kdprof.data.check import check_data
 from kdprof.data.files import classes_of
-from kdprof.data.layouts import COCO_UNUSED, LAYOUTS, PUBLISHED
+from kdprof.data.layouts import COCO_UNUSED, LAYOUTS, PUBLISHED_DATA_SETS
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 
@@ -176,7 +176,7 @@ def test_class_tables(name, classes):
     found = classes_of(name)
     assert len(found.names) == len(set(found.names)) == classes
     assert all(len(c) == 3 and all(0 <= v < 256 for v in c) for c in found.palette)
-    assert PUBLISHED[name].counts["val"] > 100
+    assert PUBLISHED_DATA_SETS[name].counts["val"] > 100
 
 
 def test_removed_ids_of_coco_leave_171_classes():

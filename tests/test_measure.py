@@ -14,8 +14,9 @@ import kdprof as package
 from kdprof import cli
 from kdprof.errors import UserError
 from kdprof.measure import Failure, isolation, measure
-from kdprof.measure.isolation import Request, explain, run_isolated
-from kdprof.measure.session import hidden_cost
+from kdprof.measure.cost import hidden_cost
+from kdprof.measure.isolation import Request, run_isolated
+from kdprof.processes import explain
 from kdprof.progress import Progress
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
@@ -152,7 +153,7 @@ def test_the_reference_is_one(costs):
 
 
 def test_flop_are_those_of_counting_without_running(costs):
-    from kdprof.measure import count_costs
+    from kdprof.measure.count_study import count_costs
 
     resolved = ResolvedStudy(small_study(methods=["none", "kd", "fitnet", "ifvd"]))
     for counted in count_costs(resolved, list(costs), Progress(None)).costs:

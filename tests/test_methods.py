@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from oracles_core import ORACLES, variation
 from torch import nn
 
+from kdprof.discovery import builtin_methods, find_method
 from kdprof.errors import UserError
 from kdprof.measure.count import count_step, fake_tensors
-from kdprof.method import Method, NetworkInfo, Taps, builtin_methods, find_method
+from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._discriminator import (
     AdversarialMethod,
     Adversary,

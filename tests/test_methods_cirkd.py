@@ -15,9 +15,10 @@ from test_methods import real_batch, real_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdprof.discovery import find_method
 from kdprof.errors import UserError
 from kdprof.measure.trace import StepTrace
-from kdprof.method import NetworkInfo, Taps, find_method
+from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import cirkd, cirkdv2
 from kdprof.methods.ifvd import membership
 

@@ -14,9 +14,10 @@ from test_methods import network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdprof.discovery import find_method
 from kdprof.errors import UserError
 from kdprof.measure.trace import StepTrace
-from kdprof.method import IGNORE, NetworkInfo, Taps, find_method
+from kdprof.method import IGNORE, NetworkInfo, Taps
 from kdprof.methods import dkd
 from kdprof.methods.dkd import DKD, DKDFirst, labelled, one_vs_all, sigmoids, split_logits
 from kdprof.methods.ilt import ILT, ILTFeature, padded_cross_entropy
@@ -409,13 +410,13 @@ def assert_trains_without_waiting(step, batch):
 
 @pytest.mark.parametrize("name", ["dkd", "ilt", "ilt:feature"])
 def test_a_step_that_adds_classes_never_waits_for_the_device(resolved, name):
-    step = resolved.step(name, resolved.placed_teacher())
-    moved = assert_trains_without_waiting(step, resolved.batches(0).batch(0))
+    step = resolved.factory.step(name, resolved.factory.placed_teacher())
+    moved = assert_trains_without_waiting(step, resolved.factory.batches(0).batch(0))
     assert (moved[1:] > 0).all()
 
 
 def test_the_first_step_never_waits_for_the_device(resolved):
-    step = resolved.teacher_step()
+    step = resolved.factory.teacher_step()
     assert step.method.name == "dkd:first"
-    moved = assert_trains_without_waiting(step, resolved.teacher_batches().batch(0))
+    moved = assert_trains_without_waiting(step, resolved.factory.batches(0, "teacher").batch(0))
     assert (moved > 0).all()

@@ -15,10 +15,11 @@ import torch
 from small_study import small_study, small_toml
 from torch import nn
 
+from kdprof.distributed.data_parallel import leaves_of
+from kdprof.distributed.ranks import lost_contact
 from kdprof.errors import UserError
-from kdprof.hardware import SeveralGpus
+from kdprof.hardware.several import SeveralGpus
 from kdprof.launch.group import in_group
-from kdprof.parallel import leaves_of, lost_contact
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store
 from kdprof.train import checkpoint

@@ -14,7 +14,7 @@ from test_cli import kdprof
 
 from kdprof.errors import UserError
 from kdprof.method import Method, Recipe
-from kdprof.published import classes_of, published
+from kdprof.published import classes_of, converted_schedules
 from kdprof.reports.published import published_table
 from kdprof.store import Store
 from kdprof.study import claim_folder
@@ -41,7 +41,7 @@ def cost(name: str, seconds: float, **changes):
 def only(*recipes: Recipe, **costs):
     """Convert a method ``mine`` of 0.4 s, beside kd of 0.1 s unless ``costs`` says otherwise."""
     made = {"mine": cost("mine", 0.4), "kd": cost("kd", 0.1), **costs}
-    found = published({n: c for n, c in made.items() if c}, {"mine": method(*recipes)})
+    found = converted_schedules({n: c for n, c in made.items() if c}, {"mine": method(*recipes)})
     return [one for one in found if one.method == "mine"]
 
 
@@ -106,9 +106,9 @@ def test_unreliable_costs_are_named():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"iterations": None}, "iterations not published"),
-        ({"batch": None, "crop": None}, "batch, crop not published"),
-        ({"iterations": None, "epochs": 60}, "60 epochs; iterations not published"),
+        ({"iterations": None}, "iterations not converted_schedules"),
+        ({"batch": None, "crop": None}, "batch, crop not converted_schedules"),
+        ({"iterations": None, "epochs": 60}, "60 epochs; iterations not converted_schedules"),
     ],
 )
 def test_what_is_not_published_is_listed_with_the_reason(changes, reason):
@@ -118,9 +118,11 @@ def test_what_is_not_published_is_listed_with_the_reason(changes, reason):
 
 
 def test_a_method_without_recipes_or_class_is_listed():
-    found = published({"mine": cost("mine", 0.4), "gone": cost("gone", 0.4)}, {"mine": method()})
+    found = converted_schedules(
+        {"mine": cost("mine", 0.4), "gone": cost("gone", 0.4)}, {"mine": method()}
+    )
     assert [one.reason for one in found] == [
-        "no published recipe is known",
+        "no converted_schedules recipe is known",
         "its class was not found",
     ]
 
@@ -134,10 +136,10 @@ def test_one_data_set_and_its_scenarios():
     costs = {"mine": cost("mine", 0.4)}
     sets = ("Pascal VOC", "Pascal VOC 15-1", "Pascal Context")
     classes = {"mine": method(*(replace(CITY, dataset=name) for name in sets))}
-    found = published(costs, classes, "pascal voc")
+    found = converted_schedules(costs, classes, "pascal voc")
     assert [one.dataset for one in found] == list(sets[:2])
     with pytest.raises(UserError, match=r"unknown data set 'Pascal VOX'; did you mean 'Pascal VOC"):
-        published(costs, classes, "Pascal VOX")
+        converted_schedules(costs, classes, "Pascal VOX")
 
 
 def test_classes_of_files_and_of_files_that_are_gone(tmp_path):
@@ -179,7 +181,7 @@ def test_the_table_marks_unreliable_costs_and_lists_the_rest():
     text = shown(found, [cost("mine", 0.4)])
     assert "mine†" in text
     assert "UNRELIABLE cost (kd)" in text
-    assert "  mine, Cityscapes: batch not published" in text
+    assert "  mine, Cityscapes: batch not converted_schedules" in text
 
 
 @pytest.fixture
@@ -195,7 +197,7 @@ def measured(tmp_path):
 
 def test_the_command_converts_what_the_papers_published(measured):
     """bpkd on ADE20K: 80k iterations at 0.3 s are those of 120k of kd at 0.2 s."""
-    arguments = ("convert", "--published", "--dataset", "ade20k", "--out", measured.root)
+    arguments = ("convert", "--converted_schedules", "--dataset", "ade20k", "--out", measured.root)
     done = kdprof(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     (bpkd,) = [one for one in json.loads(done.stdout) if one["method"] == "bpkd"]
@@ -210,20 +212,20 @@ def test_the_command_converts_what_the_papers_published(measured):
 
 
 def test_the_command_takes_every_data_set(measured):
-    done = kdprof("convert", "--published", "--out", measured.root)
+    done = kdprof("convert", "--converted_schedules", "--out", measured.root)
     assert done.returncode == 0, done.stderr
     for dataset in ("Cityscapes", "ADE20K", "Pascal VOC", "CamVid", "COCO-Stuff"):
-        assert f"{dataset}: published schedules" in done.stdout
-    assert "bpkd, Pascal Context: batch, crop not published" in done.stdout
+        assert f"{dataset}: converted_schedules schedules" in done.stdout
+    assert "bpkd, Pascal Context: batch, crop not converted_schedules" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--published"], "holds no study"),
-        (["--published", "40k"], "either a budget"),
+        (["--converted_schedules"], "holds no study"),
+        (["--converted_schedules", "40k"], "either a budget"),
         ([], "either a budget"),
-        (["40k", "--dataset", "ADE20K"], "add --published"),
+        (["40k", "--dataset", "ADE20K"], "add --converted_schedules"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, tmp_path):

@@ -299,8 +299,8 @@ def test_the_report_has_old_and_new_columns(trained):
 
 def test_a_student_starts_as_its_teacher():
     study = ResolvedStudy(load_study(None, SMALL | INCREMENTAL))
-    teacher = study.placed_teacher()
-    student = study.step("none", teacher, seed=3).student
+    teacher = study.factory.placed_teacher()
+    student = study.factory.step("none", teacher, seed=3).student
     assert torch.equal(
         student.decode_head.bottleneck.conv.weight, teacher.decode_head.bottleneck.conv.weight
     )

@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdprof.discovery import builtin_methods
 from kdprof.measure import trace as tracing
 from kdprof.measure.count import count_step, fake_tensors
-from kdprof.measure.operators import CONVOLUTION_FORMULAS
+from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
 from kdprof.measure.trace import WHOLE, StepTrace
-from kdprof.method import Method, builtin_methods
+from kdprof.method import Method
 
 FLOAT = 4
 METHODS = sorted(builtin_methods())

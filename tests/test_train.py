@@ -20,8 +20,10 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.step import TrainStep
 from kdprof.store import RunFolder, Store
 from kdprof.study import claim_folder
-from kdprof.train import checkpoint, loop, prepare, train
+from kdprof.train import checkpoint, loop
 from kdprof.train.loop import Interrupted
+from kdprof.train.prepare import prepare
+from kdprof.train.runs import train
 
 
 def weights(folder: RunFolder) -> dict:
@@ -99,18 +101,20 @@ def test_controls_are_part_of_a_comparison(tmp_path):
 
 def test_paired_seeds_share_initialisation_and_data():
     study = ResolvedStudy(small_study(methods=["none", "kd", "fitnet"]))
-    teacher = study.placed_teacher()
-    steps = [study.step(name, teacher, seed=3) for name in ("none", "kd", "fitnet")]
+    teacher = study.factory.placed_teacher()
+    steps = [study.factory.step(name, teacher, seed=3) for name in ("none", "kd", "fitnet")]
     for step in steps[1:]:
         for ours, theirs in zip(
             step.student.parameters(), steps[0].student.parameters(), strict=True
         ):
             assert torch.equal(ours, theirs)
-    other = study.step("none", None, seed=4)
+    other = study.factory.step("none", None, seed=4)
     assert not torch.equal(
         other.student.decode_head.conv_seg.weight, steps[0].student.decode_head.conv_seg.weight
     )
-    assert not torch.equal(study.batches(3).batch(0)[0], study.batches(4).batch(0)[0])
+    assert not torch.equal(
+        study.factory.batches(3).batch(0)[0], study.factory.batches(4).batch(0)[0]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,10 +10,11 @@ from small_study import small_study, train_small
 from kdprof.data import require_files
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
-from kdprof.export import export
 from kdprof.models import SegmentationNetwork, build, parse_name
+from kdprof.models.export import export
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.key import cost_key, cost_settings
 from kdprof.store import Store
 from kdprof.study import load_study
 from kdprof.train import checkpoint
@@ -242,15 +243,15 @@ def test_students_learn_from_a_file(teacher, tmp_path):
     assert checkpoint.load(store.teacher_folder()) == (None, None)
     study = ResolvedStudy(small_study(**changes))
     assert str(study.teacher_name) == "cirkd-pspnet-resnet18s-w64"
-    found, told = study.published_teacher()
+    found, told = study.factory.published_teacher()
     assert torch.equal(found.decode_head.conv_seg.weight, network.decode_head.conv_seg.weight)
     assert found.preprocessing.bgr
     assert "entries loaded" in told
     # What the teacher is, is part of what a step costs; which file it came from is not.
     other = ResolvedStudy(small_study(teacher="cirkd-pspnet-r18-w64", methods=["kd"]))
-    assert study.cost_key("kd") == other.cost_key("kd")
+    assert cost_key(study, "kd") == cost_key(other, "kd")
     plain = ResolvedStudy(small_study(teacher="pspnet-r18", methods=["kd"]))
-    assert study.cost_key("kd") != plain.cost_key("kd")
+    assert cost_key(study, "kd") != cost_key(plain, "kd")
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(teacher, published):
@@ -277,11 +278,11 @@ def test_a_teacher_without_auxiliary_head_teaches_no_method_that_reads_one(tmp_p
 
 def test_a_preset_is_measured_without_data_or_weights():
     study = ResolvedStudy(load_study("camvid-pspnet-r18", {"device": "cpu"}), weights=False)
-    assert (len(study.train_data), study.train_data.num_classes) == (367, 11)
-    images, labels = study.batches(0).batch(0)
+    assert (len(study.data.files["train"]), study.data.num_classes("student")) == (367, 11)
+    images, labels = study.factory.batches(0).batch(0)
     assert images.shape == (16, 3, 360, 360)
     assert set(labels.unique().tolist()) <= {*range(11), 255}
-    assert study.cost_settings("none")["drawn"]
-    assert str(study.student(0).name) == "cirkd-pspnet-resnet18s"
+    assert cost_settings(study, "none")["placeholder_images"]
+    assert str(study.factory.student(0).name) == "cirkd-pspnet-resnet18s"
     with pytest.raises(UserError, match="needs its folder; give camvid:ROOT"):
-        require_files(study.study.data)
+        require_files(study.plain.data)

@@ -1,16 +1,13 @@
-"""Data sets on disk, or drawn; random augmentation; batches."""
+"""Data sets on disk or synthetic, random augmentation, batches, the loader.
+
+Here files become batches on a device; nothing here knows a network, a method or a budget.
+"""
 
 from kdprof.data.augment import Augmentation, fitted_size
+from kdprof.data.base import DataOnDisk, SegmentationData
 from kdprof.data.batches import PREFETCHED, Batches, evaluation_batches
 from kdprof.data.cache import decoded, default_folder
-from kdprof.data.dataset import (
-    DataOnDisk,
-    SegmentationData,
-    fit_of,
-    is_drawn,
-    open_data,
-    require_files,
-)
+from kdprof.data.dataset import fit_of, open_data, require_files, title_of, uses_placeholders
 from kdprof.data.feeder import Feeder
 
 __all__ = [
@@ -25,7 +22,8 @@ __all__ = [
     "evaluation_batches",
     "fit_of",
     "fitted_size",
-    "is_drawn",
     "open_data",
     "require_files",
+    "title_of",
+    "uses_placeholders",
 ]

@@ -6,7 +6,6 @@ import atexit
 import signal
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdprof.data.augment import Augmentation, Gathered
+from kdprof.data.base import SegmentationData
 from kdprof.data.streams import Stream, generator
 from kdprof.errors import KdprofError, UserError
-
-if TYPE_CHECKING:
-    from kdprof.data.dataset import SegmentationData
 
 Batch = tuple[Tensor, Tensor]
 """Images uint8 (N, 3, h, w) and labels uint8 (N, h, w), 255 where void."""

@@ -27,6 +27,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from kdprof.data.dataset import DataOnDisk, SegmentationData
+from kdprof.data.base import DataOnDisk, SegmentationData
 from kdprof.data.decoded import Decoded, decode_all, in_threads
 from kdprof.errors import KdprofError, UserError
 from kdprof.progress import Progress
@@ -115,7 +116,7 @@ def _intact(data: SegmentationData, path: Path, progress: Progress) -> Cached | 
         return None
 
 
-class Cached:
+class Cached(SegmentationData):
     """``data`` from a cache file: images (3, H, W) and labels (H, W) are views of a read-only
     mapping, which loader processes share. Writing to them ends the process.
 
@@ -124,15 +125,17 @@ class Cached:
     """
 
     def __init__(self, data: SegmentationData, path: Path):
-        self.name, self.split, self.num_classes = data.name, data.split, data.num_classes
-        self.class_names, self.palette = data.class_names, data.palette
+        super().__init__(data.name, data.split, data.classes)
         self.path = path
         self._pixels = _mapped(path)
         self._index = _read_index(path, self._pixels)
-        self.labels_shown = np.unpackbits(self._index["shown"], axis=1).astype(bool)
-        """(images, 256): which labels each image shows."""
         if not all(in_threads(self._is_intact, range(len(self)))):
             raise Damaged(f"the cache {path} is damaged")
+
+    @cached_property
+    def labels_shown(self) -> np.ndarray:
+        """Which label values each image shows, (images, 256) booleans, from the index."""
+        return np.unpackbits(self._index["shown"], axis=1).astype(bool)
 
     def __len__(self) -> int:
         return len(self._index)

@@ -39,8 +39,6 @@ class CamVid(PairedImages):
             alone. What only decoding shows is raised when the image is read.
     """
 
-    palette = CLASSES.palette
-
     def __init__(self, root: Path, split: str):
         super().__init__("camvid", split, CLASSES, VALUES, _pairs(root, split))
 

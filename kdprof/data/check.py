@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdprof.data.dataset import DataOnDisk, open_data
+from kdprof.data.base import DataOnDisk
+from kdprof.data.dataset import open_data
 from kdprof.data.decoded import in_threads
-from kdprof.data.layouts import PUBLISHED, Published
+from kdprof.data.layouts import PUBLISHED_DATA_SETS, PublishedDataSet
 from kdprof.errors import UserError
 from kdprof.method import IGNORE
 from kdprof.progress import Progress
@@ -57,7 +58,7 @@ class DataCheck:
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     splits: list[SplitCheck]
-    usual: Published | None = None
+    usual: PublishedDataSet | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -74,7 +75,7 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
         spec: ``NAME:ROOT``.
     """
     name = spec.partition(":")[0]
-    usual = PUBLISHED.get(name)
+    usual = PUBLISHED_DATA_SETS.get(name)
     found, classes = [], ((), ())
     for split in splits:
         made = SplitCheck(split, published=usual.counts.get(split) if usual else None)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from kdprof.data.dataset import SegmentationData
+from kdprof.data.base import SegmentationData
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-class Decoded:
+class Decoded(SegmentationData):
     """Every image and label of ``data``, decoded when this is made.
 
     Raises:
@@ -25,8 +25,7 @@ class Decoded:
     """
 
     def __init__(self, data: SegmentationData, progress: Progress):
-        self.name, self.split, self.num_classes = data.name, data.split, data.num_classes
-        self.class_names, self.palette = data.class_names, data.palette
+        super().__init__(data.name, data.split, data.classes)
         self._samples = decode_all(data, lambda index, sample: sample, progress)
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdprof.data.base import Classes, DataOnDisk
 from kdprof.errors import UserError, nearest
 from kdprof.method import IGNORE
 
@@ -31,18 +32,6 @@ REFUSED = 254
 
 Pair = tuple[Path, Path]
 """An image and its label."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """What a data set tells apart.
-
-    Attributes:
-        palette: an RGB colour for each class.
-    """
-
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
 
 
 @cache
@@ -88,7 +77,7 @@ class LabelValues:
         return cls.of(meaning, f"1-{classes} or 0 (void)")
 
 
-class PairedImages:
+class PairedImages(DataOnDisk):
     """One split of a data set. Images are (3, H, W), labels (H, W).
 
     Args:
@@ -98,9 +87,8 @@ class PairedImages:
     def __init__(
         self, name: str, split: str, classes: Classes, values: LabelValues, pairs: Sequence[Pair]
     ):
-        self.name, self.split, self.pairs = name, split, list(pairs)
-        self.class_names, self.palette = classes.names, classes.palette
-        self.num_classes, self._values = len(classes.names), values
+        super().__init__(name, split, classes)
+        self.pairs, self._values = list(pairs), values
 
     def __len__(self) -> int:
         return len(self.pairs)

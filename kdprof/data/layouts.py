@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdprof.data.base import Classes
 from kdprof.data.camvid import CamVid
 from kdprof.data.files import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
-    Classes,
     LabelValues,
     Pair,
     PairedImages,
@@ -28,10 +28,11 @@ from kdprof.method import IGNORE
 
 
 @dataclass(frozen=True)
-class Published:
-    """What is known of a data set.
+class PublishedDataSet:
+    """What is known of a published data set.
 
     Attributes:
+        title: what papers call it.
         counts: images of each split.
         crop: height and width of a training crop, the usual one (mmsegmentation's).
         fit: what images are usually resized to fit before it, see
@@ -39,21 +40,38 @@ class Published:
         size: of a usual image, height and width.
     """
 
+    title: str
     counts: Mapping[str, int]
     crop: tuple[int, int]
     fit: tuple[int, int] | None
     size: tuple[int, int]
 
 
-PUBLISHED: Mapping[str, Published] = {
-    "camvid": Published({"train": 367, "val": 101, "test": 233}, (360, 360), None, (360, 480)),
-    "cityscapes": Published({"train": 2975, "val": 500}, (512, 1024), None, (1024, 2048)),
-    "cityscapes-coarse": Published({"train": 22973, "val": 500}, (512, 1024), None, (1024, 2048)),
-    "ade20k": Published({"train": 20210, "val": 2000}, (512, 512), (512, 2048), (512, 683)),
-    "voc": Published({"train": 1464, "val": 1449}, (512, 512), (512, 2048), (375, 500)),
-    "voc-aug": Published({"train": 10582, "val": 1449}, (512, 512), (512, 2048), (375, 500)),
-    "coco-stuff": Published({"train": 118287, "val": 5000}, (512, 512), (512, 2048), (480, 640)),
-    "pascal-context": Published({"train": 4996, "val": 5104}, (480, 480), (520, 520), (375, 500)),
+PUBLISHED_DATA_SETS: Mapping[str, PublishedDataSet] = {
+    "camvid": PublishedDataSet(
+        "CamVid", {"train": 367, "val": 101, "test": 233}, (360, 360), None, (360, 480)
+    ),
+    "cityscapes": PublishedDataSet(
+        "Cityscapes", {"train": 2975, "val": 500}, (512, 1024), None, (1024, 2048)
+    ),
+    "cityscapes-coarse": PublishedDataSet(
+        "Cityscapes", {"train": 22973, "val": 500}, (512, 1024), None, (1024, 2048)
+    ),
+    "ade20k": PublishedDataSet(
+        "ADE20K", {"train": 20210, "val": 2000}, (512, 512), (512, 2048), (512, 683)
+    ),
+    "voc": PublishedDataSet(
+        "Pascal VOC", {"train": 1464, "val": 1449}, (512, 512), (512, 2048), (375, 500)
+    ),
+    "voc-aug": PublishedDataSet(
+        "Pascal VOC", {"train": 10582, "val": 1449}, (512, 512), (512, 2048), (375, 500)
+    ),
+    "coco-stuff": PublishedDataSet(
+        "COCO-Stuff", {"train": 118287, "val": 5000}, (512, 512), (512, 2048), (480, 640)
+    ),
+    "pascal-context": PublishedDataSet(
+        "Pascal Context", {"train": 4996, "val": 5104}, (480, 480), (520, 520), (375, 500)
+    ),
 }
 """mmsegmentation's counts and pipelines (its dataset documentation and configs/_base_/datasets)."""
 
@@ -68,19 +86,6 @@ COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 def class_table(name: str) -> str:
     """Return whose classes a data set has: variants share them."""
     return name.removesuffix("-coarse").removesuffix("-aug")
-
-
-def open_layout(name: str, root: Path, split: str) -> PairedImages:
-    """Open a split of a data set below ``root``.
-
-    Args:
-        name: of :data:`LAYOUTS`.
-
-    Raises:
-        UserError: no such split, no such layout there, or files that cannot be used; every problem
-            at once.
-    """
-    return LAYOUTS[name](root, split)
 
 
 # Cityscapes
@@ -253,6 +258,7 @@ LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
     "pascal-context": _pascal_context,
     "folder": _folder,
 }
+"""What opens a split below a folder; UserError names every problem of its files at once."""
 
 
 # What they have in common

@@ -15,15 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdprof.data.dataset import SegmentationData
+from kdprof.data.base import Classes, SegmentationData
 from kdprof.errors import UserError, unknown
 from kdprof.method import IGNORE
-from kdprof.study import ADDED, NO_BACKGROUND, ScenarioSettings
+from kdprof.study import ADDED, NO_BACKGROUND, ScenarioSettings, Study
 
 Role = Literal["teacher", "student"]
 BACKGROUND = "background"
 """What a background that the scenario adds is called."""
 _GREY = (128, 128, 128)
+
+
+def scenario_of(study: Study, data: SegmentationData) -> Scenario | None:
+    """Return a study's scenario on a data set; None where it has none.
+
+    Raises:
+        UserError: it does not fit the networks or the data set.
+    """
+    if study.scenario is None:
+        return None
+    if study.starts_as_teacher and study.student != study.teacher:
+        raise UserError(
+            f"scenario: a {study.student} cannot start as the teacher, a {study.teacher}; use "
+            'the same network for both, or set scenario.initialise = "fresh"'
+        )
+    return Scenario.of(study.scenario, data.class_names)
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class Scenario:
         palette = tuple(colours.get(name, _GREY) for name in classes)
         wanted = self._numbers(shown)
         refused = set() if self.setting == "overlapped" else self._numbers(self._to_come(classes))
-        return Relabelled(data, table, tuple(classes), palette, wanted, refused)
+        return Relabelled(data, table, Classes(tuple(classes), palette), wanted, refused)
 
     def _to_come(self, classes: Sequence[str]) -> list[str]:
         return [name for name in self.in_data if name not in classes]
@@ -136,7 +152,7 @@ class Scenario:
         return {number for number, name in enumerate(self.in_data) if name in names}
 
 
-class Relabelled:
+class Relabelled(SegmentationData):
     """A data set with labels mapped by a table, and of its images those that show what is wanted.
 
     Args:
@@ -151,13 +167,11 @@ class Relabelled:
         self,
         data: SegmentationData,
         table: Tensor,
-        class_names: tuple[str, ...],
-        palette: tuple[tuple[int, int, int], ...],
+        classes: Classes,
         wanted: Collection[int] = (),
         refused: Collection[int] = (),
     ):
-        self.name, self.split = data.name, data.split
-        self.class_names, self.palette, self.num_classes = class_names, palette, len(class_names)
+        super().__init__(data.name, data.split, classes)
         self._data, self._table = data, table
         self._wanted, self._refused = sorted(wanted), sorted(refused)
         self._images: list[int] | None = None
@@ -180,7 +194,8 @@ class Relabelled:
             UserError: there is none, or files that cannot be read.
         """
         if self._images is None:
-            shown = presence(self._data) if self._wanted else np.ones((len(self._data), 256), bool)
+            every = np.ones((len(self._data), 256), bool)
+            shown = self._data.labels_shown if self._wanted else every
             chosen = shown[:, self._wanted].any(1) if self._wanted else shown.any(1)
             if self._wanted and self._refused:
                 chosen &= ~shown[:, self._refused].any(1)
@@ -191,24 +206,3 @@ class Relabelled:
                     "step and no later one; use setting 'overlapped', or other classes"
                 )
         return self._images
-
-
-def presence(data: SegmentationData) -> np.ndarray:
-    """Return which labels each image shows, (images, 256) booleans; kept for the next caller.
-
-    Raises:
-        UserError: files that cannot be used; all of them.
-    """
-    known = getattr(data, "labels_shown", None)  # a cache has it in its file
-    if known is not None:
-        return known
-    shown, problems = np.zeros((len(data), 256), bool), []
-    for index in range(len(data)):
-        try:
-            shown[index, np.unique(data.label(index).numpy())] = True
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    data.labels_shown = shown  # type: ignore[attr-defined]
-    return shown

@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+from kdprof.data.base import Classes, DataOnDisk
 from kdprof.data.streams import Stream, generator
 from kdprof.method import IGNORE
 
-CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
+_COLOURS: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("sky", (70, 130, 180)),
     ("building", (70, 70, 70)),
     ("road", (128, 64, 128)),
@@ -34,7 +35,8 @@ CLASSES: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("person", (220, 20, 60)),
     ("cyclist", (119, 11, 32)),
 )
-_ID = {name: index for index, (name, _) in enumerate(CLASSES)}
+CLASSES = Classes(tuple(n for n, _ in _COLOURS), tuple(colour for _, colour in _COLOURS))
+_ID = {name: index for index, name in enumerate(CLASSES.names)}
 _SPLITS = ("train", "val", "test")
 
 CAMERA_HEIGHT = 1.5
@@ -49,16 +51,12 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 
-class SyntheticScenes:
+class SyntheticScenes(DataOnDisk):
     """``count`` scenes of one split. Images are (3, H, W), labels (H, W), see CLASSES."""
 
-    name = "synthetic"
-    class_names = tuple(name for name, _ in CLASSES)
-    palette = tuple(colour for _, colour in CLASSES)
-    num_classes = len(CLASSES)
-
     def __init__(self, split: str, size: tuple[int, int], count: int, seed: int = 0):
-        self.split, self._size, self.count, self.seed = split, size, count, seed
+        super().__init__("synthetic", split, CLASSES)
+        self._size, self.count, self.seed = size, count, seed
 
     def __len__(self) -> int:
         return self.count

@@ -1,13 +1,17 @@
-"""Many runs: the jobs of a study, each trained in a process of its own."""
+"""Many runs: the jobs of a study, each trained in a separate process; a launcher is a file here.
+
+Here processes are started, followed and stopped, locally or by Slurm; nothing here trains.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kdprof.records import run_label
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store
-from kdprof.train.cells import shares_trunks
+from kdprof.train.trunk import shares_trunks
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Job:
 
     def labels(self) -> list[str]:
         """Return what messages call its cells."""
-        return [f"{self.method} {budget} seed {self.seed}" for budget in self.budgets]
+        return [run_label("run", self.method, budget, self.seed) for budget in self.budgets]
 
     def label(self) -> str:
         """Return what messages call it."""
@@ -34,14 +38,11 @@ class Job:
 
 def jobs_of(study: ResolvedStudy, store: Store, names: Sequence[str]) -> list[Job]:
     """Return what is left to train of the named methods, budget by budget, seed by seed."""
-    budgets = [(text,) for text in study.study.budgets]
-    if shares_trunks(study.study):
-        budgets = [tuple(study.study.budgets)]
+    budgets = [(text,) for text in study.budgets]
+    if shares_trunks(study.plain):
+        budgets = [tuple(study.budgets)]
     every = [
-        Job(name, seed, group)
-        for group in budgets
-        for seed in range(study.study.seeds)
-        for name in names
+        Job(name, seed, group) for group in budgets for seed in range(study.seeds) for name in names
     ]
     left = [_unfinished(job, store) for job in every]
     return [job for job in left if job.budgets]

@@ -20,13 +20,15 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kdprof.device import find_device
+from kdprof.distributed.ranks import LostContact, Place, Ranks
 from kdprof.errors import KdprofError, UserError
-from kdprof.follow import follow
-from kdprof.parallel import LostContact, Place, Ranks
+from kdprof.hardware.device import find_device
 from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.follow import follow
 from kdprof.store import write_atomic
 from kdprof.study import Study
+from kdprof.train.runs import Summary
+from kdprof.workflow import Workflow
 
 OUTCOME = "KDPROF_OUTCOME"
 """Environment variable: the file that rank 0's exit code goes to."""
@@ -109,6 +111,22 @@ def in_group(study: Study, lead: Callable[[Ranks | None], Result]) -> Result | N
         return None
     with _ending(ranks):
         return lead(ranks)
+
+
+def train_in_group(workflow: Workflow, arguments: Sequence[str]) -> Summary | int | None:
+    """Train a study in this process, or in as many processes as it has GPUs.
+
+    Args:
+        arguments: of this Python, which make the same call in another process.
+
+    Returns:
+        The summary; the exit code of a group that was started; None in a process that follows
+        rank 0.
+    """
+    study = workflow.study
+    if study.step.gpus > 1 and Place.from_environment() is None:
+        return run_group(arguments, study.step.gpus)
+    return in_group(study, workflow.train)
 
 
 @contextmanager

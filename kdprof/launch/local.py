@@ -11,15 +11,18 @@ from queue import SimpleQueue
 
 import torch
 
-from kdprof.device import find_device
 from kdprof.errors import KdprofError, UserError
+from kdprof.hardware.device import find_device
 from kdprof.launch import Job, jobs_of
-from kdprof.launch.worker import Outcome, Request, Worker
+from kdprof.launch.worker import Outcome, Worker, WorkRequest
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
-from kdprof.train import Prepared, Summary, needs_teacher, trained_teacher
 from kdprof.train.loop import Interrupted, StopSignal
+from kdprof.train.prepare import Prepared
+from kdprof.train.runs import Summary
+from kdprof.train.teacher import needs_teacher, trained_teacher
+from kdprof.workflow import Workflow
 
 CPU_SLOTS = 2
 """Runs at once on a CPU, if nothing else is said."""
@@ -74,28 +77,32 @@ def _gpu_slots(count: int | None, each: int) -> list[Slot]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
-def train_locally(
-    study: ResolvedStudy,
-    store: Store,
-    progress: Progress,
-    slots: Sequence[Slot],
-    *,
-    control: bool,
-    prepared: Prepared,
-) -> Summary:
-    """Train the teacher here, then every cell of the study, as many at once as there are slots.
+def train_locally(workflow: Workflow, slots: int | None) -> Summary:
+    """Train the teacher in this process, then every run of the study, many at once.
 
     A run that fails, or whose process dies, does not keep the others from being made.
 
     Args:
-        prepared: what :func:`kdprof.train.prepare` returned for these methods.
+        slots: runs at once; None = as :func:`divide` chooses.
 
     Raises:
         Interrupted: a signal came; every run is saved.
     """
-    names = [name for name in study.method_names(control=control) if name in prepared.costs]
+    # First: the threads that a slot has are part of what is measured.
+    divided = divide(workflow.study.device, slots, workflow.study.step.gpus)
+    study = workflow.resolved()
+    prepared = workflow.prepare(study)
+    return _train(study, workflow, divided, prepared)
+
+
+def _train(
+    study: ResolvedStudy, workflow: Workflow, slots: Sequence[Slot], prepared: Prepared
+) -> Summary:
+    store, progress = workflow.store, workflow.progress
+    names = study.method_names(control=workflow.control)
+    names = [name for name in names if name in prepared.costs]
     jobs = jobs_of(study, store, names)
-    cells = len(names) * len(study.study.budgets) * study.study.seeds
+    cells = len(names) * len(study.budgets) * study.seeds
     left = sum(len(job.budgets) for job in jobs)
     summary = Summary(skipped=cells - left, failures=list(prepared.failures))
     if jobs and needs_teacher(study, {job.method for job in jobs}):
@@ -114,12 +121,12 @@ def _train_teacher(study: ResolvedStudy, store: Store, progress: Progress, slot:
     Raises:
         KdprofError: it failed.
     """
-    if study.study.step.gpus == 1:
+    if study.step.gpus == 1:
         trained_teacher(study, store, progress)
         torch.cuda.empty_cache()  # the first slot's worker is on this GPU as well
         return
     names = tuple(study.method_names(control=True))
-    request = Request(str(store.root), study.device.type, None, 0, names)
+    request = WorkRequest(str(store.root), study.device.type, None, 0, names)
     outcome = Worker(request, slot).follow(progress.say)
     if outcome.failures:
         raise KdprofError("\n".join(outcome.failures))
@@ -155,9 +162,9 @@ class _Pool:
             Interrupted: a signal came and every worker has saved.
         """
         signals = StopSignal()
-        beside = min(self._count, len(jobs)) - 1
+        others = min(self._count, len(jobs)) - 1
         with signals.watching(), ThreadPoolExecutor(self._count) as threads:
-            jobs_by_future = {threads.submit(self._train, job, beside): job for job in jobs}
+            jobs_by_future = {threads.submit(self._train, job, others): job for job in jobs}
             waiting: set[Future] = set(jobs_by_future)
             try:
                 while waiting:
@@ -179,9 +186,9 @@ class _Pool:
                     worker.stop()
             self._stopping = True
 
-    def _train(self, job: Job, beside: int) -> Outcome:
+    def _train(self, job: Job, others: int) -> Outcome:
         slot = self._free.get()
-        request = Request(str(self._store.root), self._device, job, beside)
+        request = WorkRequest(str(self._store.root), self._device, job, others)
         try:
             with self._running(request, slot) as worker:
                 return worker.follow(self._progress.say) if worker else Outcome(stopped=True)
@@ -189,7 +196,7 @@ class _Pool:
             self._free.put(slot)
 
     @contextmanager
-    def _running(self, request: Request, slot: Slot) -> Iterator[Worker | None]:
+    def _running(self, request: WorkRequest, slot: Slot) -> Iterator[Worker | None]:
         """Start a worker, unless all are to stop."""
         with self._lock:
             worker = None if self._stopping else Worker(request, slot)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from submitit.helpers import DelayedSubmission
@@ -22,10 +22,10 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from kdprof.errors import KdprofError, UserError, unknown
 from kdprof.launch import jobs_of
-from kdprof.launch.worker import Request, Worker
-from kdprof.resolve import ResolvedStudy
+from kdprof.launch.worker import Worker, WorkRequest
 from kdprof.store import Store
 from kdprof.study import Study, claim_folder
+from kdprof.workflow import Workflow
 
 OPTIONS = {
     "partition": "partition",
@@ -101,7 +101,7 @@ class Submitted:
     runs: int
 
 
-def submit(study: Study, store: Store, options: Mapping[str, Any], *, control: bool) -> Submitted:
+def submit(workflow: Workflow, options: Mapping[str, Any]) -> Submitted:
     """Submit what is left of a study and return at once.
 
     Args:
@@ -111,16 +111,18 @@ def submit(study: Study, store: Store, options: Mapping[str, Any], *, control: b
         UserError: the study is wrong, its jobs are in the queue already, nothing is left to train,
             or the cluster refuses the submission.
     """
-    resolved = ResolvedStudy(_as_seen_from_here(study))
-    names = resolved.method_names(control=control)
+    study, store = workflow.study, workflow.store
+    resolved = replace(workflow, study=_as_seen_from_here(study)).resolved()
+    names = resolved.method_names(control=workflow.control)
     jobs = jobs_of(resolved, store, names)
     if not jobs:
         raise UserError(f"every run of {store.root} is finished; next: kdprof plot")
     _refuse_twice(store)
     claim_folder(store.study, study)
     root = str(store.root.resolve())
-    tasks = [Task(Request(root, study.device, job, None)) for job in jobs]
-    first = Task(Request(root, study.device, None, None, tuple(names)))
+    tasks = [Task(WorkRequest(root, study.device, job, None)) for job in jobs]
+    prepare = WorkRequest(root, study.device, None, None, tuple(names), workflow.measuring)
+    first = Task(prepare)
     executor = _executor(store, study, options)
     try:
         preparation = executor.submit(first).job_id
@@ -186,7 +188,7 @@ def _executor(store: Store, study: Study, options: Mapping[str, Any]) -> SlurmEx
 class Task:
     """What one job of the cluster does: run a worker, and have it save before the job ends."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: WorkRequest):
         self.request = request
         self._worker: Worker | None = None
 

@@ -1,51 +1,60 @@
-"""A process that measures one step, or helps to make it: what kdprof.measure.isolation starts.
-
-``python -m kdprof.measure REQUEST RESULT RANK``.
-"""
+"""A process that measures one step, or is another rank of it; see kdprof.measure.isolation."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from kdprof.device import find_device
+from kdprof.distributed.ranks import Place, Ranks
 from kdprof.errors import UserError
-from kdprof.measure.callables import measure_file
-from kdprof.measure.isolation import PROGRESS, Failure, guarded
-from kdprof.parallel import Place, Ranks
+from kdprof.hardware.device import find_device
+from kdprof.measure.isolation import Failure, guarded
+from kdprof.measure.profiles import Files
+from kdprof.measure.user_step import measure_file
+from kdprof.processes import read_request, send
 from kdprof.records import Cost
-from kdprof.store import write_atomic
 
 # kdprof's networks and data are imported where they are used: a user's own step needs neither.
 
 
-def _report(done: int, width: float | None) -> None:
-    print(f"{PROGRESS}{json.dumps([done, width])}", flush=True)
+def _on_round(done: int, width: float | None) -> None:
+    send("round", [done, width])
 
 
-def _measure(request: dict[str, Any], place: Place) -> Cost:
+def _measure(request: Mapping[str, Any], place: Place) -> Cost:
     if request["kind"] == "method":
-        from kdprof.measure.methods import measure_method
-
-        ranks = _ranks(request, place)
-        cost = measure_method(**request["arguments"], report=_report, ranks=ranks)
-        if ranks:
-            ranks.end()
-        return cost
-    return measure_file(**request["arguments"], report=_report)
+        return _measure_method(**request["arguments"], ranks=_ranks(request, place))
+    return measure_file(**request["arguments"], on_round=_on_round)
 
 
-def _ranks(request: dict[str, Any], place: Place) -> Ranks | None:
+def _measure_method(
+    study: Mapping[str, Any],
+    name: str,
+    files: Mapping[str, str],
+    parent: int,
+    ranks: Ranks | None,
+) -> Cost:
+    from kdprof.measure.study_step import measure_here
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.study import Study
+
+    plain = Study.model_validate(study)
+    resolved = ResolvedStudy(plain, parent=parent, weights=False, ranks=ranks)
+    cost = measure_here(resolved, name, Files.from_json(files), _on_round)
+    if ranks:
+        ranks.end()
+    return cost
+
+
+def _ranks(request: Mapping[str, Any], place: Place) -> Ranks | None:
     if place.size == 1:
         return None
     return Ranks(place, find_device(request["arguments"]["study"]["device"]).type)
 
 
-def _follow_rank_0(request: dict[str, Any], place: Place) -> None:
-    from kdprof.follow import follow
+def _follow_rank_0(request: Mapping[str, Any], place: Place) -> None:
     from kdprof.resolve import ResolvedStudy
+    from kdprof.resolve.follow import follow
     from kdprof.study import Study
 
     ranks = _ranks(request, place)
@@ -54,22 +63,21 @@ def _follow_rank_0(request: dict[str, Any], place: Place) -> None:
 
 
 def main() -> None:
-    """Be the child: read the request, measure, write the result. Or be one of those that make its
-    step with it."""
-    asked, result = map(Path, sys.argv[1:3])
-    request = json.loads(asked.read_text())
-    place = Place(int(sys.argv[3]), request["ranks"], f"file://{asked.with_name('rendezvous')}")
+    """Measure what the request asks for and write the result; a rank other than 0 follows."""
+    asked = read_request()
+    request, rendezvous = asked.content, f"file://{asked.folder / 'rendezvous'}"
+    place = Place(asked.rank, request["ranks"], rendezvous)
     if place.rank:
         _follow_rank_0(request, place)
         return
     try:
         cost = guarded(lambda: _measure(request, place))
-        answer = {"cost": cost.model_dump(mode="json", by_alias=True)}
+        result = {"cost": cost.model_dump(mode="json", by_alias=True)}
     except UserError as error:
-        answer = {"refused": error.problems}
+        result = {"refused": error.problems}
     except Failure as failure:
-        answer = {"failure": str(failure)}
-    write_atomic(result, json.dumps(answer))
+        result = {"failure": str(failure)}
+    asked.write_result(result)
 
 
 if __name__ == "__main__":

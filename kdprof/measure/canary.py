@@ -13,7 +13,7 @@ REPEATS = 5
 """Kernels per reading."""
 
 
-class Canary:
+class CanaryKernel:
     """A matrix product that no study changes: on a GPU in half precision, because switches for TF32
     come with a study's precision.
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kdprof.device import backends_kept, configure_backends
+from kdprof.hardware.device import DTYPES, backends_kept, configure_backends
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.records import Ceilings, PhaseBound
 
@@ -22,7 +22,6 @@ OVERHEAD_SHARE = 1 / 3
 """A phase for which the roofline explains less than a third of its time is bound by neither of its
 ceilings: launches, small kernels, waiting."""
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 _COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 """Larger than any cache, or the copy would measure that."""
@@ -86,7 +85,7 @@ def measure_ceilings(device: torch.device, precision: str) -> Ceilings:
     clock = clock_of(device)
     with backends_kept():  # those of the step that is measured may be other people's
         configure_backends(device, precision)
-        flop_per_s = _matmul_flop_per_s(device, clock, _DTYPES[precision])
+        flop_per_s = _matmul_flop_per_s(device, clock, DTYPES[precision])
         bytes_per_s = _copy_bytes_per_s(device, clock)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the methods' own processes need the memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from kdprof.errors import KdprofError
+from kdprof.measure.cost import flop_of
 from kdprof.measure.operators import operator_of
 from kdprof.measure.trace import StepTrace, Synchronisation, location_of, storage_key
 from kdprof.records import Flop, Operation, TermCost
@@ -38,13 +39,17 @@ class Uncountable(KdprofError):
 class Count:
     """What a step does, whatever the device."""
 
-    flop: Flop
     operations: list[Operation]
     """Without seconds: nothing ran."""
     terms: dict[str, TermCost]
     synchronisations: list[Synchronisation]
     least_memory_bytes: int
     """A lower bound: parameters, momentum, teacher, and what backward keeps or the gradients."""
+
+    @property
+    def flop(self) -> Flop:
+        """The matrix FLOP by part."""
+        return flop_of(self.operations)
 
 
 class _Held:
@@ -126,34 +131,21 @@ def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:
     for module in (step.student, step.teacher, step.method):
         if module is not None:
             _make_fake(module, mode)
-    step = _rebuilt(step)
+    step = step.rebuilt()  # so that the optimiser holds the fakes
     saved, trace = SavedForBackward(step), StepTrace(step)
     batch, (height, width) = step.settings.share, step.settings.crop
     with mode:
         images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
         labels = torch.zeros(batch, height, width, dtype=torch.uint8)
-        _settle(step)
+        step.make_auxiliary_state()
     with mode, trace, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         _run(step, images, labels, trace)
     return Count(
-        flop=_flop(trace.matrix_flop()),
         operations=trace.operations(),
         terms=trace.terms(step.method.weights),
         synchronisations=trace.synchronisations(),
         least_memory_bytes=_least_bytes(step, saved.peak_bytes),
     )
-
-
-def _settle(step: TrainStep) -> None:
-    """Let the second optimiser make its state, which it does once and not at every step."""
-    optimizer = step._auxiliary_optimizer
-    if optimizer is None:
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _run(step: TrainStep, images: Tensor, labels: Tensor, trace: StepTrace) -> None:
@@ -184,18 +176,6 @@ def _asked_of_fakes(error: Exception) -> str | None:
     return None
 
 
-def _flop(phases: Mapping[str, float]) -> Flop:
-    found = Counter(phases)
-    return Flop(
-        teacher=found["teacher_forward"],
-        student=found["student_forward"],
-        objective=found["objective"],
-        backward=found["objective_backward"] + found["student_backward"],
-        auxiliary=found["auxiliary"],
-        total=found.total(),
-    )
-
-
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     for part in module.modules():
         for name, value in part._parameters.items():
@@ -205,19 +185,6 @@ def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
         for name, value in part._buffers.items():
             if value is not None and not isinstance(value, FakeTensor):
                 part._buffers[name] = mode.from_tensor(value)
-
-
-def _rebuilt(step: TrainStep) -> TrainStep:
-    """Make the step again around its (now fake) parameters, so that the optimiser holds them."""
-    return TrainStep(
-        student=step.student,
-        teacher=step.teacher,
-        method=step.method,
-        settings=step.settings,
-        iterations=step.iterations,
-        seed=step.seed,
-        device=step.device,
-    )
 
 
 def _least_bytes(step: TrainStep, saved_bytes: int) -> int:

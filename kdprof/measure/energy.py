@@ -6,8 +6,9 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
-from kdprof.hardware import EnergyMeter
+from kdprof.hardware.base import EnergyMeter
 from kdprof.records import Energy
 
 IDLE_SETTLE_S = 1.0
@@ -27,6 +28,14 @@ SAMPLE_S = 0.02
 
 Change = tuple[float, float]
 """When a change of the counter was seen, and the joules it then showed."""
+
+
+class EnergyReading(NamedTuple):
+    """Joules of one step and how they were measured, or None and the reason."""
+
+    joules: float | None
+    how: Energy | None
+    reason: str | None
 
 
 class _NoReadingError(Exception):
@@ -97,7 +106,7 @@ def measure_energy(
     *,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> tuple[float | None, Energy | None, str | None]:
+) -> EnergyReading:
     """Return the joules of one step, what the device draws at rest included.
 
     The window begins and ends at a change of the counter, both seen the same way after a finished
@@ -107,18 +116,15 @@ def measure_energy(
         run_steps: queues so many steps.
         synchronize: waits until they are done.
         clock, sleep: monotonic seconds and a pause in seconds.
-
-    Returns:
-        Joules per step, how they were measured, and None; or twice None and the reason.
     """
     if meter.reason is not None:
-        return None, None, meter.reason
+        return EnergyReading(None, None, meter.reason)
     steps, counter = _Steps(run_steps, synchronize), _Counter(meter, clock)
     try:
         joules, how = _measure(steps, counter, sleep)
     except _NoReadingError as error:
-        return None, None, str(error)
-    return joules, how, None
+        return EnergyReading(None, None, str(error))
+    return EnergyReading(joules, how, None)
 
 
 def _measure(

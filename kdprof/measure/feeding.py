@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from kdprof.data import PREFETCHED, Batches, DataOnDisk, Feeder, require_files
 from kdprof.data.cache import Cached, open_cache, writing
-from kdprof.device import synchronize
 from kdprof.errors import UserError
+from kdprof.feed import StepFeed
+from kdprof.hardware.device import synchronize
 from kdprof.measure.clock import clock_of
 from kdprof.measure.latency import Stopwatch
-from kdprof.measure.subject import StudySubject
+from kdprof.measure.study_step import StudySubject
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE
 from kdprof.resolve import ResolvedStudy
+from kdprof.study import load_study
 
 TIMED_S = 1.0
 """How long each part is repeated."""
@@ -88,6 +90,19 @@ class Feeding:
         return "set " + " and ".join(found) + (less if workers > self.cores else "")
 
 
+def measure_study_feeding(
+    source: str | None, overrides: Mapping[str, Any], progress: Progress
+) -> Feeding:
+    """Measure the input of a study that a preset or file, with ``overrides``, describes.
+
+    Raises:
+        UserError: what is wrong with the study, or see :func:`measure_feeding`.
+    """
+    return measure_feeding(
+        ResolvedStudy(load_study(source, overrides), progress=progress), progress
+    )
+
+
 def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
     """Measure a study's input on this machine; takes some seconds, and twice a cache of 32 images.
 
@@ -95,15 +110,15 @@ def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
         UserError: files that cannot be used, a cache folder that cannot be written, or a step that
             several GPUs share.
     """
-    require_files(study.study.data)
-    step = study.study.step
+    require_files(study.plain.data)
+    step = study.step
     if step.gpus > 1:
         raise UserError(
             f"the input is measured with one GPU, this step is shared by {step.gpus}; add --set "
             f"step.gpus=1 --set step.batch={step.share} for the share of one"
         )
-    raw, settings = study.on_disk["train"], study.study.data_settings
-    batches = study.batches(seed=0)
+    raw, settings = study.data.files["train"], study.data_settings
+    batches = study.factory.batches(seed=0)
     with progress.task("measuring the input", 5) as advance:
         sample = _Sample(raw)
         decoding = _per_second(lambda turn: raw[turn % len(raw)])
@@ -115,7 +130,7 @@ def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
         advance(1)
         loader = _loader(study, batches)
         advance(1)
-        step = _step(study, batches)
+        taken = _step(study, batches)
         advance(1)
     return Feeding(
         decoding=decoding,
@@ -124,7 +139,7 @@ def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
         lookup_cached=lookup_cached,
         augmentation=augmentation,
         loader=loader,
-        step=step,
+        step=taken,
         cache=settings.cache,
         workers=settings.workers,
         cores=len(os.sched_getaffinity(0)),
@@ -144,12 +159,11 @@ def _per_second(work: Callable[[int], Any], wait: Callable[[], None] = lambda: N
     return turns / (time.perf_counter() - began)
 
 
-class _Sample:
+class _Sample(DataOnDisk):
     """A few images of a data set, from all over it."""
 
     def __init__(self, data: DataOnDisk):
-        self.name, self.split, self.num_classes = data.name, data.split, data.num_classes
-        self.class_names, self.palette = data.class_names, data.palette
+        super().__init__(data.name, data.split, data.classes)
         count = min(SAMPLE, len(data))
         self._data, self._indices = data, [n * len(data) // count for n in range(count)]
 
@@ -171,9 +185,9 @@ class _Sample:
 
 def _trial_cache(sample: _Sample, study: ResolvedStudy, batches: Batches) -> tuple[float, float]:
     """Return the images per second of a cache's file, and of lookups in what was read."""
-    with writing(study.cache_folder()):
-        study.cache_folder().mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=study.cache_folder())
+    with writing(study.data.cache_folder()):
+        study.data.cache_folder().mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=study.data.cache_folder())
     with temporary as folder:
         path = open_cache(sample, Path(folder), Progress(None)).path
         _forget(path)
@@ -222,10 +236,8 @@ def _loader(study: ResolvedStudy, batches: Batches) -> float:
 
 
 def _step(study: ResolvedStudy, batches: Batches) -> float:
-    clock = clock_of(study.device)
-    step = study.step(REFERENCE, None)
-    subject = StudySubject(step, batches.batch(0, study.device), batches, clock)
-    watch = Stopwatch(subject, clock, study.hardware)
+    feed = StepFeed(study.factory.step(REFERENCE, None), batches)
+    watch = Stopwatch(StudySubject(feed), clock_of(study.device), study.hardware)
     watch.warm_up()
     watch.time_block(TIMED_STEPS)
     return batches.size / statistics.median(watch.samples.rounds[0])

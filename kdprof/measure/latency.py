@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kdprof.hardware import Hardware
-from kdprof.measure.canary import Canary
+from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, phase_seconds
 from kdprof.measure.subject import Subject
 from kdprof.records import Outlier
@@ -37,13 +37,13 @@ LOOKS_IN_A_ROW = 2
 COLLECTED = "off inside blocks, run between rounds"
 """What is done about Python's garbage collector."""
 
-Report = Callable[[int, float | None], None]
-"""Told after each round: rounds done, relative width of the widest interval when it was looked at.
-"""
+OnRound = Callable[[int, float | None], None]
+"""Called after each round with the rounds done and the relative width of the widest interval, None
+where it was not computed."""
 
 
-def _silent(done: int, width: float | None) -> None:
-    """Report nothing."""
+def ignore_round(done: int, width: float | None) -> None:
+    """Do nothing after a round."""
 
 
 @dataclass
@@ -64,10 +64,12 @@ class Samples:
     """What was timed of one subject, one entry per round."""
 
     blocks: list[Block] = field(default_factory=list)
-    fed_s: list[float] = field(default_factory=list)
+    end_to_end_s: list[float] = field(default_factory=list)
+    """Seconds per iteration with the loader; empty where there is no loader."""
     waited_s: list[float] = field(default_factory=list)
+    """The part of these spent waiting for batches."""
     warmup_steps: int = 0
-    settled: str | None = None
+    unsettled: str | None = None
     """Why the latency had not settled before it was timed; None where it had."""
 
     @property
@@ -97,22 +99,22 @@ class Samples:
             )
             for number, step, times in outliers(self.rounds)
         ]
-        fed = [[seconds] for seconds in self.fed_s]
+        iterations = [[seconds] for seconds in self.end_to_end_s]
         return found + [
             Outlier(
                 of="end_to_end",
                 round=number,
                 step=0,
-                seconds=self.fed_s[number],
+                seconds=self.end_to_end_s[number],
                 times_median=times,
-                cause=self._cause_of_fed(number),
+                cause=self._cause_of_iteration(number),
             )
-            for number, _, times in (outliers(fed) if fed else ())
+            for number, _, times in (outliers(iterations) if iterations else ())
         ]
 
-    def _cause_of_fed(self, number: int) -> str:
+    def _cause_of_iteration(self, number: int) -> str:
         """A data stall is when most of what an iteration took too long was spent waiting."""
-        excess = self.fed_s[number] - statistics.median(self.fed_s)
+        excess = self.end_to_end_s[number] - statistics.median(self.end_to_end_s)
         waited = self.waited_s[number] - statistics.median(self.waited_s)
         return "data stall" if waited > excess / 2 else "unknown"
 
@@ -133,6 +135,16 @@ class Session:
     rounds: int
     stopped: str
     """Why measuring stopped."""
+
+    @property
+    def own(self) -> Samples:
+        """The samples of the measured subject."""
+        return self.samples[0]
+
+    @property
+    def reference(self) -> Samples:
+        """The samples of the reference, which may be the measured subject itself."""
+        return self.samples[-1]
 
 
 class Stopwatch:
@@ -159,9 +171,9 @@ class Stopwatch:
         while True:
             times.append(self._timed_step())
             reserved.append(_reserved_bytes())
-            self.samples.settled = _unsettled(times, reserved)
+            self.samples.unsettled = _unsettled(times, reserved)
             late = self.clock.now() - began > WARMUP_MOST_S or len(times) >= WARMUP_MOST_STEPS
-            if self.samples.settled is None or (late and len(times) >= 2):
+            if self.samples.unsettled is None or (late and len(times) >= 2):
                 break
         self.samples.warmup_steps = len(times)
         self.subject.check(self._result)
@@ -199,12 +211,12 @@ class Stopwatch:
         phases = self.subject.phases
         return phase_seconds(self.clock, stamps, phases) if phases else {}
 
-    def time_fed(self, count: int, first: int) -> None:
+    def time_end_to_end(self, count: int, first: int) -> None:
         """Time a block of iterations with the loader, where there is one."""
-        fed = self.subject.run_fed(count, first)
-        if fed is not None:
-            self.samples.fed_s.append(fed.seconds)
-            self.samples.waited_s.append(fed.waited_s)
+        found = self.subject.run_end_to_end(count, first)
+        if found is not None:
+            self.samples.end_to_end_s.append(found.seconds)
+            self.samples.waited_s.append(found.waited_s)
 
 
 def _reserved_bytes() -> int:
@@ -246,14 +258,14 @@ def collector_off() -> Iterator[list[int]]:
             gc.enable()
 
 
-def time_in_turn(
+def time_interleaved(
     subjects: Sequence[Subject],
     settings: MeasureSettings,
     *,
     clock: Clock,
-    canary: Canary,
+    canary: CanaryKernel,
     hardware: Hardware,
-    report: Report = _silent,
+    on_round: OnRound = ignore_round,
 ) -> Session:
     """Warm every subject up, then time interleaved rounds in random order.
 
@@ -276,14 +288,14 @@ def time_in_turn(
         shuffle.shuffle(order)
         for watch in order:
             watch.time_block(settings.steps)
-            watch.time_fed(settings.steps, done * settings.steps)
+            watch.time_end_to_end(settings.steps, done * settings.steps)
         gc.collect(0)  # what the blocks left, not all that torch ever made
         done += 1
         width = _widest(watches) if done >= look else None
         if width is not None:
             look = max(done + 1, int(done * CHECK_GROWTH))
             narrow = narrow + 1 if width <= settings.precision_target else 0
-        report(done, width)
+        on_round(done, width)
         late = done >= settings.least_rounds and clock.now() - began > settings.max_time_s
         stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, settings)
     return Session([watch.samples for watch in watches], canary_s, done, stopped)

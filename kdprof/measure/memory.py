@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from kdprof.hardware import Hardware
-from kdprof.measure.subject import Subject, ignore_phase
+from kdprof.measure.subject import Subject
 from kdprof.records import Memory
+from kdprof.step import ignore_phase
 
 NO_ALLOCATOR = "the CPU has no caching allocator to ask; see memory_bytes.process"
 NO_RESET = "this system cannot reset a process's peak memory"

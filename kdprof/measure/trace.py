@@ -27,8 +27,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdprof.device import synchronize
-from kdprof.measure.operators import COMPOSITE, Operator, operator_of, tensors_in
+from kdprof.hardware.device import synchronize
+from kdprof.measure.flop_formulas import tensors_in
+from kdprof.measure.operators import COMPOSITE, Operator, operator_of
 from kdprof.records import Operation, OperationKind, TermCost
 from kdprof.step import PHASES, TrainStep
 
@@ -408,18 +409,6 @@ class StepTrace(TorchDispatchMode):
             )
             for name in self._term_storages
         }
-
-    @property
-    def unattributed_s(self) -> float | None:
-        """Seconds of the objective's operators, forward and backward, that no term needs: results
-        thrown away, and the engine's weighted sum. None unless timed."""
-        if not self._timed:
-            return None
-        self._share_out()
-        self._wait_for_events()
-        counted = (FORWARD,) if self.note is not None else (FORWARD, BACKWARD)
-        calls = itertools.chain(*(self._calls.get(phase, ()) for phase in counted))
-        return sum((call.seconds() for call in calls if not call.terms), 0.0)
 
     def synchronisations(self) -> list[Synchronisation]:
         """Return the operators that make the host wait for a CUDA device, by operator: those of a

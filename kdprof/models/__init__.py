@@ -9,9 +9,9 @@ from kdprof.models.network import SegmentationNetwork
 
 __all__ = [
     "AdaptedNetwork",
+    "AnyNetwork",
     "SegmentationNetwork",
     "build",
-    "check_network",
     "folded",
     "is_adapted",
     "parse_name",
@@ -19,19 +19,12 @@ __all__ = [
 ]
 
 
-def check_network(name: str) -> None:
-    """Refuse the name of a network that there is not, as far as the name tells.
-
-    Raises:
-        UserError: there is none; names the nearest.
-    """
-    if not is_adapted(name):
-        parse_name(name)
+AnyNetwork = SegmentationNetwork | AdaptedNetwork
 
 
 def build(
     name: str | NetworkName, num_classes: int, *, backbone_weights: str = "none"
-) -> SegmentationNetwork | AdaptedNetwork:
+) -> AnyNetwork:
     """Return the network called ``name`` on the default device, in training mode.
 
     Names are :func:`~kdprof.models.names.parse_name`'s and

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from kdprof.errors import UserError, unknown
 from kdprof.method import FEATURE_TAPS, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
+from kdprof.user_files import import_function
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -129,14 +128,7 @@ def _own(name: str, num_classes: int) -> AdaptedNetwork:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"no file {file}; give FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(f"kdprof_network_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        made = [key for key, value in vars(module).items() if callable(value)]
-        raise UserError(f"{file}: {unknown('function', function, made)}")
-    found = getattr(module, function)(num_classes)
+    found = import_function(file, function)(num_classes)
     if not isinstance(found, AdaptedNetwork):
         raise UserError(
             f"{name} returned a {type(found).__name__}; return AdaptedNetwork(network, maps, "

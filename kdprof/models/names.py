@@ -82,6 +82,26 @@ def parse_name(name: str) -> NetworkName:
     return NetworkName(head, backbone, layout, width, bool(aligned), output_stride or OUTPUT_STRIDE)
 
 
+def published_name(name: str) -> str:
+    """Return a network's name as papers write it, in lower case: ``pspnet-r18``.
+
+    Layout, width and stride are left out; a network that is not kdprof's own keeps its name.
+    """
+    try:
+        found = parse_name(name)
+    except UserError:
+        return name.casefold()
+    short = {full: alias for alias, full in LAYOUTS[found.layout].items()}
+    return f"{found.head}-{short.get(found.backbone, found.backbone)}".casefold()
+
+
+def published_pair(teacher: str | None, student: str) -> str:
+    """Return ``teacher -> student`` as papers write it, in lower case; the student alone where no
+    teacher is read."""
+    names = [published_name(name) for name in (teacher, student) if name]
+    return " -> ".join(names)
+
+
 def _number_after(letters: str, name: str) -> tuple[str, int | None]:
     """Return a name without ``-<letters>N`` at its end, and N."""
     found = re.search(rf"-{letters}(\d+)$", name)

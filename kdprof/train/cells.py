@@ -6,46 +6,72 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdprof.budget import Conversion, convert, parse_budget
-from kdprof.device import versions
 from kdprof.errors import UserError
-from kdprof.records import Cost, Run, Spent
+from kdprof.hardware.device import versions
+from kdprof.models.names import published_pair
+from kdprof.published import published_iterations
+from kdprof.records import Cost, Run, RunKind, Spent, run_label
 from kdprof.resolve import ResolvedStudy
-from kdprof.schedule import decay_start
 from kdprof.store import RunFolder, Store
-from kdprof.study import Study
-
-TEACHER = "teacher"
-"""What the teacher's own run has as its method."""
-TRUNK = "trunk"
-"""What the run that a method's wsd runs share has as its budget."""
+from kdprof.train.trunk import TrunkPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One training to be made.
 
     Attributes:
+        kind: a run of a method, the teacher's own, or the trunk of several runs.
+        method: of a run or trunk; what the teacher is trained with.
+        budget: empty where the kind is no run.
         iterations: what it makes; ``low`` and ``high`` are the ends of the 95 % interval that
             follows from the measurement's.
         span: iterations that its learning-rate schedule spans.
         planned_s: forecast wall-clock; None where nothing is forecast.
     """
 
+    kind: RunKind = "run"
     method: str
-    budget: str
-    seed: int
+    budget: str = ""
+    seed: int = 0
     iterations: int
     low: int
     high: int
     span: int
-    planned_s: float | None
+    planned_s: float | None = None
+
+    @classmethod
+    def teacher(cls, method: str, iterations: int) -> Cell:
+        """Return the teacher's own training; 0 iterations where it comes with its weights."""
+        ends = dict.fromkeys(("iterations", "low", "high", "span"), iterations)
+        return cls(kind="teacher", method=method, **ends)
+
+    @classmethod
+    def trunk(cls, plan: TrunkPlan) -> Cell:
+        """Return the trunk of a plan; it is forecast at the pace of the longest run."""
+        longest, end = plan.longest, max(plan.marks.values())
+        planned_s = longest.planned_s
+        return cls(
+            kind="trunk",
+            method=plan.method,
+            seed=plan.seed,
+            iterations=end,
+            low=end,
+            high=end,
+            span=longest.span,
+            planned_s=None if planned_s is None else planned_s / longest.iterations * end,
+        )
 
     def label(self) -> str:
         """Return what messages call it."""
-        return f"{self.method} {self.budget} seed {self.seed}"
+        return run_label(self.kind, self.method, self.budget, self.seed)
 
     def folder(self, store: Store) -> RunFolder:
         """Return where its files are."""
+        if self.kind == "teacher":
+            return store.teacher_folder()
+        if self.kind == "trunk":
+            return store.trunk_folder(self.method, self.seed)
         return store.run_folder(self.method, self.budget, self.seed)
 
     def is_finished(self, store: Store) -> bool:
@@ -65,11 +91,11 @@ def cells_of(
     cells = []
     # Other seeds of a run must be as long, even where its method was measured again since.
     before = {(run.method, run.budget): run for run in store.runs()}
-    for text in study.study.budgets:
+    for text in study.budgets:
         budget = parse_budget(text)
-        images = len(study.batches(0).data) if budget.unit == "epochs" else None
+        images = len(study.data.train("student")) if budget.unit == "epochs" else None
         bought = {c.method: c for c in convert(budget, costs, epoch_images=images)}
-        for seed in range(study.study.seeds):
+        for seed in range(study.seeds):
             for name in names:
                 made = before.get((name, text))
                 cells.append(_cell(study, bought[name], text, seed, made))
@@ -83,34 +109,40 @@ def _cell(
     planned_s = made.train_s.planned if made else bought.seconds
     span = made.schedule_iterations if made else _span(study, bought.method, iterations)
     low, high = (iterations, iterations) if made else (bought.low, bought.high)
-    return Cell(bought.method, budget, seed, iterations, low, high, span, planned_s)
+    return Cell(
+        method=bought.method,
+        budget=budget,
+        seed=seed,
+        iterations=iterations,
+        low=low,
+        high=high,
+        span=span,
+        planned_s=planned_s,
+    )
 
 
 def _span(study: ResolvedStudy, method: str, iterations: int) -> int:
-    training = study.study.training
-    if training.learning_rate == "stretch":
+    training = study.training
+    if training.schedule_span == "stretch":
         return iterations
-    if training.learning_rate == "truncate":
-        if training.schedule_iterations is None:
-            raise UserError(
-                "training.learning_rate = 'truncate' needs training.schedule_iterations: what the "
-                "schedule spans before it is cut"
-            )
-        return training.schedule_iterations
-    recipes = study.methods[method].cls.recipes
-    published = [recipe.iterations for recipe in recipes if recipe.iterations]
-    if not published:
+    if training.schedule_span == "published":
+        cls = study.methods[method].cls
+        teacher = str(study.teacher_name) if cls.needs_teacher() else None
+        networks = published_pair(teacher, study.plain.student)
+        return published_iterations(cls, study.data.name, networks, study.step)
+    if training.schedule_iterations is None:
         raise UserError(
-            f"training.learning_rate = 'published': no iterations of '{method}' were published; "
-            "use stretch or truncate"
+            "training.schedule_span = 'truncate' needs training.schedule_iterations: what the "
+            "schedule spans before it is cut"
         )
-    return published[0]
+    return training.schedule_iterations
 
 
 def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
     """Return the record of a run that has not begun."""
-    training = study.study.training
+    training = study.training
     return Run(
+        kind=cell.kind,
         method=cell.method,
         budget=cell.budget,
         seed=cell.seed,
@@ -119,7 +151,7 @@ def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
         schedule_iterations=cell.span,
         enforce=training.enforce if cost else "iterations",
         startup=training.startup,
-        gpus=study.study.step.gpus,
+        gpus=study.step.gpus,
         iterations_done=0,
         miou=None,
         miou_per_class=None,
@@ -134,37 +166,3 @@ def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
         unavailable={"energy_j": study.hardware.energy_meter().reason or "nothing trained yet"},
         versions=versions(),
     )
-
-
-@dataclass(frozen=True)
-class TrunkPlan:
-    """What several budgets of a method and seed share under wsd: training before any decay.
-
-    Attributes:
-        marks: by budget, the iteration at which its decay begins; the longest ends the trunk.
-    """
-
-    method: str
-    seed: int
-    marks: Mapping[str, int]
-    longest: Cell
-
-
-def shares_trunks(study: Study) -> bool:
-    """Return whether a method and seed is trained once until its budgets' decays begin."""
-    training = study.training
-    shared = training.enforce == "iterations" and training.learning_rate == "stretch"
-    return study.step.schedule == "wsd" and shared
-
-
-def trunk_plan(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> TrunkPlan | None:
-    """Return the trunk that a cell branches off from; None where it is trained alone.
-
-    Runs share a trunk where the learning rate does not know their length before the decay.
-    """
-    if not shares_trunks(study.study):
-        return None
-    family = [c for c in cells if (c.method, c.seed) == (cell.method, cell.seed)]
-    marks = {c.budget: decay_start(study.study.step, c.span) for c in family}
-    longest = max(family, key=lambda c: c.iterations)
-    return TrunkPlan(cell.method, cell.seed, marks, longest) if marks[cell.budget] else None

@@ -16,21 +16,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdprof.data import Batches, Feeder, SegmentationData
-from kdprof.device import synchronize
+from kdprof.data import SegmentationData
+from kdprof.data.scenario import Role
+from kdprof.distributed.ranks import lost_contact
 from kdprof.errors import KdprofError
 from kdprof.evaluate import WHOLE, Views, evaluate, mean_iou
-from kdprof.hardware import EnergyMeter
-from kdprof.parallel import lost_contact
+from kdprof.feed import StepFeed
+from kdprof.hardware.base import EnergyMeter
+from kdprof.hardware.device import synchronize
 from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
-from kdprof.step import TrainStep
+from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, append_line, read_lines, write_atomic, write_record
 from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
 from kdprof.train.ledger import Ledger
 from kdprof.train.loggers import Logger, open_loggers
-from kdprof.train.pace import Pace, Spending, pace_of
+from kdprof.train.pace import Spending, pace_of
+from kdprof.train.trunk import Trunk
 
 STARTUP_ITERATIONS = 2
 """First steps of a process, in which it compiles and searches for algorithms."""
@@ -78,63 +81,64 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run is scored on, and how often."""
+    """What a run is scored on, and how often.
+
+    Attributes:
+        class_groups: groups of classes that mIoU is reported over, in addition to all classes.
+    """
 
     data: SegmentationData
     batch: int
     points: int
     class_groups: Mapping[str, Collection[str]]
-    """Groups of classes that mIoU is told over, beside all."""
     views: Views = WHOLE
 
+    @classmethod
+    def of(cls, study: ResolvedStudy, role: Role) -> Validation:
+        """Return how a study scores one of its networks."""
+        evaluation, groups = study.evaluation, {}
+        if role == "student" and study.scenario:
+            groups = study.scenario.groups()
+        data = study.data.val(role)
+        return cls(data, evaluation.batch, evaluation.points, groups, study.data.views)
 
-@dataclass(frozen=True)
-class Trunk:
-    """The state that runs of several budgets share (wsd), where a run begins instead of at 0."""
 
-    state: Path
-    """A checkpoint of the trunk at the iteration where this run's decay begins."""
-
-
+@dataclass(kw_only=True)
 class TrainingRun:
     """One training of a step to its end, from wherever its folder says it got to.
 
-    Args:
+    Attributes:
         run: the record; its plan is followed, its results are filled in.
         validation: None for a trunk, which is never scored.
         cost: of the run's method; None for the teacher.
         meter: the device's energy counter.
         trunk: where the run begins if its folder is empty.
         marks: iterations at which the state is kept for branches; only a trunk has them.
+        done: iterations made.
+        losses: unweighted terms of the last step that was waited for.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        run: Run,
-        step: TrainStep,
-        batches: Batches,
-        validation: Validation | None,
-        settings: TrainingSettings,
-        *,
-        cost: Cost | None = None,
-        meter: EnergyMeter | None = None,
-        trunk: Trunk | None = None,
-        marks: Collection[int] = (),
-    ):
-        self.folder, self.run, self.step, self.batches = folder, run, step, batches
-        self.validation, self.settings, self.cost = validation, settings, cost
-        self.trunk, self._marks = trunk, set(marks)
-        self.done = 0
+    folder: RunFolder
+    run: Run
+    feed: StepFeed
+    settings: TrainingSettings
+    validation: Validation | None = None
+    cost: Cost | None = None
+    meter: EnergyMeter | None = None
+    trunk: Trunk | None = None
+    marks: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        self.step, self.done = self.feed.step, 0
         self.losses: dict[str, float] = {}
-        """Unweighted terms of the last step that was waited for."""
+        self._marks = set(self.marks)
         self._evaluated: set[int] = set()
         self._reached = 0
         """The last stop that was dealt with, in planned iterations."""
         self._waited_s = 0.0
         self._loggers: list[Logger] = []
         self._stop = StopSignal()
-        self._stretch = _Stretch(meter)
+        self._stretch = _Stretch(self.meter)
         self._fresh = STARTUP_ITERATIONS
 
     def train(self, progress: Progress, label: str, left: str = "") -> Run:
@@ -158,14 +162,13 @@ class TrainingRun:
             self._save_record()
             self._open_loggers()
             # Or a run that is over the plan would have no more batches.
-            last = self.run.iterations if type(self.pace) is Pace else ENDLESS
-            self.step.lead.feed(self.done, last)
-            batches = Feeder(self.batches, self.step.device, self.done, last)
+            last = self.run.iterations if self.pace.is_counted else ENDLESS
+            self.feed.begin(self.done, last)
             try:
                 for stop in self._stops():
-                    self._train_until(stop, batches, advance)
-                    self._waited_s += batches.waited_s
-                    batches.forget_waits()
+                    self._train_until(stop, advance)
+                    self._waited_s += self.feed.waited_s
+                    self.feed.forget_waits()
                     self._at_stop(stop, progress, label)
                     self._leave_if_asked()
             except Interrupted:
@@ -177,7 +180,7 @@ class TrainingRun:
                     self.step.lead.give_up(error)
                 raise
             finally:
-                batches.close()
+                self.feed.close()
                 self._close_loggers()
         return self.run
 
@@ -209,7 +212,7 @@ class TrainingRun:
             planned = self.run
             self.run = Run.model_validate(state["run"])
             self.run = self.run.model_copy(
-                update={"beside": _most(planned.beside, self.run.beside)}
+                update={"concurrent_runs": _most(planned.concurrent_runs, self.run.concurrent_runs)}
             )
             if self._marks:  # a trunk may grow; any other run keeps its length
                 changes = {"iterations": planned.iterations, "finished": False}
@@ -248,18 +251,16 @@ class TrainingRun:
 
     # The loop
 
-    def _train_until(self, stop: int, batches: Feeder, advance: Advance) -> None:
+    def _train_until(self, stop: int, advance: Advance) -> None:
         """Train to a stop; the log, checkpoints and the stop signal interrupt between steps."""
-        nearby = None if type(self.pace) is Pace else _Nearby(self.step.device)
+        nearby = None if self.pace.is_counted else _Nearby(self.step.device)
         synchronize(self.step.device)
         self._stretch.begin()
         saved_at = time.perf_counter()
         waiting: list[dict[str, Tensor]] = []
         while not self.pace.reached(stop, self.done):
             position = self.pace.position(self.done)
-            self.step.lead.step(self.done, position, fed=True)
-            images, labels = next(batches)
-            waiting.append(self.step(images, labels, self.done, position=position))
+            waiting.append(self.feed.advance(self.done, position=position))
             self.done += 1
             advance(1)
             if nearby is not None:
@@ -321,7 +322,7 @@ class TrainingRun:
             row, column = bad[0].tolist()
             iteration, term = self.done - len(waiting) + row, names[column]
             raise NotFinite(
-                f"{self.run.method} {self.run.budget} seed {self.run.seed}: {term} is "
+                f"{self.run.label()}: {term} is "
                 f"{values[row, column]:g} at iteration {iteration}; lower step.learning_rate or "
                 "use bf16",
                 iteration,
@@ -345,9 +346,8 @@ class TrainingRun:
 
     def _open_loggers(self) -> None:
         with self._booked("logging"):
-            label = f"{self.run.method} {self.run.budget} seed {self.run.seed}"
             names = self.settings.loggers
-            self._loggers = open_loggers(names, self.folder.path, label, self.done)
+            self._loggers = open_loggers(names, self.folder.path, self.run.label(), self.done)
 
     def _close_loggers(self) -> None:
         for logger in self._loggers:
@@ -529,3 +529,13 @@ def _most(one: int | None, other: int | None) -> int | None:
 def _told(point: CurvePoint) -> str:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in point.losses.items())
     return f"iteration {point.iteration}: mIoU {100 * point.miou:.2f} %; {losses}"
+
+
+def outcome(run: Run) -> str:
+    """Return what a finished run reached and spent, in one line."""
+    drift = run.train_s.drift()
+    told = "" if drift is None else f" ({drift:+.1%} of plan)"
+    return (
+        f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations_done} iterations, "
+        f"{run.train_s.actual:.1f} s{told}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kdprof.errors import UserError
 from kdprof.records import Cost, Run
@@ -19,6 +20,8 @@ class Pace:
     """
 
     iterations: int
+    is_counted: ClassVar[bool] = True
+    """Whether the run ends after its planned iterations, not when something else is spent."""
 
     def position(self, done: int) -> float:
         """Return where the run is, from 0 to ``iterations``, after ``done`` iterations."""
@@ -38,6 +41,7 @@ class Enforced(Pace):
         spent: what was spent so far; must not wait for the device.
     """
 
+    is_counted: ClassVar[bool] = False
     amount: float
     spent: Callable[[int], float]
     """Of the iterations done."""

@@ -12,7 +12,8 @@ from kdprof.errors import UserError
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
-from kdprof.train.cells import Cell, cells_of, trunk_plan
+from kdprof.train.cells import Cell, cells_of
+from kdprof.train.trunk import trunk_plan
 
 KEPT = 2
 """Checkpoints that a run keeps."""
@@ -42,7 +43,7 @@ class Forecast:
     """Of the same runs; None where the device has no counter."""
     disk_bytes: int
     unreliable: bool
-    """Whether the Cost it is made of is."""
+    """True if the underlying Cost is unreliable."""
 
 
 def forecast(
@@ -53,7 +54,7 @@ def forecast(
     Raises:
         UserError: the study has no budget, or one that buys nothing.
     """
-    if not study.study.budgets:
+    if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
     cells = cells_of(study, store, names, costs)
     groups: dict[tuple[str, str], list[Cell]] = {}
@@ -103,7 +104,7 @@ def _shared_iterations(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) 
 
 def _checkpoint_bytes(study: ResolvedStudy, method: str) -> int:
     """Return the size of a checkpoint: weights, momentum and buffers of student and extras."""
-    return _state_bytes(study.student(0)) + _state_bytes(study.method(method))
+    return _state_bytes(study.factory.student(0)) + _state_bytes(study.factory.method(method))
 
 
 def _state_bytes(module: nn.Module) -> int:

@@ -1,0 +1,43 @@
+"""``data check``: what a data set holds, and whether the loader keeps up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdprof.cli.options import FILE, progress
+from kdprof.cli.output import name_files, stdout
+
+
+@click.group()
+def data() -> None:
+    """Look at a data set."""
+
+
+@data.command()
+@click.argument("spec", metavar="NAME:ROOT")
+@click.option("--split", "splits", multiple=True, help="Repeatable; train and val if not given.")
+@click.option("--sheet", type=FILE, help="Contact sheet [default: NAME-check.png].")
+@click.option("--study", "source", metavar="FILE|PRESET", help="Time loading against its step.")
+def check(spec: str, splits: tuple[str, ...], sheet: Path | None, source: str | None) -> None:
+    """Read every file of a data set: counts, sizes, label values, classes, and a contact sheet.
+
+    The exit code is 1 where something is wrong.
+    """
+    from kdprof.data.check import check_data
+    from kdprof.reports.data_check import contact_sheet, print_check
+
+    found = check_data(spec, splits or ("train", "val"), progress())
+    print_check(found, stdout())
+    if any(split.shown for split in found.splits):
+        sheet = sheet or Path(f"{found.name}-check.png")
+        contact_sheet(found, sheet)
+        name_files([sheet])
+    if found.problems:
+        raise click.exceptions.Exit(1)
+    if source is not None:
+        from kdprof.measure.feeding import measure_study_feeding
+        from kdprof.reports.feeding import print_feeding
+
+        print_feeding(measure_study_feeding(source, {"data": spec}, progress()), stdout())

@@ -1,0 +1,46 @@
+"""``doctor`` and ``demo``: what this machine has, and the main job on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdprof.cli.options import LoudnessOptions, loudness_options, out_option, progress
+from kdprof.cli.output import stdout
+
+
+@click.command()
+@out_option(Path("kdprof-demo"))
+@loudness_options
+def demo(out: Path, loudness: LoudnessOptions) -> None:
+    """Measure, convert, train and plot on synthetic data, on the CPU, in a few minutes."""
+    from kdprof.demo import run
+
+    run(out, loudness.progress(), stdout())
+
+
+@click.command()
+@click.option("--study", "source", metavar="FILE|PRESET", help="Whose input and step are timed.")
+@click.option("--data", metavar="NAME[:ROOT]", help="Time the input from these images.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key.")
+def doctor(source: str | None, data: str | None, assignments: tuple[str, ...]) -> None:
+    """Print what this machine has, and what it costs where something is missing.
+
+    With a study or data also whether the loader keeps up with the step.
+    """
+    from kdprof.doctor import findings_here
+    from kdprof.reports.doctor import print_findings
+    from kdprof.reports.feeding import print_feeding
+    from kdprof.study import parse_assignments
+
+    feeding = None
+    if source or data or assignments:
+        # First: what is wrong with the study is told before anything is printed.
+        from kdprof.measure.feeding import measure_study_feeding
+
+        overrides = parse_assignments(assignments) | ({"data": data} if data else {})
+        feeding = measure_study_feeding(source, overrides, progress())
+    print_findings(findings_here(), stdout())
+    if feeding is not None:
+        print_feeding(feeding, stdout())

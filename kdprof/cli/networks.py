@@ -1,0 +1,185 @@
+"""``evaluate`` and ``export``: files of weights, scored and written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kdprof.cli.options import FILE, grouped, out_option, progress
+from kdprof.cli.output import stdout
+from kdprof.errors import Problems, UserError
+
+if TYPE_CHECKING:
+    from kdprof.evaluate import Views
+    from kdprof.store import RunFolder, Store
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How a network sees an image."""
+
+    resize: str
+    window: str | None
+    stride: str | None
+    scales: str
+    flip: bool
+
+    def views(self, data: str) -> Views:
+        """Return them for a data set (``NAME[:ROOT]``).
+
+        Raises:
+            UserError: whatever is malformed, all at once.
+        """
+        from kdprof.data import fit_of
+        from kdprof.evaluate import Views
+
+        problems = Problems()
+        resize = self.resize if self.resize in ("usual", "none") else None
+        resize = resize or problems.attempt(lambda: _size("resize", self.resize), None)
+        window, stride = (
+            problems.attempt(lambda n=name: _size(n, getattr(self, n)), None)
+            for name in ("window", "stride")
+        )
+        if self.stride and not self.window:
+            problems.append("--stride is between windows; add --window")
+        scales = problems.attempt(self._scales, ())
+        problems.refuse()
+        return Views(window, stride, scales, self.flip, fit_of(resize, data.partition(":")[0]))
+
+    def _scales(self) -> tuple[float, ...]:
+        try:
+            found = tuple(float(scale) for scale in self.scales.split(","))
+        except ValueError:
+            found = ()
+        if not found or min(found) <= 0:
+            raise UserError(f"--scales {self.scales}: give factors above 0, such as 0.5,1,2")
+        return found
+
+
+def _size(option: str, text: str | None) -> tuple[int, int] | None:
+    from kdprof.study import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"--{option} {text}: {error}") from None
+
+
+@click.command()
+@click.option("--model", required=True, help="Network, such as pspnet-r101.")
+@click.option("--weights", required=True, type=FILE, help="Its weights.")
+@click.option("--data", required=True, metavar="NAME[:ROOT]", help="Images and labels.")
+@click.option("--split", default="val", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@grouped(
+    "views",
+    ViewOptions,
+    click.option(
+        "--resize",
+        default="usual",
+        show_default=True,
+        metavar="usual|none|HxW",
+        help="What images are resized to fit.",
+    ),
+    click.option("--window", metavar="HxW", help="Slide a window of this size; else whole images."),
+    click.option("--stride", metavar="HxW", help="Between windows."),
+    click.option(
+        "--scales", default="1", show_default=True, help="Such as 0.5,0.75,1,1.25,1.5,1.75."
+    ),
+    click.option("--flip", is_flag=True, help="See every image mirrored as well."),
+)
+@click.option("--json", "as_json", is_flag=True, help="One record on stdout, nothing else.")
+def evaluate(
+    model: str,
+    weights: Path,
+    data: str,
+    split: str,
+    device: str,
+    precision: str,
+    batch: int,
+    views: ViewOptions,
+    as_json: bool,
+) -> None:
+    """Score a file of weights: IoU per class, mIoU, mAcc, pixel accuracy, images per second."""
+    from kdprof.data import open_data
+    from kdprof.evaluate import evaluate_file
+    from kdprof.hardware.device import find_device
+    from kdprof.reports.evaluation import print_evaluation, to_json
+    from kdprof.study import DataSettings
+
+    seen, synthetic = views.views(data), DataSettings()
+    where = find_device(device)
+    opened = open_data(
+        data,
+        split,
+        synthetic_size=synthetic.synthetic_size,
+        synthetic_count=synthetic.synthetic_val,
+    )
+    found = evaluate_file(
+        model,
+        weights,
+        opened,
+        where,
+        batch=batch,
+        precision=precision,
+        views=seen,
+        progress=progress(as_json),
+    )
+    if as_json:
+        click.echo(json.dumps(to_json(found), indent=2))
+    else:
+        print_evaluation(found, stdout())
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@out_option()
+@click.option("--method", help="Of the run whose student is written.")
+@click.option("--budget", help="Of that run.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of that run.")
+@click.option("--teacher", is_flag=True, help="Write the teacher that was trained instead.")
+def export(
+    file: Path, out: Path, method: str | None, budget: str | None, seed: int, teacher: bool
+) -> None:
+    """Write a trained network to FILE: .safetensors, .pth in mmsegmentation's names, or .onnx."""
+    from kdprof.models.export import export as run
+    from kdprof.store import Store
+    from kdprof.study import load_study
+    from kdprof.train.trained import trained_network
+
+    store = Store(out)
+    store.require()
+    if teacher == bool(method or budget):
+        raise UserError("give --method and --budget of a run, or --teacher")
+    study = load_study(str(store.study), {})
+    if teacher:
+        folder, name = store.teacher_folder(), study.teacher
+    else:
+        folder, name = _run_folder(store, method or "", budget or "", seed), study.student
+    network, classes = trained_network(folder, name)
+    described = run(network, file, classes, study.step.crop)
+    click.echo(f"wrote {file} ({described})")
+
+
+def _run_folder(store: Store, method: str, budget: str, seed: int) -> RunFolder:
+    folder = store.run_folder(method, budget, seed)
+    if folder.read_run() is None:
+        known = [f"--method {r.method} --budget {r.budget} --seed {r.seed}" for r in store.runs()]
+        raise UserError(
+            f"no run of {method} at {budget} with seed {seed} in {store.root}; there are "
+            f"{', '.join(known) or 'none'}"
+        )
+    return folder

@@ -1,0 +1,295 @@
+"""Options that several commands share, each group as a dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kdprof.errors import UserError
+
+if TYPE_CHECKING:
+    from kdprof.progress import Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+FILE = click.Path(path_type=Path)
+DEFAULT_OUT = Path("kdprof-out")
+
+
+def grouped(name: str, kind: type, *options: Decorator) -> Decorator:
+    """Return a decorator that adds options to a command, which is given their values as one object.
+
+    Args:
+        name: of the command's parameter.
+        kind: a dataclass whose fields are the options' names.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def collected(**given: Any) -> Any:
+            own = {field.name: given.pop(field.name) for field in fields(kind)}
+            return command(**given, **{name: kind(**own)})
+
+        for option in reversed(options):
+            collected = option(collected)
+        return collected
+
+    return decorate
+
+
+def out_option(default: Path = DEFAULT_OUT) -> Decorator:
+    """Return the option ``--out``."""
+    return click.option(
+        "--out",
+        default=default,
+        show_default=True,
+        type=FILE,
+        help="Folder of results.",
+    )
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Records on stdout, nothing else."
+)
+_loudness = (
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every warm-up and evaluation."),
+)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is printed, and where results go."""
+
+    out: Path
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+    def progress(self) -> Progress:
+        """Return where long work reports to."""
+        return progress(self.quiet or self.as_json, self.verbose)
+
+    @property
+    def prints_tables(self) -> bool:
+        """Whether tables go to stdout."""
+        return not (self.quiet or self.as_json)
+
+
+@dataclass(frozen=True)
+class LoudnessOptions:
+    """How much is printed."""
+
+    quiet: bool
+    verbose: bool
+
+    def progress(self) -> Progress:
+        """Return where long work reports to."""
+        return progress(self.quiet, self.verbose)
+
+
+def progress(silent: bool = False, verbose: bool = False) -> Progress:
+    """Return where long work reports to: stderr, or nowhere."""
+    from rich.console import Console
+
+    from kdprof.progress import Progress
+
+    return Progress(None if silent else Console(stderr=True), verbose=verbose)
+
+
+output_options = grouped("output", OutputOptions, out_option(), json_option, *_loudness)
+loudness_options = grouped("loudness", LoudnessOptions, *_loudness)
+
+
+# The study
+
+STUDY_KEYS = {
+    "student": "student",
+    "teacher": "teacher",
+    "teacher_weights": "teacher_weights",
+    "student_backbone_weights": "student_backbone_weights",
+    "data": "data",
+    "device": "device",
+    "precision": "step.precision",
+    "batch": "step.batch",
+    "gpus": "step.gpus",
+    "crop": "step.crop",
+}
+"""The study's key that each option of one value sets."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which study, and what of it is other than its file says."""
+
+    source: str | None
+    assignments: tuple[str, ...]
+    methods: tuple[str, ...]
+    student: str | None
+    teacher: str | None
+    teacher_weights: str | None
+    student_backbone_weights: str | None
+    data: str | None
+    device: str | None
+    precision: str | None
+    batch: int | None
+    gpus: int | None
+    crop: str | None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the study's keys that are set; paths absolute, because the study outlives this
+        working directory.
+
+        Raises:
+            UserError: an assignment is malformed.
+        """
+        from kdprof.study import parse_assignments
+
+        found = {key: getattr(self, name) for name, key in STUDY_KEYS.items()}
+        found = {key: value for key, value in found.items() if value is not None}
+        for key in ("teacher_weights", "student_backbone_weights"):
+            if key in found and Path(found[key]).suffix:
+                found[key] = str(Path(found[key]).expanduser().resolve())
+        for key in ("student", "teacher"):
+            path, colon, function = str(found.get(key, "")).rpartition(".py:")
+            if colon:
+                found[key] = f"{Path(path + '.py').expanduser().resolve()}:{function}"
+        if self.methods:
+            found["methods"] = _method_specs(self.methods)
+        return found | parse_assignments(self.assignments)
+
+
+def _method_specs(given: tuple[str, ...]) -> list[str]:
+    """Expand ``all`` and make the paths of method files absolute."""
+    from kdprof.discovery import builtin_methods
+
+    specs: list[str] = []
+    for spec in given:
+        path, colon, name = spec.partition(".py")
+        if spec == "all":
+            specs += builtin_methods()
+        else:
+            specs.append(f"{Path(path).resolve()}{colon}{name}" if colon else spec)
+    return specs
+
+
+study_options = grouped(
+    "study",
+    StudyOptions,
+    click.option(
+        "--study",
+        "source",
+        metavar="FILE|PRESET",
+        help="quickstart, camvid, cityscapes-pspnet-r18, ...",
+    ),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key."),
+    click.option("--method", "methods", multiple=True, help="Repeatable; 'all'; FILE.py:Class."),
+    click.option("--student", help="Network, such as pspnet-r18."),
+    click.option("--teacher", help="Network, such as pspnet-r101."),
+    click.option("--teacher-weights", metavar="FILE", help="Whole teacher; else it is trained."),
+    click.option("--student-backbone-weights", metavar="FILE", help="A file, 'imagenet', 'none'."),
+    click.option("--data", metavar="NAME[:ROOT]", help="synthetic, cityscapes:ROOT, ..."),
+    click.option("--device", help="auto, cpu, cuda or cuda:N."),
+    click.option("--precision", help="fp32, bf16 or fp16."),
+    click.option("--batch", type=int, help="Images per step, over all GPUs."),
+    click.option("--gpus", type=int, help="GPUs that share each step of a run."),
+    click.option("--crop", metavar="HxW", help="Training crop, pixels."),
+)
+
+
+class FolderCommand(click.Command):
+    """A command that reads a folder of results and takes no option of a study."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            UserError: an option of a study was given.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in _study_flags():
+                raise UserError(
+                    f"'{ctx.info_name}' reads the study of a folder of results and takes no "
+                    f"{error.option_name}; leave it out, and choose the folder with --out"
+                ) from None
+            raise
+
+
+def _study_flags() -> set[str]:
+    """Return the options of a study, as users write them."""
+    command = click.command()(study_options(lambda study: None))
+    return {flag for parameter in command.params for flag in parameter.opts} - {"--method"}
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """How long to measure; this belongs to a call, not to the folder's study."""
+
+    precision_target: float | None
+    max_time: float | None
+    in_process: bool
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the study's keys that are set."""
+        found = {
+            "measure.precision_target": self.precision_target,
+            "measure.max_time_s": self.max_time,
+            # A flag that was not given must not undo what the study says.
+            "measure.in_process": self.in_process or None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+measuring_options = grouped(
+    "measuring",
+    MeasuringOptions,
+    click.option("--precision-target", type=float, help="Stop at ratios this precise: 0.01 = 1 %."),
+    click.option(
+        "--max-time", type=float, metavar="SECONDS", help="... or after this, per method."
+    ),
+    click.option("--in-process", is_flag=True, help="No process per method: for debugging."),
+)
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is trained."""
+
+    budgets: tuple[str, ...]
+    seeds: int | None
+    enforce: str | None
+    no_control: bool
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the study's keys that are set."""
+        found = {
+            "budgets": list(self.budgets) or None,
+            "seeds": self.seeds,
+            "training.enforce": self.enforce,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+training_options = grouped(
+    "training",
+    TrainingOptions,
+    click.option(
+        "--budget", "budgets", multiple=True, help="Repeatable; 40k@cwd, 2h, 5e17flop, ..."
+    ),
+    click.option("--seeds", type=int, help="Runs per method and budget."),
+    click.option("--enforce", help="What ends a run: iterations, time, energy or flop."),
+    click.option("--no-control", is_flag=True, help="Leave out the controls none and kd."),
+)

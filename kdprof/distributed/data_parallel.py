@@ -1,0 +1,138 @@
+"""Data-parallel modules: averaged gradients (DistributedDataParallel), synchronised batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from kdprof.distributed.ranks import Ranks
+from kdprof.errors import UserError
+
+
+class CallableModule(nn.Module):
+    """A module, or one of its methods, as a module: what can be made data-parallel."""
+
+    def __init__(self, module: nn.Module, name: str = "__call__"):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, *inputs: Any) -> Any:
+        """Make the call."""
+        return getattr(self.module, self.name)(*inputs)
+
+
+def data_parallel(call: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
+    """Return a module whose backward averages the gradients of these of its parameters over the
+    ranks; the module itself where it has none of them.
+
+    A parameter that backward does not reach is an error at the next forward. Buffers stay each
+    rank's own: a broadcast would hide that a method's state differs.
+    """
+    mine = {id(p) for p in parameters if p.requires_grad}
+    others = [key for key, p in call.named_parameters() if id(p) not in mine]
+    if len(others) == len(list(call.parameters())):
+        return call
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(call, others)
+    return DistributedDataParallel(call, broadcast_buffers=False)
+
+
+def leaves_of(outputs: Iterable[Tensor]) -> set[nn.Parameter]:
+    """Return the leaves that tensors were computed from and that need a gradient."""
+    found, seen = set(), set()
+    waiting = []
+    for output in outputs:
+        if output.grad_fn is not None:
+            waiting.append(output.grad_fn)
+        elif output.requires_grad:
+            found.add(output)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [earlier for earlier, _ in node.next_functions]
+    return found
+
+
+def synchronize_norms(module: nn.Module, ranks: Ranks, skip: Collection[nn.Module] = ()) -> None:
+    """Let the batch norms inside a module normalise over the batches of all ranks.
+
+    Raises:
+        UserError: a batch norm with an activation of its own, which this would lose.
+    """
+    for name, child in module.named_children():
+        if child in skip:
+            continue
+        if not isinstance(child, _BatchNorm):
+            synchronize_norms(child, ranks, skip)
+        elif type(child) is nn.BatchNorm2d:
+            setattr(module, name, _synchronized(child, ranks))
+        else:
+            raise UserError(
+                f"step.sync_batchnorm: {type(child).__name__} cannot be synchronised; set "
+                "step.sync_batchnorm = false"
+            )
+
+
+def _synchronized(norm: nn.BatchNorm2d, ranks: Ranks) -> nn.Module:
+    if norm.weight is not None and norm.weight.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(norm, ranks.norms)
+    made = _SyncBatchNormOnCpu(norm.num_features, norm.eps, norm.momentum, norm.affine)
+    # The same parameters, or what else holds them would train others.
+    made.weight, made.bias, made.ranks = norm.weight, norm.bias, ranks
+    made.load_state_dict(norm.state_dict())
+    return made.train(norm.training)
+
+
+class _SyncBatchNormOnCpu(nn.BatchNorm2d):
+    """torch's SyncBatchNorm, which runs on GPUs only, written out for batches of equal shares."""
+
+    ranks: Ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        if not self.training:
+            return super().forward(x)
+        mean = self._over_ranks(x.mean((0, 2, 3)))
+        centred = x - mean[:, None, None]
+        variance = self._over_ranks(centred.square().mean((0, 2, 3)))
+        count = x.numel() // x.shape[1] * self.ranks.size
+        self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+        scaled = centred * (variance + self.eps).rsqrt()[:, None, None]
+        return scaled * self.weight[:, None, None] + self.bias[:, None, None]
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        return _Mean.apply(values, self.ranks)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over the ranks, which every rank's loss depends on."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, ranks: Ranks) -> Tensor:
+        context.ranks = ranks
+        return _averaged(values, ranks)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _averaged(gradient, context.ranks), None
+
+
+def _averaged(values: Tensor, ranks: Ranks) -> Tensor:
+    total = values.clone()
+    dist.all_reduce(total, group=ranks.norms)
+    return total / ranks.size

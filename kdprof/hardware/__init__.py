@@ -1,0 +1,38 @@
+"""Devices: finding one, torch's switches for it, and what it says of itself and of its energy.
+
+Nothing here knows a study, a method or how steps are timed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kdprof.hardware.base import EnergyMeter, Hardware, State
+from kdprof.hardware.cpu import CpuHardware
+from kdprof.hardware.nvml import CudaHardware, nvml_of
+from kdprof.hardware.several import SeveralGpus
+
+__all__ = ["EnergyMeter", "Hardware", "State", "hardware_of"]
+
+
+def hardware_of(
+    device: torch.device, own_pids: frozenset[int] | None = None, count: int = 1
+) -> Hardware:
+    """Return the hardware behind a torch device, or behind several of its kind.
+
+    Args:
+        own_pids: processes that are not strangers; this one if not given.
+        count: GPUs, from the first; or processes that share the CPU.
+
+    Raises:
+        UserError: several GPUs of different types.
+    """
+    if device.type != "cuda":
+        return CpuHardware(own_pids, processes=count)
+    if count == 1:
+        return _gpu(device, own_pids)
+    return SeveralGpus([_gpu(torch.device("cuda", index), own_pids) for index in range(count)])
+
+
+def _gpu(device: torch.device, own_pids: frozenset[int] | None) -> CudaHardware:
+    return CudaHardware(torch.cuda.get_device_name(device), nvml_of(device), own_pids)

@@ -1,0 +1,94 @@
+"""Several GPUs of one machine that make a step together, as one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kdprof.errors import UserError
+from kdprof.hardware.base import EnergyMeter, State
+from kdprof.hardware.nvml import CudaHardware
+
+
+class SummedMeter:
+    """The energy counters of several devices, read one after the other."""
+
+    def __init__(self, meters: Sequence[EnergyMeter]):
+        self._meters = meters
+        self.source = f"{meters[0].source}, {len(meters)} of them"
+
+    @property
+    def reason(self) -> str | None:
+        """Why one of them has no reading; None while all have."""
+        return next((meter.reason for meter in self._meters if meter.reason), None)
+
+    def read_j(self) -> float | None:
+        """Return the sum of the joules drawn, None where one does not tell."""
+        return _sum(meter.read_j() for meter in self._meters)
+
+    def power_w(self) -> float | None:
+        """Return the sum of the powers, None where one does not tell."""
+        return _sum(meter.power_w() for meter in self._meters)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    return None if None in found else sum(found)
+
+
+class SeveralGpus:
+    """GPUs of one type that make a step together; the slowest of them sets its pace.
+
+    A state is the first GPU's, with those of the others under ``other_gpus``.
+
+    Raises:
+        UserError: they are of different types.
+    """
+
+    def __init__(self, gpus: Sequence[CudaHardware]):
+        names = list(dict.fromkeys(gpu.name for gpu in gpus))
+        if len(names) > 1:
+            raise UserError(
+                f"step.gpus = {len(gpus)} would mix {' and '.join(names)}; choose GPUs of one type "
+                "with CUDA_VISIBLE_DEVICES"
+            )
+        self._gpus = gpus
+        self.name = f"{len(gpus)} x {names[0]}"
+
+    def state(self) -> State:
+        """Return all that the GPUs say of themselves now."""
+        return _together([gpu.state() for gpu in self._gpus])
+
+    def during(self) -> State:
+        """Return the cheap part of :meth:`state`."""
+        return _together([gpu.during() for gpu in self._gpus])
+
+    def problems(self, before: State, during: Sequence[State], after: State) -> list[str]:
+        """Return why a measurement is not to be trusted, and because of which GPU."""
+        first, last, between = _apart(before), _apart(after), [_apart(state) for state in during]
+        return [
+            f"cuda:{index}: {problem}"
+            for index, gpu in enumerate(self._gpus)
+            for problem in gpu.problems(first[index], [s[index] for s in between], last[index])
+        ]
+
+    def cause(self, before: State, after: State) -> str | None:
+        """Return what slowed down the block between two readings, on whichever GPU."""
+        pairs = zip(self._gpus, _apart(before), _apart(after), strict=True)
+        causes = (gpu.cause(early, late) for gpu, early, late in pairs)
+        return next((cause for cause in causes if cause), None)
+
+    def process_memory_bytes(self) -> tuple[int | None, str | None]:
+        """Return what NVML books to this process on the first GPU, its own."""
+        return self._gpus[0].process_memory_bytes()
+
+    def energy_meter(self) -> EnergyMeter:
+        """Return the sum of the GPUs' counters."""
+        return SummedMeter([gpu.energy_meter() for gpu in self._gpus])
+
+
+def _together(states: Sequence[State]) -> State:
+    return {**states[0], "other_gpus": list(states[1:])}
+
+
+def _apart(state: State) -> list[State]:
+    return [state, *state["other_gpus"]]

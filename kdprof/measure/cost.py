@@ -1,0 +1,384 @@
+"""The one builder of Costs: from what a session read of a step, or from what was counted of it.
+
+Pure functions of readings: nothing here runs a step or asks a device.
+"""
+
+from __future__ import annotations
+
+import statistics
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdprof.hardware.device import versions
+from kdprof.measure.ceilings import phase_bound, published_peak
+from kdprof.measure.latency import COLLECTED
+from kdprof.measure.session import Readings
+from kdprof.measure.traced import Traced, watched_seconds
+from kdprof.records import (
+    Canary,
+    Ceilings,
+    Cost,
+    CountedCost,
+    Flop,
+    Interval,
+    Memory,
+    Operation,
+    PhaseBound,
+    Ratio,
+    TermCost,
+)
+from kdprof.stats import drift_of, median_interval, paired_ratio, relative_width
+from kdprof.step import PHASES
+
+PARTS = {
+    "teacher": ("teacher_forward",),
+    "student": ("student_forward",),
+    "objective": ("objective",),
+    "backward": ("task_loss", "objective_backward", "student_backward"),
+    "auxiliary": ("auxiliary",),
+}
+"""Parts of a step's FLOP, and the phases that do them."""
+LOADER_BOUND = 0.02
+"""An iteration this much longer than its step is bound by the loader."""
+COUNTED = "counted, not run (--count-only)"
+CALLABLE = "a callable step is one phase"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a Cost is the Cost of.
+
+    Attributes:
+        method: or the name of a user's step.
+        gpus: devices that make the step together.
+        key: hash of everything that changes the cost.
+        settings: what the key is made of.
+    """
+
+    method: str
+    gpus: int
+    key: str
+    settings: dict[str, Any]
+
+
+def measured_cost(
+    identity: Identity, readings: Readings, reference: str, warnings: Sequence[str] = ()
+) -> Cost:
+    """Return the Cost of a step that was measured.
+
+    Args:
+        reference: the method, or step, that it was interleaved with.
+        warnings: what else the reader must know; none of it makes the Cost unreliable.
+    """
+    timed = _timed(readings, reference)
+    canary = _canary(readings)
+    doubts = [*readings.distrust, *_doubts(readings, canary)]
+    counted = _counted(readings, timed)
+    peak = _published_peak(readings)
+    return Cost(
+        method=identity.method,
+        device=readings.device,
+        gpus=identity.gpus,
+        key=identity.key,
+        session=uuid.uuid4().hex[:12],
+        **timed,
+        outliers=readings.outliers,
+        canary=canary,
+        **counted,
+        ceilings=readings.ceilings,
+        mfu=None if peak is None else counted["flop"].total / timed["latency_s"].median / peak,
+        memory_bytes=readings.memory.memory,
+        energy_j=readings.energy.joules,
+        energy=readings.energy.how,
+        reliable=not doubts,
+        warnings=[
+            *doubts,
+            *_loader_warnings(timed),
+            *_trace_warnings(counted["terms"], readings.traced),
+            *warnings,
+        ],
+        unavailable=_unavailable(readings, timed, counted, peak),
+        timing=_timing(readings, timed["ratio"]),
+        hardware={
+            "name": readings.device,
+            "before": readings.before,
+            "after": readings.after,
+            **_seen(readings.during),
+        },
+        settings=identity.settings,
+        versions=versions(),
+    )
+
+
+def counted_cost(
+    identity: Identity,
+    operations: Sequence[Operation],
+    terms: Mapping[str, TermCost],
+    modules_flop: dict[str, dict[str, float]] | None,
+) -> CountedCost:
+    """Return the Cost of a step that was counted and not run; no basis for a budget."""
+    run_only = (
+        "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary", "phases_s",
+        "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
+    )  # fmt: skip
+    unavailable = dict.fromkeys((*run_only, "memory_bytes"), COUNTED)
+    if modules_flop is None:
+        unavailable["modules_flop"] = "not asked for (--modules)"
+    return CountedCost(
+        method=identity.method,
+        gpus=identity.gpus,
+        device="none: counted, not run",
+        key=identity.key,
+        session="",
+        **dict.fromkeys(run_only),
+        samples_s=[],
+        reference_samples_s=[],
+        end_to_end_samples_s=[],
+        reference_end_to_end_samples_s=[],
+        outliers=[],
+        terms=dict(terms),
+        flop=flop_of(operations),
+        modules_flop=modules_flop,
+        operations=list(operations),
+        bytes_moved=bytes_moved(operations),
+        memory_bytes=Memory(**dict.fromkeys(Memory.model_fields)),
+        reliable=True,
+        warnings=[],
+        unavailable=unavailable,
+        timing={},
+        hardware={},
+        settings=identity.settings,
+        versions=versions(),
+    )
+
+
+# What was timed
+
+
+def _timed(readings: Readings, to: str) -> dict[str, Any]:
+    own, reference = readings.timed.own, readings.timed.reference
+    latency = _interval(own.rounds)
+    ours = [[seconds] for seconds in own.end_to_end_s]
+    theirs = [[seconds] for seconds in reference.end_to_end_s]
+    return {
+        "latency_s": latency,
+        "ratio": _ratio(own.rounds, reference.rounds, to),
+        "end_to_end_s": _interval(ours) if ours else None,
+        "end_to_end_ratio": _ratio(ours, theirs, to) if ours else None,
+        "samples_s": own.rounds,
+        "reference_samples_s": reference.rounds,
+        "end_to_end_samples_s": own.end_to_end_s,
+        "reference_end_to_end_samples_s": reference.end_to_end_s,
+        "phases_s": own.phases_of(latency.median) if own.blocks[0].phases_s[0] else None,
+    }
+
+
+def _interval(rounds: list[list[float]]) -> Interval:
+    median, low, high = median_interval(rounds)
+    return Interval(median=median, low=low, high=high)
+
+
+def _ratio(rounds: list[list[float]], reference: list[list[float]], to: str) -> Ratio:
+    median, low, high = paired_ratio(rounds, reference)
+    return Ratio(median=median, low=low, high=high, to=to)
+
+
+def _canary(readings: Readings) -> Canary:
+    samples_s = readings.timed.canary_s
+    drift, steady = drift_of(samples_s, readings.settings.precision_target)
+    return Canary(
+        median_s=statistics.median(samples_s), drift=drift, steady=steady, samples_s=samples_s
+    )
+
+
+def _doubts(readings: Readings, canary: Canary) -> list[str]:
+    """Return what the session itself saw that makes its numbers doubtful."""
+    own, reference, found = readings.timed.own, readings.timed.reference, []
+    if own.unsettled is not None:
+        found.append(f"never settled before it was timed: {own.unsettled}")
+    if reference is not own and reference.unsettled is not None:
+        found.append(f"the reference never settled before it was timed: {reference.unsettled}")
+    if not canary.steady:
+        found.append(
+            f"the machine itself drifted by {canary.drift:.1%} while measuring (a fixed kernel did)"
+        )
+    if leaked_bytes := readings.memory.leaked_bytes:
+        found.append(f"leaks {leaked_bytes / 2**20:.2g} MiB with every step")
+    return found
+
+
+# What was counted
+
+
+def _counted(readings: Readings, timed: Mapping[str, Any]) -> dict[str, Any]:
+    latency, phases = timed["latency_s"].median, timed["phases_s"]
+    seconds = phases if phases is not None else {"step": latency}
+    operations = _scaled(readings.traced.operations, seconds)
+    flop = flop_of(operations)
+    return {
+        "operations": operations,
+        "terms": _scaled_terms(readings.traced, seconds) if phases is not None else None,
+        "flop": flop,
+        "bytes_moved": bytes_moved(operations),
+        "hidden_cost": hidden_cost(
+            flop.total, total_flop(readings.reference), timed["ratio"].median
+        ),
+        "bounds": _bounds(operations, seconds, readings.ceilings),
+    }
+
+
+def _scaled(operations: list[Operation], seconds: Mapping[str, float]) -> list[Operation]:
+    """Share out each phase's seconds over its operators, in proportion to their own."""
+    watched = watched_seconds(operations)
+    return [
+        o.model_copy(update={"seconds": o.seconds * seconds[o.phase] / watched[o.phase]})
+        for o in operations
+        if watched[o.phase] and o.phase in seconds
+    ]
+
+
+def _scaled_terms(traced: Traced, phases: Mapping[str, float]) -> dict[str, TermCost]:
+    forward, backward = (phases[name] for name in ("objective", "objective_backward"))
+    return {
+        name: term.model_copy(
+            update={
+                "forward_s": term.forward_s * forward,
+                "backward_s": term.backward_s * backward,
+            }
+        )
+        for name, term in traced.terms.items()
+    }
+
+
+def total_flop(operations: Iterable[Operation]) -> float:
+    """Return the matrix FLOP of a step's operators."""
+    return sum(operation.matrix_flop for operation in operations)
+
+
+def bytes_moved(operations: Iterable[Operation]) -> float:
+    """Return the bytes that a step's operators read and write."""
+    return sum(operation.bytes_read + operation.bytes_written for operation in operations)
+
+
+def flop_of(operations: Sequence[Operation]) -> Flop:
+    """Return the matrix FLOP of a step's operators, by part where they tell the parts."""
+    total = total_flop(operations)
+    parts = {
+        part: total_flop(o for o in operations if o.phase in phases)
+        for part, phases in PARTS.items()
+    }
+    known = all(operation.phase in PHASES for operation in operations)
+    return Flop(**(parts if known else dict.fromkeys(parts)), total=total)
+
+
+def hidden_cost(flop: float, reference_flop: float, ratio: float) -> float | None:
+    """Return the share of a step's time that its matrix FLOP do not explain.
+
+    Explained is what they would take at the reference's seconds per FLOP: a step of r times the
+    reference's time and f times its FLOP has 1 - f / r hidden. Matching FLOP instead of time would
+    give it 1 / (1 - index) times the time of the reference.
+    """
+    if reference_flop == 0:
+        return None
+    return 1 - flop / reference_flop / ratio
+
+
+def _bounds(
+    operations: list[Operation], seconds: Mapping[str, float], ceilings: Ceilings
+) -> dict[str, PhaseBound]:
+    found = {}
+    for phase, spent in seconds.items():
+        own = [o for o in operations if o.phase == phase]
+        if own and spent > 0:
+            found[phase] = phase_bound(total_flop(own), bytes_moved(own), spent, ceilings)
+    return found
+
+
+def _published_peak(readings: Readings) -> float | None:
+    precision = readings.precision
+    return None if precision is None else published_peak(readings.device, precision)
+
+
+# What a reader must know
+
+
+def _loader_warnings(timed: Mapping[str, Any]) -> list[str]:
+    step, whole = timed["latency_s"], timed["end_to_end_s"]
+    if whole is None:
+        return []
+    excess = whole.median / step.median - 1
+    if excess <= LOADER_BOUND or whole.low <= step.median:
+        return []
+    return [
+        f"LOADER-BOUND: an iteration with the loader takes {excess:.0%} longer than its step; "
+        "part of the comparison is about loading data ('kdprof doctor --study' says what to set)"
+    ]
+
+
+def _trace_warnings(terms: Mapping[str, TermCost] | None, traced: Traced) -> list[str]:
+    found = [
+        f"paid but weight 0: term '{name}' takes "
+        f"{1e3 * (term.forward_s + term.backward_s):.3g} ms of every step"
+        for name, term in (terms or {}).items()
+        if term.weight == 0
+    ]
+    found += [
+        f"synchronises the device: {s.operator} in {s.phase} at {s.where}, {s.calls} x per step"
+        for s in traced.synchronisations
+    ]
+    return found + traced.notes
+
+
+def _unavailable(
+    readings: Readings, timed: Mapping[str, Any], counted: Mapping[str, Any], peak: float | None
+) -> dict[str, str]:
+    found = dict(readings.memory.unavailable)
+    if readings.energy.joules is None:
+        found["energy_j"] = readings.energy.reason or "not measured"
+    if peak is None:
+        found["mfu"] = _no_peak(readings)
+    if timed["phases_s"] is None:
+        found |= dict.fromkeys(("phases_s", "terms"), CALLABLE)
+        found |= dict.fromkeys(("end_to_end_s", "end_to_end_ratio"), "the step loads its own data")
+    if counted["hidden_cost"] is None:
+        found["hidden_cost"] = "the reference does no matrix FLOP"
+    return found
+
+
+def _no_peak(readings: Readings) -> str:
+    if readings.precision is None:
+        return "the step's precision was not given"
+    return f"no published {readings.precision} peak is known for {readings.device}"
+
+
+def _timing(readings: Readings, ratio: Ratio) -> dict[str, Any]:
+    settings, own = readings.settings, readings.timed.own
+    return {
+        "clock": readings.clock,
+        "rounds": readings.timed.rounds,
+        "steps_per_round": settings.steps,
+        "warmup_steps": own.warmup_steps,
+        "stopped": readings.timed.stopped,
+        "precision_target": settings.precision_target,
+        "ratio_width": relative_width((ratio.median, ratio.low, ratio.high)),
+        "interval": "95 %, block bootstrap over rounds, Student's t",
+        "garbage_collector": COLLECTED,
+        "loader_wait_s": statistics.median(own.waited_s) if own.waited_s else None,
+        "isolated": not settings.in_process,
+    }
+
+
+def _seen(during: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the range of every number read while the steps ran, and how often which reason held
+    the clock down."""
+    numbers: dict[str, list[float]] = {}
+    reasons = Counter(r for reading in during for r in reading.get("throttle_reasons") or ())
+    for reading in during:
+        for name, value in reading.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                numbers.setdefault(name, []).append(value)
+    spans = {name: [min(values), max(values)] for name, values in numbers.items()}
+    return {"during": spans, "throttle_reasons_during": dict(reasons), "readings": len(during)}

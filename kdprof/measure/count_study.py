@@ -1,0 +1,114 @@
+"""Steps of a study counted without running them: their work, and whether they can fit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+
+import torch
+
+from kdprof.errors import UserError
+from kdprof.measure.cost import counted_cost
+from kdprof.measure.count import Count, count_step, fake_tensors
+from kdprof.measure.isolation import Failure
+from kdprof.measure.memory import available_bytes
+from kdprof.measure.modules import modules_flop
+from kdprof.measure.study_step import identity_of
+from kdprof.processes import explain
+from kdprof.progress import Progress
+from kdprof.records import Cost
+from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.factory import Factory
+
+
+@dataclass
+class Measured:
+    """The Costs of several methods, and those that could not be had."""
+
+    costs: list[Cost] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Methods that could not be measured, with the reason."""
+
+    def summary(self) -> str:
+        """Return the failures, one line each."""
+        return "\n".join(f"method '{name}': {why}" for name, why in self.failures.items())
+
+
+def count_costs(
+    study: ResolvedStudy, names: Sequence[str], progress: Progress, *, modules: bool = False
+) -> Measured:
+    """Count each named method's step without running it: no device is needed.
+
+    The Costs have no latency and no memory, with the reason; they are no basis for a budget.
+
+    Args:
+        modules: count the networks' modules with fvcore, too; takes seconds.
+    """
+    measured = Measured()
+    by_module = _modules_of(study) if modules else None
+    for name, made in _counts(study, names, progress):
+        if isinstance(made, Failure):
+            measured.failures[name] = str(made)
+        else:
+            identity = identity_of(study, name)
+            measured.costs.append(counted_cost(identity, made.operations, made.terms, by_module))
+    return measured
+
+
+def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
+    step, factory = study.step, _counting_factory(study)
+    taps = ("logits", "aux") if step.aux_weight else ("logits",)
+    return {
+        "student": modules_flop(factory.student(0), step.share, step.crop, taps=taps),
+        "teacher": modules_flop(factory.teacher(), step.share, step.crop),
+    }
+
+
+def _counting_factory(study: ResolvedStudy) -> Factory:
+    """Return what makes steps to be counted: with random weights, in this process alone."""
+    return Factory(study, weights=False, ranks=None)
+
+
+def _counts(
+    study: ResolvedStudy, names: Sequence[str], progress: Progress
+) -> Iterator[tuple[str, Count | Failure]]:
+    factory = _counting_factory(study)
+    # One of each network for all methods: counting changes neither, and making them takes seconds.
+    mode, teacher, student = fake_tensors(), factory.frozen(factory.teacher()), None
+    with progress.task("counting FLOP", len(names)) as advance:
+        for name in names:
+            step = factory.step(name, teacher, device=torch.device("cpu"), student=student)
+            student = step.student
+            try:
+                # What a user's method prints belongs beside the records, not among them.
+                with redirect_stdout(sys.stderr):
+                    made: Count | Failure = count_step(step, mode)
+            except (Exception, SystemExit) as error:
+                made = Failure(explain(error))
+            yield name, made
+            advance(1)
+
+
+def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) -> dict[str, str]:
+    """Return the methods whose steps cannot fit into memory, found before any of them runs.
+
+    A step that cannot be counted on fake tensors is let through: it will be seen when it runs.
+
+    Raises:
+        UserError: none fits, so that the study's sizes are to blame.
+    """
+    step, free = study.step, available_bytes(study.device)
+    if free is None:
+        return {}
+    found = {
+        name: f"a step with batch {step.share} and crop {step.crop[0]}x{step.crop[1]} needs at "
+        f"least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
+        f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
+        for name, made in _counts(study, names, progress)
+        if isinstance(made, Count) and made.least_memory_bytes > free
+    }
+    if found and len(found) == len(names):
+        raise UserError(*Measured(failures=found).summary().splitlines())
+    return found

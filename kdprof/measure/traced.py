@@ -1,0 +1,97 @@
+"""The operators of a step, timed one by one over a few steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kdprof.measure.subject import Subject
+from kdprof.measure.trace import StepTrace, Synchronisation
+from kdprof.records import Operation, TermCost
+
+HEAD_START_CYCLES = 2_000_000_000
+"""About a second of a GPU."""
+COMPILED = (
+    "the step is compiled: its operators are those of the step that is not, and share out the "
+    "compiled phases' seconds like those of the other"
+)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The operators of a step, timed one by one."""
+
+    operations: list[Operation]
+    terms: dict[str, TermCost]
+    """Their seconds are shares of the operators' in their phase."""
+    synchronisations: list[Synchronisation]
+    notes: list[str]
+    """What could not be told apart."""
+
+
+def trace_steps(subject: Subject, device: torch.device, steps: int) -> Traced:
+    """Time the operators of a few steps one by one; the median of each counts.
+
+    Watching every operator slows the step, so these seconds only share out those of the phases.
+    """
+    step = subject.traced
+    traces = []
+    for _ in range(steps):
+        if device.type == "cuda":
+            # The watched host is slower than the device: it gets a head start, or every operator
+            # would be timed with the gap before it.
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        with StepTrace(step, timed=True, device=device) as trace:
+            subject.run(trace.mark)
+        traces.append(trace)
+    weights = step.method.weights if step is not None else {}
+    operations = [
+        same[0].model_copy(update={"seconds": statistics.median(o.seconds for o in same)})
+        for same in _grouped(trace.operations() for trace in traces)
+    ]
+    last = traces[-1]
+    notes = [] if last.note is None else [last.note]
+    if step is not None and step.settings.compile != "none":
+        notes.append(COMPILED)
+    return Traced(operations, _shares_of_terms(traces, weights), last.synchronisations(), notes)
+
+
+def _shares_of_terms(traces: list[StepTrace], weights: Mapping[str, float]) -> dict[str, TermCost]:
+    """Return the terms with the median of their shares of the operators' seconds."""
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for trace in traces:
+        watched = watched_seconds(trace.operations())
+        forward, backward = (watched.get(p) or 1.0 for p in ("objective", "objective_backward"))
+        for name, term in trace.terms(weights).items():
+            own = (term.forward_s / forward, term.backward_s / backward)
+            shares.setdefault(name, []).append(own)
+    return {
+        name: term.model_copy(
+            update={
+                key: statistics.median(pair[place] for pair in shares[name])
+                for place, key in enumerate(("forward_s", "backward_s"))
+            }
+        )
+        for name, term in traces[-1].terms(weights).items()
+    }
+
+
+def _grouped(traces: Iterable[list[Operation]]) -> list[list[Operation]]:
+    """Return the operations of several traces, each with its like in the others."""
+    found: dict[tuple[str, str, str], list[Operation]] = {}
+    for operations in traces:
+        for operation in operations:
+            like = (operation.phase, operation.name, operation.kind)
+            found.setdefault(like, []).append(operation)
+    return list(found.values())
+
+
+def watched_seconds(operations: Iterable[Operation]) -> dict[str, float]:
+    """Return the operators' own seconds, as a trace timed them, by phase."""
+    found: dict[str, float] = {}
+    for operation in operations:
+        found[operation.phase] = found.get(operation.phase, 0.0) + operation.seconds
+    return found

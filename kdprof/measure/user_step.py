@@ -1,0 +1,294 @@
+"""Anybody's training step, measured like a method's: a callable that makes one whole step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdprof.errors import UserError, nearest
+from kdprof.hardware import hardware_of
+from kdprof.hardware.device import find_device, versions
+from kdprof.measure.cost import Identity, measured_cost
+from kdprof.measure.isolation import Failure, MeasureRequest, guarded, run_isolated
+from kdprof.measure.latency import OnRound, ignore_round
+from kdprof.measure.profiles import Files
+from kdprof.measure.session import run_session
+from kdprof.measure.subject import BadStep
+from kdprof.progress import Progress
+from kdprof.records import Cost
+from kdprof.step import Mark
+from kdprof.study import MeasureSettings
+from kdprof.user_files import import_function
+
+Step = Callable[[], Any]
+
+
+class CallableSubject:
+    """Anybody's step: a callable of no arguments that makes one whole training step."""
+
+    phases = ()
+    traced = None
+
+    def __init__(self, name: str, step: Callable[[], Any]):
+        self.name, self._step = name, step
+
+    def run(self, mark: Mark) -> Any:
+        """Make one step."""
+        return self._step()
+
+    def check(self, result: Any) -> None:
+        """Refuse a returned loss (a tensor or number) that is not finite.
+
+        Raises:
+            BadStep: the loss is nan or infinite.
+        """
+        if isinstance(result, Tensor):
+            finite = bool(torch.isfinite(result.detach()).all())
+        else:
+            finite = not isinstance(result, float) or math.isfinite(result)
+        if not finite:
+            raise BadStep("the step returned a loss that is not finite")
+
+    def run_end_to_end(self, count: int, first: int) -> None:
+        """Return None: whatever loads data is inside the step."""
+
+
+@dataclass(frozen=True)
+class StepSource:
+    """Where a step comes from: a function of a file that makes it."""
+
+    path: str
+    function: str
+
+    @property
+    def name(self) -> str:
+        """The name its Cost goes by: ``mine.make_step``."""
+        return f"{Path(self.path).stem}.{self.function}"
+
+    @classmethod
+    def parse(cls, spec: str) -> StepSource:
+        """Read ``FILE.py:function``.
+
+        Raises:
+            UserError: another form, or no such file.
+        """
+        path, _, function = spec.rpartition(":")
+        if not path.endswith(".py") or not function:
+            raise UserError(f"--step {spec}: write FILE.py:FUNCTION, such as ./mine.py:make_step")
+        if not Path(path).is_file():
+            raise UserError(f"--step {spec}: there is no file {path}")
+        return cls(str(Path(path).resolve()), function)
+
+    def make(self) -> Step:
+        """Load the file and call the function.
+
+        Raises:
+            UserError: the file cannot be imported or has no such function, or what the function
+                returned cannot be called.
+        """
+        step = import_function(Path(self.path), self.function)()
+        if not callable(step):
+            raise UserError(
+                f"{self.name} returned {type(step).__name__}; it must return a callable of no "
+                "arguments that makes one training step"
+            )
+        return step
+
+
+def measure_steps(
+    steps: Mapping[str, Step],
+    *,
+    reference: str | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+    precision_target: float = 0.01,
+    max_time_s: float = 60.0,
+) -> dict[str, Cost]:
+    """Measure callables, each of which makes one whole training step, in this process.
+
+    The same statistics as for kdprof's own methods: interleaved rounds with the reference in
+    random order, block-bootstrap intervals, operators, memory, energy, the state of the device.
+    The switches of torch stay as they are found.
+
+    Args:
+        steps: by name. A step that returns its loss (a tensor or number) has it checked.
+        reference: name that ratios are formed against; the first one if not given.
+        device: auto, cpu, cuda or cuda:N; where the steps run.
+        precision: fp32, bf16 or fp16: which of the device's published peaks MFU is a share of, and
+            which ceilings the steps are compared with. None: no MFU, the ceilings of fp32.
+        precision_target: stop when the ratio's 95 % interval is this narrow, relative to it.
+        max_time_s: and no later than this, for each step.
+
+    Returns:
+        A Cost per step. All steps are resident at once, so the memory of each includes the others'.
+
+    Raises:
+        UserError: no steps, or no such reference or device.
+        Failure: a step raised, or its loss is not finite; ``costs`` has those of the others.
+    """
+    if not steps:
+        raise UserError("no steps given; measure_steps({'mine': step}) takes at least one")
+    reference = reference if reference is not None else next(iter(steps))
+    if reference not in steps:
+        raise UserError(f"reference '{reference}' is no step; {nearest(reference, steps)}")
+    settings = MeasureSettings(
+        precision_target=precision_target, max_time_s=max_time_s, in_process=True
+    )
+    conditions = _Conditions(find_device(device), precision, settings, reference)
+
+    def measure_one(name: str) -> Cost:
+        compared = CallableSubject(reference, steps[reference])
+        return _measure(
+            CallableSubject(name, steps[name]),
+            None if name == reference else lambda: compared,
+            conditions,
+        )
+
+    costs, failures = {}, {}
+    for name in steps:
+        try:
+            costs[name] = guarded(lambda name=name: measure_one(name))
+        except Failure as failure:
+            failures[name] = str(failure)
+    if len(steps) > 1:
+        for cost in costs.values():
+            cost.warnings.append("memory includes the other steps, which were resident, too")
+    if failures:
+        summary = "\n".join(f"step '{name}': {why}" for name, why in failures.items())
+        raise Failure(summary, costs)
+    return costs
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """Under what steps are measured.
+
+    Attributes:
+        reference: name of the step that ratios are formed against.
+        parent: the process that asked, which does not count as foreign on the device.
+    """
+
+    device: torch.device
+    precision: str | None
+    settings: MeasureSettings
+    reference: str
+    parent: int | None = None
+
+    def own_pids(self) -> frozenset[int]:
+        return frozenset({os.getpid()} | ({self.parent} if self.parent is not None else set()))
+
+
+def _measure(
+    subject: CallableSubject,
+    build_reference: Callable[[], CallableSubject] | None,
+    conditions: _Conditions,
+    *,
+    source: Mapping[str, str] | None = None,
+    files: Files | None = None,
+    on_round: OnRound = ignore_round,
+) -> Cost:
+    """Measure one step in this process.
+
+    Args:
+        source: what the step was made from, part of the Cost's settings.
+    """
+    device = conditions.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and the allocator's statistics are the current one's
+    hardware = hardware_of(device, conditions.own_pids())
+    readings = run_session(
+        subject,
+        build_reference,
+        device=device,
+        hardware=hardware,
+        settings=conditions.settings,
+        precision=conditions.precision,
+        files=files or Files(),
+        on_round=on_round,
+    )
+    settings = {"step": subject.name, "precision": conditions.precision, **(source or {})}
+    key = hashlib.sha256(json.dumps([settings, hardware.name, versions()]).encode()).hexdigest()
+    identity = Identity(method=subject.name, gpus=1, key=key[:12], settings=settings)
+    return measured_cost(identity, readings, conditions.reference)
+
+
+def measure_files(
+    sources: Sequence[StepSource],
+    *,
+    device: str,
+    precision: str | None,
+    settings: MeasureSettings,
+    files: Files,
+    progress: Progress,
+) -> tuple[list[Cost], dict[str, str]]:
+    """Measure the steps that files make, each in a separate process, interleaved with the first.
+
+    Returns:
+        The Costs, and the steps that could not be measured with the reason.
+
+    Raises:
+        UserError: two steps have one name.
+    """
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two steps are called {twice[0]}; rename a file or its function")
+    costs, failures = [], {}
+    for source in sources:
+        progress.say(f"measuring {source.name}")
+        arguments = {
+            "source": vars(source),
+            "reference": vars(sources[0]),
+            "device": device,
+            "precision": precision,
+            "settings": settings.model_dump(mode="json"),
+            "files": (files.of(source.name) if len(sources) > 1 else files).to_json(),
+            "parent": os.getpid(),
+        }
+        try:
+            if settings.in_process:
+                cost = guarded(lambda a=arguments: measure_file(**a, on_round=ignore_round))
+            else:
+                cost = run_isolated(MeasureRequest("step", arguments), ignore_round)
+        except Failure as failure:
+            failures[source.name] = str(failure)
+            continue
+        costs.append(cost)
+    return costs, failures
+
+
+def measure_file(
+    source: Mapping[str, str],
+    reference: Mapping[str, str],
+    device: str,
+    precision: str | None,
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    parent: int | None,
+    on_round: OnRound,
+) -> Cost:
+    """Measure a step that a file makes, in this process. All but ``on_round`` are JSON-able."""
+    own, compared = StepSource(**source), StepSource(**reference)
+    content = Path(own.path).read_bytes()
+    return _measure(
+        CallableSubject(own.name, own.make()),
+        None if own == compared else lambda: CallableSubject(compared.name, compared.make()),
+        _Conditions(
+            find_device(device),
+            precision,
+            MeasureSettings.model_validate(settings),
+            compared.name,
+            parent,
+        ),
+        source={"file": own.path, "sha256": hashlib.sha256(content).hexdigest()},
+        files=Files.from_json(files),
+        on_round=on_round,
+    )

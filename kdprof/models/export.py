@@ -1,0 +1,155 @@
+"""A trained network as a file that others read: safetensors, mmsegmentation's names, ONNX."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from kdprof.errors import UserError
+from kdprof.hardware.device import installed_version
+from kdprof.models import AdaptedNetwork, SegmentationNetwork
+from kdprof.store import write_atomic
+
+FORMATS = (".safetensors", ".pth", ".onnx")
+ONNX_TOLERANCE = 1e-4
+"""Relative L2 between torch's logits and ONNX Runtime's. Rounding makes about 1e-6."""
+_MMSEG = (
+    (r"^backbone\.net\.conv1\.(\d)", r"backbone.stem.\1"),
+    (r"^backbone\.net\.bn1\.", "backbone.stem.7."),
+    (r"^backbone\.net\.", "backbone."),
+)
+_MMSEG_PLAIN = ((r"^backbone\.net\.", "backbone."),)
+"""Without a deep stem."""
+
+
+def export(
+    network: SegmentationNetwork | AdaptedNetwork,
+    path: Path,
+    classes: Sequence[str],
+    crop: tuple[int, int],
+) -> str:
+    """Write a network; what kind of file is told by its ending. Returns what was written, in words.
+
+    Args:
+        classes: names in order; they are written into the file.
+        crop: height and width of the picture that an ONNX file is traced and checked with.
+
+    Raises:
+        UserError: an unknown ending, a layout that has no such form, or a package is missing.
+    """
+    network = network.eval().cpu()
+    if path.suffix == ".safetensors":
+        write_atomic(path, _safetensors(network, classes))
+        return "safetensors, with the network's name and classes"
+    if path.suffix == ".pth":
+        write_atomic(path, _mmsegmentation(network, classes))
+        return "mmsegmentation's names"
+    if path.suffix == ".onnx":
+        found = _onnx(network, path, crop)
+        return f"ONNX, uint8 RGB in, logits at the picture's size out; {found}"
+    raise UserError(f"{path}: export writes {', '.join(FORMATS)}, not '{path.suffix}'")
+
+
+def _state(network: SegmentationNetwork | AdaptedNetwork) -> dict[str, Tensor]:
+    module = network.module if isinstance(network, AdaptedNetwork) else network
+    return {key: value.detach().contiguous() for key, value in module.state_dict().items()}
+
+
+def _safetensors(network: SegmentationNetwork | AdaptedNetwork, classes: Sequence[str]) -> bytes:
+    told = {
+        "format": "pt",
+        "network": network.info.name,
+        "classes": "\n".join(classes),
+        "preprocessing": json.dumps(vars(network.preprocessing)),
+    }
+    return safetensors_bytes(_state(network), told)
+
+
+def _mmsegmentation(network: SegmentationNetwork, classes: Sequence[str]) -> bytes:
+    own = isinstance(network, AdaptedNetwork) or network.name.layout != "mmseg"
+    if own or not hasattr(network.backbone.net, "layer4"):
+        raise UserError(
+            f"mmsegmentation has no {network.info.name} with these keys; export .safetensors "
+            "instead"
+        )
+    deep = "backbone.net.conv1.0.weight" in network.state_dict()
+    rules = _MMSEG if deep else _MMSEG_PLAIN
+    state = {_renamed(key, rules): value for key, value in _state(network).items()}
+    meta = {
+        "CLASSES": tuple(classes),
+        "dataset_meta": {"classes": tuple(classes)},
+        "config": f"dict(align_corners={network.align_corners})",
+    }
+    file = io.BytesIO()
+    torch.save({"meta": meta, "state_dict": state}, file)
+    return file.getvalue()
+
+
+def _renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        key, count = re.subn(pattern, replacement, key)
+        if count:
+            break
+    return key
+
+
+class _WholePicture(nn.Module):
+    """(N, 3, H, W) uint8 RGB -> logits (N, C, H, W)."""
+
+    def __init__(self, network: SegmentationNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(images.float(), ["logits"]).logits
+        align = self.network.align_corners
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=align)
+
+
+def _onnx(network: SegmentationNetwork | AdaptedNetwork, path: Path, crop: tuple[int, int]) -> str:
+    """Write an ONNX file, run it beside the network and return how far they are apart.
+
+    Raises:
+        UserError: onnx or onnxruntime is not installed, or the two differ.
+    """
+    missing = [name for name in ("onnx", "onnxruntime") if installed_version(name) == "none"]
+    if missing:
+        raise UserError(f"ONNX export needs {' and '.join(missing)}; pip install 'kdprof[onnx]'")
+    import onnxruntime
+
+    whole, file = _WholePicture(network).eval(), io.BytesIO()
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, *crop), generator=draw).to(torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            whole,
+            (images,),
+            file,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=False,  # one file, of any size
+            opset_version=17,
+        )
+    content = file.getvalue()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = whole(images)
+    apart = float((torch.from_numpy(found) - expected).norm() / expected.norm())
+    if not apart <= ONNX_TOLERANCE:
+        raise UserError(
+            f"ONNX Runtime computes something else than torch (relative L2 {apart:.1g}); the file "
+            "was not written"
+        )
+    write_atomic(path, content)
+    return f"for {crop[0]}x{crop[1]}, relative L2 {apart:.1g} from torch in ONNX Runtime"

@@ -1,0 +1,216 @@
+"""Child processes: one protocol for those that measure, train and check, and how failures are told.
+
+The parent writes a request into a folder and starts ``python -m MODULE FOLDER RANK``. The child
+sends messages as marked lines on its standard output, writes its result into the folder, and ends
+when its parent does: the parent holds the other end of its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdprof.errors import KdprofError
+from kdprof.store import write_atomic
+
+DEBUG = "KDPROF_DEBUG"
+"""Environment variable that asks for tracebacks, in this process and in its children."""
+MARK = "@kdprof "
+"""Begins a line of a child's output that is a message."""
+LAST_WORDS = 300
+"""Characters of an error message that are passed on."""
+
+Message = tuple[str, Any]
+"""A kind, and its JSON-able content."""
+
+
+# The parent's side
+
+
+@contextmanager
+def request_folder(request: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder with a request, for the children that work on it.
+
+    Args:
+        request: JSON-able.
+    """
+    with tempfile.TemporaryDirectory(prefix="kdprof-") as folder:
+        _request_file(Path(folder)).write_text(json.dumps(request))
+        yield Path(folder)
+
+
+class Child:
+    """A running child; as a context, it does not outlive the body.
+
+    Args:
+        module: what it runs, such as ``kdprof.measure``.
+        folder: of its request.
+        rank: its number among those that work on the request together.
+        environment: variables that are different for it.
+        detached: whether it is in a session of its own, so that Ctrl-C does not reach it.
+        quiet: whether what it prints besides messages is dropped, and not passed on to stderr.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        folder: Path,
+        rank: int = 0,
+        *,
+        environment: Mapping[str, str] | None = None,
+        detached: bool = False,
+        quiet: bool = False,
+    ):
+        self._result, self._quiet = _result_file(folder, rank), quiet
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            # -P: a user's queue.py in this folder is not the library's.
+            [sys.executable, "-P", "-m", module, str(folder), str(rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if debugging() else self._stderr,
+            text=True,
+            errors="replace",
+            env={**os.environ, **(environment or {})},
+            start_new_session=detached,
+        )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def messages(self) -> Iterator[Message]:
+        """Yield its messages until it ends; what else it prints goes to stderr."""
+        blank = ""
+        for line in self._process.stdout or ():
+            if line.startswith(MARK):
+                yield tuple(json.loads(line.removeprefix(MARK)))
+                blank = ""
+            elif not self._quiet:
+                # A message ends the line that a print may have left unfinished.
+                sys.stderr.write(blank + line.rstrip("\n"))
+                blank = "\n"
+        if blank:
+            sys.stderr.write(blank)
+
+    def stop(self) -> None:
+        """Ask it to save and end; returns at once."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait until it has ended and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not, in this time.
+        """
+        return self._process.wait(timeout_s)
+
+    def result(self) -> Any:
+        """Return the result that it wrote; None where it ended before it wrote one."""
+        return json.loads(self._result.read_text()) if self._result.exists() else None
+
+    def last_words(self) -> str:
+        """Return why it died, from its exit status and what it wrote to stderr."""
+        status = self.wait()
+        if status == -signal.SIGKILL:
+            return (
+                "its process was killed, most often by the system for lack of memory; "
+                "lower --batch or --crop"
+            )
+        self._stderr.seek(0)
+        last = self._stderr.read().strip().splitlines()[-1:] or ["no message"]
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        return f"its process died with {how}: {last[0][:LAST_WORDS]}"
+
+
+# The child's side
+
+
+@dataclass(frozen=True)
+class Request:
+    """What this process was started for."""
+
+    content: dict[str, Any]
+    folder: Path
+    rank: int
+
+    def write_result(self, result: Any) -> None:
+        """Write the result, JSON-able, for the parent."""
+        write_atomic(_result_file(self.folder, self.rank), json.dumps(result))
+
+
+def read_request() -> Request:
+    """Return the request on this process's command line; from now on it ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    return Request(json.loads(_request_file(folder).read_text()), folder, rank)
+
+
+def send(kind: str, content: Any) -> None:
+    """Send a message to the parent."""
+    sys.stdout.write(f"\n{MARK}{json.dumps([kind, content])}\n")
+    sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, then end as by a signal: whoever saves on one, saves."""
+    os.read(sys.stdin.fileno(), 1)  # not sys.stdin: its lock would be held when Python exits
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _request_file(folder: Path) -> Path:
+    return folder / "request.json"
+
+
+def _result_file(folder: Path, rank: int) -> Path:
+    return folder / f"result-{rank}.json"
+
+
+# Failures
+
+
+def debugging() -> bool:
+    """Return whether tracebacks were asked for."""
+    return bool(os.environ.get(DEBUG))
+
+
+def explain(error: BaseException) -> str:
+    """Return why a step failed, in one line with the fix."""
+    if isinstance(error, KdprofError):
+        return str(error)
+    message = " ".join(str(error).split())[:LAST_WORDS] or "no message"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+        return (
+            f"it ran out of memory ({message}); lower --batch or --crop: kdprof never does by "
+            "itself"
+        )
+    return f"the step raised {type(error).__name__}: {message} ({_origin(error)})"
+
+
+def _origin(error: BaseException) -> str:
+    """Return where an error came from: the innermost frame that is not torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_folder = str(Path(torch.__file__).parent)
+    own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "no origin"

@@ -1,0 +1,115 @@
+"""The splits of a study's data set, as each of its networks sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kdprof.data import (
+    Augmentation,
+    Batches,
+    DataOnDisk,
+    SegmentationData,
+    decoded,
+    default_folder,
+    fit_of,
+    fitted_size,
+    uses_placeholders,
+)
+from kdprof.data.scenario import Role, Scenario
+from kdprof.evaluate import Views
+from kdprof.progress import Progress
+from kdprof.study import Study
+
+
+class StudyData:
+    """The train and val split of a study.
+
+    Attributes:
+        files: the splits as their files hold them.
+        name: of the data set.
+        uses_placeholders: whether random images stand for the files of the data set.
+        views: how networks see the images that they are evaluated on.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        files: Mapping[str, DataOnDisk],
+        scenario: Scenario | None,
+        progress: Progress,
+    ):
+        self.files, self.name = files, files["train"].name
+        self.uses_placeholders = uses_placeholders(study.data)
+        self._settings, self._step = study.data_settings, study.step
+        self._scenario, self._progress = scenario, progress
+        self._decoded: dict[str, SegmentationData] = {}
+        self.views = Views(fit=fit_of(study.data_settings.resize, self.files["val"].name))
+
+    def class_names(self, role: Role) -> tuple[str, ...]:
+        """Return the classes that a network tells apart, in order."""
+        return self._view(self.files["train"], role, training=True).class_names
+
+    def num_classes(self, role: Role) -> int:
+        """Return how many classes a network tells apart."""
+        return len(self.class_names(role))
+
+    def train(self, role: Role) -> SegmentationData:
+        """Return the images that a network is trained on."""
+        return self._view(self.decoded("train"), role, training=True)
+
+    def val(self, role: Role) -> SegmentationData:
+        """Return the images that a network is evaluated on."""
+        return self._view(self.decoded("val"), role, training=False)
+
+    def _view(self, data: SegmentationData, role: Role, *, training: bool) -> SegmentationData:
+        return self._scenario.view(data, role, training=training) if self._scenario else data
+
+    def decoded(self, split: str) -> SegmentationData:
+        """Return a split as ``data_settings.cache`` keeps it; made at the first call.
+
+        Raises:
+            UserError: files that cannot be used, or a cache that cannot be written.
+        """
+        if self.uses_placeholders:
+            return self.files[split]  # nothing to decode
+        if split not in self._decoded:
+            cache, data = self._settings.cache, self.files[split]
+            self._decoded[split] = decoded(data, cache, self.cache_folder(), self._progress)
+        return self._decoded[split]
+
+    def cache_folder(self) -> Path:
+        """Return where decoded images are kept."""
+        given = self._settings.cache_folder
+        return Path(given).expanduser() if given else default_folder()
+
+    def evaluated_sizes(self) -> set[tuple[int, int]]:
+        """Return the heights and widths that images are evaluated at, pixels."""
+        data = self.files["val"]
+        return {fitted_size(data.size(index), self.views.fit) for index in range(len(data))}
+
+    def batches(self, role: Role, seed: int, rank: int = 0) -> Batches:
+        """Return the training batches of a network under a seed: the same for every method.
+
+        Args:
+            rank: of several that share each batch.
+        """
+        settings = self._settings
+        augmentation = Augmentation(
+            crop=self._step.crop,
+            scale=settings.scale,
+            flip=settings.flip,
+            photometric=settings.photometric,
+            scale_step=settings.scale_step,
+            fit=self.views.fit,
+            max_class_share=settings.max_class_share,
+        )
+        return Batches(
+            self.train(role),
+            seed=seed,
+            batch=self._step.batch,
+            augmentation=augmentation,
+            workers=settings.workers,
+            rank=rank,
+            ranks=self._step.gpus,
+        )

@@ -1,0 +1,160 @@
+"""Factory: the networks, methods, training steps and batches of a study."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdprof.data import Batches
+from kdprof.data.scenario import Role
+from kdprof.discovery import find_method
+from kdprof.distributed.ranks import Ranks
+from kdprof.method import Method, NetworkInfo
+from kdprof.models import AnyNetwork, build, folded
+from kdprof.models.weights import load_weights
+from kdprof.step import TrainStep
+
+if TYPE_CHECKING:
+    from kdprof.resolve.study import ResolvedStudy
+
+MEASURED_ITERATIONS = 1_000_000
+"""Length of the schedule of a step that is only measured, which has none of its own."""
+
+
+class Factory:
+    """Makes fresh objects of a study.
+
+    Args:
+        weights: whether networks begin with the weights of their files; a step costs the same with
+            random ones.
+        ranks: the group that makes the steps together; None where this process makes them alone.
+    """
+
+    def __init__(self, study: ResolvedStudy, *, weights: bool, ranks: Ranks | None):
+        self._study, self._weights, self._ranks = study, weights, ranks
+
+    def student(self, seed: int) -> AnyNetwork:
+        """Return a fresh student; its initialisation depends on the seed alone, not the method."""
+        torch.manual_seed(seed)
+        plain = self._study.plain
+        weights = plain.student_backbone_weights if self._weights else "none"
+        classes = self._study.data.num_classes("student")
+        return build(plain.student, classes, backbone_weights=weights)
+
+    def teacher(self) -> AnyNetwork:
+        """Return a fresh, untrained teacher."""
+        torch.manual_seed(0)
+        weights = self._study.plain.teacher_backbone_weights if self._weights else "none"
+        classes = self._study.data.num_classes("teacher")
+        return build(self._study.teacher_name, classes, backbone_weights=weights)
+
+    def placed_teacher(self) -> AnyNetwork:
+        """Return an untrained teacher on the device: it costs what the trained one costs."""
+        return self._placed(self.teacher(), self._study.device)
+
+    def published_teacher(self) -> tuple[AnyNetwork, str] | None:
+        """Return the teacher with the weights of its file, on the device, and in one line which
+        entries were loaded; None where it is to be trained.
+
+        Raises:
+            UserError: the file does not fit.
+        """
+        study = self._study
+        if study.teacher_weights is None:
+            return None
+        network = build(study.teacher_name, study.data.num_classes("teacher"))
+        loaded = load_weights(network, study.teacher_weights)
+        summary = f"{study.teacher_name}, {study.teacher_weights.source} names: {loaded.summary()}"
+        return self._placed(network, study.device), summary
+
+    def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
+        """Return a teacher as steps read it: itself, or a copy with folded batch norm."""
+        return folded(teacher) if self._study.step.fold_teacher else teacher
+
+    def _placed(self, network: AnyNetwork, device: torch.device) -> AnyNetwork:
+        channels_last = self._study.step.channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return network.to(device, memory_format=layout)
+
+    def method(self, name: str) -> Method:
+        """Return a fresh method, built for this study's networks."""
+        method = self._study.methods[name].cls(**self._study.plain.method_settings.get(name, {}))
+        student, teacher = self._info("student"), self._info("teacher")
+        if not method.incremental:
+            student = _of_classes(student, teacher.num_classes)
+        torch.manual_seed(1)
+        method.build(student, teacher if method.needs_teacher() else None)
+        return method
+
+    def _info(self, role: Role) -> NetworkInfo:
+        study = self._study
+        network = study.student_shapes if role == "student" else study.teacher_shapes
+        background = study.scenario is not None and study.scenario.background
+        return replace(network.info, background=background)
+
+    def step(
+        self,
+        name: str,
+        teacher: AnyNetwork | None,
+        *,
+        seed: int = 0,
+        iterations: int = MEASURED_ITERATIONS,
+        device: torch.device | None = None,
+        student: AnyNetwork | None = None,
+    ) -> TrainStep:
+        """Return the step of a method: fresh extras, the given teacher, a fresh student unless one
+        is given, on the device already. In a scenario where students start as the teacher, a fresh
+        one is the given teacher, grown.
+
+        Args:
+            iterations: what the learning-rate schedule spans.
+        """
+        study, device = self._study, device or self._study.device
+        if student is None:
+            student = self._placed(self.student(seed), device)
+            if study.starts_as_teacher and teacher is not None:
+                student.inherit(teacher, background=study.scenario.background)
+        return TrainStep(
+            student=student,
+            teacher=teacher if study.methods[name].cls.needs_teacher() else None,
+            method=self.method(name).to(device),
+            settings=study.step,
+            iterations=iterations,
+            seed=seed,
+            device=device,
+            ranks=self._ranks,
+        )
+
+    def teacher_step(self) -> TrainStep:
+        """Return the step that trains the teacher itself."""
+        study, training = self._study, self._study.teacher_training
+        rate = training.learning_rate or study.step.learning_rate
+        network = self.placed_teacher()  # seeds what the method's extras are drawn from
+        method = find_method(training.method).cls()
+        method.build(self._info("teacher"), None)
+        return TrainStep(
+            student=network,
+            teacher=None,
+            method=method.to(study.device),
+            settings=study.step.model_copy(update={"learning_rate": rate}),
+            iterations=training.iterations,
+            seed=0,
+            device=study.device,
+            ranks=self._ranks,
+        )
+
+    def forget_steps(self) -> None:
+        """Drop the steps that other ranks keep, and their memory; this process keeps none."""
+
+    def batches(self, seed: int, role: Role = "student") -> Batches:
+        """Return this process's share of the training batches of a seed."""
+        rank = self._ranks.rank if self._ranks else 0
+        return self._study.data.batches(role, seed, rank)
+
+
+def _of_classes(info: NetworkInfo, classes: int) -> NetworkInfo:
+    """Return what a method that only sees the first classes of a network may know of it."""
+    channels = dict(info.channels, logits=classes, aux=classes)
+    return replace(info, num_classes=classes, channels=channels)

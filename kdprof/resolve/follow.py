@@ -1,0 +1,133 @@
+"""Steps made by several ranks at once: rank 0 announces what it makes, every other rank follows."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdprof.distributed.ranks import Ranks, StepOrder
+from kdprof.feed import StepFeed
+from kdprof.models import AnyNetwork
+from kdprof.resolve.factory import MEASURED_ITERATIONS, Factory
+from kdprof.step import TrainStep
+
+if TYPE_CHECKING:
+    from kdprof.resolve.study import ResolvedStudy
+
+
+class LeadingFactory(Factory):
+    """Rank 0's factory: whatever it makes, the other ranks are ordered to make as well."""
+
+    def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
+        """Return a teacher as steps read it; its weights become every rank's."""
+        self._order(do="teacher")
+        self._ranks.share(teacher.state_dict())
+        return super().frozen(teacher)
+
+    def step(
+        self,
+        name: str,
+        teacher: AnyNetwork | None,
+        *,
+        seed: int = 0,
+        iterations: int = MEASURED_ITERATIONS,
+        device: torch.device | None = None,
+        student: AnyNetwork | None = None,
+    ) -> TrainStep:
+        """Return the step of a method, made on every rank."""
+        made = {"name": name, "seed": seed, "iterations": iterations}
+        self._order(do="make", **made, teacher=teacher is not None)
+        return super().step(
+            name, teacher, seed=seed, iterations=iterations, device=device, student=student
+        )
+
+    def teacher_step(self) -> TrainStep:
+        """Return the step that trains the teacher, made on every rank."""
+        self._order(do="make", name=None)
+        return super().teacher_step()
+
+    def forget_steps(self) -> None:
+        """Have the other ranks drop the steps made so far, and their memory."""
+        self._order(do="forget")
+
+    def _order(self, **order: Any) -> None:
+        self._ranks.send(order)
+
+
+def follow(ranks: Ranks, resolve: Callable[[], ResolvedStudy]) -> None:
+    """Do what rank 0 orders, until it says that this is the end.
+
+    Signals are left to rank 0: it saves, and ends the group.
+
+    Args:
+        resolve: makes the study with these ranks; called when rank 0 makes its first step, so that
+            until then nothing of this process lies on the GPU.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    follower: _Follower | None = None
+    while (order := ranks.receive()) != {"do": "end"}:
+        follower = follower or _Follower(resolve(), ranks)
+        follower.obey(order)
+    if follower is not None:
+        follower.forget()
+    ranks.leave()
+
+
+class _Follower:
+    def __init__(self, study: ResolvedStudy, ranks: Ranks):
+        self._study, self._ranks = study, ranks
+        self._teacher: AnyNetwork | None = None
+        self._feeds: dict[int, StepFeed] = {}
+
+    def obey(self, order: StepOrder | dict[str, Any]) -> None:
+        """Do what an order says."""
+        if isinstance(order, StepOrder):
+            self._step(order)
+            return
+        arguments = {key: value for key, value in order.items() if key != "do"}
+        {
+            "make": self._make,
+            "teacher": self._receive_teacher,
+            "load": self._load,
+            "feed": self._feed,
+            "forget": self.forget,
+        }[order["do"]](**arguments)
+
+    def _make(
+        self, name: str | None, seed: int = 0, iterations: int = 0, teacher: bool = False
+    ) -> None:
+        """Make the step of a method, or (None) the one that trains the teacher."""
+        factory = self._study.factory
+        if name is None:
+            feed = StepFeed(factory.teacher_step(), factory.batches(0, "teacher"))
+        else:
+            given = self._teacher if teacher else None
+            step = factory.step(name, given, seed=seed, iterations=iterations)
+            feed = StepFeed(step, factory.batches(seed))
+        self._feeds[feed.step.lead.number] = feed
+
+    def _receive_teacher(self) -> None:
+        network = self._study.factory.placed_teacher()
+        network.load_state_dict(self._ranks.share())
+        self._teacher = self._study.factory.frozen(network)
+
+    def _load(self, step: int) -> None:
+        self._feeds[step].step.load_state_dict(self._ranks.share())
+
+    def _feed(self, step: int, start: int, stop: int) -> None:
+        self._feeds[step].begin(start, stop)
+
+    def _step(self, order: StepOrder) -> None:
+        feed = self._feeds[order.step]
+        advance = feed.advance if order.from_loader else feed.repeat
+        advance(order.iteration, position=order.position)
+
+    def forget(self) -> None:
+        """Drop every step, and what feeds it."""
+        for feed in self._feeds.values():
+            feed.close()
+        self._feeds.clear()

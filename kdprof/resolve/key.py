@@ -1,0 +1,56 @@
+"""The identity of a Cost: everything of a study that changes what a method's step costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from kdprof.discovery import source_hash
+from kdprof.hardware.device import versions
+from kdprof.models import is_adapted, parse_name, source_of
+from kdprof.models.names import NetworkName
+from kdprof.resolve.study import ResolvedStudy
+
+ENGINE = ("step.py", "method.py", "models/*.py")
+"""The code that every step runs through, below the package."""
+
+
+def cost_settings(study: ResolvedStudy, name: str) -> dict[str, Any]:
+    """Return everything of the study that changes what a method's step costs."""
+    entry, plain = study.methods[name], study.plain
+    settings, scenario = plain.method_settings.get(name, {}), plain.scenario
+    reads_teacher = entry.cls.needs_teacher()
+    return {
+        "student": _identity_of(plain.student),
+        "teacher": _identity_of(study.teacher_name) if reads_teacher else None,
+        "data": study.data.name,
+        "placeholder_images": study.data.uses_placeholders,
+        "classes": study.data.num_classes("student"),
+        "teacher_classes": study.data.num_classes("teacher") if reads_teacher else None,
+        "scenario": scenario.model_dump(mode="json") if scenario else None,
+        "data_settings": study.data_settings.model_dump(mode="json", exclude={"cache_folder"}),
+        "step": study.step.model_dump(mode="json"),
+        "method": entry.cls(**settings).settings(),
+        "method_source_sha256": entry.source_sha256,
+    }
+
+
+def cost_key(study: ResolvedStudy, name: str) -> str:
+    """Return the hash under which the Cost of a method is stored."""
+    content = [cost_settings(study, name), study.hardware.name, versions(), _engine_sha256()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _identity_of(network: NetworkName | str) -> str:
+    """Return a network's full name, with a digest of its file where the user wrote it."""
+    if not isinstance(network, str):
+        return str(network)
+    if (source := source_of(network)) is not None:
+        return f"{network} {hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]}"
+    return network if is_adapted(network) else str(parse_name(network))
+
+
+def _engine_sha256() -> str:
+    return source_hash(Path(__file__).parent.parent, ENGINE)

@@ -1,0 +1,227 @@
+"""ResolvedStudy: a study whose every name was looked up and checked."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from kdprof.budget import parse_budget
+from kdprof.data import DataOnDisk, open_data
+from kdprof.data.scenario import scenario_of
+from kdprof.discovery import MethodEntry, builtin_methods, find_method
+from kdprof.distributed.ranks import Ranks
+from kdprof.errors import Problems, UserError, unknown
+from kdprof.hardware import Hardware, hardware_of
+from kdprof.hardware.device import configure_backends, find_device, missing_compiler
+from kdprof.models import AnyNetwork, build, is_adapted, parse_name
+from kdprof.models.names import NetworkName
+from kdprof.models.weights import Weights, check_weights, read_weights
+from kdprof.progress import Progress
+from kdprof.records import CONTROLS, REFERENCE
+from kdprof.resolve import checks
+from kdprof.resolve.data import StudyData
+from kdprof.resolve.factory import Factory
+from kdprof.resolve.follow import LeadingFactory
+from kdprof.study import Study
+
+
+class ResolvedStudy:
+    """A study whose every name was found: device, data, networks, methods.
+
+    Args:
+        parent: another process of ours on the device, which does not count as foreign there.
+        weights: whether networks begin with the weights of their files; a step costs the same with
+            random ones.
+        ranks: the group that this process makes steps with, where ``step.gpus`` asks for one.
+        progress: informed when images are decoded into memory or into the cache.
+
+    Attributes:
+        plain: the Study that this was made from.
+        step, training, evaluation, measure, data_settings, teacher_training, budgets, seeds: its
+            sections.
+        methods: the study's methods, those that its budgets name, and the controls; by name.
+        teacher_weights: what the teacher's file of weights holds; None where it is to be trained.
+        teacher_name: the teacher's network, with whatever its weights say of it.
+        scenario: None where teacher and student learn the same classes.
+        data: the splits, as each network sees them.
+        factory: makes networks, methods, steps and batches; on rank 0 of several, on all of them.
+
+    Raises:
+        UserError: whatever is wrong, all of it at once.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        parent: int | None = None,
+        progress: Progress | None = None,
+        weights: bool = True,
+        ranks: Ranks | None = None,
+    ):
+        self.plain, self.ranks = study, ranks
+        self.step, self.training, self.evaluation = study.step, study.training, study.evaluation
+        self.measure, self.data_settings = study.measure, study.data_settings
+        self.teacher_training = study.teacher_training
+        self.budgets, self.seeds = study.budgets, study.seeds
+        self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
+        self._own_pids |= ranks.pids if ranks else frozenset()
+        self._look_up(progress or Progress(None))
+        self._check()
+        configure_backends(self.device, study.step.precision)
+        leads = ranks is not None and ranks.leads
+        self.factory = (LeadingFactory if leads else Factory)(self, weights=weights, ranks=ranks)
+
+    def _look_up(self, progress: Progress) -> None:
+        """Find everything that the study names.
+
+        Raises:
+            UserError: whatever is not there, all of it at once.
+        """
+        study, problems = self.plain, Problems()
+        self.device = problems.attempt(self._find_device, torch.device("cpu"))
+        self.methods = self._find_methods(problems)
+        for network in (study.student, study.teacher):
+            problems.attempt(lambda name=network: is_adapted(name) or parse_name(name), None)
+        self.teacher_weights = problems.attempt(self._read_teacher_weights, None)
+        problems.attempt(self._check_teacher_method, None)
+        problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
+        train = problems.attempt(lambda: self._open("train"), None)
+        val = None if problems else problems.attempt(lambda: self._open("val"), None)
+        self.scenario = problems.attempt(lambda: scenario_of(study, train), None) if train else None
+        problems.refuse()
+        self.data = StudyData(study, {"train": train, "val": val}, self.scenario, progress)
+        self.teacher_name = self._full_teacher_name()
+
+    def _check(self) -> None:
+        """Refuse what would fail later, before anything runs.
+
+        Raises:
+            UserError: the crop, the sizes of the images or the taps of the methods do not fit.
+        """
+        step, networks = self.step, (self.student_shapes, self.teacher_shapes)
+        Problems(checks.crop_problems(networks, step)).refuse()
+        if not self.data.uses_placeholders and any(net.multiple > 1 for net in networks):
+            Problems(checks.size_problems(networks, self.data.evaluated_sizes())).refuse()
+        classes = [self.methods[name].cls for name in self.method_names(control=False)]
+        found = checks.tap_problems(classes, *networks, step.aux_weight, self.teacher_weights)
+        Problems(found).refuse()
+
+    def _find_device(self) -> torch.device:
+        """Find the device, which of several GPUs is this rank's.
+
+        Raises:
+            UserError: no such device, or not as many.
+        """
+        gpus, name = self.step.gpus, self.plain.device
+        device = find_device(name)
+        if gpus == 1 or device.type == "cpu":
+            return device
+        Problems(checks.gpus_problems(gpus, name, torch.cuda.device_count())).refuse()
+        return torch.device("cuda", self.ranks.rank if self.ranks else 0)
+
+    def _find_methods(self, problems: Problems) -> dict[str, MethodEntry]:
+        """Return the study's methods, those its budgets name, and the controls."""
+        found: dict[str, MethodEntry] = {}
+        for spec in dict.fromkeys([*CONTROLS, *self.plain.methods]):
+            if spec in found:
+                continue
+            entry = problems.attempt(lambda spec=spec: find_method(spec), None)
+            if entry is None:
+                continue
+            clash = found.get(entry.cls.name)
+            if clash is not None and clash.cls is not entry.cls:
+                problems.append(
+                    f"method {spec} is called '{entry.cls.name}' like the {clash.origin} one; "
+                    "give its class another 'name'"
+                )
+            found[entry.cls.name] = entry
+        known = {**builtin_methods(), **found}
+        for name in self.budget_methods():
+            if name in known:
+                found[name] = known[name]
+            elif name.partition(":")[0].endswith(".py"):
+                problems.append(
+                    f"budget of '{name}': write the method's own name, one of {', '.join(found)}"
+                )
+            else:
+                problems.append(f"budget of '{name}': {unknown('method', name, known)}")
+        for name, settings in self.plain.method_settings.items():
+            if name in known:
+                problems.attempt(lambda n=name, s=settings: known[n].cls(**s), None)
+            else:
+                problems.append(f"method_settings: {unknown('method', name, known)}")
+        return found
+
+    def _read_teacher_weights(self) -> Weights | None:
+        path = self.plain.teacher_weights
+        if path is None:
+            return None
+        return read_weights(Path(path).expanduser(), adapted=is_adapted(self.plain.teacher))
+
+    def _full_teacher_name(self) -> NetworkName | str:
+        """Return the teacher's network.
+
+        Raises:
+            UserError: its weights are another network's, or of other classes.
+        """
+        if self.teacher_weights is None:
+            return self.plain.teacher
+        classes = self.data.class_names("teacher")
+        return check_weights(self.teacher_weights, self.plain.teacher, classes)
+
+    def _check_teacher_method(self) -> None:
+        """Find the objective that the teacher is trained with.
+
+        Raises:
+            UserError: no such method, or one that reads a teacher itself.
+        """
+        name = self.teacher_training.method
+        if find_method(name).cls.needs_teacher():
+            raise UserError(
+                f"teacher_training.method: '{name}' reads a teacher itself; use {REFERENCE}"
+            )
+
+    def _open(self, split: str) -> DataOnDisk:
+        settings = self.data_settings
+        count = settings.synthetic_train if split == "train" else settings.synthetic_val
+        return open_data(
+            self.plain.data,
+            split,
+            synthetic_size=settings.synthetic_size,
+            synthetic_count=count,
+            placeholders=True,
+        )
+
+    @cached_property
+    def student_shapes(self) -> AnyNetwork:
+        """The student with random weights, on the CPU: what shapes need."""
+        return build(self.plain.student, self.data.num_classes("student"))
+
+    @cached_property
+    def teacher_shapes(self) -> AnyNetwork:
+        """The teacher with random weights, on the CPU: what shapes and costs need."""
+        return build(self.teacher_name, self.data.num_classes("teacher"))
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """The device's hardware."""
+        return hardware_of(self.device, self._own_pids, self.step.gpus)
+
+    @property
+    def starts_as_teacher(self) -> bool:
+        """Whether every student of this study is a teacher that grew."""
+        return self.plain.starts_as_teacher
+
+    def method_names(self, *, control: bool) -> list[str]:
+        """Return the methods to compare; with ``control`` the controls come first."""
+        by_spec = [find_method(spec).cls.name for spec in self.plain.methods]
+        return list(dict.fromkeys([*(CONTROLS if control else ()), *by_spec]))
+
+    def budget_methods(self) -> list[str]:
+        """Return the methods whose iterations budgets are measured in."""
+        budgets = [parse_budget(text) for text in self.budgets]
+        return [budget.method for budget in budgets if budget.method]

@@ -1,0 +1,90 @@
+"""What training needs before it begins: the Costs, and a folder made under the same conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kdprof.errors import KdprofError, UserError
+from kdprof.measure import measure
+from kdprof.progress import Progress
+from kdprof.records import REFERENCE, Cost
+from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.key import cost_key
+from kdprof.store import Store
+from kdprof.train.loggers import check_loggers
+
+
+class Prepared(NamedTuple):
+    """What training needs to know before it begins."""
+
+    costs: dict[str, Cost]
+    failures: list[str]
+    """Methods that could not be measured, with the reason."""
+
+
+def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Progress) -> Prepared:
+    """Return the Cost of every named method, of those that budgets name and of the reference,
+    measuring what is missing and no more, and which could not be measured.
+
+    Raises:
+        UserError: a step cannot fit into the device's memory, a logger is not installed, or the
+            folder's runs were made under other conditions than this study would make.
+        KdprofError: no Cost of a method that a budget is measured in.
+    """
+    check_loggers(study.training.loggers)
+    check_runs(study, store, names)
+    named = study.budget_methods()
+    wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
+    found = {name: store.read_cost(name, cost_key(study, name)) for name in wanted}
+    missing = [name for name, cost in found.items() if cost is None]
+    if not missing:
+        return Prepared(found, [])
+    progress.say(f"measuring {', '.join(missing)}")
+    measured = measure(study, missing, progress, keep=store.write_cost)
+    found |= {cost.method: cost for cost in measured.costs}
+    if lost := [name for name in (REFERENCE, *named) if name in measured.failures]:
+        raise KdprofError(
+            f"nothing can be converted without {', '.join(lost)}\n{measured.summary()}"
+        )
+    costs = {name: cost for name, cost in found.items() if cost is not None}
+    return Prepared(costs, measured.summary().splitlines())
+
+
+def stored_costs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> dict[str, Cost]:
+    """Return what :func:`prepare` would, measuring nothing.
+
+    Raises:
+        UserError: a Cost is missing, or was measured on another device.
+    """
+    wanted = dict.fromkeys([REFERENCE, *names, *study.budget_methods()])
+    found = {name: store.read_cost(name, cost_key(study, name)) for name in wanted}
+    here = study.hardware.name
+    elsewhere = {cost.method: cost.device for cost in store.costs() if cost.device != here}
+    problems = [
+        f"'{name}' has no cost under this study on {here}"
+        + (f", but on {elsewhere[name]}: train there" if name in elsewhere else "; measure it here")
+        for name, cost in found.items()
+        if cost is None
+    ]
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
+    """Refuse a folder whose runs were made under other conditions than this study would make.
+
+    Raises:
+        UserError: runs of the named methods had other settings, another device or other versions.
+    """
+    problems = [
+        f"{folder.path} was trained with other method settings or code, on another device or "
+        "with other versions; use another --out, or delete it to train it again"
+        for folder in store.run_folders()
+        if (run := folder.read_run()) is not None
+        and run.method in names
+        and run.cost_key != cost_key(study, run.method)
+    ]
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,243 @@
+"""The runs of a study, one after the other: what is left of it, or a few named ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from kdprof.data import require_files
+from kdprof.distributed.ranks import LostContact
+from kdprof.errors import KdprofError, UserError
+from kdprof.feed import StepFeed
+from kdprof.models import AnyNetwork
+from kdprof.processes import explain
+from kdprof.progress import Progress
+from kdprof.records import Cost, Run
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import Held, Store
+from kdprof.train.cells import Cell, cells_of, new_run
+from kdprof.train.loop import Interrupted, TrainingRun, Validation, outcome
+from kdprof.train.prepare import Prepared, check_runs, prepare, stored_costs
+from kdprof.train.teacher import needs_teacher, trained_teacher
+from kdprof.train.trunk import Trunk, TrunkPlan, trunk_plan
+
+
+@dataclass
+class Summary:
+    """What a call of :func:`train` did."""
+
+    finished: list[Run] = field(default_factory=list)
+    skipped: int = 0
+    """Runs that were finished before."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Runs that other processes are training, as messages call them."""
+    failures: list[str] = field(default_factory=list)
+
+
+def train(
+    study: ResolvedStudy,
+    store: Store,
+    progress: Progress,
+    *,
+    control: bool = True,
+    prepared: Prepared | None = None,
+) -> Summary:
+    """Measure what is missing, train the teacher, then every cell of the study.
+
+    A finished run is left alone, an interrupted one continues, one that another process holds is
+    left to it. A run that fails does not keep the others from being made.
+
+    Args:
+        prepared: what :func:`prepare` returned for these methods, where it was called before.
+
+    Raises:
+        UserError: a budget buys less than an iteration of a method, or a step does not fit.
+        Interrupted: a signal came; everything is saved.
+    """
+    require_files(study.plain.data)
+    names = study.method_names(control=control)
+    costs, failures = prepared or prepare(study, store, names, progress)
+    summary = Summary(failures=list(failures))
+    cells = cells_of(study, store, [name for name in names if name in costs], costs)
+    waiting = [cell for cell in cells if not cell.is_finished(store)]
+    summary.skipped = len(cells) - len(waiting)
+    if waiting:
+        _train_waiting(study, store, costs, progress, cells, waiting, summary)
+    return summary
+
+
+def train_named(
+    study: ResolvedStudy,
+    store: Store,
+    progress: Progress,
+    method: str,
+    budgets: Collection[str],
+    seed: int,
+    *,
+    concurrent_runs: int | None = 0,
+) -> Summary:
+    """Train the cells of a method, a seed and some of the study's budgets, whose Costs are there.
+
+    Args:
+        concurrent_runs: runs that other processes train on this machine at the same time; None =
+            not known.
+
+    Raises:
+        UserError: a Cost that is needed was not measured on this device.
+        Interrupted: a signal came; everything is saved.
+    """
+    check_runs(study, store, [method])
+    costs = stored_costs(study, store, [method])
+    cells = cells_of(study, store, [method], costs)
+    named = [cell for cell in cells if cell.seed == seed and cell.budget in budgets]
+    waiting = [cell for cell in named if not cell.is_finished(store)]
+    summary = Summary(skipped=len(named) - len(waiting))
+    if waiting:
+        _train_waiting(study, store, costs, progress, cells, waiting, summary, concurrent_runs)
+    return summary
+
+
+def _train_waiting(
+    study: ResolvedStudy,
+    store: Store,
+    costs: Mapping[str, Cost],
+    progress: Progress,
+    cells: Sequence[Cell],
+    waiting: Sequence[Cell],
+    summary: Summary,
+    concurrent_runs: int | None = 0,
+) -> None:
+    """Train the waiting ones of a study's cells, after the teacher."""
+    if study.ranks and study.ranks.restarts:
+        waiting = _without_failed(store, waiting, summary)
+    elif study.step.gpus > 1 and not study.ranks:
+        raise UserError(f"step.gpus = {study.step.gpus}: a run of several needs torchrun")
+    teacher = None
+    if needs_teacher(study, {cell.method for cell in waiting}):
+        teacher = trained_teacher(study, store, progress)
+    work = _Work(study, store, costs, teacher, progress, cells, concurrent_runs)
+    held = _train_cells(work, waiting, summary)
+    # By now the holder may be through with them, or dead.
+    held = _train_cells(work, held, summary) if held else []
+    summary.elsewhere = [cell.label() for cell in held]
+
+
+def _without_failed(store: Store, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
+    """Leave out the cells whose failure had the group started again: they would fail once more."""
+    runs = [(cell, cell.folder(store).read_run()) for cell in cells]
+    failed = [(cell, run.failure) for cell, run in runs if run is not None and run.failure]
+    summary.failures += [f"{cell.label()}: {failure.reason}" for cell, failure in failed]
+    aside = {cell for cell, _ in failed}
+    return [cell for cell in cells if cell not in aside]
+
+
+def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
+    """Train cells one after the other; return those that other processes hold."""
+    held, began = [], time.monotonic()
+    for number, cell in enumerate(cells, 1):
+        count = f"[{number}/{len(cells)}] " if len(cells) > 1 else ""
+        label = count + cell.label()
+        left = _left(cells, number - 1, time.monotonic() - began) if count else ""
+        try:
+            run = work.train(cell, label, left)
+        except (Interrupted, LostContact):
+            raise
+        except Held:
+            held.append(cell)
+            continue
+        except Exception as error:
+            # Out of memory, a mistake in a user's method: the other runs are still wanted.
+            own = isinstance(error, KdprofError)  # names its run itself
+            failure = f"{'' if own else cell.label() + ': '}{explain(error)}"
+            summary.failures.append(failure)
+            work.progress.say(f"{count}failed: {failure}")
+            continue
+        summary.finished.append(run)
+        work.progress.say(f"{label}: {outcome(run)}")
+    return held
+
+
+def _left(cells: Sequence[Cell], done: int, elapsed_s: float) -> str:
+    """Return what a bar says of the cells after the first ``done``: as long as was planned, times
+    what the others took, all told, of their plan."""
+    planned = [cell.planned_s or 0.0 for cell in cells]
+    pace = elapsed_s / sum(planned[:done]) if sum(planned[:done]) else 1.0
+    return f" ({timedelta(seconds=round(pace * sum(planned[done:])))} for all)"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the cells of a study have in common."""
+
+    study: ResolvedStudy
+    store: Store
+    costs: Mapping[str, Cost]
+    teacher: AnyNetwork | None
+    progress: Progress
+    cells: Sequence[Cell]
+    concurrent_runs: int | None
+
+    def train(self, cell: Cell, label: str, left: str) -> Run:
+        """Train a cell, and before it the trunk that it branches off from.
+
+        Args:
+            label: what lines and the bar call it.
+            left: what the bar adds about the runs that follow.
+        """
+        plan = trunk_plan(self.study, self.cells, cell)
+        trunk = self._trunk(plan, cell, left) if plan else None
+        return self._train(cell, label, left, trunk=trunk)
+
+    def _trunk(self, plan: TrunkPlan, cell: Cell, left: str) -> Trunk | None:
+        """Train the trunk as far as its branches need; return where a cell branches off."""
+        state = self.store.trunk_folder(plan.method, plan.seed).mark(plan.marks[cell.budget])
+        if not state.exists():
+            trunk = Cell.trunk(plan)
+            run = self._train(trunk, trunk.label(), left, marks=set(plan.marks.values()))
+            self.progress.say(
+                f"{trunk.label()}: {run.iterations} iterations, {run.train_s.actual:.1f} s"
+            )
+        if state.exists():
+            return Trunk(state)
+        self.progress.say(
+            f"{cell.label()}: its trunk went past iteration {plan.marks[cell.budget]} before this "
+            "budget was known; trained alone"
+        )
+        return None
+
+    def _train(
+        self,
+        cell: Cell,
+        label: str,
+        left: str,
+        *,
+        trunk: Trunk | None = None,
+        marks: Collection[int] = (),
+    ) -> Run:
+        study, cost, folder = self.study, self.costs[cell.method], cell.folder(self.store)
+        is_trunk = cell.kind == "trunk"
+        with folder.lock():
+            # An interrupted run keeps its length: its learning rates were set for it.
+            made = None if is_trunk else folder.read_run()
+            if made is not None and made.finished:
+                return made  # by another process, since this one looked
+            run = made or new_run(study, cell, cost)
+            run = run.model_copy(update={"concurrent_runs": self.concurrent_runs})
+            study.factory.forget_steps()
+            step = study.factory.step(
+                cell.method, self.teacher, seed=cell.seed, iterations=run.schedule_iterations
+            )
+            training = TrainingRun(
+                folder=folder,
+                run=run,
+                feed=StepFeed(step, study.factory.batches(cell.seed)),
+                settings=study.training,
+                validation=None if is_trunk else Validation.of(study, "student"),
+                cost=cost,
+                meter=study.hardware.energy_meter(),
+                trunk=trunk,
+                marks=marks,
+            )
+            return training.train(self.progress, label, left)

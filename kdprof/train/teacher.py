@@ -1,0 +1,110 @@
+"""The study's teacher: trained once, or read from a file of weights and scored once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from kdprof.errors import KdprofError
+from kdprof.evaluate import evaluate
+from kdprof.feed import StepFeed
+from kdprof.hardware.device import autocast
+from kdprof.models import AnyNetwork
+from kdprof.progress import Progress
+from kdprof.records import Run
+from kdprof.resolve import ResolvedStudy
+from kdprof.store import RunFolder, Store, write_record
+from kdprof.train import checkpoint
+from kdprof.train.cells import Cell, new_run
+from kdprof.train.loop import TrainingRun, Validation, outcome
+
+
+def needs_teacher(study: ResolvedStudy, names: Iterable[str]) -> bool:
+    """Return whether any of the named methods is trained with a teacher."""
+    return study.starts_as_teacher or any(study.methods[n].cls.needs_teacher() for n in names)
+
+
+def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> AnyNetwork:
+    """Return the study's teacher as steps read it; trained on the first call, read later.
+
+    Its cost is in its own record and in no method's budget.
+    """
+    folder = store.teacher_folder()
+    if (published := study.factory.published_teacher()) is not None:
+        network, told = published
+        if not _is_finished(folder.read_run()):
+            with folder.lock():
+                _score_teacher(study, folder, network)
+            progress.say(f"teacher: {told}; mIoU {100 * folder.read_run().miou:.2f} %")
+        return study.factory.frozen(network)
+    if not _is_finished(folder.read_run()):
+        with folder.lock():
+            run = folder.read_run()
+            if study.ranks and study.ranks.restarts and run is not None and run.failure:
+                raise KdprofError(f"teacher: {run.failure.reason}")
+            if not _is_finished(run):
+                return study.factory.frozen(_train_teacher(study, folder, run, progress))
+    return study.factory.frozen(_read_teacher(study, folder))
+
+
+def _cell(study: ResolvedStudy, iterations: int) -> Cell:
+    return Cell.teacher(study.teacher_training.method, iterations)
+
+
+def _is_finished(run: Run | None) -> bool:
+    return run is not None and run.finished
+
+
+def _train_teacher(
+    study: ResolvedStudy, folder: RunFolder, run: Run | None, progress: Progress
+) -> AnyNetwork:
+    study.factory.forget_steps()
+    step = study.factory.teacher_step()
+    training = TrainingRun(
+        folder=folder,
+        run=run or new_run(study, _cell(study, study.teacher_training.iterations), None),
+        feed=StepFeed(step, study.factory.batches(0, "teacher")),
+        settings=study.training,
+        validation=Validation.of(study, "teacher"),
+        meter=study.hardware.energy_meter(),
+    )
+    progress.say(f"teacher: {outcome(training.train(progress, 'teacher'))}")
+    return step.student
+
+
+def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork) -> None:
+    """Write the record of a teacher that came with its weights."""
+    began, data = time.monotonic(), study.data.val("teacher")
+    found = evaluate(
+        network,
+        data,
+        study.device,
+        batch=study.evaluation.batch,
+        autocast=autocast(study.device, "fp32"),
+        views=study.data.views,
+    )
+    run = new_run(study, _cell(study, 0), None)
+    scores = {
+        "miou": found.miou,
+        "best_miou": found.miou,
+        "miou_per_class": dict(zip(data.class_names, found.per_class, strict=True)),
+        "eval_s": time.monotonic() - began,
+        "finished": True,
+    }
+    write_record(folder.record, run.model_copy(update=scores))
+
+
+def _read_teacher(study: ResolvedStudy, folder: RunFolder) -> AnyNetwork:
+    """Return the trained teacher.
+
+    Raises:
+        KdprofError: its weights are damaged or of another iteration.
+    """
+    state, damage = checkpoint.load(folder)
+    if damage is not None or state is None or state["iteration"] != folder.read_run().iterations:
+        raise KdprofError(
+            f"{damage or 'the teacher has no checkpoint'}; delete {folder.path} to train it again"
+        )
+    teacher = study.factory.placed_teacher()
+    teacher.load_state_dict(state["step"]["student"])
+    return teacher

@@ -1,0 +1,57 @@
+"""Trunks: the training before any decay, which runs of several budgets share under wsd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdprof.resolve import ResolvedStudy
+from kdprof.schedule import decay_start
+from kdprof.study import Study
+
+if TYPE_CHECKING:
+    from kdprof.train.cells import Cell
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The state that runs of several budgets share, where a run begins instead of at 0."""
+
+    state: Path
+    """A checkpoint of the trunk at the iteration where this run's decay begins."""
+
+
+@dataclass(frozen=True)
+class TrunkPlan:
+    """What several budgets of a method and seed share under wsd: training before any decay.
+
+    Attributes:
+        marks: by budget, the iteration at which its decay begins; the longest ends the trunk.
+    """
+
+    method: str
+    seed: int
+    marks: Mapping[str, int]
+    longest: Cell
+
+
+def shares_trunks(study: Study) -> bool:
+    """Return whether a method and seed is trained once until its budgets' decays begin."""
+    training = study.training
+    shared = training.enforce == "iterations" and training.schedule_span == "stretch"
+    return study.step.schedule == "wsd" and shared
+
+
+def trunk_plan(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> TrunkPlan | None:
+    """Return the trunk that a cell branches off from; None where it is trained alone.
+
+    Runs share a trunk where the learning rate does not know their length before the decay.
+    """
+    if not shares_trunks(study.plain):
+        return None
+    family = [c for c in cells if (c.method, c.seed) == (cell.method, cell.seed)]
+    marks = {c.budget: decay_start(study.step, c.span) for c in family}
+    longest = max(family, key=lambda c: c.iterations)
+    return TrunkPlan(cell.method, cell.seed, marks, longest) if marks[cell.budget] else None

@@ -1,0 +1,176 @@
+"""The way of a study to its results, the same for commands and jobs: open, prepare, claim, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdprof.progress import Progress
+from kdprof.store import Store
+from kdprof.study import Study, claim_folder, join_study, load_study, with_measuring
+
+if TYPE_CHECKING:
+    from kdprof.distributed.ranks import Ranks
+    from kdprof.measure import Files, Measured
+    from kdprof.records import Cost
+    from kdprof.resolve import ResolvedStudy
+    from kdprof.train.plan import Forecast
+    from kdprof.train.prepare import Prepared
+    from kdprof.train.runs import Summary
+
+# What needs torch is imported where it is used: a wrong option is told at once.
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A study, the folder of its results, and where progress goes.
+
+    Attributes:
+        control: whether the controls are compared, too.
+        measuring: the study's keys that say how long to measure; they belong to this call, not to
+            the folder's study.
+    """
+
+    study: Study
+    store: Store
+    progress: Progress
+    control: bool = True
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        source: str | None,
+        overrides: Mapping[str, Any],
+        out: Path,
+        progress: Progress,
+        *,
+        control: bool = True,
+        measuring: Mapping[str, Any] | None = None,
+    ) -> Workflow:
+        """Read a study and join it with what its folder of results already compares.
+
+        Args:
+            source: preset or file; None = the folder's own study, or the defaults.
+
+        Raises:
+            UserError: invalid settings, or a folder of another study or that cannot be written.
+        """
+        store = Store(out)
+        store.check_writable()
+        source = source or (str(store.study) if store.study.is_file() else None)
+        study = load_study(source, overrides)
+        join_study(store.study, study)
+        return cls(study, store, progress, control, measuring or {})
+
+    def resolved(self, *, weights: bool = True, ranks: Ranks | None = None) -> ResolvedStudy:
+        """Look up what the study names.
+
+        Raises:
+            UserError: whatever is wrong with it, all at once.
+        """
+        from kdprof.resolve import ResolvedStudy
+
+        study = with_measuring(self.study, self.measuring)
+        return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks)
+
+    def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured:
+        """Measure the study's methods, the reference first where its Cost is not there yet.
+
+        Args:
+            on_stored: called with the file of each Cost as soon as it is stored.
+        """
+        from kdprof.measure import measure
+        from kdprof.measure.profiles import check_files
+        from kdprof.records import REFERENCE
+        from kdprof.resolve.key import cost_key
+
+        resolved = self.resolved(weights=False)
+        check_files(files, resolved.device)
+        names = resolved.method_names(control=False)
+        if self.store.read_cost(REFERENCE, cost_key(resolved, REFERENCE)) is None:
+            names = list(dict.fromkeys([REFERENCE, *names]))
+
+        def store(cost: Cost) -> None:
+            # At once: a later method may be stopped.
+            claim_folder(self.store.study, self.study)
+            on_stored(self.store.write_cost(cost))
+
+        return measure(resolved, names, self.progress, files, store)
+
+    def count(self, *, modules: bool) -> Measured:
+        """Count the study's methods and the reference, running and storing nothing."""
+        from kdprof.measure.count_study import count_costs
+        from kdprof.records import REFERENCE
+
+        resolved = self.resolved(weights=False)
+        names = list(dict.fromkeys([REFERENCE, *resolved.method_names(control=False)]))
+        return count_costs(resolved, names, self.progress, modules=modules)
+
+    def plan(self) -> tuple[list[Forecast], Prepared]:
+        """Forecast what training will take, measuring what is missing."""
+        from kdprof.train.plan import forecast
+        from kdprof.train.prepare import prepare
+
+        resolved = self.resolved(weights=False)
+        names = resolved.method_names(control=self.control)
+        prepared = prepare(resolved, self.store, names, self.progress)
+        costed = [name for name in names if name in prepared.costs]
+        found = forecast(resolved, self.store, costed, prepared.costs)
+        claim_folder(self.store.study, self.study.model_copy(update={"budgets": [], "seeds": 1}))
+        return found, prepared
+
+    def prepare(self, resolved: ResolvedStudy) -> Prepared:
+        """Measure what is missing, then make the folder this study's: a step that cannot fit is
+        refused before anything is written."""
+        from kdprof.train.prepare import prepare
+
+        names = resolved.method_names(control=self.control)
+        prepared = prepare(resolved, self.store, names, self.progress)
+        claim_folder(self.store.study, self.study)
+        return prepared
+
+    def train(self, ranks: Ranks | None = None) -> Summary:
+        """Train every run of the study in this process, alone or as rank 0 of a group."""
+        from kdprof.train.runs import train
+
+        resolved = self.resolved(ranks=ranks)
+        prepared = self.prepare(resolved)
+        return train(resolved, self.store, self.progress, control=self.control, prepared=prepared)
+
+    def prepare_jobs(self, names: Sequence[str], ranks: Ranks | None) -> None:
+        """Do what the jobs of a launcher have in common: Costs and teacher. A method that cannot be
+        measured fails in its own jobs."""
+        from kdprof.train.prepare import prepare
+        from kdprof.train.teacher import needs_teacher, trained_teacher
+
+        resolved = self.resolved(ranks=ranks)
+        prepared = prepare(resolved, self.store, list(names), self.progress)
+        for failure in prepared.failures:
+            self.progress.say(failure)
+        if needs_teacher(resolved, prepared.costs.keys() & set(names)):
+            trained_teacher(resolved, self.store, self.progress)
+
+    def train_job(
+        self,
+        method: str,
+        budgets: Collection[str],
+        seed: int,
+        *,
+        ranks: Ranks | None,
+        concurrent_runs: int | None,
+    ) -> Summary:
+        """Train some runs of one method, whose Costs and teacher are there."""
+        from kdprof.train.runs import train_named
+
+        return train_named(
+            self.resolved(ranks=ranks),
+            self.store,
+            self.progress,
+            method,
+            budgets,
+            seed,
+            concurrent_runs=concurrent_runs,
+        )

@@ -1,0 +1,20 @@
+"""Table: what this machine has, and what each missing thing costs the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from kdprof.doctor import Finding
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print findings, one a line."""
+    table = Table("what", "found", "what that costs you", box=None, pad_edge=False)
+    for finding in findings:
+        table.add_row(finding.what, finding.found, finding.costs)
+    console.print(table)
