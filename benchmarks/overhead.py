@@ -12,14 +12,14 @@ import argparse
 
 import numpy as np
 
+from kdprof.feed import StepFeed
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, clock_of
 from kdprof.measure.latency import time_interleaved
 from kdprof.measure.study_step import StudySubject
-from kdprof.measure.subject import Batch
 from kdprof.resolve import ResolvedStudy
 from kdprof.stats import drift_of, paired_ratio, relative_width
-from kdprof.step import PHASES, Mark
+from kdprof.step import PHASES, Mark, ignore_phase
 from kdprof.study import MeasureSettings, load_study
 
 
@@ -29,20 +29,21 @@ class Unwatched(StudySubject):
     phases = ()
 
     def run(self, mark: Mark) -> dict:
-        return self.step(*self.resident, self._next())
+        return super().run(ignore_phase)
 
 
 def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
     """Return the step of a method twice: watched, and not."""
-    clock, batches = clock_of(study.device), study.batches(seed=0)
-    images, labels = batches.batch(0)
-    resident: Batch = (images.to(study.device), labels.to(study.device))
+    factory = study.factory
+    batches = factory.batches(seed=0)
+    resident = batches.batch(0, study.device)
     found = []
     for kind, label in ((StudySubject, "watched"), (Unwatched, "unwatched")):
-        teacher = study.placed_teacher() if study.methods[name].cls.needs_teacher() else None
-        subject = kind(study.step(name, teacher), resident, batches, clock)
+        reads_teacher = study.methods[name].cls.needs_teacher()
+        teacher = factory.placed_teacher() if reads_teacher else None
+        subject = kind(StepFeed(factory.step(name, teacher), batches, resident))
         subject.name = label
-        subject.run_fed = lambda count, first: None
+        subject.run_end_to_end = lambda count, first: None
         found.append(subject)
     return found
 

@@ -41,6 +41,7 @@ class SimulatedStep:
     """A step of ``latency_s`` on a noisy machine; ``loader_s`` more with a loader."""
 
     phases = ()
+    traced = None
 
     def __init__(self, name: str, latency_s: float, clock: SimulatedClock, noise: Noise):
         self.name, self.latency_s, self.clock, self.noise = name, latency_s, clock, noise
@@ -51,7 +52,7 @@ class SimulatedStep:
     def check(self, result: None) -> None:
         pass
 
-    def run_fed(self, count: int, first: int) -> None:
+    def run_end_to_end(self, count: int, first: int) -> None:
         return None
 
 

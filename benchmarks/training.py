@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader
 from kdprof.data import Batches
 from kdprof.errors import UserError
 from kdprof.evaluate import evaluate
+from kdprof.feed import StepFeed
 from kdprof.hardware.device import synchronize
-from kdprof.measure.session import Surroundings
+from kdprof.measure.ceilings import published_peak
 from kdprof.measure.trace import StepTrace
 from kdprof.method import IGNORE, Method
 from kdprof.models import SegmentationNetwork
@@ -64,8 +65,8 @@ NEVER_WAITED_FOR = TrainingSettings(checkpoint_every_s=1e9)
 def parts(study: ResolvedStudy, name: str) -> tuple[TrainStep, SegmentationNetwork | None]:
     """Return a method's step, and the teacher it reads."""
     reads = study.methods[name].cls.needs_teacher()
-    teacher = study.frozen(study.placed_teacher()) if reads else None
-    return study.step(name, teacher), teacher
+    teacher = study.factory.frozen(study.factory.placed_teacher()) if reads else None
+    return study.factory.step(name, teacher), teacher
 
 
 class OurLoop:
@@ -74,8 +75,9 @@ class OurLoop:
     def __init__(self, study: ResolvedStudy, name: str, iterations: int, folder: Path):
         self.study, self.iterations, self.folder = study, iterations, folder
         self.step, _ = parts(study, name)
-        self.batches = study.batches(seed=0)
-        self.cell = Cell(name, "all", 0, *[iterations] * 4, None)
+        self.batches = study.factory.batches(seed=0)
+        ends = dict.fromkeys(("iterations", "low", "high", "span"), iterations)
+        self.cell = Cell(method=name, budget="all", **ends)
         self.blocks = itertools.count()
         self.waited_s = self.trained_s = 0.0
 
@@ -83,7 +85,8 @@ class OurLoop:
         folder = RunFolder(self.folder / str(next(self.blocks)))
         folder.path.mkdir(parents=True)
         run: Run = new_run(self.study, self.cell, None)
-        training = TrainingRun(folder, run, self.step, self.batches, None, NEVER_WAITED_FOR)
+        feed = StepFeed(self.step, self.batches)
+        training = TrainingRun(folder=folder, run=run, feed=feed, settings=NEVER_WAITED_FOR)
         run = training.train(Progress(None), "")
         self.waited_s += run.data_wait_s
         self.trained_s += run.train_s.actual
@@ -94,7 +97,7 @@ class BareLoop:
     """What a script would do: the same networks, objective, images and optimiser, nothing else."""
 
     def __init__(self, study: ResolvedStudy, name: str, iterations: int):
-        settings = study.study.step
+        settings = study.step
         if (
             settings.precision == "fp16"
             or study.methods[name].cls.auxiliary is not Method.auxiliary
@@ -103,7 +106,7 @@ class BareLoop:
         step, self.teacher = parts(study, name)
         self.student, self.method, self.device = step.student, step.method, step.device
         self.autocast, self.settings, self.iterations = step.autocast, settings, iterations
-        self.batches: Batches = study.batches(seed=0)
+        self.batches: Batches = study.factory.batches(seed=0)
         self.parameters = [*self.student.parameters(), *self.method.parameters()]
         self.optimizer = torch.optim.SGD(
             self.parameters,
@@ -199,8 +202,8 @@ def changed(study: Study, values: dict) -> Study:
 
 def evaluation_ratio(study: ResolvedStudy, blocks: int) -> tuple[float, float, float]:
     """Return evaluation's seconds per image to those of a training forward of the same images."""
-    step, data = study.step(REFERENCE, None), study.val_data
-    size = study.study.evaluation.batch
+    step, data = study.factory.step(REFERENCE, None), study.data.val("student")
+    size = study.evaluation.batch
     images = torch.stack([data[index][0] for index in range(min(size, len(data)))])
     images = images.to(study.device)
 
@@ -227,7 +230,7 @@ def evaluation_ratio(study: ResolvedStudy, blocks: int) -> tuple[float, float, f
 def utilisation(loop: OurLoop) -> float | None:
     """Return the share of the device's published peak that our loop's last block made use of."""
     study = loop.study
-    peak = Surroundings(REFERENCE, study.study.step.precision).peak_of(study.hardware.name)
+    peak = published_peak(study.hardware.name, study.step.precision)
     if peak is None:
         return None
     with StepTrace(loop.step) as trace:

@@ -133,15 +133,20 @@ class Child:
     def last_words(self) -> str:
         """Return why it died, from its exit status and what it wrote to stderr."""
         status = self.wait()
-        if status == -signal.SIGKILL:
-            return (
-                "its process was killed, most often by the system for lack of memory; "
-                "lower --batch or --crop"
-            )
         self._stderr.seek(0)
-        last = self._stderr.read().strip().splitlines()[-1:] or ["no message"]
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        return f"its process died with {how}: {last[0][:LAST_WORDS]}"
+        return last_words(status, self._stderr.read())
+
+
+def last_words(status: int, stderr: str) -> str:
+    """Return why a process died, in one line with the fix where it is known."""
+    if status == -signal.SIGKILL:
+        return (
+            "its process was killed, most often by the system for lack of memory; "
+            "lower --batch or --crop"
+        )
+    last = stderr.strip().splitlines()[-1:] or ["no message"]
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"its process died with {how}: {last[0][:LAST_WORDS]}"
 
 
 # The child's side

@@ -12,8 +12,8 @@ import torch
 from builders import Alone, Mimic, tiny_batch, tiny_step
 from torch import nn
 
-from kdprof.distributed.data_parallel import synchronize_norms
-from kdprof.distributed.ranks import Place, Ranks, _SyncBatchNormOnCpu
+from kdprof.distributed.data_parallel import _SyncBatchNormOnCpu, synchronize_norms
+from kdprof.distributed.ranks import Place, Ranks
 from kdprof.method import Method
 
 STEPS, BATCH = 6, 8

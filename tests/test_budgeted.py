@@ -13,11 +13,12 @@ from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.schedule import decay_start
 from kdprof.step import TrainStep
 from kdprof.store import Held, RunFolder, Store, append_line, write_record
-from kdprof.train import _left, checkpoint
+from kdprof.train import checkpoint
 from kdprof.train.cells import Cell
 from kdprof.train.ledger import Ledger
 from kdprof.train.loop import Interrupted
 from kdprof.train.pace import Enforced, Spending, pace_of
+from kdprof.train.runs import _left
 
 WSD = {"step__schedule": "wsd", "step__decay_fraction": 0.5, "methods": ["kd"]}
 

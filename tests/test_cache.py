@@ -19,7 +19,7 @@ from kdprof.data import Augmentation, Batches, Feeder
 from kdprof.data import cache as caching
 from kdprof.data.cache import Cached, decoded, default_folder, open_cache
 from kdprof.data.camvid import CamVid
-from kdprof.data.scenario import Relabelled, presence
+from kdprof.data.scenario import Relabelled
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
 from kdprof.progress import Progress
@@ -74,10 +74,10 @@ def test_images_of_any_size_and_their_labels(root, folder):
 
 def test_presence_comes_with_the_cache(root, folder, monkeypatch):
     data = CamVid(root, "train")
-    wanted = presence(CamVid(root, "train"))
+    wanted = CamVid(root, "train").labels_shown
     cached = open_cache(data, folder, SILENT)
     monkeypatch.setattr(Cached, "label", None)
-    assert np.array_equal(presence(cached), wanted)
+    assert np.array_equal(cached.labels_shown, wanted)
     view = Relabelled(cached, torch.arange(256, dtype=torch.uint8), ("a",), (), wanted=[3])
     assert len(view) == wanted[:, 3].sum()
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kdprof.discovery import MethodEntry, builtin_methods
 from kdprof.method import Method, Recipe
-from kdprof.reports import methods
+from kdprof.reports import methods as listed
 from kdprof.reports.methods_page import REGENERATE, markdown
 
 METHODS = {n: found for n, found in builtin_methods().items() if found.origin == "built-in"}
@@ -84,20 +84,20 @@ def test_figures_of_the_cards():
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_list_fits_and_breaks_no_word(width):
-    lines = printed(methods.print_methods, METHODS, width)
+    lines = printed(listed.print_methods, METHODS, width)
     assert max(map(len, lines)) <= width
     assert len(lines) < 3 * len(METHODS)
     text = "\n".join(lines)
     for name, found in METHODS.items():
         assert re.search(rf"^ *{name} ", text, re.M), name
-        for term in list(found.cls.weights)[: methods.MOST_TERMS]:
+        for term in list(found.cls.weights)[: listed.MOST_TERMS]:
             assert term in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_fits(name, width):
-    lines = printed(methods.print_method, METHODS[name], width)
+    lines = printed(listed.print_method, METHODS[name], width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "``" not in text
@@ -106,7 +106,7 @@ def test_a_method_fits(name, width):
 
 
 def test_variants_stand_under_their_method():
-    names = [name for _, family in methods.by_family(METHODS) for name in family]
+    names = [name for _, family in listed.by_family(METHODS) for name in family]
     assert sorted(names) == sorted(METHODS)
     at = names.index("cwd")
     assert names[at : at + 4] == ["cwd", "cwd:cirkd", "cwd:feature", "cwd:mmrazor"]
@@ -129,7 +129,7 @@ class Scant(Method):
 
 
 def test_a_users_method_needs_no_more_than_the_contract():
-    text = "\n".join(printed(methods.print_method, MethodEntry(Scant, "./mine.py"), 80))
+    text = "\n".join(printed(listed.print_method, MethodEntry(Scant, "./mine.py"), 80))
     assert "custom, from ./mine.py" in text
     assert "Equation" not in text
     assert "    2e-05" not in text

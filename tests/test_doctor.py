@@ -11,11 +11,13 @@ from rich.console import Console
 from small_study import small_study
 
 from kdprof import doctor
-from kdprof.doctor import findings, print_feeding, print_findings
+from kdprof.doctor import findings, findings_here
 from kdprof.hardware.cpu import CpuHardware
 from kdprof.measure import feeding
 from kdprof.measure.feeding import Feeding, measure_feeding
 from kdprof.progress import Progress
+from kdprof.reports.doctor import print_findings
+from kdprof.reports.feeding import print_feeding
 from kdprof.resolve import ResolvedStudy
 
 CPU = torch.device("cpu")
@@ -127,7 +129,7 @@ def test_memory_that_nobody_can_tell(monkeypatch):
 
 
 def test_the_table_is_printed(capsys):
-    print_findings(Console(width=160))
+    print_findings(findings_here(), Console(width=160))
     printed = capsys.readouterr().out
     for text in ("what that costs you", "torch", "energy", "torch.compile"):
         assert text in printed

@@ -17,6 +17,8 @@ from simulated import (
     quiet,
 )
 
+from kdprof.data.base import Classes, SegmentationData
+from kdprof.feed import StepFeed
 from kdprof.measure import latency
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock, phase_seconds
@@ -101,10 +103,10 @@ def test_warm_up_ends_when_settled_or_says_that_it_never_was(noise):
     watch = Stopwatch(SimulatedStep("a", 0.01, clock, noise()), clock, QuietHardware())
     watch.warm_up()
     if noise is quiet:
-        assert watch.samples.settled is None
+        assert watch.samples.unsettled is None
         assert watch.samples.warmup_steps == 2 * latency.WARMUP_WINDOW
     else:
-        assert "still changed by -14%" in watch.samples.settled
+        assert "still changed by -14%" in watch.samples.unsettled
         assert watch.samples.warmup_steps == latency.WARMUP_MOST_STEPS
 
 
@@ -114,7 +116,7 @@ def test_a_growing_allocator_is_not_settled(monkeypatch):
     clock = SimulatedClock()
     watch = Stopwatch(SimulatedStep("a", 0.01, clock, quiet()), clock, QuietHardware())
     watch.warm_up()
-    assert "allocator still grew" in watch.samples.settled
+    assert "allocator still grew" in watch.samples.unsettled
 
 
 def test_a_slow_machine_is_told_by_the_canary():
@@ -170,10 +172,10 @@ def test_an_outlier_keeps_its_place_and_has_its_cause():
 
 def test_a_stall_of_the_loader_is_told_from_a_slow_step():
     samples = latency.Samples(
-        fed_s=[0.10, 0.11, 0.10, 0.11, 0.50, 0.11, 0.10, 0.30],
+        end_to_end_s=[0.10, 0.11, 0.10, 0.11, 0.50, 0.11, 0.10, 0.30],
         waited_s=[0.01, 0.02, 0.01, 0.02, 0.40, 0.02, 0.01, 0.02],
     )
-    samples.blocks = [latency.Block([0.1, 0.1], [], {}, {}, 0) for _ in samples.fed_s]
+    samples.blocks = [latency.Block([0.1, 0.1], [], {}, {}, 0) for _ in samples.end_to_end_s]
     found = samples.outliers(QuietHardware())
     assert [(o.of, o.round, o.cause) for o in found] == [
         ("end_to_end", 4, "data stall"),
@@ -234,8 +236,8 @@ def real_session(*subjects, settings=BRIEF):
 
 
 def no_loader(step):
-    subject = StudySubject(step, tiny_batch(), None, CpuClock())
-    subject.run_fed = lambda count, first: None
+    subject = StudySubject(StepFeed(step, None, tiny_batch()))
+    subject.run_end_to_end = lambda count, first: None
     return subject
 
 
@@ -280,12 +282,11 @@ class SleepyBatches:
         return made
 
 
-class Sleepy:
+class Sleepy(SegmentationData):
     """A data set whose every sample takes a while, as from a slow disk."""
 
-    name, split, num_classes = "sleepy", "train", 3
-
     def __init__(self, seconds: float):
+        super().__init__("sleepy", "train", Classes(("a", "b", "c"), ((0, 0, 0),) * 3))
         self.seconds = seconds
 
     def __len__(self):
@@ -296,12 +297,15 @@ class Sleepy:
         images, labels = tiny_batch(index, batch=1)
         return images[0], labels[0]
 
+    def label(self, index):
+        return self[index][1]
+
 
 @pytest.mark.parametrize(("workers", "expected_s"), [(0, 0.2), (2, 0.1)])
 def test_a_slow_loader_is_timed_in_steady_state(workers, expected_s):
     """Two processes halve the wait; neither a full queue at the start nor bunches hide it."""
     batches = SleepyBatches(workers, 0.2)
     subject = StudySubject(tiny_step(Mimic, batch=1), tiny_batch(batch=1), batches, CpuClock())
-    fed = subject.run_fed(3, 0)
+    fed = subject.run_end_to_end(3, 0)
     assert fed.seconds == pytest.approx(expected_s, rel=0.25)
     assert fed.waited_s == pytest.approx(fed.seconds, rel=0.2)

@@ -13,10 +13,10 @@ from test_cli import MY_METHOD, kdprof
 import kdprof as package
 from kdprof import cli
 from kdprof.errors import UserError
-from kdprof.measure import Failure, isolation, measure
+from kdprof.measure import measure
 from kdprof.measure.cost import hidden_cost
-from kdprof.measure.isolation import Request, run_isolated
-from kdprof.processes import explain
+from kdprof.measure.isolation import Failure, MeasureRequest, run_isolated
+from kdprof.processes import explain, last_words
 from kdprof.progress import Progress
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
@@ -215,14 +215,12 @@ def test_a_crash_costs_one_method(tmp_path):
 def test_a_child_that_cannot_start_is_told(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(Failure, match="died with status 1"):
-        run_isolated(Request("method", {}), lambda done, width: None)
+        run_isolated(MeasureRequest("method", {}), lambda done, width: None)
 
 
 def test_what_a_dying_child_said_is_passed_on():
-    assert "killed, most often by the system for lack of memory" in isolation.last_words(-9, "")
-    assert isolation.last_words(-11, "a\nSegmentation fault\n").endswith(
-        "signal 11: Segmentation fault"
-    )
+    assert "killed, most often by the system for lack of memory" in last_words(-9, "")
+    assert last_words(-11, "a\nSegmentation fault\n").endswith("signal 11: Segmentation fault")
 
 
 def test_out_of_memory_is_explained():

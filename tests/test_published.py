@@ -106,9 +106,9 @@ def test_unreliable_costs_are_named():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"iterations": None}, "iterations not converted_schedules"),
-        ({"batch": None, "crop": None}, "batch, crop not converted_schedules"),
-        ({"iterations": None, "epochs": 60}, "60 epochs; iterations not converted_schedules"),
+        ({"iterations": None}, "iterations not published"),
+        ({"batch": None, "crop": None}, "batch, crop not published"),
+        ({"iterations": None, "epochs": 60}, "60 epochs; iterations not published"),
     ],
 )
 def test_what_is_not_published_is_listed_with_the_reason(changes, reason):
@@ -122,7 +122,7 @@ def test_a_method_without_recipes_or_class_is_listed():
         {"mine": cost("mine", 0.4), "gone": cost("gone", 0.4)}, {"mine": method()}
     )
     assert [one.reason for one in found] == [
-        "no converted_schedules recipe is known",
+        "no published recipe is known",
         "its class was not found",
     ]
 
@@ -181,7 +181,7 @@ def test_the_table_marks_unreliable_costs_and_lists_the_rest():
     text = shown(found, [cost("mine", 0.4)])
     assert "mine†" in text
     assert "UNRELIABLE cost (kd)" in text
-    assert "  mine, Cityscapes: batch not converted_schedules" in text
+    assert "  mine, Cityscapes: batch not published" in text
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def measured(tmp_path):
 
 def test_the_command_converts_what_the_papers_published(measured):
     """bpkd on ADE20K: 80k iterations at 0.3 s are those of 120k of kd at 0.2 s."""
-    arguments = ("convert", "--converted_schedules", "--dataset", "ade20k", "--out", measured.root)
+    arguments = ("convert", "--published", "--dataset", "ade20k", "--out", measured.root)
     done = kdprof(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     (bpkd,) = [one for one in json.loads(done.stdout) if one["method"] == "bpkd"]
@@ -212,20 +212,20 @@ def test_the_command_converts_what_the_papers_published(measured):
 
 
 def test_the_command_takes_every_data_set(measured):
-    done = kdprof("convert", "--converted_schedules", "--out", measured.root)
+    done = kdprof("convert", "--published", "--out", measured.root)
     assert done.returncode == 0, done.stderr
     for dataset in ("Cityscapes", "ADE20K", "Pascal VOC", "CamVid", "COCO-Stuff"):
-        assert f"{dataset}: converted_schedules schedules" in done.stdout
-    assert "bpkd, Pascal Context: batch, crop not converted_schedules" in done.stdout
+        assert f"{dataset}: published schedules" in done.stdout
+    assert "bpkd, Pascal Context: batch, crop not published" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--converted_schedules"], "holds no study"),
-        (["--converted_schedules", "40k"], "either a budget"),
+        (["--published"], "holds no study"),
+        (["--published", "40k"], "either a budget"),
         ([], "either a budget"),
-        (["40k", "--dataset", "ADE20K"], "add --converted_schedules"),
+        (["40k", "--dataset", "ADE20K"], "add --published"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, tmp_path):

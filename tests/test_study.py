@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from kdprof.errors import UserError
-from kdprof.study import PRESETS, Study, claim_folder, load_study, parse_assignments
+from kdprof.study import Study, claim_folder, load_study, parse_assignments
 
 REFERENCES = sorted((Path(__file__).parents[1] / "reports" / "reference").glob("*/study.toml"))
 
@@ -15,7 +15,7 @@ def problems(overrides):
     return error.value.problems
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", presets())
 def test_presets_load_and_survive_a_round_trip(preset, tmp_path):
     study = load_study(preset, {})
     file = tmp_path / "study.toml"
