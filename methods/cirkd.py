@@ -69,10 +69,8 @@ class _RelationKL(torch.autograd.Function):
         weights: Tensor | None,
     ) -> Tensor:
         ours, theirs = (student, teacher) if keys is None else (keys, keys)
-        # One piece of memory for loss and gradient: whoever follows the data of a step to its
-        # terms finds the gradient's work there, too.
-        found = student.new_zeros(student.numel() + 1)
-        gradient, total = found[:-1].view_as(student), found[-1]
+        total = student.new_zeros(())
+        gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
         rows = max(LEAST_ROWS, BLOCK_ELEMENTS // len(ours))
         for first in range(0, len(student), rows):
             block = slice(first, first + rows)
@@ -85,13 +83,13 @@ class _RelationKL(torch.autograd.Function):
                 divergence *= weights[block]
                 slope *= weights[block, None]
             total += divergence.sum()
-            if ctx.needs_input_grad[0]:
+            if gradient is not None:
                 torch.addmm(gradient[block], slope, ours, out=gradient[block])
                 if keys is None:  # a row is also what others are compared with
                     torch.addmm(gradient, slope.T, student[block], out=gradient)
-        if ctx.needs_input_grad[0]:
+        if gradient is not None:
             ctx.save_for_backward(gradient.div_(temperature))
-        return total.clone()
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -67,10 +67,7 @@ class _OneVsAll(torch.autograd.Function):
         size: torch.Size,
         positive_weight: float | Tensor,
     ) -> Tensor:
-        # One piece of memory for loss and gradient: whoever follows the data of a step to its
-        # terms finds the gradient's work there, too.
-        found = logits.new_zeros(logits.numel() + 1)
-        gradient, total = found[:-1].view_as(logits), found[-1]
+        total, gradient = logits.new_zeros(()), logits.new_zeros(logits.shape)
         classes = max(1, BLOCK_ELEMENTS // (len(logits) * size.numel()))
         for first in range(0, logits.shape[1], classes):
             block = slice(first, first + classes)
@@ -84,7 +81,7 @@ class _OneVsAll(torch.autograd.Function):
             total += loss.sum()
             gradient[:, block] = _resized_back(slope, small.shape)
         ctx.save_for_backward(gradient)
-        return total.clone()
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -41,16 +41,13 @@ class _SimilarityGap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        # One piece of memory for loss and gradient: whoever follows the data of a step to its
-        # terms finds the gradient's work there, too.
-        found = student.new_zeros(student.numel() + 1)
-        gradient, total = found[:-1].view(student.shape), found[-1]
+        total = student.new_zeros(())
+        gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
         add = _add_channel_products if _channels_pay(student, teacher) else _add_blocks
-        add(student, teacher, total, gradient if wanted else None)
-        if wanted:
+        add(student, teacher, total, gradient)
+        if gradient is not None:
             ctx.save_for_backward(gradient.mul_(4))
-        return total.clone()
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
