@@ -1,14 +1,18 @@
-"""What several methods share: grids that differ, and checks of settings."""
+"""What many methods share: networks of different grids and widths, one-hot labels, settings.
+
+Other shared parts are in the other private modules, each named for what it holds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdprof.errors import UserError, unknown
-from kdprof.method import Method
+from kdprof.method import Method, NetworkInfo
 
 
 def match_grid(student: Tensor, teacher: Tensor) -> Tensor:
@@ -19,6 +23,20 @@ def match_grid(student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape[-2:] == teacher.shape[-2:]:
         return student
     return F.interpolate(student, teacher.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def adaptor(student: NetworkInfo, teacher: NetworkInfo, tap: str) -> nn.Module:
+    """Return a 1x1 convolution without bias to the teacher's channels; where they are equal, the
+    identity.
+    """
+    before, after = student.channels[tap], teacher.channels[tap]
+    return nn.Identity() if before == after else nn.Conv2d(before, after, 1, bias=False)
+
+
+def membership(labels: Tensor, grid: torch.Size, num_classes: int) -> Tensor:
+    """Return one-hot labels on the grid, (N, h w, K) float32; a void position has a row of 0."""
+    nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest").flatten(1)
+    return (nearest[:, :, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
 def check_settings(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._recipes import cirkd
-from kdprof.methods.kd import pixel_kl
 
 BLOCK_ELEMENTS = 2**24
 """Elements of the differences anchors x keys x channels that are held at a time: 64 MiB."""

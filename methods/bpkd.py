@@ -9,8 +9,8 @@ from torch import Tensor
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import channel_kl
 from kdprof.methods._recipes import BPKD, bpkd_context, mmseg
-from kdprof.methods.cwd import channel_kl
 
 WORD_BITS = 30
 """Classes in one int32: bits 0 to 29."""

@@ -11,17 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from kdprof.errors import UserError
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import pixel_kl
+from kdprof.methods._memory import RingQueues, gathered, projector
 from kdprof.methods._recipes import cirkdv2
-from kdprof.methods.cirkd import (
-    CIRKD,
-    RingQueues,
-    batch_relation,
-    gathered,
-    projector,
-    relation_kl,
-    unit,
-)
-from kdprof.methods.kd import pixel_kl
+from kdprof.methods._relations import batch_relation, relation_kl, unit
+from kdprof.methods.cirkd import CIRKD
 
 BLOCK_ELEMENTS = 2**24
 """Elements of an attention map that is held at a time."""

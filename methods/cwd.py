@@ -7,30 +7,13 @@ from torch import Tensor, nn
 
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._common import adaptor, check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._divergences import channel_kl, pixel_kl
 from kdprof.methods._recipes import BPKD_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods.kd import pixel_kl
 
 NORMS = ("channel", "spatial")
 DIVERGENCES = ("kl", "mse")
-
-
-def channel_kl(
-    student: Tensor, teacher: Tensor, temperature: float, divisor_channels: int | None = None
-) -> Tensor:
-    """Return T^2 / (N C) sum_{n,c} KL( p_T || p_S ), p the softmax of a channel over positions.
-
-    Args:
-        student, teacher: maps of equal channels, (N, C, h, w).
-        divisor_channels: C of the divisor where it is not the maps' own.
-    """
-    student = match_grid(student, teacher)
-    channels = divisor_channels or student.shape[1]
-    target = F.log_softmax(teacher.float().flatten(2) / temperature, dim=2)
-    log_p = F.log_softmax(student.float().flatten(2) / temperature, dim=2)
-    total = F.kl_div(log_p, target, reduction="sum", log_target=True)
-    return temperature**2 * total / (student.shape[0] * channels)
 
 
 def channel_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -216,9 +199,7 @@ class CWDCirkd(AdversarialMethod):
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
         """Create the adaptor and the discriminator."""
-        before, after = student.channels["head"], teacher.channels["head"]
-        same = before == after
-        self.adaptor = nn.Identity() if same else nn.Conv2d(before, after, 1, bias=False)
+        self.adaptor = adaptor(student, teacher, "head")
         super().build(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, Taps
+from kdprof.methods._attention import energy, unit_maps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._recipes import cirkd, cirkd_segformer
-from kdprof.methods.at import energy, unit
 
 NOISE = 1e-6
 """A difference of unit vectors that is shorter than this is rounding and has no direction."""
@@ -21,7 +21,7 @@ NOISE = 1e-6
 
 def residuals(energies: Sequence[Tensor]) -> Tensor:
     """Return r_mn = unit( a_n - a_m ) for every pair m < n of (N, 1, h, w), (pairs, N, h w)."""
-    attention = [unit(e) for e in energies]
+    attention = [unit_maps(e) for e in energies]
     gap = torch.stack([later - earlier for earlier, later in combinations(attention, 2)])
     length = gap.norm(dim=2, keepdim=True)
     return torch.where(length > NOISE, gap / length.clamp(min=NOISE), 0.0)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._recipes import cirkd
-from kdprof.methods.kd import pixel_kl
 
 
 class FitNet(Method):

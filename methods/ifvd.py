@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._common import check_settings, match_grid, membership
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import BPKD_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods.kd import REDUCTIONS, pixel_kl
 
 EPS = 1e-8
 """Smallest length that has a direction, as in torch's cosine similarity."""
@@ -32,12 +31,6 @@ def intra_class_variation(
     members = membership(labels, teacher.shape[-2:], num_classes)
     gap = class_similarity(student, members) - class_similarity(teacher, members)
     return gap.square().mean()
-
-
-def membership(labels: Tensor, grid: torch.Size, num_classes: int) -> Tensor:
-    """Return one-hot labels on the grid, (N, h w, K) float32; a void position has a row of 0."""
-    nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest").flatten(1)
-    return (nearest[:, :, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
 def class_similarity(features: Tensor, members: Tensor) -> Tensor:

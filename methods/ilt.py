@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
-from kdprof.methods._common import match_grid
+from kdprof.methods._common import adaptor, match_grid
 
 
 def _added_class(miou: float, new_class_iou: float) -> Recipe:
@@ -123,15 +123,13 @@ class ILTFeature(Method):
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
         """Create the adaptor where one is needed."""
+        self.adaptor = adaptor(student, teacher, "c5")
         before, after = student.channels["c5"], teacher.channels["c5"]
-        if before == after:
-            self.adaptor = nn.Identity()
-            return
-        self.adaptor = nn.Conv2d(before, after, 1, bias=False)
-        self.notes.append(
-            f"c5 has {before} and {after} channels: the 1x1 adaptor between them is kdprof's, the "
-            "published method has none"
-        )
+        if before != after:
+            self.notes.append(
+                f"c5 has {before} and {after} channels: the 1x1 adaptor between them is kdprof's, "
+                "the published method has none"
+            )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``ilt_feature``."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import channel_kl
 from kdprof.methods._recipes import mgd
-from kdprof.methods.cwd import channel_kl
 
 
 class Generator(nn.Module):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
-from kdprof.methods.pkd import adaptor, standardise
+from kdprof.methods._common import adaptor, check_settings, match_grid
+from kdprof.methods._standardise import standardise
 
 FORMS = ("mean_square", "norm")
 

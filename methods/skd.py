@@ -13,16 +13,12 @@ from kdprof.errors import UserError
 from kdprof.method import Method, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods.kd import REDUCTIONS, pixel_kl
+from kdprof.methods._relations import BLOCK_ELEMENTS, LEAST_ROWS
 
 EPS = 1e-8
 """Added to a node's length (the original), and the smallest length that has a direction."""
-BLOCK_ELEMENTS = 2**22
-"""Elements of a similarity map that is held at a time: 16 MiB, which the caches of large
-processors hold."""
-LEAST_ROWS = 128
-"""Rows of such a map at least, so that a matrix product stays one of matrices."""
 GRAM_GAIN = 8
 """How many times fewer multiply-adds make channel products worth their float64: data-centre GPUs
 take them at the speed of float32, but TF32 is up to 8 times as fast."""
