@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kdprof.method import Found, Method, Recipe
 
-FAMILIES = ("baseline", "logit", "feature", "attention", "relational", "incremental")
+FAMILIES = ("control", "logit", "feature", "attention", "relational", "incremental")
 """The order of the list; families that it does not name come last."""
 TAPS = {
     "logits": "class scores at the head's resolution, before any resize",

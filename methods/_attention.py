@@ -1,6 +1,6 @@
 """Attention maps: the energy of a feature at every position of an image.
 
-Used by attention transfer and by double similarity distillation.
+Attention transfer (``at``) and double similarity distillation (``dsd``) compare them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**20
-"""Squares that are held at a time on a CPU: 4 MiB, which its caches hold."""
+"""Squared features that are in memory at a time on a CPU: 4 MiB, which fits into its caches."""
 
 
 class _SquareSum(torch.autograd.Function):
-    """sum_c f^2 of (N, C, h, w), (N, 1, h, w) float32; no squares of a whole map are written.
+    """The sum_c f^2 of (N, C, h, w), (N, 1, h, w) float32, computed without a map of all squares.
 
-    On a CPU in blocks of channels: its norm over channels takes several times as long.
+    On a CPU the channels are processed in blocks, because its norm over channels takes several
+    times as long.
     """
 
     @staticmethod
@@ -36,7 +37,7 @@ class _SquareSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Tensor:
-        """Return 2 f times the slope, in the type of f."""
+        """Return 2 f times the slope, in the data type of f."""
         (features,) = ctx.saved_tensors
         return (2 * slope * features).to(features.dtype)
 
@@ -49,8 +50,8 @@ def _channel_blocks(features: Tensor) -> Iterator[Tensor]:
 def energy(features: Tensor, power: int = 2) -> Tensor:
     """Return sum_c f^power, (N, 1, h, w) float32, divided by its largest entry in each image.
 
-    The divisor leaves the direction, all that the loss reads, as it is; without it the square of
-    a large energy overflows. An image of zeros stays 0.
+    The division does not change the direction of the map, and the losses use nothing else. Without
+    it, the square of a large energy overflows. An image of zeros stays 0.
     """
     if power == 2:
         total = _SquareSum.apply(features)
@@ -61,5 +62,5 @@ def energy(features: Tensor, power: int = 2) -> Tensor:
 
 
 def unit_maps(maps: Tensor) -> Tensor:
-    """Return the maps of (N, 1, h, w) as vectors of length 1, (N, h w); zeros stay zeros."""
+    """Return (N, 1, h, w) maps as vectors of length 1, (N, h w). A map of zeros stays 0."""
     return F.normalize(maps.flatten(1), dim=1)

@@ -1,6 +1,6 @@
-"""Divergences of two networks' softmax: over the classes of a pixel, or the positions of a channel.
+"""Softmax divergences: over the classes at each position, and over the positions of each channel.
 
-They are the terms of kd and of cwd, which many methods add to their own.
+They are the terms of ``kd`` and ``cwd``. Many other methods add them to terms of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def pixel_kl(
     reduction: str = "pixel",
     upsample: int = 1,
 ) -> Tensor:
-    """Return KL(softmax(t/T) || softmax(s/T)) over classes, summed and divided.
+    """Return KL(softmax(t/T) || softmax(s/T)) over classes, summed over positions and divided.
 
     Args:
         student, teacher: logits, (N, C, h, w).
@@ -28,8 +28,8 @@ def pixel_kl(
             (the IFVD and TorchDistiller repositories). ``image``: N, times T^2 (mmrazor's
             batchmean on a map). ``sum``: 1, times T^2. ``soft_cross_entropy``: see
             :func:`pixel_cross_entropy`.
-        upsample: enlarge both maps this much first, bilinear with aligned corners (a switch of
-            the IFVD repository, off by default; 8 is 64 times the work).
+        upsample: factor by which both maps are enlarged first, bilinearly with aligned corners (an
+            option of the IFVD repository, off by default; 8 is 64 times the work).
     """
     student = match_grid(student, teacher)
     if upsample > 1:
@@ -50,10 +50,10 @@ def pixel_kl(
 
 
 def pixel_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the soft cross-entropy summed over everything, divided by h w but not by N.
+    """Return the soft cross-entropy, summed over everything and divided by h w but not by N.
 
-    The original SKD's form, at T = 1, weight 10; there its gradient is N times that of
-    :func:`pixel_kl`. No T^2.
+    It has no factor T^2. This is the form of the original SKD, with T = 1 and weight 10; at T = 1
+    its gradient is N times that of :func:`pixel_kl`.
     """
     student = match_grid(student, teacher)
     target = F.softmax(teacher.float() / temperature, dim=1)
@@ -68,7 +68,7 @@ def channel_kl(
 
     Args:
         student, teacher: maps of equal channels, (N, C, h, w).
-        divisor_channels: C of the divisor where it is not the maps' own.
+        divisor_channels: C of the divisor, if it is not the number of the maps' channels.
     """
     student = match_grid(student, teacher)
     channels = divisor_channels or student.shape[1]

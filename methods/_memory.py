@@ -1,6 +1,6 @@
-"""Memories of past batches: ring queues, what is stored in them, and relations to it.
+"""Memories of vectors of past batches: ring queues, and how a batch is sampled and stored.
 
-Used by CIRKD, for pixels and class means, and by CIRKDv2, for channels.
+CIRKD stores pixels and class means of the teacher, CIRKDv2 its channels too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from kdprof.methods._relations import relation_kl, unit
 
 
 def gathered(values: Tensor) -> Tensor:
-    """Return the values of all ranks, one after the other along the first dimension.
+    """Return the values of all ranks, concatenated along the first dimension.
 
-    Shapes must be those of every rank: as many images on each.
+    The shapes must be equal on all ranks, so each rank must have the same number of images.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values
@@ -26,17 +26,17 @@ def gathered(values: Tensor) -> Tensor:
 
 
 class RingQueues(nn.Module):
-    """Ring memories of one length, such as one for each class, that start as random directions.
+    """Ring memories of equal size, for example one for each class, that start as random directions.
 
-    Where a push of k vectors reaches or passes the end, it goes to the last k slots and the pointer
-    to 0 (the published rule; of one vector at a time, an ordinary ring).
+    If a push of k vectors reaches or passes the end, it is stored in the last k slots and the
+    pointer goes to 0. This is the published rule; for pushes of one vector it is an ordinary ring.
     """
 
     def __init__(self, queues: int, size: int, channels: int):
         super().__init__()
         self.queues, self.size = queues, size
-        # The last row belongs to no queue. What is not to be stored is written there, so that
-        # shapes are fixed, then cleared.
+        # The last row belongs to no queue. Vectors that are not stored are written there, which
+        # keeps all shapes fixed, and the row is cleared after that.
         rows = torch.randn(queues * size + 1, channels)
         rows /= rows.norm(dim=1, keepdim=True)
         rows[-1] = 0
@@ -51,7 +51,7 @@ class RingQueues(nn.Module):
         """Return the same ``number`` random slots of every queue, (queues number, C).
 
         Args:
-            order: a permutation of the slots whose first entries are taken; None: drawn.
+            order: a permutation of the slots, whose first entries are returned; None: random.
         """
         if order is None:
             order = torch.randperm(self.size, device=self.rows.device)
@@ -59,10 +59,10 @@ class RingQueues(nn.Module):
 
     @torch.no_grad()
     def push(self, values: Tensor, counts: Tensor) -> None:
-        """Store the first ``counts`` of the values of each turn and queue, turn after turn.
+        """Store the first ``counts`` values of each turn and queue, one turn after the other.
 
         Args:
-            values: (turns, queues, most, C); ``most`` is at most the size.
+            values: (turns, queues, most, C); ``most`` must not be above the size of a queue.
             counts: (turns, queues) int64, 0 to ``most``.
         """
         most = values.shape[2]
@@ -81,10 +81,10 @@ class RingQueues(nn.Module):
         self.rows[-1].zero_()
 
     def _take_turns(self, counts: Tensor, most: int) -> Tensor:
-        """Move the pointers on and return the first slot of every push, (turns, queues).
+        """Advance the pointers and return the first slot of every push, (turns, queues).
 
-        Between two pushes that reach the end the pointer is a running sum; so there is one round
-        for each such push that there can be, which is one at the published sizes.
+        Between two pushes that reach the end, the pointer is a running sum. The loop therefore has
+        one round for each possible push of that kind, which is one round at the published sizes.
         """
         turns = len(counts)
         ends = counts.cumsum(0)
@@ -104,8 +104,8 @@ class RingQueues(nn.Module):
 def distinct(counts: Tensor, number: int) -> Tensor:
     """Return ``number`` different random integers from 0 to count - 1 for each count.
 
-    Every subset is equally likely (Floyd's way; nothing is sorted and no shape depends on a
-    count). Of a count below ``number`` only the first ``count`` are meant.
+    Every subset is equally likely. This is Floyd's algorithm: it sorts nothing, and no shape
+    depends on a count. If a count is below ``number``, only its first ``count`` integers are valid.
     """
     draws = torch.rand(*counts.shape, number, device=counts.device)
     lowest = (counts - number).clamp(min=0)
@@ -119,17 +119,17 @@ def distinct(counts: Tensor, number: int) -> Tensor:
 
 
 def positions_of_ranks(members: Tensor, ranks: Tensor) -> Tensor:
-    """Return where in the image the r-th position of a class is, in raster order.
+    """Return the position in the image of the r-th pixel of a class, in raster order.
 
     Args:
         members: one-hot labels, (N, P, K).
-        ranks: (N, K, m); of what reaches beyond the class, any position is returned.
+        ranks: r, (N, K, m). For a rank that the class does not have, any position is returned.
     """
     members = members.int()
     positions = members.shape[1]
     counts = members.sum(1)
     begins = counts.cumsum(1) - counts
-    # Counting sort by class. Void positions go to one place behind the end.
+    # Counting sort by class. All void positions go to the one place after the end.
     places = members.cumsum(1).sub_(1).add_(begins[:, None]).mul_(members).sum(2)
     places = torch.where(members.sum(2) > 0, places, positions)
     raster = torch.arange(positions, device=members.device).expand_as(places)
@@ -139,7 +139,7 @@ def positions_of_ranks(members: Tensor, ranks: Tensor) -> Tensor:
 
 
 def projector(student_channels: int, teacher_channels: int) -> nn.Sequential:
-    """Return 1x1 convolution, batch norm, ReLU, 1x1 convolution; no biases."""
+    """Return 1x1 convolution, batch norm, ReLU, 1x1 convolution. The convolutions have no bias."""
     return nn.Sequential(
         nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
         nn.BatchNorm2d(teacher_channels),
@@ -149,12 +149,13 @@ def projector(student_channels: int, teacher_channels: int) -> nn.Sequential:
 
 
 class ClassMemory(nn.Module):
-    """Teacher pixels and class means of past batches, and the relations of the present one to them.
+    """Teacher pixels and class means of past batches, and the relations of a new batch to them.
 
     Args:
+        channels: head channels of the student and of the teacher.
         pixel_size, region_size: slots of each class.
-        updates: pixels stored at most for each image and class.
-        own_pixels: see :class:`CIRKDMemory`.
+        updates: the most pixels that are stored for each image and class.
+        own_pixels: see the class :class:`CIRKDMemory` of ``cirkd.py``.
     """
 
     def __init__(
@@ -174,14 +175,15 @@ class ClassMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, units: Tensor, members: Tensor, ranks: Tensor | None = None) -> None:
-        """Store the present batch, of all ranks where there are several.
+        """Store a batch; if there are several ranks, the batches of all of them.
 
         Args:
             units: the teacher's unit vectors, (N, P, C).
-            members: one-hot labels, (N, P, K); a void row is 0.
-            ranks: which of as many pixels as a class has are stored, (N, K, updates); None: drawn.
+            members: one-hot labels, (N, P, K); the row of a void position is 0.
+            ranks: the pixels that are stored, as numbers from 0 to the class's pixel count - 1,
+                (N, K, updates); None: random.
 
-        What is chosen is sent, not whole feature maps; so all ranks' memories stay equal.
+        The ranks exchange the chosen vectors, not whole feature maps, so all memories stay equal.
         """
         counts = members.sum(1).long()
         if ranks is None:
@@ -203,6 +205,8 @@ class ClassMemory(nn.Module):
 
         Args:
             student, teacher: unit vectors, (N P, C).
+            members: one-hot labels, (N, P, K); the row of a void position is 0.
+            keys: stored unit vectors, (M, C).
             temperatures: T of the contrast, T' of the divergence.
         """
         contrast, divergence = temperatures

@@ -1,6 +1,6 @@
-"""Relations between positions: divergences of two similarity maps that are never held whole.
+"""Relations between unit vectors: the KL of two similarity maps that are never whole in memory.
 
-Used by CIRKD, for positions and stored vectors, and by CIRKDv2, for channels too.
+CIRKD uses them for positions and stored vectors, CIRKDv2 for channels too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 from kdprof.methods._common import match_grid
 
 EPS = 1e-12
-"""Smallest length that has a direction, as in torch's ``normalize``."""
+"""A vector of this length or less has no direction and counts as 0, as in torch's ``normalize``."""
 BLOCK_ELEMENTS = 2**22
-"""Elements of a similarity map that is held at a time: 16 MiB, which the caches of large
-processors hold."""
+"""Elements of a similarity map that are in memory at a time: 16 MiB, which fits into the caches of
+large processors."""
 LEAST_ROWS = 128
-"""Rows of such a map at least, so that a matrix product stays one of matrices."""
+"""The fewest rows of a block, so that a matrix product does not become one of a few vectors."""
 
 
 def unit(values: Tensor, dim: int) -> Tensor:
-    """Return float32 vectors of length 1 along ``dim``; a vector of length 0 stays 0.
+    """Return float32 vectors of length 1 along ``dim``. A vector of length 0 stays 0.
 
-    Its gradient is 0, too: the published code divides it by 1e-12, which overflows.
+    The gradient of such a vector is 0 too. The published code divides it by 1e-12 and overflows.
     """
     values = values.float()
     length = values.norm(dim=dim, keepdim=True)
@@ -38,11 +38,11 @@ def unit_positions(features: Tensor) -> Tensor:
 
 
 class _RelationKL(torch.autograd.Function):
-    """See :func:`relation_kl`.
+    """The autograd Function of :func:`relation_kl`.
 
-    Rows are taken in blocks, so that memory grows with rows + columns and not with their product.
-    The gradient is taken in the same pass: it is linear in what backward is given, which is one
-    number, and a second pass over the maps would cost the matrix products once more.
+    Rows are processed in blocks, so memory grows with rows + columns and not with their product.
+    The same pass computes the gradient. This is possible because the gradient is linear in the one
+    number that backward receives, and a second pass would repeat the matrix products.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class _RelationKL(torch.autograd.Function):
             total += divergence.sum()
             if gradient is not None:
                 torch.addmm(gradient[block], slope, ours, out=gradient[block])
-                if keys is None:  # a row is also what others are compared with
+                if keys is None:  # each row is also a column that the others are compared with
                     torch.addmm(gradient, slope.T, student[block], out=gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.div_(temperature))
@@ -86,8 +86,10 @@ class _RelationKL(torch.autograd.Function):
 
 
 def _log_similarity(rows: Tensor, columns: Tensor, parts: int, temperature: float) -> Tensor:
-    """Return the log-softmax of rows . columns / T within each part of the columns, (b, parts,
-    columns of a part)."""
+    """Return the log-softmax of rows . columns / T over each part of the columns.
+
+    Its shape is (rows, parts, columns of a part).
+    """
     similar = (rows / temperature) @ columns.T
     return similar.view(len(rows), parts, -1).log_softmax(2)
 
@@ -103,14 +105,16 @@ def relation_kl(
     """Return sum_r w_r sum_parts KL( softmax(t_r . K / T) || softmax(s_r . K / T) ).
 
     Args:
-        student, teacher: one vector for each row r, (R, C); the C may differ where keys is None.
-        keys: what both are compared with, (M, C), without gradient; None: the student's rows
-            among themselves, and the teacher's, both with gradient to the student.
-        parts: the columns are this many groups of equal size, each with a softmax of its own.
+        student, teacher: one vector for each row r, (R, C). The C may differ if keys is None.
+        keys: the vectors that both are compared with, (M, C); they get no gradient. None: each
+            network's rows are compared with its own rows, and the student's gradient includes
+            their part as columns.
+        parts: number of groups of equal size that the columns form; each has its own softmax.
         weights: (R,); None: all 1.
 
-    Never more than a few blocks of R x M are held, forward and backward. Backward costs nothing:
-    forward has made the gradient. Not differentiable twice.
+    Forward and backward never keep more than a few blocks of the R x M maps in memory. Backward
+    costs almost nothing, because forward has computed the gradient. It cannot be differentiated
+    again.
     """
     with torch.autocast(student.device.type, enabled=False):
         return _RelationKL.apply(student, teacher, keys, parts, temperature, weights)
@@ -123,8 +127,8 @@ def batch_relation(student: Tensor, teacher: Tensor, temperature: float) -> Tens
         student, teacher: (N, P, C), P unit vectors for each of N images.
 
     Returns:
-        The mean over the N^2 ordered pairs of images and the P rows of each pair's similarity map;
-        softmax over the P columns.
+        The KL of the softmax over the P columns of a similarity map, mean over the N^2 ordered
+        pairs of images and the P rows of each pair's map.
     """
     images, rows = student.shape[:2]
     total = relation_kl(student.flatten(0, 1), teacher.flatten(0, 1), temperature, parts=images)
@@ -135,7 +139,7 @@ def mini_batch_kl(student: Tensor, teacher: Tensor, temperature: float, pooling:
     """Return the mini-batch pixel-to-pixel term of (N, C, h, w) features; the C may differ.
 
     Args:
-        pooling: see :class:`CIRKDMiniBatch`.
+        pooling: see the class :class:`CIRKDMiniBatch` of ``cirkd.py``.
     """
     student = match_grid(student, teacher)
     window = pooling or (4 if min(teacher.shape[-2:]) >= 256 else 1)

@@ -12,13 +12,13 @@ from kdprof.methods._recipes import cirkd
 
 
 def attention_gap(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
-    """Return the mean over N, h, w of ( a(f_S) - a(f_T) )^2, a the unit energy map of an image.
+    """Return the mean over N, h, w of ( a(f_S) - a(f_T) )^2, a = the unit energy map of an image.
 
     Args:
         student, teacher: features, (N, C, h, w); the C may differ.
         power: exponent of the feature in its energy.
     """
-    # The energies are resized, not the features: the same rule at 1 / C of the work.
+    # The energies are resized instead of the features, which is 1 / C of the work.
     ours, theirs = energy(student, power), energy(teacher, power)
     return (unit_maps(match_grid(ours, theirs)) - unit_maps(theirs)).square().mean()
 
@@ -26,15 +26,16 @@ def attention_gap(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
 class AT(Method):
     """Attention transfer (Zagoruyko & Komodakis, ICLR 2017, arXiv 1612.03928).
 
-    a(f) = q / ||q||_2 with the energy q_p = mean_c f_{c,p}^2 of every position p, the norm over the
-    positions of an image; L = mean over N, h, w of ( a(f_S) - a(f_T) )^2. f is the head feature
-    (input of the last 1x1 classifier); channels may differ, so there is no adaptor. No mask.
-    Weights 10000, plus pixel-wise kd 1 (CIRKD's code). Two unit vectors without a negative entry
-    are at most sqrt(2) apart, so L is at most 2 / (h w): the weight undoes that mean.
+    a(f) = q / ||q||_2 with the energy q_p = mean_c f_{c,p}^2 of every position p; the norm is over
+    the positions of an image. L = mean over N, h, w of ( a(f_S) - a(f_T) )^2. f is the head feature
+    (input of the last 1x1 classifier). The channels may differ, so there is no adaptor. There is no
+    mask. The weight is 10000, plus pixel-wise kd with weight 1 (CIRKD's code). Two unit vectors
+    without a negative entry are at most sqrt(2) apart, so L is at most 2 / (h w); the large weight
+    compensates for that mean.
 
-    The paper sums |f|^2 and the squared distance over several layers; its authors' code, CIRKD and
-    mmrazor take both means, as here. Where grids differ the student's energy is resized bilinearly
-    to the teacher's grid (kdprof's rule).
+    The paper sums |f|^2 and the squared distance over several layers. Its authors' code, CIRKD and
+    mmrazor take both means, as here. If the grids differ, the student's energy is resized
+    bilinearly to the teacher's grid (kdprof's rule).
     """
 
     name = "at"
@@ -46,7 +47,7 @@ class AT(Method):
     equation = (
         "a(f) = q / ||q||, q_p = mean_c f_cp^2; L = mean over N, h, w of ( a(f_S) - a(f_T) )^2"
     )
-    cost_drivers = "the teacher's forward; one pass over each head feature: little"
+    cost_drivers = "the teacher's forward; one pass over each head feature, which costs little"
     recipes = (
         cirkd("DeepLabV3-R18"),
         cirkd("PSPNet-R18"),

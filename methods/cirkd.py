@@ -1,4 +1,4 @@
-"""Cross-image relational knowledge distillation (CIRKD), whole and in parts."""
+"""Cross-image relational knowledge distillation (CIRKD), the whole method and its parts."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from kdprof.methods._relations import mini_batch_kl, unit_positions
 
 
 class CIRKDMiniBatch(Method):
-    """The mini-batch part of CIRKD alone, beside kd (kdprof's subset; not published as such).
+    """The mini-batch part of CIRKD with kd (kdprof's subset; not published as such).
 
     F = head features as unit vectors over channels. For every ordered pair (i, j) of the images on
     one device, i = j included, S_ij = F_i^T F_j / T, (h w) x (h w), and
     L_batch = 1 / N^2 sum_ij mean over rows KL( softmax S^T_ij || softmax S^S_ij ), T = 0.1, weight
-    1, beside kd at weight 1. Void positions count, nothing crosses devices; with one image per
-    device nothing crosses images.
+    1, together with kd at weight 1. Void positions count. Devices exchange nothing, so with one
+    image per device no relation crosses images.
 
-    ``pooling``: 0 is the authors' rule of 2025, 4x4 averages where both sides have 256 positions or
-    more and none below; k > 0 is k x k averages always (their 2022 code has 2 as a switch, and they
-    advise it where memory is short). Where grids differ the student's feature is resized bilinearly
-    to the teacher's (kdprof's rule).
+    ``pooling = 0`` is the authors' rule of 2025: 4x4 averages if both sides have 256 positions or
+    more, no pooling below that. ``pooling = k`` above 0 takes k x k averages always (the option of
+    their 2022 code has k = 2, and they advise it if memory is short). If the grids differ, the
+    student's feature is resized bilinearly to the teacher's (kdprof's rule).
 
-    The published form holds maps of N^2 (h w)^2; here they are taken in blocks and the gradient is
-    made in the forward pass, so backward takes no time: read both together.
+    The published form stores maps of N^2 (h w)^2. Here they are computed in blocks and the gradient
+    is computed in the forward pass, so backward takes almost no time. Only the sum of both can be
+    compared with other methods.
     """
 
     name = "cirkd:minibatch"
@@ -50,7 +51,7 @@ class CIRKDMiniBatch(Method):
     )
     cost_drivers = (
         "the teacher's forward; (h w)^2 similarities of every ordered pair of images on the "
-        "device, in blocks: grows with the square of images and of positions"
+        "device, in blocks, which grows with the square of images and of positions"
     )
 
     temperature: float = 1.0
@@ -72,8 +73,8 @@ class CIRKDMiniBatch(Method):
 
     def _batch(self, student: Tensor, teacher: Tensor) -> Tensor:
         note = (
-            "one image per device: the batch term relates the positions of one image, and nothing "
-            "crosses images"
+            "one image per device: the batch term compares the positions of one image only, and no "
+            "relation crosses images"
         )
         if len(student) == 1 and note not in self.notes:
             self.notes.append(note)
@@ -81,28 +82,30 @@ class CIRKDMiniBatch(Method):
 
 
 class CIRKDMemory(Method):
-    """The memory part of CIRKD alone, beside kd (kdprof's subset; not published as such).
+    """The memory part of CIRKD with kd (kdprof's subset; not published as such).
 
     t_p, s_p = unit vectors of the teacher's head feature and of the student's projected one (1x1
-    convolution, batch norm, ReLU, 1x1 convolution, to the teacher's channels) at position p; keys K
-    = stored teacher vectors, the same for both. L = T'^2 mean over valid p of
+    convolution, batch norm, ReLU, 1x1 convolution, to the teacher's channels) at position p; the
+    keys K = stored teacher vectors, the same for both. L = T'^2 mean over valid p of
     KL( softmax(t_p . K / T T') || softmax(s_p . K / T T') ), T = 0.1, T' = 1, for ``pixel`` and
-    ``region`` at weight 0.1 each (VOC 0.01), beside kd 1.
+    ``region`` at weight 0.1 each (VOC 0.01), together with kd at weight 1.
 
     Each class has a ring of 20000 pixels and one of 2000 regions (SegFormer students: 2000 and
-    2000). Before the terms are taken the batch is stored: of each image and class the mean of its
-    unit vectors as a region, and up to 16 pixels. One random set of slots, the same in every class,
-    gives the keys: 4096 // classes + 1 pixels and 1024 // classes + 1 regions of each. Of several
-    ranks all store the images of all.
+    2000). The batch is stored before the terms are computed: for each image and class the mean of
+    its unit vectors as a region, and up to 16 pixels. The keys are one random set of slots, the
+    same in every class: 4096 // classes + 1 pixels and 1024 // classes + 1 regions of each class.
+    If there are several ranks, each of them stores the images of all.
 
-    The authors' code draws those 16 pixels among as many as the class has, but takes them at the
-    first positions of the image, whatever their class; the published numbers have this, and it is
-    the default. ``own_pixels`` takes pixels of the class itself, as the paper says. Where every
-    pixel is void the authors get NaN; here the terms are 0.
+    The authors' code draws these 16 pixels as random numbers below the class's pixel count, but
+    then uses the numbers as positions in the whole image. It therefore stores pixels of the first
+    positions, whatever their class. The published numbers were obtained with this, and it is the
+    default. ``own_pixels`` stores pixels of the class itself, as the paper says. If every pixel is
+    void, the authors' code gives NaN; here the terms are 0.
 
-    Labels are resized by nearest; where grids differ the student's feature is resized bilinearly to
-    the teacher's before it is projected (kdprof's rule). The similarities are taken in blocks and
-    the gradient is made in the forward pass, so backward takes no time: read both together.
+    Labels are resized by nearest. If the grids differ, the student's feature is resized bilinearly
+    to the teacher's before the projection (kdprof's rule). The similarities are computed in blocks
+    and the gradient is computed in the forward pass, so backward takes almost no time. Only the sum
+    of both can be compared with other methods.
     """
 
     name = "cirkd:memory"
@@ -117,7 +120,7 @@ class CIRKDMemory(Method):
     )
     cost_drivers = (
         "the teacher's forward; similarities of every position with about 5000 stored vectors, in "
-        "blocks; a projection; storing each batch in two memories"
+        "blocks; a projection; the storing of each batch in two memories"
     )
 
     temperature: float = 1.0
@@ -160,7 +163,7 @@ class CIRKDMemory(Method):
         )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        """Store the batch; return ``kd``, ``pixel`` and ``region``."""
+        """Store the batch and return ``kd``, ``pixel`` and ``region``."""
         return {
             "kd": pixel_kl(student.logits, teacher.logits, self.temperature),
             **self._memory(student.head, teacher.head, labels),
@@ -187,17 +190,17 @@ class CIRKD(CIRKDMiniBatch, CIRKDMemory):
     """Cross-image relational knowledge distillation (Yang et al., CVPR 2022, arXiv 2204.06986).
 
     L = 1 L_kd + 1 L_batch + 0.1 L_pixel + 0.1 L_region: logit distillation at T = 1, the relations
-    of all positions of all images on a device to each other (``cirkd:minibatch`` has the equation
-    and ``pooling``), and their relations to teacher pixels and regions of past batches
-    (``cirkd:memory`` has the equation, the sizes and ``own_pixels``). VOC uses 0.01 for pixel and
-    region; SegFormer students a ``pixel_memory`` of 2000.
+    of all positions of all images on a device to each other (see ``cirkd:minibatch`` for the
+    equation and ``pooling``), and their relations to teacher pixels and regions of past batches
+    (see ``cirkd:memory`` for the equation, the sizes and ``own_pixels``). VOC uses 0.01 for pixel
+    and region; SegFormer students use a ``pixel_memory`` of 2000.
 
-    The batch term grows with the square of the images on a device and of the positions; the
-    published schedule has 2 images on each of 8 devices, and other layouts are other objectives.
+    The cost of the batch term grows with the square of the images on a device and of the positions.
+    The published schedule has 2 images on each of 8 devices; with another number of images per
+    device the objective is a different one.
 
-    The widths of the head features that are compared are those of the networks: 128 and 256 in the
-    authors' code of 2022, 512 and 512 in that of 2025. Their projection has synchronised batch
-    norm; here it is batch norm.
+    The head features have the widths of the networks: 128 and 256 in the authors' code of 2022, 512
+    and 512 in that of 2025. Their projection has synchronised batch norm; here it has batch norm.
     """
 
     name = "cirkd"
@@ -238,7 +241,7 @@ class CIRKD(CIRKDMiniBatch, CIRKDMemory):
     )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        """Store the batch; return ``kd``, ``batch``, ``pixel`` and ``region``."""
+        """Store the batch and return ``kd``, ``batch``, ``pixel`` and ``region``."""
         return {
             "kd": pixel_kl(student.logits, teacher.logits, self.temperature),
             "batch": self._batch(student.head, teacher.head),

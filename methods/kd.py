@@ -15,10 +15,11 @@ class KD(Method):
 
     L = T^2 / (N h w) sum_{n,p} KL( softmax(z_T / T) || softmax(z_S / T) ) over classes, on logits
     before any resize, T = 1, weight 1 (CIRKD's code, which adds the same term to at, fitnet, skd,
-    ifvd and cwd). No ignore mask: void pixels are distilled too. Only the main logits.
+    ifvd and cwd). There is no ignore mask: void pixels are distilled too. Only the main logits are
+    used.
 
-    ``reduction`` selects the divisor of other published codes, see :func:`pixel_kl`; weights mean
-    nothing without it.
+    ``reduction`` selects the divisor of other published codes, see :func:`pixel_kl`. A weight has a
+    meaning only together with the reduction.
     """
 
     name = "kd"
@@ -29,7 +30,8 @@ class KD(Method):
     weights = {"kd": 1.0}
     equation = "L = T^2 / (N h w) sum_{n,p} KL( softmax(z_T / T) || softmax(z_S / T) )"
     cost_drivers = (
-        "the teacher's forward; a softmax and a KL over the classes at every position: little"
+        "the teacher's forward; a softmax and a KL over the classes at every position, which cost "
+        "little"
     )
     recipes = (
         skd(
@@ -61,7 +63,7 @@ class KD(Method):
             None,
             "not stated",
             "extended training, length not stated",
-            "abstract of arXiv 2604.25530 (which of logit and feature KD is not stated)",
+            "abstract of arXiv 2604.25530 (it does not state whether by logits or features)",
             teacher_miou=79.8,
             miou=79.0,
         ),

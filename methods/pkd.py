@@ -17,14 +17,14 @@ class PKD(Method):
 
     g(f) = (f - mean) / (std + 1e-6) for each channel over N, h, w, std unbiased;
     L = 1/2 mean over N, C, h, w of ( g(A f_S) - g(f_T) )^2 = 1 - mean_c of Pearson's correlation,
-    up to a factor of 1 - 1 / (N h w). Weight 10 (mmrazor's RetinaNet). No mask. The statistics
-    depend on the images per device.
+    up to a factor of 1 - 1 / (N h w). Weight 10 (mmrazor's RetinaNet). There is no mask. The
+    statistics depend on the number of images per device.
 
-    Published for the neck levels of detectors; nothing is published for segmentation. Assumed
-    here: f the head feature, A a 1x1 convolution C_S -> C_T without bias where channels differ (the
-    published one needs equal channels), and the weight. Where grids differ the adapted student is
-    resized bilinearly to the teacher's grid; ``resized = "teacher"`` does the reverse, as in
-    mmrazor.
+    The method was published for the neck levels of detectors; nothing is published for
+    segmentation. Assumed here: f is the head feature; A is a 1x1 convolution C_S -> C_T without
+    bias if the channels differ (the published method needs equal channels); the weight. If the
+    grids differ, the adapted student is resized bilinearly to the teacher's grid;
+    ``resized = "teacher"`` does the reverse, as in mmrazor.
     """
 
     name = "pkd"
