@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kdprof.method import Taps
-from kdprof.methods.cirkd import distinct
+from kdprof.methods._memory import distinct
 
 
 def resized(student, teacher):

@@ -1,1 +1,1 @@
-"""One file per distillation method."""
+"""One file for each distillation method. Modules with a leading underscore hold shared parts."""

@@ -1,24 +1,44 @@
-"""What several methods share: grids that differ, and checks of settings."""
+"""Parts that many methods share: resizing to one grid, adaptors, one-hot labels, setting checks.
+
+The other private modules hold the other shared parts; their names say which.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdprof.errors import UserError, unknown
-from kdprof.method import Method
+from kdprof.method import Method, NetworkInfo
 
 
 def match_grid(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the student's (N, C, h, w) map on the teacher's grid, bilinear where they differ.
+    """Return the student's (N, C, h, w) map, resized bilinearly if the teacher's grid differs.
 
-    kdprof's rule for networks of different output stride; the originals all use equal grids.
+    This is kdprof's rule for networks of different output stride. The authors' codes all have equal
+    grids.
     """
     if student.shape[-2:] == teacher.shape[-2:]:
         return student
     return F.interpolate(student, teacher.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def adaptor(student: NetworkInfo, teacher: NetworkInfo, tap: str) -> nn.Module:
+    """Return a 1x1 convolution without bias to the teacher's channels, the identity if equal."""
+    before, after = student.channels[tap], teacher.channels[tap]
+    return nn.Identity() if before == after else nn.Conv2d(before, after, 1, bias=False)
+
+
+def membership(labels: Tensor, grid: torch.Size, num_classes: int) -> Tensor:
+    """Return one-hot labels, (N, h w, K) float32, after a nearest resize to the grid.
+
+    The row of a void position is all 0.
+    """
+    nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest").flatten(1)
+    return (nearest[:, :, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
 def check_settings(
@@ -26,7 +46,15 @@ def check_settings(
     choices: Mapping[str, Collection[str]] | None = None,
     positive: Collection[str] = (),
 ) -> None:
-    """Raise a UserError that names every setting outside its ``choices`` or not ``positive``."""
+    """Check the settings of a method.
+
+    Args:
+        choices: the allowed values of a setting, by its name.
+        positive: names of the settings that must be above 0.
+
+    Raises:
+        UserError: at least one setting has a value that is not allowed. It names all of them.
+    """
     problems = [
         f"method '{method.name}': {unknown(name, getattr(method, name), valid)}"
         for name, valid in (choices or {}).items()

@@ -1,4 +1,7 @@
-"""The holistic discriminator of structured KD (arXiv 1903.04197), as SKD, IFVD and CIRKD use it."""
+"""The holistic discriminator of structured KD (arXiv 1903.04197), as SKD, IFVD and CIRKD use it.
+
+:class:`AdversarialMethod` is the base class of all methods that train one.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import match_grid
 
 SMALLEST_GRID = 64
-"""Logits smaller than this have no output in the published network."""
+"""The published network has no output for logits with a smaller side."""
 
 
 class SpectralConv(nn.Module):
     """A convolution whose weight is divided by its largest singular value.
 
-    One step of power iteration at every forward, in evaluation mode too; the gradient flows
+    Every forward takes one step of power iteration, in evaluation mode too. The gradient flows
     through the weight only, not through the singular vectors.
     """
 
@@ -44,7 +47,8 @@ class SpectralConv(nn.Module):
         with torch.no_grad():
             v = F.normalize(matrix.t() @ self.u, dim=0)
             u = F.normalize(matrix @ v, dim=0)
-        # New tensors, not written in place: an earlier forward's backward still needs the old.
+        # New tensors instead of in-place writes: the backward of an earlier forward still needs
+        # the old ones.
         self.u, self.v = u, v
         return torch.dot(u, matrix @ v)
 
@@ -60,7 +64,7 @@ class SelfAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def attention(self, x: Tensor) -> Tensor:
-        """Return the (N, P, P) weights, row = the position that looks."""
+        """Return the weights, (N, P, P); a row belongs to a query position."""
         return (self.query(x).flatten(2).mT @ self.key(x).flatten(2)).softmax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,14 +74,15 @@ class SelfAttention(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Tells teacher logits from student logits: raw logits in, (N, 1, h', w') scores out.
+    """A classifier of teacher logits and student logits: raw logits in, (N, 1, h', w') scores out.
 
-    Batch norm; four spectral 4x4 convolutions of stride 2 (64, 128, 256, 512) with leaky ReLU 0.1;
-    self-attention after the last two; a 4x4 convolution without padding. The last one needs a grid
-    of at least 64 x 64 logits: smaller ones are padded with zeros after the norm (kdprof's
-    extension; the published network refuses them).
+    Its layers are batch norm; four spectral 4x4 convolutions of stride 2 (64, 128, 256, 512
+    channels) with leaky ReLU 0.1; self-attention after the last two of them; a 4x4 convolution
+    without padding. The last layer needs logits of at least 64 x 64 positions. Smaller ones are
+    padded with zeros after the norm; this is kdprof's extension, the published network cannot take
+    them.
 
-    Always float32: its loss is not scaled, and the penalty differentiates it twice.
+    It always runs in float32: its loss is not scaled, and the penalty differentiates it twice.
     """
 
     def __init__(self, num_classes: int):
@@ -95,13 +100,13 @@ class Discriminator(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """Score (N, C, h, w) logits."""
         height, width = logits.shape[-2:]
-        below, beside = max(0, SMALLEST_GRID - height), max(0, SMALLEST_GRID - width)
+        bottom, right = max(0, SMALLEST_GRID - height), max(0, SMALLEST_GRID - width)
         with torch.autocast(logits.device.type, enabled=False):
-            return self.body(F.pad(self.norm(logits.float()), (0, beside, 0, below)))
+            return self.body(F.pad(self.norm(logits.float()), (0, right, 0, bottom)))
 
 
 def discriminator_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the loss that trains the discriminator on scores of both; the teacher is real.
+    """Return the loss that trains the discriminator on both networks' scores; the teacher is real.
 
     ``wgan-gp``: mean(d_S) - mean(d_T). ``hinge``: mean relu(1 - d_T) + mean relu(1 + d_S).
     """
@@ -111,7 +116,7 @@ def discriminator_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def generator_loss(student: Tensor) -> Tensor:
-    """Return - mean(d_S), for both kinds."""
+    """Return - mean(d_S), the student's loss for both kinds."""
     return -student.mean()
 
 
@@ -124,14 +129,14 @@ def gradient_penalty(
         mix: (N, 1, 1, 1), uniform in 0 to 1, one for each image.
     """
     between = (mix * teacher.float() + (1 - mix) * student.float()).detach().requires_grad_()
-    # Handed over as a view: torch's FLOP counter hooks a module's inputs and fails on a leaf here.
+    # The input is a view, because torch's FLOP counter hooks a module's inputs and fails on a leaf.
     scores = discriminator(between.view_as(between))
     (slope,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
 class Adversary(nn.Module):
-    """A discriminator with the losses of one kind, for a method to own.
+    """A discriminator together with the losses of one kind; a part of a method.
 
     Args:
         kind: ``hinge`` (CIRKD) or ``wgan-gp`` (the SKD and IFVD repositories).
@@ -142,9 +147,9 @@ class Adversary(nn.Module):
         self.discriminator, self.kind = Discriminator(num_classes), kind
 
     def generator_loss(self, student: Tensor, teacher: Tensor, notes: list[str]) -> Tensor:
-        """Return the student's term; the discriminator's parameters get no gradient from it.
+        """Return the student's term, which gives the discriminator's parameters no gradient.
 
-        The teacher's logits give the grid only: the one the discriminator is trained on.
+        Of the teacher's logits only the grid is used: the discriminator is trained on that grid.
         """
         student = match_grid(student, teacher)
         _note_padding(student, notes)
@@ -152,13 +157,13 @@ class Adversary(nn.Module):
         return generator_loss(functional_call(self.discriminator, fixed, (student,)))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the discriminator's own term for logits of both."""
+        """Return the discriminator's own term, for the logits of both networks."""
         student = match_grid(student, teacher)
         scores = self.discriminator(student), self.discriminator(teacher)
         return discriminator_loss(self.kind, *scores)
 
     def penalty(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the gradient penalty at random mixtures of the logits of both."""
+        """Return the gradient penalty at random mixtures of both networks' logits."""
         student = match_grid(student, teacher)
         mix = torch.rand(student.shape[0], 1, 1, 1, device=student.device)
         return gradient_penalty(self.discriminator, student, teacher, mix)
@@ -167,26 +172,26 @@ class Adversary(nn.Module):
 def _note_padding(logits: Tensor, notes: list[str]) -> None:
     height, width = logits.shape[-2:]
     note = (
-        f"logits of {height}x{width} are padded to {SMALLEST_GRID} for the discriminator, which "
-        "the published one does not take: its cost here is that of larger logits"
+        f"the discriminator pads logits of {height}x{width} to {SMALLEST_GRID}, because the "
+        "published one cannot take them: its cost is that of larger logits"
     )
     if min(height, width) < SMALLEST_GRID and note not in notes:
         notes.append(note)
 
 
 class AdversarialMethod(Method):
-    """A method with an adversary of its own, which judges the logits.
+    """A method that trains its own discriminator of logits.
 
-    Stands first among the bases. The subclass reads ``logits``, adds :meth:`adversarial_term` to
-    what its ``forward`` returns, and weighs ``discriminator`` and, for wgan-gp,
-    ``gradient_penalty`` in ``auxiliary_weights``.
+    It must be the first base class. The subclass declares the tap ``logits``, adds
+    :meth:`adversarial_term` to the terms of its ``forward``, and has the weights of
+    ``discriminator`` and, for wgan-gp, ``gradient_penalty`` in ``auxiliary_weights``.
     """
 
     adversarial: ClassVar[str] = "hinge"
-    """The kind of game, see :class:`Adversary`."""
+    """The kind of the losses, see :class:`Adversary`."""
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
-        """Create the discriminator, after the extras of the other bases."""
+        """Create the discriminator, after the extras of the other base classes."""
         super().build(student, teacher)
         self.adversary = Adversary(student.num_classes, self.adversarial)
 
@@ -195,11 +200,11 @@ class AdversarialMethod(Method):
         return self.adversary
 
     def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the discriminator's Adam (the IFVD and CIRKD repositories)."""
+        """Return the discriminator's Adam, as in the IFVD and CIRKD repositories."""
         return torch.optim.Adam(parameters, lr=4e-4, betas=(0.9, 0.99))
 
     def adversarial_term(self, student: Taps, teacher: Taps) -> Tensor:
-        """Return the student's side of the game."""
+        """Return the student's term against the discriminator."""
         return self.adversary.generator_loss(student.logits, teacher.logits, self.notes)
 
     def auxiliary_forward(

@@ -1,8 +1,8 @@
-"""Published recipes that several methods share: networks, schedule, optimiser, baselines.
+"""Published recipes that several methods share: networks, schedule, optimiser, student alone.
 
-Each function returns one :class:`kdprof.method.Recipe`; what it does not name is that recipe's
-default, and ``changes`` are fields of Recipe. The mIoU are percent on the validation images unless
-``split`` says otherwise.
+Each function returns a :class:`kdprof.method.Recipe` with the published values as defaults;
+``changes`` replaces fields of it. The mIoU are percent on the validation images unless ``split``
+says otherwise.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from kdprof.method import Recipe
 
 MOMENTUM = "momentum 0.9"
 BPKD = {"gpus": "4 A100", "source": "BPKD repository"}
-"""What BPKD changes of mmsegmentation's recipe."""
+"""The fields in which BPKD's recipe differs from mmsegmentation's."""
 BPKD_RERUN = {"gpus": "4 A100", "source": "BPKD repository, its authors' rerun"}
-"""Another method in BPKD's table."""
+"""The same fields for another method of BPKD's table."""
 SKDS_RERUN = BPKD_RERUN | {"source": "BPKD repository, its authors' rerun (terms not stated)"}
-"""Its row SKDS: which terms of structure KD it keeps is not said."""
+"""The same fields for the row SKDS of that table, which does not say which terms of structure KD it
+has."""
 VOC_WEIGHTS = {"pixel": 0.01, "region": 0.01}
-"""CIRKD's on Pascal VOC."""
+"""CIRKD's weights of these terms on Pascal VOC."""
 
 _CIRKD_DATA = {
     "Cityscapes": (40_000, (512, 1024), 78.07),
@@ -30,7 +31,7 @@ _CIRKD_DATA = {
     "COCO-Stuff": (80_000, (512, 512), 38.71),
 }
 """Iterations, crop and the mIoU of the DeepLabV3-R101 teacher."""
-_CIRKD_BASELINES = {
+_CIRKD_ALONE = {
     ("Cityscapes", "DeepLabV3-R18"): 74.21,
     ("Cityscapes", "DeepLabV3-MobileNetV2"): 73.12,
     ("Cityscapes", "PSPNet-R18"): 72.55,
@@ -41,7 +42,8 @@ _CIRKD_BASELINES = {
     ("ADE20K", "DeepLabV3-R18"): 33.91,
     ("COCO-Stuff", "DeepLabV3-R18"): 32.60,
 }
-_CIRKDV2_BASELINES = {
+"""mIoU of the student alone, by data and student."""
+_CIRKDV2_ALONE = {
     ("Cityscapes", "DeepLabV3-R18"): 73.56,
     ("Cityscapes", "UperNet-R18"): 68.90,
     ("Cityscapes", "DeepLabV3-MobileNetV3-S"): 65.05,
@@ -52,7 +54,8 @@ _CIRKDV2_BASELINES = {
     ("ADE20K", "DeepLabV3-R18"): 36.92,
     ("ADE20K", "UperNet-R18"): 34.37,
 }
-CIRKDV2_STUDENTS = [student for data, student in _CIRKDV2_BASELINES if data == "Cityscapes"]
+"""mIoU of the student alone, by data and student."""
+CIRKDV2_STUDENTS = [student for data, student in _CIRKDV2_ALONE if data == "Cityscapes"]
 _ATTNFD_DATA = {
     "Cityscapes": (200, None, 0.01, 77.66, 64.09),
     "Pascal VOC": (120, 6, 0.007, 77.85, 67.50),
@@ -61,14 +64,15 @@ _ATTNFD_DATA = {
 
 
 def alone(recipe: Recipe) -> Recipe:
-    """Return the recipe of the student alone that another one is compared with."""
+    """Return the recipe of the student alone that belongs to a distillation recipe."""
     return replace(
         recipe, teacher=None, teacher_miou=None, baseline_miou=None, miou=recipe.baseline_miou
     )
 
 
 def mmseg(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: Any) -> Recipe:
-    """Return mmsegmentation's recipe: 80k iterations, ADE20K in 512 x 512 by 16 images."""
+    """Return mmsegmentation's recipe: 80k iterations of 8 images, 512 x 1024; on ADE20K 16 images,
+    512 x 512."""
     ade = dataset == "ADE20K"
     fields = {
         "teacher": "PSPNet-R101",
@@ -84,7 +88,7 @@ def mmseg(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: A
 
 
 def bpkd_context(**changes: Any) -> Recipe:
-    """Return BPKD's recipe for Pascal Context, of which the iterations are known."""
+    """Return BPKD's recipe for Pascal Context; of the schedule the iterations are published."""
     fields = {
         "batch": None,
         "crop": None,
@@ -140,7 +144,7 @@ def cirkd(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: A
         "source": "CIRKD repository",
         "gpus": "8 RTX 3090, 2 images each",
         "teacher_miou": teacher_miou,
-        "baseline_miou": _CIRKD_BASELINES[dataset, student],
+        "baseline_miou": _CIRKD_ALONE[dataset, student],
     }
     return Recipe(**{"dataset": dataset, "student": student, **fields, **changes})
 
@@ -162,7 +166,7 @@ def cirkd_segformer(**changes: Any) -> Recipe:
 
 
 def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe:
-    """Return CIRKD's recipe of 2025: 80k iterations, one image for each device on Cityscapes."""
+    """Return CIRKD's recipe of 2025: 80k iterations, with one image per device on Cityscapes."""
     city = dataset == "Cityscapes"
     fields = {
         "teacher": "DeepLabV3-R101",
@@ -175,7 +179,7 @@ def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe
         "gpus": "8, 1 image each" if city else None,
         "teacher_miou": 78.30 if city else 43.83,
         "split": "test" if city else "val",
-        "baseline_miou": _CIRKDV2_BASELINES[dataset, student],
+        "baseline_miou": _CIRKDV2_ALONE[dataset, student],
     }
     if "MobileViT" in student:
         fields |= {"optimizer": "AdamW 9e-4"}
@@ -188,7 +192,7 @@ def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe
 
 
 def attnfd(dataset: str, **changes: Any) -> Recipe:
-    """Return AttnFD's recipe, which is published in epochs."""
+    """Return AttnFD's recipe, whose length is published in epochs."""
     epochs, batch, rate, teacher_miou, baseline_miou = _ATTNFD_DATA[dataset]
     fields = {
         "teacher": "DeepLabV3+-R101",

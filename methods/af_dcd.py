@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._recipes import cirkd
-from kdprof.methods.kd import pixel_kl
 
 BLOCK_ELEMENTS = 2**24
-"""Elements of the differences anchors x keys x channels that are held at a time: 64 MiB."""
+"""Elements of the differences anchors x keys x channels that are in memory at a time: 64 MiB."""
 
 MASKS = ("random", "centre")
 REPOSITORY = {"gpus": None, "source": "Af-DCD repository"}
@@ -31,7 +31,7 @@ def plain_projector(channels: int) -> nn.Sequential:
 
 
 class EnhancedProjector(nn.Module):
-    """a = relu(conv x), b = relu(conv a); the mean of one more convolution of each. All 3x3."""
+    """The projector ( conv a + conv b ) / 2 with a = relu(conv x), b = relu(conv a); all 3x3."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -47,7 +47,7 @@ class EnhancedProjector(nn.Module):
 
 
 def random_mask(uniform: Tensor, ratio: float) -> Tensor:
-    """Return 1 where a position is kept and 0 where its draw is above 1 - ratio."""
+    """Return 0 where the uniform draw of a position is above 1 - ratio, 1 elsewhere."""
     return (uniform <= 1 - ratio).float()
 
 
@@ -63,13 +63,13 @@ def patch_vectors(features: Tensor, pool: int, crop: int, patch: tuple[int, int]
     """Return the vectors of every patch, (patches, vectors, C / groups), and the positions used.
 
     Args:
-        features: (N, C, h, w). First pooled, then cropped, then cut.
-        pool: window and stride of a maximum, 0 for none; no larger than the map.
-        crop: the largest height and width that is used, from the top left; 0 for all.
-        patch: height and width, no larger than the map; rows and columns that fill no patch are
-            left out.
-        groups: consecutive channels form a vector. A patch's vectors are ordered by position,
-            then group.
+        features: (N, C, h, w). They are pooled, then cropped, then cut into patches.
+        pool: window and stride of a max-pool, reduced to the map's size; 0 or 1 for none.
+        crop: the largest height and width that are used, from the top left; 0 for all.
+        patch: height and width of a patch, reduced to the map's size. Rows and columns that do not
+            fill a patch are left out.
+        groups: number of groups of consecutive channels; each forms one vector. The vectors of a
+            patch are ordered by position, then by group.
     """
     if pool > 1:
         features = F.max_pool2d(features, [min(pool, side) for side in features.shape[-2:]])
@@ -84,12 +84,12 @@ def patch_vectors(features: Tensor, pool: int, crop: int, patch: tuple[int, int]
 
 
 class PatchContrast(torch.autograd.Function):
-    """Cross-entropy of each anchor with its own key among the keys of the other groups, summed.
+    """The summed cross-entropy of each anchor with its own key among the keys of other groups.
 
-    The similarity is the negative L1 distance / temperature. Distances need the differences of all
-    pairs, anchors x keys x channels, and so does their gradient: 4 GiB for 4 images of published
-    size. They are taken in blocks, and the gradient, of the size of the anchors, is found in the
-    same pass.
+    The similarity is the negative L1 distance / temperature. The distances and their gradient need
+    the differences of all pairs, anchors x keys x channels: 4 GiB for 4 images of published size.
+    They are computed in blocks. The same pass computes the gradient, which has the size of the
+    anchors.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class PatchContrast(torch.autograd.Function):
 def _contrast(
     anchors: Tensor, keys: Tensor, own: Tensor, absent: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of a block and its gradient; ``own`` and ``absent`` are (anchors, keys)."""
+    """Return the sum over a block and its gradient; ``own`` and ``absent`` are (anchors, keys)."""
     gap = anchors[:, :, None] - keys[:, None]
     similar = torch.linalg.vector_norm(gap, 1, dim=3).div_(-temperature)
     log_p = similar.masked_fill_(absent, -torch.inf).log_softmax(2)
@@ -137,32 +137,34 @@ def _contrast(
 class AfDCD(Method):
     """Augmentation-free dense contrastive distillation (Fan et al., NeurIPS 2023, 2312.04168).
 
-    The student's c5 is masked and rebuilt as in ``mgd``, g = P( m * A f_S ), with A a 1x1
-    convolution C_S -> C_T with bias (always there), P conv3x3 - ReLU - conv3x3 with biases, m in
-    {0, 1} one draw for each position, 0 with probability ``mask_ratio`` = 0.75. Then
+    The student's c5 is masked and rebuilt as in ``mgd``, g = P( m * A f_S ). A is a 1x1 convolution
+    C_S -> C_T with bias, which is there even if C_S = C_T; P is conv3x3 - ReLU - conv3x3 with
+    biases; m in {0, 1} is drawn for each position and is 0 with probability ``mask_ratio`` = 0.75.
+    Then
 
     L_fd = 1 / N sum over N, C_T, h, w of ( g - f_T )^2;
     L_ctr = 1 / (N h' w') sum over anchors i of -log( e^{-d_ii/tau} / ( e^{-d_ii/tau} +
     sum_j e^{-d_ij/tau} ) ).
 
-    For L_ctr, g and f_T are max-pooled by 4 to h' x w' and cut into patches of 4 x 4, their
-    channels into 16 groups. An anchor i is a position and group of g; d_ij is its L1 distance to a
-    position and group of f_T in the same patch, d_ii to its own, j runs over all positions of the
-    other groups: 1 positive and 240 negatives, tau = 0.07. A mean over positions, a sum over
-    groups. kd as in CIRKD (T = 1 assumed). Weights fd 2e-6, ctr 0.005, kd 1: Cityscapes; the
-    recipes have the others. CamVid, of 45 x 45 positions, is not pooled but cropped to 44 x 44:
-    ``pool = 0``, with ``crop = 44`` or without.
+    For L_ctr, g and f_T are max-pooled by 4 to h' x w' and cut into patches of 4 x 4, and their
+    channels are cut into 16 groups. An anchor i is a position and group of g. d_ij is its L1
+    distance to a position and group of f_T in the same patch, d_ii to the same position and group;
+    j runs over all positions of the other groups. This gives 1 positive and 240 negatives;
+    tau = 0.07. L_ctr is a mean over positions and a sum over groups. kd is that of CIRKD (T = 1 is
+    assumed). The weights fd 2e-6, ctr 0.005, kd 1 are those of Cityscapes; the recipes state the
+    others. CamVid, which has 45 x 45 positions, is not pooled but cropped to 44 x 44: ``pool = 0``,
+    with or without ``crop = 44``.
 
     ``mask = "centre"`` is the authors' fixed mask, which zeroes the middle third of rows and
-    columns. Their scripts pass switches as text, of which "False" counts as true, so neither the
-    mask nor the projector behind the published figures is known; the plain one is assumed here,
-    ``af_dcd:enhanced`` has the other. No label mask.
+    columns. Their scripts pass switches as text, and the text "False" counts as true. It is
+    therefore not known which mask and which projector the published figures have. The plain
+    projector is assumed here; ``af_dcd:enhanced`` has the other one. There is no label mask.
 
-    Left out: the authors clip the norm of the gradient of A and P at 15; kdprof's step clips
-    nothing. kdprof's rules: the adapted student is resized bilinearly where grids differ;
-    positions that fill no patch are left out of L_ctr; windows and patches are no larger than the
-    map. From R18 to R101 the extras are 77 M parameters and 627 GMAC forward for a 512 x 1024
-    image, more than the teacher.
+    Left out: the authors clip the norm of the gradient of A and P at 15; kdprof's step clips no
+    gradient. kdprof's rules: if the grids differ, the adapted student is resized bilinearly;
+    positions that do not fill a patch are left out of L_ctr; windows and patches are not larger
+    than the map. From R18 to R101 the extras have 77 M parameters and cost 627 GMAC forward for a
+    512 x 1024 image, more than the teacher.
     """
 
     name = "af_dcd"
@@ -176,9 +178,9 @@ class AfDCD(Method):
         "of -d_ij / tau at j = i, d the L1 distance of vectors of g and f_T in a patch"
     )
     cost_drivers = (
-        "the teacher's forward; two 3x3 convolutions at the width of the teacher's c5: from R18 to "
-        "R101 more than the teacher and the student together; L1 distances of all vectors of a "
-        "patch, in blocks"
+        "the teacher's forward; two 3x3 convolutions at the width of the teacher's c5, which from "
+        "R18 to R101 cost more than teacher and student together; L1 distances of all vectors of "
+        "a patch, in blocks"
     )
     recipes = (
         cirkd("DeepLabV3-R18", miou=77.03, **REPOSITORY),
@@ -205,7 +207,7 @@ class AfDCD(Method):
             weights={"fd": 8e-6, "ctr": 0.01},
             miou=69.27,
             gpus=None,
-            source="Af-DCD repository, pool 0 (taken to be the first of its two CamVid students)",
+            source="Af-DCD repository, pool 0 (assumed: the first of its two CamVid students)",
         ),
         cirkd(
             "PSPNet-R18",
@@ -213,7 +215,7 @@ class AfDCD(Method):
             weights={"fd": 8e-6, "ctr": 0.01},
             miou=69.48,
             gpus=None,
-            source="Af-DCD repository, pool 0 (taken to be the second of its two CamVid students)",
+            source="Af-DCD repository, pool 0 (assumed: the second of its two CamVid students)",
         ),
     )
 
@@ -292,9 +294,9 @@ class AfDCDEnhanced(AfDCD):
     """Af-DCD with the enhanced projector: four 3x3 convolutions instead of two.
 
     a = relu(conv x), b = relu(conv a), P(x) = ( conv a + conv b ) / 2, all convolutions with a
-    bias. See ``af_dcd`` for the rest. From R18 to R101 the extras are 152 M parameters and 1246
-    GMAC forward for a 512 x 1024 image. Which projector the published figures have is not known;
-    they stand with ``af_dcd``.
+    bias. See ``af_dcd`` for the rest. From R18 to R101 the extras have 152 M parameters and cost
+    1246 GMAC forward for a 512 x 1024 image. It is not known which projector the published figures
+    have; they are listed with ``af_dcd``.
     """
 
     name = "af_dcd:enhanced"

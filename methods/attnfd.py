@@ -14,22 +14,23 @@ from kdprof.methods._recipes import attnfd
 ATTENTIONS = ("cbam", "plain")
 POOLS = ("avg", "max")
 SHORTEST = 1e-12
-"""Smallest length that has a direction."""
+"""Maps of this length or less have no direction."""
 
 
 class CBAM(nn.Module):
-    """Convolutional block attention (Woo et al., ECCV 2018, arXiv 1807.06521): two gates in turn.
+    """Convolutional block attention (Woo et al., ECCV 2018, arXiv 1807.06521): two gates.
 
-    x' = x sigmoid( sum over the pools of MLP(pool(x)) ), one number for each channel, the MLP
-    C -> C/r -> C with a ReLU, the pools the mean and the maximum over positions;
-    x'' = x' sigmoid( BN( conv7x7( [max_c x', mean_c x'] ) ) ), one number for each position.
+    The first gate has one number for each channel: x' = x sigmoid( sum over the pools of
+    MLP(pool(x)) ). The MLP is C -> C/r -> C with a ReLU; the pools are the mean and the maximum
+    over positions. The second gate has one number for each position:
+    x'' = x' sigmoid( BN( conv7x7( [max_c x', mean_c x'] ) ) ).
 
     Args:
         ratio: r; the inner width is at least 1.
-        learned: False for the form without MLP, convolution and norm: sigmoids of the sum of the
-            pools.
-        spatial: False leaves the second gate out.
-        pools: of "avg" and "max", those of the first gate.
+        learned: False for the form without MLP, convolution and norm, whose gates are the sigmoids
+            of the sums of the pools.
+        spatial: False to leave out the second gate.
+        pools: the pools of the first gate, "avg" and "max" or one of them.
 
     The gates are float32 under autocast: they are small, and a maximum overflows half precision.
     """
@@ -56,7 +57,7 @@ class CBAM(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, C, h, w) gated, in the type of ``x``."""
+        """Return the gated (N, C, h, w) in the data type of ``x``."""
         with torch.autocast(x.device.type, enabled=False):
             x = x * self._channel_gate(x).to(x.dtype)
             if self.gates_positions:
@@ -69,7 +70,8 @@ class CBAM(nn.Module):
         if "avg" in self.pools:
             pooled.append(flat.mean(2, dtype=torch.float32))
         if "max" in self.pools:
-            # The maximum at one position, as in a pooling layer; amax would share its gradient.
+            # Like a pooling layer, max gives the gradient to one position; amax would split it
+            # among equal ones.
             pooled.append(flat.max(2).values.float())
         seen = torch.stack(pooled)
         return (self.mlp(seen) if self.learned else seen).sum(0).sigmoid()[:, :, None, None]
@@ -82,17 +84,17 @@ class CBAM(nn.Module):
 
 
 def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
-    """Return the 1x1 convolution without bias, and batch norm, to the teacher's channels."""
+    """Return a 1x1 convolution without bias to the teacher's channels, and batch norm."""
     layer = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
     nn.init.normal_(layer.weight, 0.0, math.sqrt(2 / teacher_channels))
     return nn.Sequential(layer, nn.BatchNorm2d(teacher_channels))
 
 
 def direction_gap(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1/N || s / ||s|| - t / ||t|| ||^2, the norms over the whole batch, (N, C, h, w).
+    """Return 1/N || s / ||s|| - t / ||t|| ||^2 of (N, C, h, w) maps; norms over the whole batch.
 
-    Written as ( 2 - 2 cos ) / N, which needs no normalised map. Its rounding is that of a number
-    near 1, 1e-7.
+    It is computed as ( 2 - 2 cos ) / N, which needs no normalised map. The rounding error is that
+    of a number near 1, 1e-7.
     """
     student = match_grid(student, teacher).float()
     teacher = teacher.float()
@@ -101,14 +103,14 @@ def direction_gap(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _inverse_length(maps: Tensor) -> Tensor:
-    """Return 1 / ||maps||, and 0 for zeros, which have no direction."""
-    # In two steps: one accumulator in float32 over all the maps would lose digits.
+    """Return 1 / ||maps||; 0 for maps of zeros, which have no direction."""
+    # The norm is taken in two steps, because one float32 sum over all maps would lose digits.
     length = torch.linalg.vector_norm(torch.linalg.vector_norm(maps, dim=(2, 3)))
     return torch.where(length > SHORTEST, 1 / length.clamp(min=SHORTEST), 0.0)
 
 
 def fix(module: nn.Module) -> None:
-    """Turn the module's parameters into buffers: saved with the rest, trained by nobody."""
+    """Turn the module's parameters into buffers, which are saved but not trained."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             delattr(owner, name)
@@ -118,25 +120,27 @@ def fix(module: nn.Module) -> None:
 class AttnFD(Method):
     """AttnFD: attention-guided feature distillation (Mansourian et al. 2024, arXiv 2403.05451).
 
-    Each feature of each network passes a :class:`CBAM` of its own (r = 16), the student's then a
-    connector (1x1 convolution without bias, batch norm) to the teacher's channels: s and t. For
-    each layer L = 1/N || s / ||s||_F - t / ||t||_F ||_F^2, the norms over the whole batch of the
-    device; the layers are summed at weight 2.
+    Each feature of each network passes through its own :class:`CBAM` (r = 16). The student's then
+    passes through a connector (1x1 convolution without bias, batch norm) to the teacher's channels.
+    The results are s and t. For each layer L = 1/N || s / ||s||_F - t / ||t||_F ||_F^2, with the
+    norms over the whole batch of the device. The layers are summed, each with weight 2.
 
-    Published for DeepLabV3+ of output stride 16 at three places: c5 before its ReLU, the pyramid's
-    output, the decoder's last feature. kdprof's networks have two of them, c5 (after its ReLU)
-    and the head feature. Where grids differ the connected student is resized bilinearly to the
-    teacher's grid (kdprof's rule).
+    The method was published for DeepLabV3+ of output stride 16 with three layers: c5 before its
+    ReLU, the output of the pyramid, and the last feature of the decoder. kdprof's networks have two
+    of them, c5 (after its ReLU) and the head feature. If the grids differ, the connected student is
+    resized bilinearly to the teacher's grid (kdprof's rule).
 
-    As in the authors' code, which gave the published numbers, no optimiser holds the teacher's
-    blocks and the student's MLPs: both keep their random start, the norms with the statistics of
-    the batch. ``train_channel_gate = true`` trains the student's MLPs too. ``teacher_attention =
-    "plain"`` takes blocks without parameters, a switch of the code that it never sets.
+    As in the authors' code, which gave the published numbers, no optimiser trains the teacher's
+    blocks and the student's MLPs. Both keep their random initial values, and the norms use the
+    statistics of the batch. ``train_channel_gate = true`` trains the student's MLPs too.
+    ``teacher_attention = "plain"`` uses blocks without parameters, an option that the authors' code
+    has but never sets.
 
-    Left out of the published training: an epoch that trains the connectors alone, after which
-    they stay as they are (here they train with the student throughout); a teacher in training mode
-    that is differentiated through for nothing (here frozen, at about a third of the cost); the
-    division of the task loss by the batch size; layers at ten times the learning rate.
+    These parts of the published training are left out: one epoch that trains only the connectors,
+    after which they are fixed (here they train together with the student); a teacher in training
+    mode through which gradients are computed without any use (here it is frozen, at about a third
+    of the cost); the division of the task loss by the batch size; layers with ten times the
+    learning rate.
     """
 
     name = "attnfd"
@@ -150,7 +154,7 @@ class AttnFD(Method):
         "= CBAM(f_T)"
     )
     cost_drivers = (
-        "the teacher's forward; attention blocks on c5 and the head feature of both networks, 1x1 "
+        "the teacher's forward; attention blocks on c5 and the head feature of both networks; 1x1 "
         "connectors to the teacher's channels"
     )
     recipes = (

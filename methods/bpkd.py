@@ -9,14 +9,14 @@ from torch import Tensor
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import channel_kl
 from kdprof.methods._recipes import BPKD, bpkd_context, mmseg
-from kdprof.methods.cwd import channel_kl
 
 WORD_BITS = 30
-"""Classes in one int32: bits 0 to 29."""
+"""Number of classes in one int32, in bits 0 to 29."""
 
 BLOCK_ELEMENTS = 2**24
-"""Most elements of a one-hot block, 64 MiB in float32."""
+"""The most elements of a one-hot block: 64 MiB in float32."""
 
 
 def classes_in_window(labels: Tensor, num_classes: int, width: int) -> Tensor:
@@ -27,10 +27,10 @@ def classes_in_window(labels: Tensor, num_classes: int, width: int) -> Tensor:
 
     Returns:
         (N, words, H, W) int32: class k is bit k % 30 of word k // 30, void is class
-        ``num_classes``. What lies outside the image is in no set.
+        ``num_classes``. Positions outside the image add no class.
 
-    The union of sets is a bitwise or, so all classes are dilated at once: the one-hot maps of the
-    usual form, two max-pools of N x K x H x W, are never made.
+    The union of sets is a bitwise or, so all classes are dilated at once. The usual form, two
+    max-pools of one-hot maps of N x K x H x W, is not needed.
     """
     labels = labels.clamp(max=num_classes)
     words = num_classes // WORD_BITS + 1
@@ -51,10 +51,10 @@ def classes_in_window(labels: Tensor, num_classes: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def edge_masks(labels: Tensor, num_classes: int, width: int, grid: torch.Size) -> Tensor:
-    """Return each class's share of edge pixels in every cell of the grid, (N, K, h, w), 0 to 1.
+    """Return the fraction of each cell that is edge of each class, (N, K, h, w), 0 to 1.
 
-    The edge of a class is its one-hot map's dilation minus its erosion: the pixels whose window
-    holds the class and something else as well. Averaged over the grid's cells.
+    The edge of a class is the dilation of its one-hot map minus the erosion: the pixels whose
+    window contains the class and another class or void. It is averaged over the grid's cells.
     """
     sets = classes_in_window(labels, num_classes, width)
     several = ((sets & (sets - 1)) != 0).any(1) | ((sets != 0).sum(1) > 1)
@@ -65,18 +65,18 @@ def edge_masks(labels: Tensor, num_classes: int, width: int, grid: torch.Size) -
 
 
 def _share(edges: Tensor, classes: Tensor, grid: torch.Size) -> Tensor:
-    """Unpack the bits of some classes and average them over the cells of the grid."""
+    """Return the edges of some classes, unpacked from their bits and averaged over grid cells."""
     words = edges.index_select(1, classes // WORD_BITS)
     held = (words >> (classes % WORD_BITS).int()[:, None, None]) & 1
     return F.adaptive_avg_pool2d(held.float(), grid)
 
 
 def edge_kl(student: Tensor, teacher: Tensor, edges: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the distillation of the pixels near an edge.
+    """Return the distillation term of the pixels near an edge.
 
-    With q = softmax over classes of (edges * z) / T:
-    T^2 / N sum_{n,k} [ sum_p edges_kp q^T_kp log(q^T_kp / q^S_kp) / #{p: edges_kp > 0} ],
-    0 of a class without an edge.
+    With q = softmax over classes of (edges * z) / T it is
+    T^2 / N sum_{n,k} [ sum_p edges_kp q^T_kp log(q^T_kp / q^S_kp) / #{p: edges_kp > 0} ].
+    A class without an edge adds 0.
 
     Args:
         student, teacher: (N, K, h, w) logits of one grid.
@@ -93,18 +93,18 @@ def edge_kl(student: Tensor, teacher: Tensor, edges: Tensor, temperature: float 
 class BPKD(Method):
     """Boundary privileged knowledge distillation (Liu et al., WACV 2024, arXiv 2306.08075).
 
-    E_k in [0, 1] is the share of class k's edge in each cell of the logits' grid: dilation minus
-    erosion of its one-hot labels by a square window of 7 at label resolution, average-pooled.
+    E_k in [0, 1] is the fraction of each cell of the logits' grid that is edge of class k: dilation
+    minus erosion of its one-hot labels by a square window of 7 at label resolution, average-pooled.
     Edge: with q = softmax over classes of E z, L_edge = 2 / N sum_{n,k} [ sum_p E_kp q^T_kp
     log(q^T_kp / q^S_kp) / #edge positions of k ]. Body: L_body = the ``cwd`` form of (1 - E) z:
     softmax over positions for each class, mean over N K. T = 1. Weights 50 edge, 20 body.
 
-    The authors' training code is unpublished: equation, window, T, the 2 and the weights are those
-    of two re-implementations that agree with each other. Assumed: an edge position is one with
-    E_kp > 0; void is no class, so that a border with void is an edge of the class beside it; what
-    lies outside the crop counts for nothing; T^2 where T is not 1. Labels and logits whose sizes
-    do not divide are pooled adaptively. The student's logits are resized bilinearly to the
-    teacher's grid (kdprof's rule).
+    The authors' training code is not published. The equation, the window, T, the factor 2 and the
+    weights are those of two re-implementations that agree with each other. Assumed: an edge
+    position is one with E_kp > 0; void is not a class, but a border with void is an edge of the
+    class next to it; positions outside the crop do not count; T^2 if T is not 1. If the size of the
+    labels is not a multiple of that of the logits, the pooling is adaptive. If the grids differ,
+    the student's logits are resized bilinearly to the teacher's grid (kdprof's rule).
     """
 
     name = "bpkd"
@@ -119,14 +119,14 @@ class BPKD(Method):
     )
     cost_drivers = (
         "the teacher's forward; edge masks of every class at label resolution, which is memory "
-        "traffic; softmaxes over logits: little"
+        "traffic; softmaxes over logits, which cost little"
     )
     recipes = (
         mmseg(
             teacher_miou=79.74,
             baseline_miou=74.23,
             miou=77.57,
-            **BPKD | {"source": "BPKD repository; the baseline is mmsegmentation's R18b"},
+            **BPKD | {"source": "BPKD repository; the student alone is mmsegmentation's R18b"},
         ),
         mmseg("HRNetV2-W18S", teacher="HRNetV2-W48", baseline_miou=75.31, miou=78.58, **BPKD),
         mmseg(
@@ -152,7 +152,7 @@ class BPKD(Method):
             raise UserError(f"method '{self.name}': edge_width must be odd, not {self.edge_width}")
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
-        """Remember the number of classes."""
+        """Store the number of classes."""
         self.num_classes = student.num_classes
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:

@@ -11,27 +11,21 @@ from torch.utils.checkpoint import checkpoint
 from kdprof.errors import UserError
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import pixel_kl
+from kdprof.methods._memory import RingQueues, gathered, projector
 from kdprof.methods._recipes import cirkdv2
-from kdprof.methods.cirkd import (
-    CIRKD,
-    RingQueues,
-    batch_relation,
-    gathered,
-    projector,
-    relation_kl,
-    unit,
-)
-from kdprof.methods.kd import pixel_kl
+from kdprof.methods._relations import batch_relation, relation_kl, unit
+from kdprof.methods.cirkd import CIRKD
 
 BLOCK_ELEMENTS = 2**24
-"""Elements of an attention map that is held at a time."""
+"""Elements of an attention map that are in memory at a time."""
 POOLING = 4
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v of (N, P, d) tensors, in blocks of queries.
+    """Return softmax(q k^T / sqrt(d)) v of (N, P, d) tensors, computed in blocks of queries.
 
-    A block's map is made again in its backward, so that none is kept.
+    Backward computes the map of each block again, so that no map is kept in memory.
     """
     images, positions, width = query.shape
     rows = max(1, BLOCK_ELEMENTS // (images * positions))
@@ -49,8 +43,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class GraphModule(nn.Module):
     """Non-local attention over positions, joined to its input; (N, C, h, w) to the same shape.
 
-    g = norm-ReLU(B softmax(q^T k / sqrt(C/2)) v), q, k, v = 1x1 convolutions to C/2 channels, B one
-    back to C; the output is norm-ReLU of a 1x1 convolution of [x, g]. No biases.
+    g = norm-ReLU(B softmax(q^T k / sqrt(C/2)) v) with q, k, v 1x1 convolutions to C/2 channels and
+    B one back to C. The output is norm-ReLU of a 1x1 convolution of [x, g]. There are no biases.
     """
 
     def __init__(self, channels: int):
@@ -69,19 +63,20 @@ class GraphModule(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the joined map."""
+        """Return the joined map, (N, C, h, w)."""
         parts = (layer(x).flatten(2).mT for layer in (self.query, self.key, self.value))
         seen = attention(*parts).mT.unflatten(2, x.shape[-2:])
         return self.join(torch.cat([x, self.back(seen)], 1))
 
 
 class ChannelMemory(nn.Module):
-    """Relations of channels, as patterns over 4x4-averaged positions: to each other and to a ring.
+    """A ring of teacher channels; a channel is a pattern over positions that are averaged 4x4.
 
     Args:
+        channels: head channels of the student and of the teacher.
         size: slots of the ring.
-        length: most positions of a channel; shorter ones are stored with zeros behind.
-        updates: channels stored at most for each batch.
+        length: the most positions of a channel; shorter ones are padded with zeros at the end.
+        updates: the most channels that are stored for each batch.
     """
 
     def __init__(self, channels: tuple[int, int], size: int, length: int, updates: int):
@@ -98,11 +93,11 @@ class ChannelMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, patterns: Tensor, order: Tensor | None = None) -> None:
-        """Store random channels of the teacher's, (N, C, d), of all ranks.
+        """Store random channels of the teacher's patterns, (N, C, d), of all ranks.
 
         Args:
-            order: a permutation of all ranks' N C channels whose first entries are stored; None:
-                drawn, by the first rank for all, so that memories stay equal.
+            order: a permutation of the N C channels of all ranks, whose first entries are stored.
+                None: random; the first rank draws it for all, so that all memories stay equal.
         """
         rows = gathered(patterns.flatten(0, 1))
         if order is None:
@@ -115,16 +110,16 @@ class ChannelMemory(nn.Module):
         self.queue.push(rows[None, None], counts)
 
     def keys(self, number: int, length: int, order: Tensor | None = None) -> Tensor:
-        """Return random stored channels, (number, length)."""
+        """Return random stored channels, cut to a length, (number, length)."""
         keys = self.queue.keys(number, order)
-        # The first keys are random over the full length: cut, they need their length again.
+        # The initial keys are random vectors of the full length; cut ones are normalised again.
         return keys if length == self._length() else unit(keys[:, :length], 1)
 
     def _length(self) -> int:
         return self.queue.rows.shape[1]
 
     def fits(self, length: int) -> bool:
-        """Say whether patterns of this length can be stored."""
+        """Return whether patterns of this length can be stored."""
         return length <= self._length()
 
 
@@ -146,29 +141,30 @@ class CIRKDv2(CIRKD):
     """CIRKDv2 (Yang et al., technical report 2025, no arXiv id), from the authors' code only.
 
     g = GCN(f_S): attention over all positions of the student's head feature, joined to it (see
-    :class:`GraphModule`), of the student's channels. The student's logits come from f_S itself.
+    :class:`GraphModule`), with the student's channels. The student's logits come from f_S itself.
     L = 1 L_kd + 1 L_fitnet + 1 L_batch + 0.1 L_pixel + 0.1 L_region
     + 1 L_channel + 0.1 L_channel_memory + 100 L_channel_mse:
 
     - kd, batch, pixel, region as in ``cirkd``, with g for f_S; fitnet as in ``fitnet``, with g.
-    - channel terms: features averaged 4x4 (g then projected as for the memory, by a projection of
-      its own), each channel a unit vector over its d positions (512 at 64 x 128).
+    - channel terms: features are averaged 4x4 (g is then projected as for the memory, by another
+      projection), and each channel is a unit vector over its d positions (512 at 64 x 128).
       ``channel``: for all ordered pairs of images KL of the softmax over channels of the C_T x C_T
       similarities / 0.1, mean. ``channel_memory``: KL of the similarities / 0.1 with 2048 keys of a
-      ring of 10000 teacher channels, of which each batch (of all ranks) stores up to 256.
+      ring of 10000 teacher channels, in which each batch (of all ranks) stores up to 256.
       ``channel_mse``: mean squared difference of the unit vectors.
 
-    fitnet is 1 for Cityscapes DeepLabV3-R18, UperNet-R18, DeepLabV3-MobileNetV3-S,
-    PSPNet-MobileViT and SegFormer and for two pairs on ADE20K, 10 in the remaining scripts; at
-    weight 0 there is no GCN.
+    The weight of fitnet is 1 for Cityscapes DeepLabV3-R18, UperNet-R18, DeepLabV3-MobileNetV3-S,
+    PSPNet-MobileViT and SegFormer and for two pairs on ADE20K, and 10 in the remaining scripts. If
+    it is 0, there is no GCN.
 
-    The authors need sides that divide by 4; here d is that of the rounded-up grid. ``build`` does
-    not know the crop: the ring is made for ``channel_positions`` positions, shorter channels leave
-    the rest 0, and a larger grid asks for a larger setting. The authors do not average the GCN's
-    and fitnet's gradients over devices, so theirs drift apart; kdprof's are ordinary extras. Their
-    Cityscapes schedule has one image per device: nothing there crosses images but the memories.
+    The authors' code needs sides that are multiples of 4; here d is that of the rounded-up grid.
+    ``build`` does not know the crop: the ring has ``channel_positions`` positions, shorter channels
+    leave the rest 0, and a larger grid needs a larger setting. The authors do not average the
+    gradients of the GCN and of fitnet over devices, so these parts become different on each device;
+    in kdprof they are ordinary extras. Their Cityscapes schedule has one image per device, so only
+    the memories relate different images there.
 
-    As in ``cirkd``, the relations' gradients are made in the forward pass.
+    As in ``cirkd``, the gradients of the relations are computed in the forward pass.
     """
 
     name = "cirkdv2"
@@ -225,7 +221,7 @@ class CIRKDv2(CIRKD):
         )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        """Store the batch; return the eight terms."""
+        """Store the batch and return the eight terms."""
         feature, head = match_grid(self.gcn(student.head), teacher.head), teacher.head
         return {
             "kd": pixel_kl(student.logits, teacher.logits, self.temperature),

@@ -7,34 +7,20 @@ from torch import Tensor, nn
 
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._common import adaptor, check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._divergences import channel_kl, pixel_kl
 from kdprof.methods._recipes import BPKD_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods.kd import pixel_kl
 
 NORMS = ("channel", "spatial")
 DIVERGENCES = ("kl", "mse")
 
 
-def channel_kl(
-    student: Tensor, teacher: Tensor, temperature: float, divisor_channels: int | None = None
-) -> Tensor:
-    """Return T^2 / (N C) sum_{n,c} KL( p_T || p_S ), p the softmax of a channel over positions.
-
-    Args:
-        student, teacher: maps of equal channels, (N, C, h, w).
-        divisor_channels: C of the divisor where it is not the maps' own.
-    """
-    student = match_grid(student, teacher)
-    channels = divisor_channels or student.shape[1]
-    target = F.log_softmax(teacher.float().flatten(2) / temperature, dim=2)
-    log_p = F.log_softmax(student.float().flatten(2) / temperature, dim=2)
-    total = F.kl_div(log_p, target, reduction="sum", log_target=True)
-    return temperature**2 * total / (student.shape[0] * channels)
-
-
 def channel_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 / (N C) sum (p_S - p_T)^2 of the same maps at T = 1 (TorchDistiller's ``mse``)."""
+    """Return 1 / (N C) sum (p_S - p_T)^2, p as in :func:`channel_kl` at T = 1.
+
+    This is TorchDistiller's ``mse``.
+    """
     student = match_grid(student, teacher)
     p, q = (F.softmax(z.float().flatten(2), dim=2) for z in (student, teacher))
     return (p - q).square().sum() / p.shape[:2].numel()
@@ -43,15 +29,16 @@ def channel_mse(student: Tensor, teacher: Tensor) -> Tensor:
 class CWD(Method):
     """Channel-wise knowledge distillation (Shu et al., ICCV 2021, arXiv 2011.13256), on logits.
 
-    Per image and channel a softmax over positions, p_{c,i} = exp(z_{c,i}/T) / sum_j exp(z_{c,j}/T);
-    L = T^2 / (N C) sum_{n,c} KL( p^T_{n,c} || p^S_{n,c} ). T = 4, weight 3, no pixel-wise kd and no
-    discriminator: the authors' TorchDistiller command. No label mask.
+    For each image and channel p is a softmax over positions,
+    p_{c,i} = exp(z_{c,i}/T) / sum_j exp(z_{c,j}/T);
+    L = T^2 / (N C) sum_{n,c} KL( p^T_{n,c} || p^S_{n,c} ). T = 4, weight 3, without pixel-wise kd
+    and without discriminator, as in the authors' TorchDistiller command. There is no label mask.
 
-    ``norm = "spatial"`` takes the softmax over channels at each position, divided by N h w, which
-    is kd. ``divergence = "mse"`` compares the softmax maps by squared difference, at T = 1.
+    ``norm = "spatial"`` takes the softmax over channels at each position and divides by N h w,
+    which is kd. ``divergence = "mse"`` is the squared difference of the softmax maps, at T = 1.
 
-    The authors compute log(softmax), which is -inf or NaN for peaked maps; here it is log-softmax,
-    the same number wherever theirs is finite.
+    The authors compute log(softmax), which is -inf or NaN for peaked maps. Here it is log-softmax,
+    which gives the same number wherever theirs is finite.
     """
 
     name = "cwd"
@@ -65,12 +52,17 @@ class CWD(Method):
         "p^S_n,c )"
     )
     cost_drivers = (
-        "the teacher's forward; a softmax and a KL over the positions of every class: little"
+        "the teacher's forward; a softmax and a KL over the positions of every class, which cost "
+        "little"
     )
     recipes = (
-        skd(source="TorchDistiller repository; test 73.86 (baseline structure KD's)", miou=75.02),
         skd(
-            source="TorchDistiller repository, other weights; test 74.58 (baseline structure KD's)",
+            source="TorchDistiller repository; test 73.86 (student alone from structure KD)",
+            miou=75.02,
+        ),
+        skd(
+            source="TorchDistiller repository, other weights; test 74.58 (student alone from "
+            "structure KD)",
             miou=75.90,
         ),
         mmseg(
@@ -79,7 +71,7 @@ class CWD(Method):
             gpus=None,
             baseline_miou=71.2,
             miou=74.7,
-            source="an issue of the TorchDistiller repository (weight 40; which map is not stated)",
+            source="an issue of the TorchDistiller repository (weight 40; the map is not stated)",
         ),
         mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.26, **BPKD_RERUN),
         mmseg(
@@ -101,8 +93,8 @@ class CWD(Method):
         check_settings(self, {"norm": NORMS, "divergence": DIVERGENCES}, positive=("temperature",))
         if self.divergence == "mse" and (self.norm, self.temperature) != ("channel", 1.0):
             raise UserError(
-                f"method '{self.name}': divergence 'mse' is defined for norm 'channel' and "
-                "temperature 1 only; set both"
+                f"method '{self.name}': divergence 'mse' is defined only for norm 'channel' and "
+                "temperature 1; set both"
             )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
@@ -116,7 +108,7 @@ class CWD(Method):
 class CWDMmrazor(CWD):
     """Channel-wise distillation on logits as mmrazor configures it: T = 1, weight 5.
 
-    See ``cwd`` for the equation. ADE20K uses weight 10 (``method_settings``).
+    See ``cwd`` for the equation. On ADE20K the weight is 10 (set it in ``method_settings``).
     """
 
     name = "cwd:mmrazor"
@@ -132,11 +124,11 @@ class CWDMmrazor(CWD):
 class CWDFeature(Method):
     """Channel-wise distillation of the head feature.
 
-    L as in ``cwd`` with p taken of A f_S and f_T; A = 1x1 convolution C_S -> C_T without bias,
-    batch norm, ReLU. T = 4, divided by N C_T, weight 50 (TorchDistiller; the weight is from memory
-    of the paper, its example scripts use 35-40). In the authors' code a leaky ReLU stands before
-    the ReLU, which is the ReLU alone. They never decay the adaptor's learning rate; here it decays
-    with the student's.
+    L is that of ``cwd`` with the softmax p of A f_S and of f_T; A = 1x1 convolution C_S -> C_T
+    without bias, batch norm, ReLU. T = 4, divided by N C_T, weight 50 (TorchDistiller; the weight
+    is from memory of the paper, its example scripts use 35-40). The authors' code has a leaky ReLU
+    before the ReLU, which together are the ReLU. They never decay the adaptor's learning rate; here
+    it decays with the student's.
     """
 
     name = "cwd:feature"
@@ -150,7 +142,7 @@ class CWDFeature(Method):
         "f_S and f_T"
     )
     cost_drivers = (
-        "the teacher's forward; a 1x1 convolution with norm and softmaxes over the teacher's head "
+        "the teacher's forward; a 1x1 convolution with norm; softmaxes over the teacher's head "
         "channels"
     )
     recipes = (skd(source="TorchDistiller repository"),)
@@ -181,9 +173,9 @@ class CWDCirkd(AdversarialMethod):
 
     50 feature + 3 logits (both T = 4) + kd 1 + adversarial 0.001, with a hinge discriminator
     trained at weight 0.1 (Adam 4e-4, betas 0.9 and 0.99, constant). The adaptor is a 1x1
-    convolution without bias or norm, there only where channels differ. The feature term sums over
-    C_T channels but is divided by N C_S, the channels before the adaptor: at 128 -> 512 it is four
-    times the definition. SegFormer students use 5 and 0.3 instead of 50 and 3.
+    convolution without bias or norm; it exists only if the channels differ. The feature term sums
+    over C_T channels but is divided by N C_S, the channels before the adaptor: at 128 -> 512 it is
+    four times the definition. SegFormer students use 5 and 0.3 instead of 50 and 3.
     """
 
     name = "cwd:cirkd"
@@ -216,9 +208,7 @@ class CWDCirkd(AdversarialMethod):
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
         """Create the adaptor and the discriminator."""
-        before, after = student.channels["head"], teacher.channels["head"]
-        same = before == after
-        self.adaptor = nn.Identity() if same else nn.Conv2d(before, after, 1, bias=False)
+        self.adaptor = adaptor(student, teacher, "head")
         super().build(student, teacher)
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:

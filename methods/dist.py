@@ -1,4 +1,4 @@
-"""Distillation from a stronger teacher: relations instead of values."""
+"""Knowledge distillation from a stronger teacher (DIST): correlations instead of values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def relations(
 
     Args:
         temperature: divides the logits; both terms are multiplied by its square.
-        intra_over: ``pixels`` or ``images``, what a class is correlated over: see :class:`DIST`.
+        intra_over: what a class is correlated over, ``pixels`` or ``images``; see :class:`DIST`.
     """
     student = match_grid(student, teacher)
     p, q = (F.softmax(z.float() / temperature, dim=1) for z in (student, teacher))
@@ -31,7 +31,7 @@ def relations(
 
 
 def pearson(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the correlation of a and b over ``dims``; 0 where either is constant there."""
+    """Return the correlation of a and b over ``dims``; 0 where one of them is constant."""
     a, b = (x - x.mean(dims, keepdim=True) for x in (a, b))
     lengths = (torch.linalg.vector_norm(x, dim=dims) for x in (a, b))
     return (a * b).sum(dims) / (next(lengths) * next(lengths) + EPS)
@@ -41,19 +41,21 @@ class DIST(Method):
     """DIST: KD from a stronger teacher (Huang et al., NeurIPS 2022, arXiv 2205.10536).
 
     With p = softmax(z) over classes at each of the M = N h w positions of the device's batch:
-    L_inter = 1 - mean_m r( p^S_{m,:}, p^T_{m,:} ), the correlation r over classes at a position;
-    L_intra = 1 - mean_c r( p^S_{:,c}, p^T_{:,c} ), over all M positions for a class, r Pearson's:
+    L_inter = 1 - mean_m r( p^S_{m,:}, p^T_{m,:} ), r over the classes at a position;
+    L_intra = 1 - mean_c r( p^S_{:,c}, p^T_{:,c} ), r over all M positions for a class. r is
+    Pearson's correlation:
     r(a, b) = <a - mean a, b - mean b> / ( ||a - mean a|| ||b - mean b|| + 1e-8 ).
 
-    beta L_inter + gamma L_intra on the logits, beta = gamma = 1: the weights ``inter`` and
-    ``intra``. The same on the auxiliary logits at 0.4, so the teacher's auxiliary head is read too.
-    No temperature, no ignore mask, no kd. The intra term depends on the images per device.
+    The loss is beta L_inter + gamma L_intra on the logits, beta = gamma = 1: the weights ``inter``
+    and ``intra``. The same is added on the auxiliary logits at 0.4, so the teacher's auxiliary head
+    is needed too. There is no temperature, no ignore mask and no kd. The intra term depends on the
+    number of images per device.
 
-    ``temperature`` divides the logits and multiplies the terms by its square (mmrazor's).
-    ``intra_over = "images"`` correlates over the batch axis alone, at each class and position: what
-    mmrazor's class computes on maps. Where p is constant r is 0 and not 1, even if teacher =
-    student: uniform p at a position, or a class whose p is below about 1e-6 everywhere. Where grids
-    differ the student's logits are resized bilinearly to the teacher's (kdprof's rule).
+    ``temperature`` divides the logits and multiplies the terms by its square (as in mmrazor).
+    ``intra_over = "images"`` correlates over the batch axis only, at each class and position; this
+    is what mmrazor's class computes on maps. Where p is constant, r is 0 and not 1, even if teacher
+    = student: for a uniform p at a position, or a class whose p is below about 1e-6 everywhere. If
+    the grids differ, the student's logits are resized bilinearly to the teacher's (kdprof's rule).
     """
 
     name = "dist"
@@ -67,7 +69,8 @@ class DIST(Method):
         "Pearson's"
     )
     cost_drivers = (
-        "the teacher's forward with its auxiliary head; softmax and reductions over N C h w: little"
+        "the teacher's forward with its auxiliary head; softmax and reductions over N C h w, which "
+        "cost little"
     )
     recipes = (
         cirkd(
@@ -75,7 +78,8 @@ class DIST(Method):
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
             gpus="8 V100",
-            source="DIST repository (baseline CIRKD's, at wd 1e-4; reproduced 77.24 to 77.54)",
+            source="DIST repository (student alone from CIRKD, at wd 1e-4; reproduced 77.24 to "
+            "77.54)",
             miou=77.10,
         ),
         cirkd(
@@ -83,7 +87,8 @@ class DIST(Method):
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
             gpus="8 V100",
-            source="DIST repository (baseline CIRKD's, at wd 1e-4; reproduced 75.37 to 75.53)",
+            source="DIST repository (student alone from CIRKD, at wd 1e-4; reproduced 75.37 to "
+            "75.53)",
             miou=76.31,
         ),
     )

@@ -13,24 +13,24 @@ from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings
 
 BLOCK_ELEMENTS = 2**24
-"""Most elements of a full-resolution map that is held at a time, 64 MiB in float32; one class of
-all images where that is more."""
+"""The most elements of a full-resolution map that are in memory at a time: 64 MiB in float32. A
+block has at least one class of all images, even if that is more."""
 
 Target = Callable[[slice], Tensor]
-"""Returns the targets of some classes, 0 to 1, (N, classes, H, W)."""
+"""A function that returns the targets of a slice of classes, 0 to 1, (N, classes, H, W)."""
 
 
 def resized(maps: Tensor, size: torch.Size) -> Tensor:
-    """Return (N, C, h, w) at another size, bilinear."""
+    """Return (N, C, h, w) maps resized bilinearly to ``size``."""
     if maps.shape[-2:] == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def _resized_back(slope: Tensor, shape: torch.Size) -> Tensor:
-    """Return the gradient of maps of some shape, given that of :func:`resized` ones.
+    """Return the gradient of maps with ``shape``, given that of their :func:`resized` form.
 
-    The operator itself, because torch.compile traces no call of autograd within a Function.
+    It calls torch's operator, because torch.compile cannot trace a call of autograd in a Function.
     """
     if slope.shape == shape:
         return slope
@@ -38,25 +38,26 @@ def _resized_back(slope: Tensor, shape: torch.Size) -> Tensor:
 
 
 def labelled(labels: Tensor, first: int, count: int) -> Target:
-    """Return 1 where a pixel is labelled with a class of ``first`` .. ``first + count - 1``.
+    """Return the one-hot targets of the classes ``first`` to ``first + count - 1``.
 
-    Every other pixel, void too, is 0 for all of them.
+    A pixel with any other label, or void, is 0 for all of them.
     """
     classes = torch.arange(first, first + count, device=labels.device)
     return lambda block: labels[:, None] == classes[block, None, None]
 
 
 def sigmoids(logits: Tensor, size: torch.Size) -> Target:
-    """Return the sigmoid of logits resized to ``size``."""
+    """Return soft targets: the sigmoid of logits that are resized to ``size``."""
     return lambda block: resized(logits[:, block].float(), size).sigmoid()
 
 
 class _OneVsAll(torch.autograd.Function):
-    """See :func:`one_vs_all`.
+    """The autograd Function of :func:`one_vs_all`, before the division.
 
-    Classes are taken in blocks, so that no full-resolution map of all of them is held. The
-    gradient is taken in the same pass: it is linear in what backward is given, which is one number,
-    and at the size of the logits before they are resized it is small.
+    Classes are processed in blocks, so that no full-resolution map of all of them is in memory. The
+    same pass computes the gradient. This is possible because the gradient is linear in the one
+    number that backward receives; it is small, because it has the size of the logits before their
+    resize.
     """
 
     @staticmethod
@@ -67,10 +68,7 @@ class _OneVsAll(torch.autograd.Function):
         size: torch.Size,
         positive_weight: float | Tensor,
     ) -> Tensor:
-        # One piece of memory for loss and gradient: whoever follows the data of a step to its
-        # terms finds the gradient's work there, too.
-        found = logits.new_zeros(logits.numel() + 1)
-        gradient, total = found[:-1].view_as(logits), found[-1]
+        total, gradient = logits.new_zeros(()), logits.new_zeros(logits.shape)
         classes = max(1, BLOCK_ELEMENTS // (len(logits) * size.numel()))
         for first in range(0, logits.shape[1], classes):
             block = slice(first, first + classes)
@@ -84,7 +82,7 @@ class _OneVsAll(torch.autograd.Function):
             total += loss.sum()
             gradient[:, block] = _resized_back(slope, small.shape)
         ctx.save_for_backward(gradient)
-        return total.clone()
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,7 +92,10 @@ class _OneVsAll(torch.autograd.Function):
 
 
 def _cross_entropy(x: Tensor, y: Tensor | None, weight: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return - w y log sigmoid(x) - (1 - y) log(1 - sigmoid(x)) and its derivative; None: y = 0."""
+    """Return - w y log sigmoid(x) - (1 - y) log(1 - sigmoid(x)) and its derivative in x.
+
+    If y is None, it counts as 0.
+    """
     loss, slope = F.softplus(x), x.sigmoid()
     if y is None:
         return loss, slope
@@ -114,12 +115,13 @@ def one_vs_all(
 
     Args:
         logits: (N, K, h, w), resized to the target bilinearly.
-        target: None: all 0.
-        size: of the target, where it is not that of the logits.
-        positive_weight: factor of the part that y = 1 pays, for all classes or for each, (K,).
+        target: None: all targets are 0.
+        size: height and width of the target, if they are not those of the logits.
+        positive_weight: factor of the y = 1 part, one for all classes or one for each, (K,).
 
-    The full-resolution maps of logits, targets and losses are held for a block of classes at a
-    time. Backward costs nothing: forward has made the gradient. Not differentiable twice.
+    The full-resolution maps of logits, targets and losses exist only for one block of classes at a
+    time. Backward costs almost nothing, because forward has computed the gradient. It cannot be
+    differentiated again.
     """
     size = size or logits.shape[-2:]
     with torch.autocast(logits.device.type, enabled=False):
@@ -128,14 +130,14 @@ def one_vs_all(
 
 
 def split_logits(head: Tensor, classifier: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits that the positive weights alone give, and the negative ones, no bias.
+    """Return the logits of the positive weights alone and of the negative weights alone, no bias.
 
     Args:
         head: (N, C, h, w) float32.
         classifier: (K, C, 1, 1).
     """
     weight = classifier.float()
-    # One convolution for both, which reads the feature once.
+    # One convolution computes both, so that the feature is read once.
     positive, negative = F.conv2d(head, torch.cat([weight.relu(), -(-weight).relu()])).chunk(2, 1)
     return positive, negative
 
@@ -164,36 +166,37 @@ _ADE = _VOC | {
 
 class DKD(Method):
     """Decomposed knowledge distillation (Baek et al., NeurIPS 2022, arXiv 2210.05941), a step that
-    adds classes. (Not decoupled KD, which has the same initials.)
+    adds classes. (It is not decoupled KD, which has the same initials.)
 
-    Every class is a classifier of its own: a sigmoid, not a share of a softmax. BCE is the binary
-    cross-entropy, each term a mean over N, H, W for each class, then a *sum* over classes. With z
-    the logits, f the head feature, W the 1x1 classifier, W+ = max(W, 0), W- = min(W, 0):
+    Every class has its own binary classifier: a sigmoid instead of a softmax over the classes. BCE
+    is the binary cross-entropy; each term is a mean over N, H, W for each class, then a *sum* over
+    classes. With z the logits, f the head feature, W the 1x1 classifier, W+ = max(W, 0),
+    W- = min(W, 0):
 
     - mbce 1: BCE(up(z_S), y = k) of the new classes k; ``positive_weight`` multiplies the part of
-      y = k. It takes the place of the step's cross-entropy. All other pixels, void too, are
-      negative.
-    - kd 5: BCE(up(z_S), sigmoid(up(z_T))) of the old classes, background left out.
+      y = k. It replaces the step's cross-entropy. All other pixels, also void ones, are negative.
+    - kd 5: BCE(up(z_S), sigmoid(up(z_T))) of the old classes without the background.
     - dkd_positive 5, dkd_negative 5: BCE(W+ f of the student, sigmoid(W+ f of the teacher)) of the
-      same classes on the grid of f, and the same of W-; no bias.
-    - ac 1: BCE(up(A f_S), 0) of an auxiliary classifier A that sees f_S detached.
+      same classes on the grid of f, and the same with W-; no bias.
+    - ac 1: BCE(up(A f_S), 0) of an auxiliary classifier A, whose input f_S is detached.
 
     ``positive_weight`` is 1 for VOC and 35 for ADE20K. The prediction is background where no
-    sigmoid is above 0.5 (:meth:`decide`). BCE against a soft target is the target's entropy where
-    student and teacher agree, not 0.
+    sigmoid is above 0.5 (:meth:`decide`). If student and teacher agree, BCE against a soft target
+    is the target's entropy, not 0.
 
-    The published network has f at stride 16; here the networks' own stride. ``up`` is bilinear to
-    the labels' size, corners not aligned, which is assumed, as it is that ac is taken there too.
-    Where grids of f differ the student's split logits are resized bilinearly to the teacher's
-    (kdprof's rule); widths of f may differ. Without new classes mbce is of all classes. A is an
-    extra of the method (default initialisation, assumed), not channel 0 of the logits, which no
-    term here trains. Published but not of the objective, so left to the study: head learning rate
-    x10, weight decay on new classifiers only, batch norm frozen and no dropout. DKD-M's memory of
-    old images is left out. ``dkd:first`` trains the old model.
+    The published network has f at stride 16; here f has the stride of the networks. Assumed: ``up``
+    resizes bilinearly to the labels' size, without aligned corners, and ac is computed at that
+    size too. If the grids of f differ, the student's split logits are resized bilinearly to the
+    teacher's (kdprof's rule); the widths of f may differ. Without new classes mbce covers all
+    classes. A is an extra of the method (default initialisation, assumed). It is not channel 0 of
+    the logits, which no term here trains. These published settings are not part of the objective
+    and are left to the study: head learning rate x10, weight decay on new classifiers only, frozen
+    batch norm and no dropout. DKD-M's memory of old images is left out. ``dkd:first`` trains the
+    old model.
 
-    The published form holds maps of classes x H x W of both networks; here blocks of classes are
-    taken one after the other and the gradient is made in the forward pass, so backward takes next
-    to no time: read both together.
+    The published form stores maps of classes x H x W of both networks. Here blocks of classes are
+    processed one after the other and the gradient is computed in the forward pass, so backward
+    takes almost no time. Only the sum of both can be compared with other methods.
     """
 
     name = "dkd"
@@ -243,7 +246,7 @@ class DKD(Method):
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         """Return ``mbce``, ``kd``, ``dkd_positive``, ``dkd_negative`` and ``ac``."""
-        # In float32, as the products of one sign alone may leave the range of half precision.
+        # float32, because sums of products of one sign may exceed the range of half precision.
         with torch.autocast(labels.device.type, enabled=False):
             head, size = student.head.float(), labels.shape[-2:]
             ours, theirs = student.logits[:, self.known], teacher.logits[:, self.known]
@@ -272,9 +275,9 @@ class DKD(Method):
         }
 
     def decide(self, logits: Tensor) -> Tensor:
-        """Return the logits with a background of 0: it is predicted where no sigmoid is above 0.5.
+        """Return the logits with 0 for the background, if there is one.
 
-        Without a background, the logits.
+        The background is therefore predicted where no sigmoid is above 0.5.
         """
         if not self.background:
             return logits
@@ -282,14 +285,16 @@ class DKD(Method):
 
 
 class DKDFirst(DKD):
-    """The first step of ``dkd``, which trains the old model: no teacher.
+    """The first step of ``dkd``, which trains the old model without a teacher.
 
-    mbce 1 of all classes, with ``positive_weight`` 2 (35 for ADE20K); void pixels are negative.
+    It is mbce 1 of all classes, with ``positive_weight`` 2 (35 for ADE20K); void pixels are
+    negative.
 
-    Channel 0, the background's, is 0 at every pixel (``ignore_bg`` of the authors' code), because
-    new classes start from it and should start by claiming nothing. The authors' new classifiers
-    start from their auxiliary one, which is trained to the same, but on detached features: here
-    its gradient reaches the features, too, though it fades as soon as the channel is negative.
+    The target of channel 0, the background, is 0 at every pixel (``ignore_bg`` of the authors'
+    code): the classifiers of new classes are initialised from it and should predict no pixel at
+    first. The authors' new classifiers are initialised from their auxiliary classifier, which is
+    trained to the same target, but on detached features. Here the gradient reaches the features
+    too, but it becomes small as soon as the channel is negative.
     """
 
     name = "dkd:first"
@@ -314,7 +319,7 @@ class DKDFirst(DKD):
     positive_weight: float = 2.0
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None) -> None:
-        """Remember whether there is a background."""
+        """Store whether class 0 is a background."""
         self.background = student.background
         self.first_learned = int(student.background)
 

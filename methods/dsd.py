@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, Taps
+from kdprof.methods._attention import energy, unit_maps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._recipes import cirkd, cirkd_segformer
-from kdprof.methods.at import energy, unit
 
 NOISE = 1e-6
-"""A difference of unit vectors that is shorter than this is rounding and has no direction."""
+"""A difference of unit vectors of this length or less is a rounding error and has no direction."""
 
 
 def residuals(energies: Sequence[Tensor]) -> Tensor:
     """Return r_mn = unit( a_n - a_m ) for every pair m < n of (N, 1, h, w), (pairs, N, h w)."""
-    attention = [unit(e) for e in energies]
+    attention = [unit_maps(e) for e in energies]
     gap = torch.stack([later - earlier for earlier, later in combinations(attention, 2)])
     length = gap.norm(dim=2, keepdim=True)
     return torch.where(length > NOISE, gap / length.clamp(min=NOISE), 0.0)
@@ -34,9 +34,9 @@ def residual_gap(student: Sequence[Tensor], teacher: Sequence[Tensor], power: in
         student, teacher: features, (N, C, h, w) each; the C may differ.
         power: exponent of the feature in its energy.
 
-    All energies are brought to the grid of the teacher's last map where theirs differ.
+    All energies are resized to the grid of the teacher's last map if their grids differ.
     """
-    # The energies are resized, not the features: the same rule at 1 / C of the work.
+    # The energies are resized instead of the features, which is 1 / C of the work.
     ours, theirs = ([energy(f, power) for f in maps] for maps in (student, teacher))
     grid = theirs[-1]
     ours, theirs = (residuals([match_grid(e, grid) for e in maps]) for maps in (ours, theirs))
@@ -44,8 +44,10 @@ def residual_gap(student: Sequence[Tensor], teacher: Sequence[Tensor], power: in
 
 
 def class_similarity(logits: Tensor, temperature: float, window: int = 2) -> Tensor:
-    """Return G_kl = p_k . p_l, (N, K, K), p_k the softmax over positions of class k's logits after
-    average pooling; a window cut by the border divides by the positions inside it."""
+    """Return G_kl = p_k . p_l, (N, K, K), p_k = softmax over positions of class k's pooled logits.
+
+    The pooling is an average. At the border a window averages only the positions inside the map.
+    """
     pooled = F.avg_pool2d(logits.float(), window, ceil_mode=True)
     p = F.softmax(pooled.flatten(2) / temperature, dim=2)
     with torch.autocast(logits.device.type, enabled=False):
@@ -66,16 +68,16 @@ class DSD(Method):
 
     psd (pixels): a_m = unit energy map of tap m, q_p = mean_c f_{c,p}^2 divided by its norm over
     the positions, for the auxiliary logits, the head feature and the logits; r_mn = unit( a_n -
-    a_m ) for the three pairs; mean over pairs, N, h, w of ( r^S_mn - r^T_mn )^2.
+    a_m ) for the three pairs; psd = mean over pairs, N, h, w of ( r^S_mn - r^T_mn )^2.
     csd (categories): logits average-pooled 2 x 2, p_k = softmax over positions of class k at T = 4,
-    G_kl = p_k . p_l; mean over N, K, K of ( G^S - G^T )^2.
+    G_kl = p_k . p_l; csd = mean over N, K, K of ( G^S - G^T )^2.
 
-    Weights 1000 psd + 10 csd, no pixel-wise kd. An entry of p is about 1 / (pooled h w), so csd is
-    1e-8 to 2e-7 on a 64 x 128 grid: practically inert, as published.
+    Weights 1000 psd + 10 csd, without pixel-wise kd. An entry of p is about 1 / (pooled h w), so
+    csd is 1e-8 to 2e-7 on a 64 x 128 grid: as published, it has practically no effect.
 
-    The authors' own code was not found; CIRKD's is the default here. Where grids differ energies
-    and student logits are resized bilinearly to the teacher's (kdprof's rule). Two equal attention
-    maps leave a residual of 0 without gradient.
+    The authors' own code was not found; CIRKD's is the default here. If the grids differ, energies
+    and student logits are resized bilinearly to the teacher's grid (kdprof's rule). Two equal
+    attention maps have a residual of 0 without gradient.
     """
 
     name = "dsd"
@@ -90,12 +92,12 @@ class DSD(Method):
     )
     cost_drivers = (
         "the teacher's forward with its auxiliary head; attention maps and a similarity of the "
-        "classes: little"
+        "classes, which cost little"
     )
     recipes = (cirkd("DeepLabV3-R18", miou=74.81),)
 
     compared: ClassVar[tuple[str, ...]] = ("aux", "head", "logits")
-    """The taps that the pixel term takes pairs of."""
+    """The taps whose pairs the pixel term compares."""
     temperature: float = 4.0
     power: int = 2
 
@@ -113,17 +115,19 @@ class DSD(Method):
 
 
 class DSDNoAux(DSD):
-    """Double similarity distillation of networks without an auxiliary head, as CIRKD's code runs.
+    """Double similarity distillation of networks without an auxiliary head, as in CIRKD's code.
 
-    There the logits stand in for the auxiliary logits, so that one of the three pairs compares
-    the logits with themselves, 0, and the other two are each other's negative: psd is 2/3 of that
-    of the pair head feature and logits. See ``dsd`` for the equation.
+    The logits replace the auxiliary logits. One of the three pairs then compares the logits with
+    themselves, which is 0, and the other two are the negative of each other. psd is therefore 2/3
+    of that of the pair of head feature and logits. See ``dsd`` for the equation.
     """
 
     name = "dsd:no_aux"
     title = "Double similarity distillation, no auxiliary head"
     taps = ("head", "logits")
-    cost_drivers = "the teacher's forward; attention maps and a similarity of the classes: little"
+    cost_drivers = (
+        "the teacher's forward; attention maps and a similarity of the classes, which cost little"
+    )
     recipes = (
         cirkd("DeepLabV3-MobileNetV2", miou=74.11),
         cirkd_segformer(miou=76.62),

@@ -1,4 +1,4 @@
-"""Feature augmented distillation, in a form that is ours."""
+"""Feature augmented distillation, in kdprof's own form: the published one is not known."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
 
 BLOCK_ELEMENTS = 2**24
-"""Most elements of a block of positions x classes x classes, 64 MiB in float32."""
+"""The most elements of a block of positions x classes x classes: 64 MiB in float32."""
 
 
 def _of_all_ranks(values: Tensor) -> Tensor:
-    """Return the sum over all ranks, where there are several."""
+    """Return the sum over all ranks; with one rank, the values."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 class ClassStatistics(torch.nn.Module):
-    """Mean and covariance of the logits of each class's pixels, over all batches seen.
+    """Mean and covariance of the logits of each class's pixels, over all batches so far.
 
-    The update is that of ISDA (arXiv 1909.12220): of all pixels of a class alike, however old.
+    The update is that of ISDA (arXiv 1909.12220): all pixels of a class have equal weight, however
+    old they are.
     """
 
     def __init__(self, num_classes: int):
@@ -37,9 +38,9 @@ class ClassStatistics(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, members: Tensor) -> None:
-        """Take in (P, C) logits whose one-hot classes are (P, K); a row of 0 is void.
+        """Add (P, C) logits whose one-hot classes are (P, K); a void pixel has a row of 0.
 
-        Of several ranks, the logits of all: so all ranks' statistics stay equal.
+        If there are several ranks, the logits of all are added, so that all statistics stay equal.
         """
         count = _of_all_ranks(members.sum(0))
         mean = _of_all_ranks(members.mT @ rows) / count.clamp(min=1)[:, None]
@@ -69,15 +70,15 @@ class ClassStatistics(torch.nn.Module):
 
 
 class AugmentedKL(torch.autograd.Function):
-    """sum_p sum_c q_pc [ log q_pc - z_pc + log sum_j exp(z_pj + shift[y_p, c, j]) ].
+    """The sum_p sum_c q_pc [ log q_pc - z_pc + log sum_j exp(z_pj + shift[y_p, c, j]) ].
 
-    Positions x classes x classes are taken in blocks, and the gradient, of the size of z, is found
-    in the same pass. shift[y, c, c] is 0: nothing is added to the class itself.
+    Positions x classes x classes are processed in blocks. The same pass computes the gradient,
+    which has the size of z. shift[y, c, c] is 0: nothing is added to the class itself.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, log_q: Tensor, shift: Tensor, which: Tensor) -> Tensor:
-        """Return the sum over (P, C) logits; ``which`` (P,) chooses the row of ``shift``."""
+        """Return the sum over (P, C) logits; ``which`` (P,) is the index into ``shift``."""
         size = max(1, BLOCK_ELEMENTS // z.shape[1] ** 2)
         total, gradients = z.new_zeros(()), []
         for ours, log_p, y in zip(z.split(size), log_q.split(size), which.split(size), strict=True):
@@ -95,7 +96,7 @@ class AugmentedKL(torch.autograd.Function):
 
 
 def _augmented_kl(z: Tensor, log_q: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of a block and its gradient; ``shift`` is (P, C, C), its diagonals 0."""
+    """Return the sum over a block and its gradient; ``shift`` is (P, C, C) with diagonals of 0."""
     log_share = (z[:, None, :] + shift).log_softmax(2)
     q = log_q.exp()
     value = (q * (log_q - log_share.diagonal(dim1=1, dim2=2))).sum()
@@ -105,22 +106,23 @@ def _augmented_kl(z: Tensor, log_q: Tensor, shift: Tensor) -> tuple[Tensor, Tens
 class FAKDIsda(Method):
     """UNOFFICIAL stand-in for feature augmented distillation (Yuan et al., WACV 2024, 2208.14143).
 
-    Published are an abstract and a README: the student's features are augmented infinitely along
-    semantic directions, through an upper bound of the expected distillation loss. Equation,
-    weights, schedules and results were not found, so nothing here may be quoted as FAKD's.
+    Only an abstract and a README are published: the student's features are augmented infinitely
+    along semantic directions, through an upper bound of the expected distillation loss. The
+    equation, weights, schedules and results were not found, so no result of this method may be
+    quoted as FAKD's.
 
-    The form here is ISDA's (arXiv 1909.12220) with the teacher's q = softmax(z_T) in the place of
-    the label: of a pixel of class y the feature f ~ N(f, lambda Sigma_y), and
+    The form here is that of ISDA (arXiv 1909.12220) with the teacher's q = softmax(z_T) instead of
+    the label. For a pixel of class y the feature f ~ N(f, lambda Sigma_y), and
     L = mean over pixels of sum_c q_c log( q_c sum_j exp( z_j - z_c + lambda / 2 V^y_cj ) ),
-    V^y_cj = (w_j - w_c)^T Sigma_y (w_j - w_c), with w the classifier's rows: Jensen's bound of
-    E KL( q || softmax(W f + b) ). At lambda = 0 it is ``kd``. lambda = ``strength`` times the step
-    over ``ramp_iterations``, at most ``strength``.
+    V^y_cj = (w_j - w_c)^T Sigma_y (w_j - w_c), with w the rows of the classifier. L is Jensen's
+    bound of E KL( q || softmax(W f + b) ). At lambda = 0 it is ``kd``. lambda is ``strength`` times
+    the step over ``ramp_iterations``, and at most ``strength``.
 
-    Assumed: all of it, and in particular weight 1, strength 0.5, ramp 40 000. V^y_cj is the
-    variance of z_j - z_c over the pixels of class y, so the running covariance is kept of the
-    logits (K x K x K numbers), which a method sees, not of features, and no gradient flows through
-    it. Void pixels have lambda = 0. Labels are resized by nearest, the student's logits bilinearly
-    where grids differ (kdprof's rule).
+    All of it is assumed, in particular weight 1, strength 0.5 and ramp 40 000. V^y_cj is the
+    variance of z_j - z_c over the pixels of class y. The running covariance is therefore that of
+    the logits (K x K x K numbers), which a method can see, and not that of features. No gradient
+    flows through it. Void pixels have lambda = 0. Labels are resized by nearest; if the grids
+    differ, the student's logits are resized bilinearly (kdprof's rule).
     """
 
     name = "fakd:isda"
@@ -133,8 +135,8 @@ class FAKDIsda(Method):
         "L = mean over pixels of sum_c q_c log( q_c sum_j exp( z_j - z_c + lambda / 2 V^y_cj ) )"
     )
     cost_drivers = (
-        "the teacher's forward; positions x K x K shifts, in blocks, and running covariances of K "
-        "x K x K numbers, K classes"
+        "the teacher's forward; positions x K x K shifts, in blocks; running covariances of K x K "
+        "x K numbers, K classes"
     )
 
     strength: float = 0.5
@@ -149,10 +151,12 @@ class FAKDIsda(Method):
         self.num_classes = student.num_classes
         self.statistics = ClassStatistics(self.num_classes)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.notes.append("fakd:isda is kdprof's guess at an unpublished method: quote it as that")
+        self.notes.append(
+            "fakd:isda is kdprof's guess at an unpublished method: do not quote it as FAKD"
+        )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        """Return ``fakd``; the batch is taken into the statistics first."""
+        """Add the batch to the statistics and return ``fakd``."""
         ours = _rows(match_grid(student.logits, teacher.logits))
         theirs = _rows(teacher.logits)
         nearest = F.interpolate(labels[:, None].float(), teacher.logits.shape[-2:], mode="nearest")

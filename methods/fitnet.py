@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._recipes import cirkd
-from kdprof.methods.kd import pixel_kl
 
 
 class FitNet(Method):
     """FitNets: hints for thin deep nets (Romero et al., ICLR 2015, arXiv 1412.6550).
 
     L = mean over N, C_T, h, w of ( A f_S - f_T )^2, with f the head feature (input of the last 1x1
-    classifier) and A a 1x1 convolution C_S -> C_T without bias or norm, always present, trained
-    with the student. Weights 10, plus pixel-wise kd 1 (CIRKD's code).
+    classifier) and A a 1x1 convolution C_S -> C_T without bias or norm, which is always present and
+    is trained with the student. The weight is 10, plus pixel-wise kd with weight 1 (CIRKD's code).
 
-    The original is a two-stage hint at a middle layer; use in segmentation is single-stage at the
-    last feature. Where grids differ the adapted feature is resized bilinearly to the teacher's
-    (kdprof's rule).
+    The original is a two-stage hint at a middle layer; in segmentation it is used in one stage at
+    the last feature. If the grids differ, the adapted feature is resized bilinearly to the
+    teacher's (kdprof's rule).
     """
 
     name = "fitnet"

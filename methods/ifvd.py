@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._common import check_settings, match_grid, membership
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import BPKD_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods.kd import REDUCTIONS, pixel_kl
 
 EPS = 1e-8
-"""Smallest length that has a direction, as in torch's cosine similarity."""
+"""Vectors of this length or less have no direction, as in torch's cosine similarity."""
 
 
 def intra_class_variation(
     student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int
 ) -> Tensor:
-    """Return the mean over N, h, w of ( cos_S - cos_T )^2; void adds 0 but stays in the divisor.
+    """Return the mean over N, h, w of ( cos_S - cos_T )^2; void adds 0 but counts in the divisor.
 
     Args:
         student, teacher: features, (N, C, h, w); the C may differ.
@@ -34,12 +33,6 @@ def intra_class_variation(
     return gap.square().mean()
 
 
-def membership(labels: Tensor, grid: torch.Size, num_classes: int) -> Tensor:
-    """Return one-hot labels on the grid, (N, h w, K) float32; a void position has a row of 0."""
-    nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest").flatten(1)
-    return (nearest[:, :, None] == torch.arange(num_classes, device=labels.device)).float()
-
-
 def class_similarity(features: Tensor, members: Tensor) -> Tensor:
     """Return the cosine of every position with the mean feature of its class in its image.
 
@@ -50,9 +43,9 @@ def class_similarity(features: Tensor, members: Tensor) -> Tensor:
     Returns:
         (N, h w), 0 where void.
 
-    Two batched matrix products with the one-hot labels: the similarities with all prototypes are
-    (N, h w, K), smaller than the features, and nothing of the size of the features is made. The
-    published loop over classes writes a map of the features' size several times for each class.
+    It takes two batched matrix products with the one-hot labels. The similarities with all
+    prototypes are (N, h w, K), smaller than the features, and no tensor of the features' size is
+    created. The published loop over classes writes a map of that size several times for each class.
     """
     flat = features.float().flatten(2)
     with torch.autocast(features.device.type, enabled=False):
@@ -60,22 +53,23 @@ def class_similarity(features: Tensor, members: Tensor) -> Tensor:
         length = prototypes.norm(dim=1, keepdim=True)
         directions = torch.where(length > EPS, prototypes / length.clamp(min=EPS), 0.0)
         similar = flat.mT @ directions
-    # Multiplied and summed, not gathered: the backward of a gather is not deterministic on a GPU.
+    # A product and a sum, because the backward of a gather is not deterministic on a GPU.
     similar = (similar * members).sum(2)
     length = flat.norm(dim=1)
-    # A dead position has no direction; divided by EPS its gradient would overflow half precision.
+    # A position of length 0 has no direction; divided by EPS, its gradient would overflow half
+    # precision.
     return torch.where(length > EPS, similar / length.clamp(min=EPS), 0.0)
 
 
 class IFVDPlain(Method):
-    """IFVD without its discriminator: the two terms that read pixels (not published as such).
+    """IFVD without its discriminator: the two terms of pixels (not published as such).
 
     For each image and class k, prototype m_k = sum_{p: y_p = k} f_p / (count + 1e-6);
-    c_p = cos(f_p, m_{y_p}); L_ifv = mean_p ( c^S_p - c^T_p )^2 on head features f. Weights 200,
-    plus kd 10 in the element-mean form: those of the authors' script.
+    c_p = cos(f_p, m_{y_p}); L_ifv = mean_p ( c^S_p - c^T_p )^2 on head features f. The weights are
+    those of the authors' script: 200, plus kd 10 in the element-mean form.
 
-    The authors compare a void pixel with itself, which is 0 unless its feature is; here it is 0
-    always, and a feature of length 0 passes no gradient.
+    The authors compare a void pixel with itself, so its term is 0 unless its feature is 0. Here it
+    is always 0, and a feature of length 0 has no gradient.
     """
 
     name = "ifvd:plain"
@@ -89,7 +83,7 @@ class IFVDPlain(Method):
         "= mean over N, h, w of ( c^S_p - c^T_p )^2"
     )
     cost_drivers = (
-        "the teacher's forward; class means and cosines as products with the one-hot labels: "
+        "the teacher's forward; class means and cosines as products with the one-hot labels, of "
         "positions x classes x channels"
     )
     recipes = (
@@ -114,7 +108,7 @@ class IFVDPlain(Method):
         check_settings(self, {"kd_reduction": REDUCTIONS})
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
-        """Remember the number of classes."""
+        """Store the number of classes."""
         self.num_classes = student.num_classes
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
@@ -127,15 +121,15 @@ class IFVDPlain(Method):
 class IFVD(AdversarialMethod, IFVDPlain):
     """Intra-class feature variation distillation (Wang et al., ECCV 2020), the authors' script.
 
-    For each image and class k, prototype m_k = sum_{p: y_p = k} f_p / (count + 1e-6), of head
-    features f, labels y resized by nearest; c_p = cos(f_p, m_{y_p});
-    L_ifv = mean over N, h, w of ( c^S_p - c^T_p )^2. Void pixels contribute 0 but stay in the
-    divisor. Gradient flows through the student's prototypes.
+    For each image and class k, prototype m_k = sum_{p: y_p = k} f_p / (count + 1e-6), with head
+    features f and labels y that are resized by nearest; c_p = cos(f_p, m_{y_p});
+    L_ifv = mean over N, h, w of ( c^S_p - c^T_p )^2. Void pixels add 0 but count in the divisor.
+    The gradient flows through the student's prototypes.
 
     Weights 200 ifv + 10 kd (element mean, T = 1) + 0.001 adv, where adv = - mean D(z_S). The
     discriminator is trained after the student's step at weight 0.1: WGAN with gradient penalty 10
-    (0.1 x 10 = 1), Adam 4e-4 (0.9, 0.99) with the student's decay. The paper's text has ifv 50; 200
-    is the authors' code. Reproductions range from 63.7 to 73.6.
+    (0.1 x 10 = 1), Adam 4e-4 (0.9, 0.99); its learning rate decays with the student's. The paper's
+    text has ifv 50; 200 is from the authors' code. Reproductions range from 63.7 to 73.6.
     """
 
     name = "ifvd"
@@ -154,7 +148,7 @@ class IFVD(AdversarialMethod, IFVDPlain):
         "backward with a gradient penalty (differentiated twice)"
     )
     recipes = (
-        skd(source="IFVD, the paper", gpus="1 TITAN Xp", teacher_miou=78.56, miou=74.54),
+        skd(source="the IFVD paper", gpus="1 TITAN Xp", teacher_miou=78.56, miou=74.54),
         skd(
             source="IFVD repository, released weights (reproductions range from 63.7 to 73.6)",
             gpus="1 TITAN Xp",

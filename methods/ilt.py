@@ -1,16 +1,16 @@
-"""Distillation for incremental learning: the output and the feature term."""
+"""Distillation for incremental learning (ILT): the output term and the feature term."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
-from kdprof.methods._common import match_grid
+from kdprof.methods._common import adaptor, match_grid
 
 
 def _added_class(miou: float, new_class_iou: float) -> Recipe:
-    """Return the recipe of one class added to 19 of Pascal VOC."""
+    """Return the recipe that adds one class to 19 classes of Pascal VOC."""
     return Recipe(
         dataset="Pascal VOC 19-1",
         teacher="DeepLabV2-R101",
@@ -27,12 +27,13 @@ def _added_class(miou: float, new_class_iou: float) -> Recipe:
 
 
 def padded_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Return the soft cross-entropy over all classes where an old class or background is labelled.
+    """Return the soft cross-entropy over all classes at positions of old classes or background.
 
     Args:
         student: logits, (N, C, h, w).
-        teacher: logits of the first C_old of the classes, (N, C_old, h, w).
-        labels: (N, H, W), resized to the grid by nearest; values of C_old and above do not count.
+        teacher: logits of the first C_old classes, (N, C_old, h, w).
+        labels: (N, H, W), resized to the grid by nearest; positions with a label of C_old or above
+            do not count.
 
     Returns:
         - mean over the counted positions of sum_{c < C_old} softmax(t)_c log softmax(s)_c, the
@@ -50,22 +51,22 @@ class ILT(Method):
     """Knowledge distillation for incremental learning (Michieli and Zanuttigh, ICCV workshops 2019,
     arXiv 1907.13372), output term L'_D.
 
-    The teacher is the network one task ago, frozen; the student knows C_old classes of its own and
-    new ones. With p = softmax of the student's logits over all C classes and q = softmax of the
-    teacher's over its C_old, and M the positions labelled with an old class or background:
+    The teacher is the frozen network of the previous task; the student has the teacher's C_old
+    classes and new ones. With p = softmax of the student's logits over all C classes, q = softmax
+    of the teacher's over its C_old, and M the positions labelled with an old class or background:
     L'_D = - 1 / |M| sum_{m in M} sum_{c < C_old} q_{m,c} log p_{m,c}; q is 0 for the new classes.
-    T = 1, weight 1, beside the cross-entropy. 0 where M is empty. Where student and teacher agree
-    it is the teacher's entropy, not 0.
+    T = 1, weight 1, in addition to the cross-entropy. If M is empty, the term is 0. If student and
+    teacher agree, it is the teacher's entropy, not 0.
 
-    At which resolution is not stated; assumed: it is taken on the grid of the logits, with labels
-    resized by nearest. Where grids differ the student's logits are resized bilinearly to the
-    teacher's (kdprof's rule). Without new classes it is cross-entropy with soft labels at labelled
-    positions.
+    The resolution is not published. Assumed: the term is computed on the grid of the logits, with
+    labels resized by nearest. If the grids differ, the student's logits are resized bilinearly to
+    the teacher's (kdprof's rule). Without new classes it is the cross-entropy with soft labels at
+    labelled positions.
 
     Of the paper's other variants ``ilt:feature`` is the feature term; the frozen encoder (E_F) is
-    no objective and is left out. The authors published the terms one at a time, not together. A
-    known re-implementation (MiB's) is another reduction: softmax over the old classes, mean over
-    classes and positions, weight 100.
+    not an objective and is left out. The authors published results of the terms one at a time, not
+    together. A known re-implementation (MiB's) has another reduction: softmax over the old classes,
+    mean over classes and positions, weight 100.
     """
 
     name = "ilt"
@@ -80,15 +81,16 @@ class ILT(Method):
         "L = - mean over positions of old classes or background of sum_{c old} q_c log p_c, "
         "q = softmax(t) over old classes, p = softmax(s) over all"
     )
-    cost_drivers = "the old model's forward; softmaxes over logits: little"
+    cost_drivers = "the old model's forward; softmaxes over logits, which cost little"
     recipes = (_added_class(miou=68.39, new_class_iou=35.33),)
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
-        """Say where the term can be nothing."""
+        """Note in which case the term can be 0."""
         if student.num_classes > teacher.num_classes and not student.background:
             self.notes.append(
-                "ilt reads positions of old classes or background only; without a background there "
-                "are none where labels hold new classes alone, and the term is 0"
+                "ilt uses only positions of old classes or background; without a background, an "
+                "image that is labelled with new classes only has no such position: if all images "
+                "of a batch are like that, the term is 0"
             )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
@@ -99,12 +101,13 @@ class ILT(Method):
 class ILTFeature(Method):
     """Knowledge distillation for incremental learning, feature term L''_D (see ``ilt``).
 
-    L''_D = mean over N, C_T, h, w of ( f_S - f_T )^2, with f the last backbone stage (c5) and the
-    teacher the network one task ago. Weight 50, beside the cross-entropy. No label is read.
+    L''_D = mean over N, C_T, h, w of ( f_S - f_T )^2, with f the last backbone stage (c5). The
+    teacher is the network of the previous task. The weight is 50, in addition to the cross-entropy.
+    No labels are used.
 
-    In the paper both networks are one architecture. For others, assumed: a 1x1 convolution
-    C_S -> C_T without bias, there only where the widths differ and trained with the student, as in
-    ``fitnet``; the student's feature is resized bilinearly where grids differ (kdprof's rule).
+    In the paper both networks have the same architecture. For others, assumed: if the widths
+    differ, a 1x1 convolution C_S -> C_T without bias is trained with the student, as in ``fitnet``;
+    if the grids differ, the student's feature is resized bilinearly (kdprof's rule).
     """
 
     name = "ilt:feature"
@@ -116,22 +119,20 @@ class ILTFeature(Method):
     incremental = True
     equation = "L = mean over N, C_T, h, w of ( f_S - f_T )^2, f = c5"
     cost_drivers = (
-        "the old model's forward; reading c5; where widths differ a 1x1 convolution to the width "
-        "of the teacher's c5"
+        "the old model's forward; one pass over c5; if the widths differ, a 1x1 convolution to the "
+        "width of the teacher's c5"
     )
     recipes = (_added_class(miou=71.57, new_class_iou=50.64),)
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo) -> None:
-        """Create the adaptor where one is needed."""
+        """Create the adaptor if the widths differ."""
+        self.adaptor = adaptor(student, teacher, "c5")
         before, after = student.channels["c5"], teacher.channels["c5"]
-        if before == after:
-            self.adaptor = nn.Identity()
-            return
-        self.adaptor = nn.Conv2d(before, after, 1, bias=False)
-        self.notes.append(
-            f"c5 has {before} and {after} channels: the 1x1 adaptor between them is kdprof's, the "
-            "published method has none"
-        )
+        if before != after:
+            self.notes.append(
+                f"c5 has {before} and {after} channels: the 1x1 adaptor between them is kdprof's, "
+                "the published method has none"
+            )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``ilt_feature``."""

@@ -2,62 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, Recipe, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._common import check_settings
+from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import attnfd, cirkd, skd
-
-REDUCTIONS = ("pixel", "element", "image", "sum", "soft_cross_entropy")
-
-
-def pixel_kl(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float = 1.0,
-    reduction: str = "pixel",
-    upsample: int = 1,
-) -> Tensor:
-    """Return KL(softmax(t/T) || softmax(s/T)) over classes, summed and divided.
-
-    Args:
-        student, teacher: logits, (N, C, h, w).
-        reduction: the divisor. ``pixel``: N h w, times T^2 (CIRKD). ``element``: N C h w, no T^2
-            (the IFVD and TorchDistiller repositories). ``image``: N, times T^2 (mmrazor's
-            batchmean on a map). ``sum``: 1, times T^2. ``soft_cross_entropy``: see
-            :func:`pixel_cross_entropy`.
-        upsample: enlarge both maps this much first, bilinear with aligned corners (a switch of
-            the IFVD repository, off by default; 8 is 64 times the work).
-    """
-    student = match_grid(student, teacher)
-    if upsample > 1:
-        student, teacher = (
-            F.interpolate(z.float(), scale_factor=upsample, mode="bilinear", align_corners=True)
-            for z in (student, teacher)
-        )
-    if reduction == "soft_cross_entropy":
-        return pixel_cross_entropy(student, teacher, temperature)
-    target = F.log_softmax(teacher.float() / temperature, dim=1)
-    log_p = F.log_softmax(student.float() / temperature, dim=1)
-    total = F.kl_div(log_p, target, reduction="sum", log_target=True)
-    if reduction == "element":
-        return total / student.numel()
-    images, _, height, width = student.shape
-    divisor = {"pixel": images * height * width, "image": images, "sum": 1}[reduction]
-    return temperature**2 * total / divisor
-
-
-def pixel_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the soft cross-entropy summed over everything, divided by h w but not by N.
-
-    The original SKD's form, at T = 1, weight 10; there its gradient is N times that of
-    :func:`pixel_kl`. No T^2.
-    """
-    student = match_grid(student, teacher)
-    target = F.softmax(teacher.float() / temperature, dim=1)
-    total = -(target * F.log_softmax(student.float() / temperature, dim=1)).sum()
-    return total / student.shape[-2:].numel()
 
 
 class KD(Method):
@@ -65,10 +15,11 @@ class KD(Method):
 
     L = T^2 / (N h w) sum_{n,p} KL( softmax(z_T / T) || softmax(z_S / T) ) over classes, on logits
     before any resize, T = 1, weight 1 (CIRKD's code, which adds the same term to at, fitnet, skd,
-    ifvd and cwd). No ignore mask: void pixels are distilled too. Only the main logits.
+    ifvd and cwd). There is no ignore mask: void pixels are distilled too. Only the main logits are
+    used.
 
-    ``reduction`` selects the divisor of other published codes, see :func:`pixel_kl`; weights mean
-    nothing without it.
+    ``reduction`` selects the divisor of other published codes, see :func:`pixel_kl`. A weight has a
+    meaning only together with the reduction.
     """
 
     name = "kd"
@@ -79,7 +30,8 @@ class KD(Method):
     weights = {"kd": 1.0}
     equation = "L = T^2 / (N h w) sum_{n,p} KL( softmax(z_T / T) || softmax(z_S / T) )"
     cost_drivers = (
-        "the teacher's forward; a softmax and a KL over the classes at every position: little"
+        "the teacher's forward; a softmax and a KL over the classes at every position, which cost "
+        "little"
     )
     recipes = (
         skd(
@@ -111,7 +63,7 @@ class KD(Method):
             None,
             "not stated",
             "extended training, length not stated",
-            "abstract of arXiv 2604.25530 (which of logit and feature KD is not stated)",
+            "abstract of arXiv 2604.25530 (it does not state whether by logits or features)",
             teacher_miou=79.8,
             miou=79.0,
         ),

@@ -20,8 +20,8 @@ def masked_distance(student: Tensor, teacher: Tensor, masks: Tensor) -> Tensor:
         student, teacher: (N, C, h, w) logits of one grid.
         masks: (N, T, h, w), 0 to 1.
 
-    Channels and masks meet in no product but a sum, so they are summed apart: nothing of
-    N x T x C x h x w is made.
+    No factor depends on both channel and mask, so the sums over channels and over masks are
+    separate, and no tensor of N x T x C x h x w is created.
     """
     error = (student.float() - teacher.float()).square().mean(1)
     weight = (masks.square() / (masks.sum((2, 3), keepdim=True) + 1e-5)).mean(1)
@@ -29,7 +29,7 @@ def masked_distance(student: Tensor, teacher: Tensor, masks: Tensor) -> Tensor:
 
 
 def overlap(masks: Tensor) -> Tensor:
-    """Return the mean Dice coefficient of two different masks of an image; 0 of a single mask.
+    """Return the mean Dice coefficient of two different masks of an image; 0 for a single mask.
 
     2 <m_a, m_b> / (||m_a||^2 + ||m_b||^2 + 2e-12), over images and ordered pairs a != b.
     """
@@ -48,15 +48,18 @@ def masked_logits(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits resized to the labels (bilinear, aligned corners, as in
-    the authors' code), averaged over valid pixels; 0 where every pixel is void."""
+    """Return the cross-entropy of logits that are resized to the labels' size.
+
+    The resize is bilinear with aligned corners, as in the authors' code. The result is the mean
+    over valid pixels, and 0 if every pixel is void.
+    """
     resized = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=True)
     total = F.cross_entropy(resized, labels, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 class ReceptiveTokens(nn.Module):
-    """T vectors of C dimensions, N(0, 0.01^2); each masks positions by its product with logits."""
+    """T vectors of C dimensions, N(0, 0.01^2). The product of each with the logits is a mask."""
 
     def __init__(self, tokens: int, channels: int):
         super().__init__()
@@ -74,22 +77,23 @@ class MasKD(Method):
     """Masked distillation with receptive tokens (Huang et al., ICLR 2023, arXiv 2205.14589).
 
     T = 8 tokens v_t mask the teacher's logits, m_t = sigmoid(v_t . z_T) at each position;
-    L = 1/2 mean over n, t, c of [ sum_p m_tp^2 (z_S - z_T)^2_cp / (sum_p m_tp + 1e-5) ]. On main
-    logits weight 1, on auxiliary logits 0.4 with the masks of the main ones. The mask is squared in
-    the numerator only, as in the authors' segmentation code. (The paper's detection form masks
-    features.) No label mask.
+    L = 1/2 mean over n, t, c of [ sum_p m_tp^2 (z_S - z_T)^2_cp / (sum_p m_tp + 1e-5) ]. The weight
+    is 1 on the main logits and 0.4 on the auxiliary logits, with the masks of the main ones. Only
+    the numerator squares the mask, as in the authors' segmentation code. (The paper's detection
+    form masks features.) There is no label mask.
 
     The tokens are learnt from the teacher and the labels alone: cross-entropy of z_T sum_t m_t plus
     the mean Dice coefficient of two masks, weight 1 each, SGD 0.1, momentum 0.9, decay 1e-3. The
-    authors do that first, for 10 000 steps of 16 images with batch statistics in the teacher, and
-    then fix the tokens. A kdprof run has one stage, so here a second optimiser takes that step
-    after each of the student's, on the same batch and the teacher's running statistics, its rate
-    following the student's schedule: assumed. It shows as the step's auxiliary phase: the price of
-    masks is charged, and apart. Masks start at about 1/2 everywhere: a plain squared error. The
-    authors' 0.4 cross-entropy of auxiliary logits moves no token and is left out.
+    authors do this first, for 10 000 steps of 16 images with batch statistics in the teacher, and
+    then fix the tokens. A kdprof run has one stage. Here a second optimiser takes such a step after
+    each step of the student, on the same batch and with the teacher's running statistics; its
+    learning rate follows the student's schedule. This is assumed. The cost of learning the masks is
+    measured separately, as the auxiliary phase of the step. The masks start at about 1/2
+    everywhere, so the loss starts as a plain squared error. The authors' 0.4 cross-entropy of
+    auxiliary logits does not change the tokens and is left out.
 
-    Grids that differ: the student's and the auxiliary logits are resized bilinearly to the grid of
-    the teacher's main logits (kdprof's rule).
+    If the grids differ, the student's logits and the auxiliary logits are resized bilinearly to the
+    grid of the teacher's main logits (kdprof's rule).
     """
 
     name = "maskd"
@@ -105,8 +109,8 @@ class MasKD(Method):
         "], m_t = sigmoid( v_t . z_T )"
     )
     cost_drivers = (
-        "the teacher's forward with its auxiliary head; masked differences of logits: little; "
-        "learning the tokens, a second optimiser's phase in every step"
+        "the teacher's forward with its auxiliary head; masked differences of logits, which cost "
+        "little; in every step an auxiliary phase of a second optimiser, which learns the tokens"
     )
     recipes = (
         cirkd(
@@ -114,8 +118,8 @@ class MasKD(Method):
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
             gpus=None,
-            source="MasKD repository, after 10k steps for the tokens (baseline CIRKD's, at wd "
-            "1e-4; test 74.61)",
+            source="MasKD repository, after 10k steps for the tokens (student alone from CIRKD, "
+            "at wd 1e-4; test 74.61)",
             miou=75.34,
         ),
         cirkd(
@@ -123,8 +127,8 @@ class MasKD(Method):
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
             gpus=None,
-            source="MasKD repository, after 10k steps for the tokens (baseline CIRKD's, at wd "
-            "1e-4; test 75.59)",
+            source="MasKD repository, after 10k steps for the tokens (student alone from CIRKD, "
+            "at wd 1e-4; test 75.59)",
             miou=77.00,
         ),
         cirkd(
@@ -141,8 +145,8 @@ class MasKD(Method):
             optimizer="SGD 0.02, momentum 0.9, wd 2e-4",
             schedule="poly 0.9, floor 1e-4",
             gpus=None,
-            source="MasKD repository, after 10k steps for the tokens (baseline CIRKD's, at wd "
-            "1e-4)",
+            source="MasKD repository, after 10k steps for the tokens (student alone from CIRKD, "
+            "at wd 1e-4)",
             miou=75.26,
         ),
     )
@@ -157,8 +161,8 @@ class MasKD(Method):
         """Create the tokens."""
         self.masks = ReceptiveTokens(self.tokens, teacher.num_classes)
         self.notes.append(
-            "maskd learns its tokens beside the student, in the auxiliary phase; the published "
-            "stage before it (10 000 steps of 16 images) is not run"
+            "maskd learns its tokens together with the student, in the auxiliary phase; the "
+            "separate stage that was published (10 000 steps of 16 images before it) is not run"
         )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
+from kdprof.methods._divergences import channel_kl
 from kdprof.methods._recipes import mgd
-from kdprof.methods.cwd import channel_kl
 
 
 class Generator(nn.Module):
-    """Rebuilds the teacher's feature from a masked student's: A, mask, conv3x3, ReLU, conv3x3.
+    """The layers that rebuild the teacher's feature: A, mask, conv3x3, ReLU, conv3x3.
 
     Args:
         before, after: channels of the student and of the teacher. The 1x1 convolution A (with a
-            bias) is there only where they differ.
+            bias) exists only if they differ.
     """
 
     def __init__(self, before: int, after: int):
@@ -35,16 +35,17 @@ class Generator(nn.Module):
 
         Args:
             student, teacher: (N, C_S, h, w) and (N, C_T, h', w').
-            uniform: (N, 1, h', w') draws; a position is masked where its draw is above 1 - ratio.
+            uniform: random draws, (N, 1, h', w'); a position is masked if its draw is above
+                1 - ratio.
         """
         aligned = match_grid(self.align(student), teacher)
-        # No division by the kept fraction, unlike dropout.
+        # Unlike dropout, it does not divide by the fraction that is kept.
         rebuilt = self.rebuild(aligned * (uniform <= 1 - ratio).to(aligned.dtype))
         return F.mse_loss(rebuilt.float(), teacher.float(), reduction="sum") / len(teacher)
 
 
 class MGDFeature(Method):
-    """Masked generative distillation without its logit term (the repository's README figures).
+    """Masked generative distillation without its logit term, as in the repository's README figures.
 
     See ``mgd`` for the equation.
     """
@@ -60,8 +61,8 @@ class MGDFeature(Method):
         "positions"
     )
     cost_drivers = (
-        "the teacher's forward; two 3x3 convolutions at the width of the teacher's c5: from R18 "
-        "to R101 more than the teacher and the student together"
+        "the teacher's forward; two 3x3 convolutions at the width of the teacher's c5, which from "
+        "R18 to R101 cost more than teacher and student together"
     )
     recipes = (
         mgd("PSPNet-R18", miou=73.63),
@@ -93,15 +94,16 @@ class MGD(MGDFeature):
     """Masked generative distillation (Yang et al., ECCV 2022, arXiv 2205.01529), with logits.
 
     L = 1 / N sum over N, C_T, h, w of ( G( m * A f_S ) - f_T )^2, with f the last backbone stage
-    (c5), A a 1x1 convolution C_S -> C_T with bias (none where C_S = C_T), G conv3x3 - ReLU -
-    conv3x3 with biases and m in {0, 1} one draw for each position, shared by the channels, 0 with
-    probability ``mask_ratio`` = 0.75, fresh at every step. Weight 2e-5: of a sum, not a mean. A
-    and G are trained with the student.
+    (c5), A a 1x1 convolution C_S -> C_T with bias (none if C_S = C_T), and G conv3x3 - ReLU -
+    conv3x3 with biases. m in {0, 1} is drawn again at every step, for each position, the same for
+    all channels, and is 0 with probability ``mask_ratio`` = 0.75. The weight 2e-5 belongs to a sum,
+    not to a mean. A and G are trained with the student.
 
-    The released segmentation configurations add ``cwd`` on logits, T = 4, weight 3, and that is
-    this bundle; tables rarely say which is meant. ``mgd:feature`` is without. From R18 to R101 the
-    extras are 77 M parameters and 627 GMAC forward for a 512 x 1024 image, more than the teacher.
-    No label mask. The adapted student is resized bilinearly where grids differ (kdprof's rule).
+    The released segmentation configurations add ``cwd`` on logits, T = 4, weight 3, and so does
+    this method; tables rarely say which form they mean. ``mgd:feature`` is the form without it.
+    From R18 to R101 the extras have 77 M parameters and cost 627 GMAC forward for a 512 x 1024
+    image, more than the teacher. There is no label mask. If the grids differ, the adapted student
+    is resized bilinearly (kdprof's rule).
 
     The paper's "512x1024" crop and "80k" teacher are typos according to its authors.
     """
@@ -112,10 +114,12 @@ class MGD(MGDFeature):
     taps = ("c5", "logits")
     weights = {"mgd": 2e-5, "cwd": 3.0}
     recipes = (
-        mgd("PSPNet-R18", source="the paper, with logits", miou=74.10),
+        mgd("PSPNet-R18", source="the MGD paper, with logits", miou=74.10),
         mgd("PSPNet-R18", source="an issue of the MGD repository (a third party)", miou=74.95),
         mgd(
-            "DeepLabV3-R18", source="MGD repository, whose configuration has the logits", miou=76.31
+            "DeepLabV3-R18",
+            source="MGD repository (its configuration has the logit term)",
+            miou=76.31,
         ),
     )
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
-from kdprof.methods.pkd import adaptor, standardise
+from kdprof.methods._common import adaptor, check_settings, match_grid
+from kdprof.methods._standardise import standardise
 
 FORMS = ("mean_square", "norm")
 
@@ -16,17 +16,18 @@ FORMS = ("mean_square", "norm")
 class NFD(Method):
     """Normalised feature distillation (Liu, Yang & Chen 2022, arXiv 2207.05256).
 
-    g(f) = (f - mean) / std for each image and channel over h, w; the L2 distance of g(A f_S) and
-    g(f_T) is made small. No mask. The authors promise code and none was found: the layer, the
-    power, the reduction, the weight and the schedule are not known.
+    g(f) = (f - mean) / std for each image and channel over h, w. The loss is an L2 distance of
+    g(A f_S) and g(f_T). There is no mask. The authors announced code, but none was found: the
+    layer, the power, the reduction, the weight and the schedule are not known.
 
-    Assumed here: f the head feature (input of the last 1x1 classifier); A a 1x1 convolution
-    C_S -> C_T where channels differ, without the bias of others' versions, which g takes away;
-    std of the population plus 1e-6; L = mean over N, C, h, w of the squared difference, which is
-    2 (1 - mean of Pearson's correlation); weight 5, at which it is ``pkd`` at its weight of 10 with
-    the statistics of each image. ``form = "norm"`` is the form of two third-party versions,
-    || g(A f_S) - g(f_T) || / (h w), not squared, the norm over the whole batch. Where grids differ
-    the adapted student is resized bilinearly to the teacher's grid (kdprof's rule).
+    Assumed here: f is the head feature (input of the last 1x1 classifier); A is a 1x1 convolution
+    C_S -> C_T if the channels differ, without the bias that other versions have, because g removes
+    it; std is that of the population plus 1e-6; L = mean over N, C, h, w of the squared difference,
+    which is 2 (1 - mean of Pearson's correlation); with weight 5 it equals ``pkd`` with its weight
+    of 10 and the statistics of each image. ``form = "norm"`` is the form of two third-party
+    versions, || g(A f_S) - g(f_T) || / (h w), not squared, with the norm over the whole batch. If
+    the grids differ, the adapted student is resized bilinearly to the teacher's grid (kdprof's
+    rule).
     """
 
     name = "nfd"

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
-
-EPS = 1e-6
-"""Added to a standard deviation, as published."""
+from kdprof.methods._common import adaptor, check_settings, match_grid
+from kdprof.methods._standardise import standardise
 
 RESIZED = ("student", "teacher")
-
-
-def standardise(features: Tensor, dims: tuple[int, ...], correction: int) -> Tensor:
-    """Return (f - mean) / (std + 1e-6) over ``dims`` of (N, C, h, w), in float32.
-
-    Args:
-        correction: what the count is lessened by in the variance: 1 unbiased, 0 population.
-
-    A constant channel becomes 0, and passes no gradient: divided by 1e-6 it would overflow half
-    precision.
-    """
-    features = features.float()
-    count = features.shape[2:].numel() * (features.shape[0] if 0 in dims else 1)
-    std, mean = torch.std_mean(features, dims, correction=correction * (count > 1), keepdim=True)
-    # The mean is subtracted first: f * scale - mean * scale has no digit left of a channel whose
-    # mean is far above its spread.
-    return (features - mean) * torch.where(std > EPS, 1 / (std + EPS), 0.0)
-
-
-def adaptor(student: NetworkInfo, teacher: NetworkInfo, tap: str) -> nn.Module:
-    """Return a 1x1 convolution to the teacher's channels, nothing where they are equal.
-
-    Without a bias: standardised channels do not depend on it.
-    """
-    before, after = student.channels[tap], teacher.channels[tap]
-    return nn.Identity() if before == after else nn.Conv2d(before, after, 1, bias=False)
 
 
 class PKD(Method):
@@ -46,14 +17,14 @@ class PKD(Method):
 
     g(f) = (f - mean) / (std + 1e-6) for each channel over N, h, w, std unbiased;
     L = 1/2 mean over N, C, h, w of ( g(A f_S) - g(f_T) )^2 = 1 - mean_c of Pearson's correlation,
-    up to a factor of 1 - 1 / (N h w). Weight 10 (mmrazor's RetinaNet). No mask. The statistics
-    depend on the images per device.
+    up to a factor of 1 - 1 / (N h w). Weight 10 (mmrazor's RetinaNet). There is no mask. The
+    statistics depend on the number of images per device.
 
-    Published for the neck levels of detectors; nothing is published for segmentation. Assumed
-    here: f the head feature, A a 1x1 convolution C_S -> C_T without bias where channels differ (the
-    published one needs equal channels), and the weight. Where grids differ the adapted student is
-    resized bilinearly to the teacher's grid; ``resized = "teacher"`` does the reverse, as in
-    mmrazor.
+    The method was published for the neck levels of detectors; nothing is published for
+    segmentation. Assumed here: f is the head feature; A is a 1x1 convolution C_S -> C_T without
+    bias if the channels differ (the published method needs equal channels); the weight. If the
+    grids differ, the adapted student is resized bilinearly to the teacher's grid;
+    ``resized = "teacher"`` does the reverse, as in mmrazor.
     """
 
     name = "pkd"

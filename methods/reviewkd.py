@@ -10,16 +10,16 @@ from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
 
 LEVELS = {4: 1 / 2, 2: 1 / 4, 1: 1 / 8}
-"""Cells to a side of each pooled comparison, and its weight; the whole map has weight 1."""
+"""Weight of each pooled comparison, by its number of cells per side; the whole map has weight 1."""
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion of a student stage with what was made of the deeper stages.
+    """Attention-based fusion of a student stage with the residual of the deeper stages.
 
     Args:
         before, middle, after: channels of the student's stage, of the residual and of the
             teacher's stage.
-        fuses: False for the deepest stage, which has nothing to be fused with.
+        fuses: False for the deepest stage, which has no residual to be fused with.
     """
 
     def __init__(self, before: int, middle: int, after: int, fuses: bool):
@@ -35,12 +35,12 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(layer.weight, a=1)
 
     def forward(self, stage: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the stage rebuilt with the teacher's channels, and the residual for the next."""
+        """Return the stage with the teacher's channels, and the residual for the next stage."""
         residual = self.reduce(stage)
         if self.attend is not None:
             if deeper.shape[-2:] != residual.shape[-2:]:
                 deeper = F.interpolate(deeper, residual.shape[-2:], mode="nearest")
-            # One convolution of both, concatenated, without the concatenated map.
+            # The sum of two convolutions is that of the concatenated map, which is not needed.
             ours, theirs = self.attend.weight.split(residual.shape[1], dim=1)
             seen = F.conv2d(residual, ours, self.attend.bias) + F.conv2d(deeper, theirs)
             gates = seen.sigmoid()
@@ -63,9 +63,9 @@ def cell_means(cells: int, height: int, width: int, device: torch.device) -> Ten
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared error of the maps and of their 4x4, 2x2 and 1x1 cell averages.
 
-    Weights 1, 1/2, 1/4 and 1/8, divided by their sum 1.875. Averages are linear, so those of the
-    difference are taken, all 21 in one matrix product: no pooled map of either network, and a
-    backward that is deterministic on a GPU, which that of adaptive pooling is not.
+    The weights are 1, 1/2, 1/4 and 1/8, divided by their sum 1.875. Averages are linear, so one
+    matrix product computes all 21 averages of the difference. This needs no pooled map of either
+    network, and its backward is deterministic on a GPU, unlike that of adaptive pooling.
 
     Args:
         student, teacher: (N, C, h, w); a student on another grid is resized bilinearly.
@@ -84,26 +84,27 @@ class ReviewKD(Method):
     """Knowledge review (Chen et al., CVPR 2021, arXiv 2104.09044) on the stages c2..c5.
 
     From the deepest stage k = 5 up to 2: x_k = BN(conv1x1 f^S_k), ``middle`` = 256 channels;
-    r_5 = x_5, and above it, with u the residual r_{k+1} enlarged by nearest to the grid of x_k,
-    (a, b) = sigmoid( conv1x1 [x_k, u] ), two maps, r_k = a x_k + b u;
+    r_5 = x_5; for the other stages, with u the residual r_{k+1} enlarged by nearest to the grid of
+    x_k, (a, b) = sigmoid( conv1x1 [x_k, u] ), two maps, and r_k = a x_k + b u;
     o_k = BN(conv3x3 r_k), with the channels of the teacher's stage. The first and the last
     convolution have no bias. L = sum_k HCL(o_k, f^T_k), the hierarchical context loss
 
     HCL(o, f) = ( MSE(o, f) + sum_{l in 4, 2, 1} w_l MSE(pool_l o, pool_l f) ) / 1.875,
 
-    pool_l the averages of l x l cells (adaptive pooling), w = 1/2, 1/4, 1/8.
+    with pool_l the averages of l x l cells (adaptive pooling) and w = 1/2, 1/4, 1/8.
 
-    Published for classification, detection and instance segmentation; no recipe for semantic
-    segmentation was found. Assumed here: weight 1.2, 256 channels and no warm-up, those of
+    The method was published for classification, detection and instance segmentation; no recipe for
+    semantic segmentation was found. Assumed here: weight 1.2, 256 channels and no warm-up, as in
     detection (R101 -> R18; there the maps are the 256-channel levels of a feature pyramid, here
-    the backbone's stages, after their ReLU). ``reviewkd:imagenet`` has the classifier's settings,
-    whose maps are the stages. CIFAR's weights are 0.6 to 8, raised linearly for 20 epochs, and
-    classifiers compare the pooled vector too, which is left out. Only the extras' weights are
-    drawn, Kaiming-uniform; they train with the student.
+    they are the backbone's stages, after their ReLU). ``reviewkd:imagenet`` has the settings of the
+    classifiers, whose maps are the stages. CIFAR's weights are 0.6 to 8, raised linearly for 20
+    epochs; classifiers compare the pooled vector too, which is left out. The only random numbers
+    are the initial weights of the extras (Kaiming-uniform); the extras are trained with the
+    student.
 
-    No label mask. Where grids differ o_k is resized bilinearly to the teacher's grid (kdprof's
-    rule). The authors' code leaves out an l that is not below the map's height, which at output
-    stride 8 needs a crop of 32 pixels.
+    There is no label mask. If the grids differ, o_k is resized bilinearly to the teacher's grid
+    (kdprof's rule). The authors' code leaves out an l that is not below the map's height; at output
+    stride 8 that happens only for crops of up to 32 pixels.
     """
 
     name = "reviewkd"

@@ -1,4 +1,4 @@
-"""Structured knowledge distillation, whole and in parts."""
+"""Structured knowledge distillation (SKD), the whole method and its parts."""
 
 from __future__ import annotations
 
@@ -13,44 +13,37 @@ from kdprof.errors import UserError
 from kdprof.method import Method, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
+from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods.kd import REDUCTIONS, pixel_kl
+from kdprof.methods._relations import BLOCK_ELEMENTS, LEAST_ROWS
 
 EPS = 1e-8
-"""Added to a node's length (the original), and the smallest length that has a direction."""
-BLOCK_ELEMENTS = 2**22
-"""Elements of a similarity map that is held at a time: 16 MiB, which the caches of large
-processors hold."""
-LEAST_ROWS = 128
-"""Rows of such a map at least, so that a matrix product stays one of matrices."""
+"""Added to a node's length in the original form. A node of this length or less has no direction."""
 GRAM_GAIN = 8
-"""How many times fewer multiply-adds make channel products worth their float64: data-centre GPUs
-take them at the speed of float32, but TF32 is up to 8 times as fast."""
+"""Channel products are used if they need so many times fewer multiply-adds. They are float64, which
+has the speed of float32 on data-centre GPUs, but TF32 is up to 8 times as fast."""
 POOLINGS = ("max", "average")
 
 
-# The mean squared difference of two similarity maps that are never whole.
+# The mean squared difference of two similarity maps that are never whole in memory.
 
 
 class _SimilarityGap(torch.autograd.Function):
-    """See :func:`similarity_gap`; before the division.
+    """The autograd Function of :func:`similarity_gap`, before the division.
 
-    The gradient is taken in the same pass: it is linear in what backward is given, which is one
-    number, and needs the differences that are at hand.
+    The same pass computes the gradient. This is possible because the gradient is linear in the one
+    number that backward receives, and it uses the differences that forward has computed.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        # One piece of memory for loss and gradient: whoever follows the data of a step to its
-        # terms finds the gradient's work there, too.
-        found = student.new_zeros(student.numel() + 1)
-        gradient, total = found[:-1].view(student.shape), found[-1]
+        total = student.new_zeros(())
+        gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
         add = _add_channel_products if _channels_pay(student, teacher) else _add_blocks
-        add(student, teacher, total, gradient if wanted else None)
-        if wanted:
+        add(student, teacher, total, gradient)
+        if gradient is not None:
             ctx.save_for_backward(gradient.mul_(4))
-        return total.clone()
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -60,16 +53,17 @@ class _SimilarityGap(torch.autograd.Function):
 
 
 def _channels_pay(student: Tensor, teacher: Tensor) -> bool:
-    """Say whether the products of channels are so much cheaper than those of nodes."""
+    """Return whether the products of channels are enough cheaper than those of nodes."""
     ours, nodes = student.shape[1:]
     both = ours + teacher.shape[1]
     return GRAM_GAIN * both * (both + ours) <= nodes * (both / 2 + ours)
 
 
 def _add_blocks(student: Tensor, teacher: Tensor, total: Tensor, gradient: Tensor | None) -> None:
-    """Add sum D^2 and S D, with D = S^T S - T^T T in blocks of rows.
+    """Add sum D^2 to ``total`` and S D to ``gradient``, with D = S^T S - T^T T in blocks of rows.
 
-    D is symmetric: what lies right of a block's own square stands for its mirror image, too.
+    D is symmetric, so the part on the right of a block's own square also counts for the mirrored
+    part.
     """
     images, _, nodes = student.shape
     rows = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * nodes))
@@ -79,7 +73,7 @@ def _add_blocks(student: Tensor, teacher: Tensor, total: Tensor, gradient: Tenso
             slice(first, None),
             slice(first + rows, None),
         )
-        # Two products of one kind: equal maps differ by exactly 0.
+        # Two separate products of the same kind, so that equal maps differ by exactly 0.
         gap = student[:, :, here].mT @ student[:, :, rest]
         gap -= teacher[:, :, here].mT @ teacher[:, :, rest]
         total += 2 * gap.square().sum() - gap[:, :, :rows].square().sum()
@@ -91,10 +85,10 @@ def _add_blocks(student: Tensor, teacher: Tensor, total: Tensor, gradient: Tenso
 def _add_channel_products(
     student: Tensor, teacher: Tensor, total: Tensor, gradient: Tensor | None
 ) -> None:
-    """Add the same from products of channels: ||S S^T||^2 - 2 ||S T^T||^2 + ||T T^T||^2 and
-    (S S^T) S - (S T^T) T.
+    """Add the same as :func:`_add_blocks`, from products of channels.
 
-    In float64: the difference of three large sums has few digits of float32 left, of TF32 none.
+    They are ||S S^T||^2 - 2 ||S T^T||^2 + ||T T^T||^2 and (S S^T) S - (S T^T) T, in float64: the
+    difference of three large sums would keep few digits in float32 and none in TF32.
     """
     images, ours, nodes = student.shape
     both = ours + teacher.shape[1]
@@ -128,19 +122,20 @@ def similarity_gap(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher: M node vectors, (N, C, M) float32; the C may differ. The teacher gets no
             gradient.
 
-    No M x M map is held, but blocks of it, or products of channels where these are much cheaper.
-    Backward costs nothing: forward has made the gradient. Not differentiable twice.
+    No M x M map is in memory as a whole: it is computed in blocks, or replaced by products of
+    channels if these are much cheaper. Backward costs almost nothing, because forward has computed
+    the gradient. It cannot be differentiated again.
     """
     with torch.autocast(student.device.type, enabled=False):
         total = _SimilarityGap.apply(student, teacher)
     return total / (student.shape[0] * student.shape[2] ** 2)
 
 
-# From features to nodes.
+# Pooling of features to nodes.
 
 
 def pool(features: Tensor, window: tuple[int, int], pooling: str = "max") -> Tensor:
-    """Return (N, C, h, w) pooled over windows side by side, those at the border cut."""
+    """Return (N, C, h, w) pooled over adjacent windows; windows at the border may be smaller."""
     if pooling == "average":
         return F.avg_pool2d(features.float(), window, ceil_mode=True)
     return F.max_pool2d(features, window, ceil_mode=True)
@@ -150,9 +145,10 @@ def unit_nodes(maps: Tensor, fixed_length: bool) -> Tensor:
     """Return the positions of (N, C, h, w) as vectors of length 1, (N, C, h w) float32.
 
     Args:
-        fixed_length: take the length for a constant in backward (the original; CIRKD does not).
+        fixed_length: treat the length as a constant in backward, as the original does and CIRKD
+            does not.
 
-    A vector of length 0 stays 0 and passes no gradient: that of the published code overflows.
+    A vector of length 0 stays 0 and has no gradient; in the published code its gradient overflows.
     """
     flat = maps.float().flatten(2)
     length = flat.norm(dim=1, keepdim=True)
@@ -167,7 +163,7 @@ def pairwise_whole(
     """Return the original pair-wise term of (N, C, h, w) features; the C may differ.
 
     Args:
-        scale: height and width of a pooling window as a fraction of the map, rounded down.
+        scale: height and width of a pooling window as a fraction of the map's, rounded down.
     """
     student = match_grid(student, teacher)
     height, width = (max(1, int(side * scale)) for side in teacher.shape[-2:])
@@ -176,7 +172,7 @@ def pairwise_whole(
 
 
 def pairwise_local(student: Tensor, teacher: Tensor, window: int = 2) -> Tensor:
-    """Return CIRKD's pair-wise term: windows of fixed size, cosines with the whole gradient."""
+    """Return CIRKD's pair-wise term: windows of fixed size, cosines with their full gradient."""
     student = match_grid(student, teacher)
     maps = (pool(f, (window, window)) for f in (student, teacher))
     return similarity_gap(*(unit_nodes(m, fixed_length=False) for m in maps))
@@ -200,7 +196,7 @@ class SKDPlain(Method):
     )
     cost_drivers = (
         "the teacher's forward; a soft cross-entropy of logits and the similarities of a few "
-        "pooled nodes: little"
+        "pooled nodes, which cost little"
     )
     recipes = (skd(source="structure-KD repository, row +Pi +Pa", teacher_miou=78.56, miou=71.78),)
 
@@ -223,23 +219,24 @@ class SKDPlain(Method):
 
 
 class SKD(AdversarialMethod, SKDPlain):
-    """Structured knowledge distillation (Liu et al., CVPR 2019, arXiv 1903.04197), as coded.
+    """Structured knowledge distillation (Liu et al., CVPR 2019, arXiv 1903.04197).
 
-    Pixel-wise: L_pi = - 1 / (h w) sum_{n,p,c} p^T log p^S of the class probabilities p, T = 1; not
-    divided by N. Pair-wise: head features f are max-pooled to a few nodes, window = stride = half
-    the map rounded down, cut at the border (3 x 3 nodes from 65 x 65, 2 x 2 from 64 x 128);
+    The form is that of the authors' code. Pixel-wise: L_pi = - 1 / (h w) sum_{n,p,c} p^T log p^S of
+    the class probabilities p, T = 1; it is not divided by N. Pair-wise: head features f are
+    max-pooled to a few nodes, with window = stride = half the map rounded down; windows at the
+    border may be smaller (3 x 3 nodes from 65 x 65, 2 x 2 from 64 x 128);
     v_i = f_i / (|f_i| + 1e-8) with |f_i| a constant in backward; a_ij = v_i . v_j;
     L_pa = mean over N, i, j of ( a^S_ij - a^T_ij )^2. Holistic: adv = - mean D(z_S) with a
     discriminator D of logits.
 
-    Weights 10 kd + 0.5 pairwise + 0.1 adv: the run script's. D is trained after the student's step
-    at weight 0.1: WGAN with gradient penalty 10 (0.1 x 10 = 1), SGD 4e-4, momentum 0.9, decay 5e-4,
-    its rate decaying with the student's.
+    Weights 10 kd + 0.5 pairwise + 0.1 adv, as in the authors' run script. D is trained after the
+    student's step at weight 0.1: WGAN with gradient penalty 10 (0.1 x 10 = 1), SGD 4e-4, momentum
+    0.9, decay 5e-4; its learning rate decays with the student's.
 
     The paper's text has average pooling and weight 10 for L_pa (``pooling = "average"``, weights
-    ``pairwise = 10``); its authors advise the code's values. ``scale`` is the window as a fraction
-    of the map; the granularities in the paper's ablation are not what its default gives. Where
-    grids differ the student's maps are resized bilinearly to the teacher's (kdprof's rule).
+    ``pairwise = 10``); its authors recommend the values of the code. ``scale`` is the window as a
+    fraction of the map; its default does not give the granularities of the paper's ablation. If the
+    grids differ, the student's maps are resized bilinearly to the teacher's (kdprof's rule).
     """
 
     name = "skd"
@@ -254,7 +251,7 @@ class SKD(AdversarialMethod, SKDPlain):
     )
     cost_drivers = (
         "the teacher's forward; a discriminator forward and backward with a gradient penalty "
-        "(differentiated twice): many small kernels rather than FLOP"
+        "(differentiated twice), which is many small kernels rather than many FLOP"
     )
     recipes = (
         skd(source="structure-KD repository, row +Pi +Pa +Ho", teacher_miou=78.56, miou=74.08),
@@ -300,13 +297,13 @@ class SKD(AdversarialMethod, SKDPlain):
 
 
 class SKDCirkd(AdversarialMethod):
-    """SKD as CIRKD re-implements it, the one that most tables quote.
+    """SKD as CIRKD re-implements it; most tables quote this form.
 
     1 kd (KL per pixel) + 10 pairwise + 0.001 adv. The pair-wise term max-pools head features by
-    2 x 2 only: 2048 nodes at 512 x 1024, and compares their cosines, mean over N, i, j of
+    2 x 2 only, to 2048 nodes at 512 x 1024, and compares their cosines: mean over N, i, j of
     ( cos^S_ij - cos^T_ij )^2, with the gradient through the lengths. The discriminator is trained
     with a hinge loss at weight 0.1 and no gradient penalty, by Adam 4e-4 (0.9, 0.99) at a constant
-    learning rate. Where grids differ the student's maps are resized bilinearly (kdprof's rule).
+    learning rate. If the grids differ, the student's maps are resized bilinearly (kdprof's rule).
     """
 
     name = "skd:cirkd"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdprof.discovery import MethodEntry
     from kdprof.method import Method, Recipe
 
-FAMILIES = ("baseline", "logit", "feature", "attention", "relational", "incremental")
+FAMILIES = ("control", "logit", "feature", "attention", "relational", "incremental")
 """The order of the list; families that it does not name come last."""
 TAPS = {
     "logits": "class scores at the head's resolution, before any resize",

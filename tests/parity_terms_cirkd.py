@@ -6,8 +6,9 @@ import torch
 from parity_case import Case, Outcome, inputs, install
 from torch import Tensor, nn
 
-from kdprof.methods import cirkd, cirkdv2
-from kdprof.methods.ifvd import membership
+from kdprof.methods import _relations, cirkdv2
+from kdprof.methods._common import membership
+from kdprof.methods._memory import ClassMemory
 
 PROJECTION = {
     f"project_head.{name}": f"projection.{name}"
@@ -48,7 +49,7 @@ def state_after(module: nn.Module, case: Case, queues: dict[str, tuple[str, str]
 def _minibatch(case: Case) -> Outcome:
     student, teacher = case.maps("feat")
     assert case.hp("pooled") == (min(teacher.shape[-2:]) >= 256)
-    loss = cirkd.mini_batch_kl(student, teacher, case.hp("temperature"))
+    loss = _relations.mini_batch_kl(student, teacher, case.hp("temperature"))
     return Outcome({"loss": loss}, inputs(case))
 
 
@@ -74,14 +75,14 @@ def _memory(case: Case) -> Outcome:
     sizes = [case.hp(f"{kind}_memory_size") for kind in ("pixel", "region")]
     channels = case.hp("s_channels"), case.hp("t_channels")
     classes = case.hp("num_classes")
-    memory = cirkd.ClassMemory(channels, classes, *sizes, case.hp("pixel_update_freq"))
+    memory = ClassMemory(channels, classes, *sizes, case.hp("pixel_update_freq"))
     fill(memory, case, queues)
     labels = case["labels"].clone()
     labels[labels == case.hp("ignore_label")] = 255
     members = membership(labels, teacher.shape[-2:], classes)
     drawn = permutations(case)
-    ours = cirkd.unit_positions(memory.projection(student))
-    theirs = cirkd.unit_positions(teacher)
+    ours = _relations.unit_positions(memory.projection(student))
+    theirs = _relations.unit_positions(teacher)
     if case.hp("enqueue_before_contrast"):
         ranks = _ranks(members, memory.updates, drawn)
         memory.update(theirs.unflatten(0, members.shape[:2]), members, ranks)
@@ -109,7 +110,7 @@ def _channel(case: Case) -> Outcome:
     keys = memory.keys(case.hp("channel_contrast_size"), theirs.shape[2], drawn.pop(0))
     contrast, divergence = case.hp("contrast_temperature"), case.hp("contrast_kd_temperature")
     terms = {
-        "batch": cirkd.batch_relation(ours, theirs, contrast),
+        "batch": _relations.batch_relation(ours, theirs, contrast),
         "memory": cirkdv2.channel_relation(ours, theirs, keys, contrast, divergence),
         "mse": (ours - theirs).square().mean(),
     }

@@ -8,29 +8,30 @@ from torch import nn
 
 from kdprof.method import Taps
 from kdprof.methods import _discriminator as adversarial
-from kdprof.methods import cwd, fitnet, ifvd, kd
+from kdprof.methods import cwd, fitnet, ifvd
+from kdprof.methods._divergences import channel_kl, pixel_cross_entropy, pixel_kl
 from kdprof.step import task_loss
 
 
 def _kd(case: Case) -> Outcome:
-    loss = kd.pixel_kl(*case.maps("logits"), case.hp("temperature"))
+    loss = pixel_kl(*case.maps("logits"), case.hp("temperature"))
     return Outcome({"loss": loss}, inputs(case))
 
 
 def _kd_mean(case: Case) -> Outcome:
     factor = case.hp("upsample_factor") if case.hp("upsample") else 1
-    loss = kd.pixel_kl(*case.maps("logits"), case.hp("temperature"), "element", factor)
+    loss = pixel_kl(*case.maps("logits"), case.hp("temperature"), "element", factor)
     return Outcome({"loss": loss}, inputs(case))
 
 
 def _kd_pixelwise_ce(case: Case) -> Outcome:
-    return Outcome({"loss": kd.pixel_cross_entropy(*case.maps("logits"))}, inputs(case))
+    return Outcome({"loss": pixel_cross_entropy(*case.maps("logits"))}, inputs(case))
 
 
 def _kl_mmrazor(case: Case) -> Outcome:
     tau, weight = case.hp("tau"), case.hp("loss_weight")
     reduction = {"batchmean": "image", "mean": "element", "sum": "sum"}[case.hp("reduction")]
-    loss = kd.pixel_kl(*case.maps("logits"), tau, reduction)
+    loss = pixel_kl(*case.maps("logits"), tau, reduction)
     # Its element mean has the T^2 that the IFVD repository's has not.
     factor = tau**2 if reduction == "element" else 1
     return Outcome({"loss": weight * factor * loss}, inputs(case))
@@ -73,7 +74,7 @@ def _cwd_feature(case: Case) -> Outcome:
         adapted = method.adaptor(student)
     else:
         adapted = student
-    loss = cwd.channel_kl(adapted, teacher, method.temperature, student.shape[1])
+    loss = channel_kl(adapted, teacher, method.temperature, student.shape[1])
     return Outcome({"loss": loss}, inputs(case))
 
 

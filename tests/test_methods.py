@@ -1,6 +1,9 @@
 """Each objective against its equation written out, and what every method must hold to."""
 
+import ast
 import copy
+import importlib
+import inspect
 import math
 from itertools import pairwise
 
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from oracles_core import ORACLES, variation
 from torch import nn
 
-from kdprof.discovery import builtin_methods, find_method
+from kdprof.discovery import builtin_methods, find_method, method_modules
 from kdprof.errors import UserError
 from kdprof.measure.count import count_step, fake_tensors
 from kdprof.method import Method, NetworkInfo, Taps
@@ -22,10 +25,11 @@ from kdprof.methods._discriminator import (
     Discriminator,
     SpectralConv,
 )
-from kdprof.methods.cwd import CWD, CWDCirkd, channel_kl
+from kdprof.methods._divergences import channel_kl, pixel_kl
+from kdprof.methods.cwd import CWD, CWDCirkd
 from kdprof.methods.fitnet import FitNet
 from kdprof.methods.ifvd import IFVDPlain, intra_class_variation
-from kdprof.methods.kd import KD, pixel_kl
+from kdprof.methods.kd import KD
 from kdprof.step import TrainStep
 from kdprof.study import StepSettings
 
@@ -664,6 +668,17 @@ def test_mse_of_cwd_has_no_temperature():
 def test_nearest_name_is_offered():
     with pytest.raises(UserError, match="did you mean 'element'"):
         IFVDPlain(kd_reduction="elements")
+
+
+@pytest.mark.parametrize("module", method_modules())
+def test_a_method_file_takes_only_methods_from_another_one(module):
+    """Anything else that two files need is in a private module."""
+    tree = ast.parse(inspect.getsource(importlib.import_module(f"kdprof.methods.{module}")))
+    for node in ast.walk(tree):
+        package, _, name = (getattr(node, "module", None) or "").rpartition(".")
+        if package == "kdprof.methods" and not name.startswith("_"):
+            taken = importlib.import_module(node.module)
+            assert all(issubclass(getattr(taken, alias.name), Method) for alias in node.names)
 
 
 # What a method's author, and a study that sets a method, are told.

@@ -19,8 +19,8 @@ from kdprof.discovery import find_method
 from kdprof.errors import UserError
 from kdprof.measure.trace import StepTrace
 from kdprof.method import NetworkInfo, Taps
-from kdprof.methods import cirkd, cirkdv2
-from kdprof.methods.ifvd import membership
+from kdprof.methods import _memory, _relations, cirkdv2
+from kdprof.methods._common import membership
 
 CLASSES = 3
 CHANNELS = {"student": 6, "teacher": 8}
@@ -112,7 +112,7 @@ def test_equation(name, images, height, width, seed, present, own, temperatures)
                    "contrast_kd_temperature": divergence}  # fmt: skip
     method = make(name, seed, **changes)
     for part in method.modules():
-        if isinstance(part, cirkd.RingQueues):
+        if isinstance(part, _memory.RingQueues):
             part.pointers.random_(0, part.size)
     if name == "cirkdv2":
         height += 4  # one average is too few for batch norm
@@ -141,7 +141,8 @@ def test_pooling_comes_first(window):
     student, teacher = torch.randn(2, 4, 7, 9), torch.randn(2, 5, 7, 9)
     pooled = [F.avg_pool2d(f, window, ceil_mode=True) for f in (student, teacher)]
     assert_near(
-        cirkd.mini_batch_kl(student, teacher, 0.1, window), cirkd.mini_batch_kl(*pooled, 0.1)
+        _relations.mini_batch_kl(student, teacher, 0.1, window),
+        _relations.mini_batch_kl(*pooled, 0.1),
     )
 
 
@@ -155,7 +156,7 @@ def test_batch_term_by_hand():
     for temperature in (1.0, 0.5):
         p = math.exp(1 / temperature) / (math.exp(1 / temperature) + 1)
         entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-        value = cirkd.mini_batch_kl(student, teacher, temperature)
+        value = _relations.mini_batch_kl(student, teacher, temperature)
         assert value.item() == pytest.approx(math.log(2) - entropy, rel=1e-5)
 
 
@@ -163,10 +164,10 @@ def test_a_second_image_adds_the_pairs_across():
     """Two equal images are as one; a second one that the student sees alike adds pairs of 0."""
     one = torch.randn(1, 4, 3, 3), torch.randn(1, 5, 3, 3)
     twice = [torch.cat([f, f]) for f in one]
-    assert_near(cirkd.mini_batch_kl(*twice, 0.1), cirkd.mini_batch_kl(*one, 0.1))
+    assert_near(_relations.mini_batch_kl(*twice, 0.1), _relations.mini_batch_kl(*one, 0.1))
     flat = [torch.cat([f, torch.ones_like(f)]) for f in one]
-    within = cirkd.mini_batch_kl(*one, 0.1)
-    across = cirkd.mini_batch_kl(*flat, 0.1)
+    within = _relations.mini_batch_kl(*one, 0.1)
+    across = _relations.mini_batch_kl(*flat, 0.1)
     # From each position of the first to the equal ones of the second, and back: of four pairs, the
     # first image's own counts 1/4, (1, 2) and (2, 2) are uniform in both networks.
     ours, theirs = (F.normalize(f[0].flatten(1), dim=0) for f in one)
@@ -179,7 +180,7 @@ def test_a_second_image_adds_the_pairs_across():
 
 def test_memory_term_by_hand():
     """One valid position of two; keys e1, e2; the void one does not count."""
-    memory = cirkd.ClassMemory((2, 2), 2, 1, 1, 1)
+    memory = _memory.ClassMemory((2, 2), 2, 1, 1, 1)
     theirs, ours = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     members = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
     p = math.exp(1) / (math.exp(1) + 1)  # T T' = 1
@@ -190,7 +191,7 @@ def test_memory_term_by_hand():
 
 def test_ring_by_hand():
     """Slots 0..4; at 3, two vectors reach the end: the last two slots, pointer 0."""
-    queue = cirkd.RingQueues(2, 5, 1)
+    queue = _memory.RingQueues(2, 5, 1)
     queue.rows.zero_()
     queue.pointers.copy_(torch.tensor([3, 0]))
     values = torch.arange(1.0, 9.0).view(2, 2, 2, 1)  # turn, queue, vector
@@ -210,7 +211,7 @@ def test_ring_is_the_loop(seed, turns, size, most):
     """Also where a step writes a slot several times and passes the end again and again."""
     most = min(most, size)
     generator = torch.Generator().manual_seed(seed)
-    queue = cirkd.RingQueues(3, size, 2)
+    queue = _memory.RingQueues(3, size, 2)
     queue.pointers.random_(0, size, generator=generator)
     slow = copy.deepcopy(queue)
     values = torch.randn(turns, 3, most, 2, generator=generator)
@@ -229,7 +230,7 @@ def test_ring_is_the_loop(seed, turns, size, most):
 
 def test_draws_are_different_and_every_subset_is_as_likely():
     torch.manual_seed(0)
-    drawn = cirkd.distinct(torch.full((6000,), 5), 2)
+    drawn = _memory.distinct(torch.full((6000,), 5), 2)
     assert (drawn[:, 0] != drawn[:, 1]).all()
     assert ((drawn >= 0) & (drawn < 5)).all()
     subsets = drawn.min(1).values * 5 + drawn.max(1).values
@@ -240,7 +241,7 @@ def test_draws_are_different_and_every_subset_is_as_likely():
 
 
 def test_of_few_all_are_drawn():
-    drawn = cirkd.distinct(torch.tensor([0, 1, 3, 4]), 4)
+    drawn = _memory.distinct(torch.tensor([0, 1, 3, 4]), 4)
     for count, row in zip((0, 1, 3, 4), drawn.tolist(), strict=True):
         assert sorted(row[:count]) == list(range(count))
 
@@ -249,7 +250,7 @@ def test_positions_of_ranks():
     labels = torch.tensor([[2, 0, 255, 0, 2, 2], [1, 1, 1, 255, 255, 1]])
     members = membership(labels[:, None], torch.Size((1, 6)), 3)
     ranks = torch.tensor([[[1, 0], [0, 0], [2, 1]], [[0, 0], [3, 2], [0, 0]]])
-    found = cirkd.positions_of_ranks(members, ranks)
+    found = _memory.positions_of_ranks(members, ranks)
     assert found[0, 0].tolist() == [3, 1]
     assert found[0, 2].tolist() == [5, 4]
     assert found[1, 1].tolist() == [5, 2]
@@ -316,11 +317,11 @@ def _push_in_a_rank(rank, folder, seed, found):
 
 def _batch_of_two(seed):
     torch.manual_seed(seed)
-    memory = cirkd.ClassMemory((4, 5), CLASSES, 9, 3, 4)
+    memory = _memory.ClassMemory((4, 5), CLASSES, 9, 3, 4)
     channels = cirkdv2.ChannelMemory((4, 5), 20, 5, 11)
     units = F.normalize(torch.randn(4, 12, 5), dim=2)
     members = F.one_hot(torch.randint(0, CLASSES, (4, 12)), CLASSES).float()
-    ranks = cirkd.distinct(members.sum(1).long(), 4)
+    ranks = _memory.distinct(members.sum(1).long(), 4)
     return memory, channels, units, members, ranks, torch.randperm(4 * 12)
 
 
@@ -364,11 +365,11 @@ class LargestResult(TorchDispatchMode):
 
 
 def test_no_similarity_map_is_whole(monkeypatch):
-    monkeypatch.setattr(cirkd, "LEAST_ROWS", 8)
-    monkeypatch.setattr(cirkd, "BLOCK_ELEMENTS", 2**13)
+    monkeypatch.setattr(_relations, "LEAST_ROWS", 8)
+    monkeypatch.setattr(_relations, "BLOCK_ELEMENTS", 2**13)
     student, teacher = torch.randn(2, 4, 16, 16, requires_grad=True), torch.randn(2, 5, 16, 16)
     with LargestResult() as largest:
-        cirkd.mini_batch_kl(student, teacher, 0.1).backward()
+        _relations.mini_batch_kl(student, teacher, 0.1).backward()
     assert largest.elements <= 2**13 < 512**2 / 16
 
 
@@ -393,9 +394,9 @@ def test_blocks_do_not_matter(rows, images, keyed, seed):
     results = []
     for least in (rows, 1000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cirkd, "LEAST_ROWS", least)
-            patch.setattr(cirkd, "BLOCK_ELEMENTS", 1)
-            value = cirkd.relation_kl(student, teacher, 0.7, **setting)
+            patch.setattr(_relations, "LEAST_ROWS", least)
+            patch.setattr(_relations, "BLOCK_ELEMENTS", 1)
+            value = _relations.relation_kl(student, teacher, 0.7, **setting)
         results.append((value.detach(), *torch.autograd.grad(value, student)))
     torch.testing.assert_close(*results)
 
@@ -407,10 +408,10 @@ def test_gradient_of_a_relation(keyed):
     setting = {"keys": keys, "weights": torch.rand(6).double()} if keyed else {"parts": 2}
     student.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda s: 3 * cirkd.relation_kl(s, teacher, 0.5, **setting), [student]
+        lambda s: 3 * _relations.relation_kl(s, teacher, 0.5, **setting), [student]
     )
     with torch.no_grad():
-        assert cirkd.relation_kl(student, teacher, 0.5, **setting) > 0
+        assert _relations.relation_kl(student, teacher, 0.5, **setting) > 0
 
 
 def test_attention_in_blocks_is_the_graph_module(monkeypatch):
@@ -476,11 +477,11 @@ def test_half_precision_features(name, dtype):
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_equal_features_have_equal_relations(temperature):
     features = torch.randn(2, 6, 5, 7, requires_grad=True)
-    value = cirkd.mini_batch_kl(features, features.detach().clone(), temperature)
+    value = _relations.mini_batch_kl(features, features.detach().clone(), temperature)
     assert value == 0
     assert torch.autograd.grad(value, features)[0].abs().max() < 1e-6
     units = torch.randn(4, 3, 9)
-    assert cirkd.batch_relation(units, units.clone(), temperature) == 0
+    assert _relations.batch_relation(units, units.clone(), temperature) == 0
 
 
 @names
@@ -579,6 +580,6 @@ def test_published_sizes():
     """Cityscapes: 216 and 54 slots of each class; 4104 and 1026 keys."""
     method = find_method("cirkd").cls()
     assert [n // 19 + 1 for n in (method.pixel_contrast, method.region_contrast)] == [216, 54]
-    queue = cirkd.RingQueues(19, 300, 2)
+    queue = _memory.RingQueues(19, 300, 2)
     assert queue.keys(216).shape == (4104, 2)
     assert method.weights == {"kd": 1.0, "batch": 1.0, "pixel": 0.1, "region": 0.1}

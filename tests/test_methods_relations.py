@@ -14,11 +14,12 @@ from torch import nn
 from kdprof.errors import UserError
 from kdprof.measure.trace import StepTrace
 from kdprof.method import NetworkInfo, Taps
+from kdprof.methods._standardise import standardise
 from kdprof.methods.at import AT, attention_gap
 from kdprof.methods.attnfd import CBAM, AttnFD, direction_gap, fix
 from kdprof.methods.dist import DIST, relations
 from kdprof.methods.nfd import NFD
-from kdprof.methods.pkd import PKD, standardise
+from kdprof.methods.pkd import PKD
 
 NAMES = sorted(ORACLES)
 CONFIGURATIONS = [

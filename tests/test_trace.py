@@ -367,6 +367,76 @@ def test_recomputing_belongs_to_the_term_that_asks_for_it(method):
     assert (found["b"].forward_flop, found["b"].backward_flop) == (0, 0)
 
 
+class Slope(torch.autograd.Function):
+    """x^T x summed; forward computes the gradient too, which no operator of the value needs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward((2 * x) @ torch.ones(x.shape[1], x.shape[1]))
+        return (x.T @ x).sum()
+
+    @staticmethod
+    def backward(ctx, slope):
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient
+
+
+class SlopeInForward(Method):
+    """Term ``a`` is a :class:`Slope`; ``b`` is another one, of three times the columns."""
+
+    taps = ("logits",)
+    weights = {"a": 1.0, "b": 1.0}
+
+    def forward(self, student, teacher, labels):
+        rows = student.logits.permute(0, 2, 3, 1).flatten(0, 2)
+        return {"a": self.term(rows), "b": self.term(rows.repeat(1, 3))}
+
+    def term(self, rows):
+        return Slope.apply(rows)
+
+
+class SlopeCheckpointed(SlopeInForward):
+    def term(self, rows):
+        return checkpoint(Slope.apply, rows, use_reentrant=False)
+
+
+class SlopeBehindHooks(SlopeInForward):
+    """Saved tensors are packed into something that is no tensor, and unpacked once, in backward."""
+
+    def build(self, student, teacher):
+        self.unpacked = 0
+
+    def term(self, rows):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: [t], self.unpack):
+            return Slope.apply(rows)
+
+    def unpack(self, packed):
+        assert torch._C._current_graph_task_id() != -1
+        self.unpacked += 1
+        return packed[0]
+
+
+@pytest.mark.parametrize("method", [SlopeInForward, SlopeCheckpointed, SlopeBehindHooks])
+def test_a_gradient_that_a_function_makes_in_forward_belongs_to_its_term(method):
+    """Two products of (P x C) and (C x C) for each term: the value's and the gradient's."""
+    step, trace = traced(method)
+    found = trace.terms(step.method.weights)
+    again = method is SlopeCheckpointed
+    for name, columns in (("a", 3), ("b", 9)):
+        work = 2 * 2 * POSITIONS * columns**2
+        assert found[name].forward_flop == work
+        assert found[name].backward_flop == again * work
+    assert [c.name for c in trace._calls["objective"] if len(c.terms) != 1] == []
+    assert getattr(step.method, "unpacked", 2) == 2
+    assert count_step(tiny_step(method), fake_tensors()).terms == found
+
+
+def test_the_trace_leaves_torchs_functions_as_they_were():
+    before = torch.autograd.function.FunctionCtx.save_for_backward
+    traced(SlopeInForward)
+    assert torch.autograd.function.FunctionCtx.save_for_backward is before
+
+
 class Wasteful(Method):
     """Computes what no term needs, and a term without gradient."""
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kdprof.hardware import Hardware, State
+from kdprof.hardware import Hardware
+from kdprof.hardware.base import State
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.ceilings import higher, measure_ceilings
 from kdprof.measure.clock import clock_of

@@ -17,9 +17,11 @@ from pathlib import Path
 from traceback import walk_tb
 from types import CodeType, FrameType, TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -179,7 +181,8 @@ class StepTrace(TorchDispatchMode):
         self._waits: list[tuple[str, str, str]] = []
         self._pending_waits: list[tuple[str, str]] = []
         self._flow = _Flow()
-        self._term_storages: dict[str, int] = {}
+        self._term_storages: dict[str, frozenset[int]] = {}
+        self._saved: WeakKeyDictionary[FunctionCtx, frozenset[int]] = WeakKeyDictionary()
         self._node_terms: dict[int, tuple[str, ...]] = {}
         self._nodes: list[Any] = []
         self._running_terms: tuple[str, ...] = ()
@@ -195,6 +198,7 @@ class StepTrace(TorchDispatchMode):
         if self._method is not None:
             handle = self._method.register_forward_hook(self._note_terms)
             self._exit.callback(handle.remove)
+            self._exit.enter_context(self._watching_saves())
         # torch.compile has no operators to watch: its kernels do the work of several of these.
         self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()
@@ -219,6 +223,28 @@ class StepTrace(TorchDispatchMode):
             yield
         finally:
             super().__exit__(None, None, None)
+
+    @contextmanager
+    def _watching_saves(self) -> Iterator[None]:
+        """Note the storages that the objective's custom autograd Functions save for backward.
+
+        They are noted when ``save_for_backward`` is called. Reading them from the graph later would
+        call the hooks of :class:`torch.autograd.graph.saved_tensors_hooks`, and those of activation
+        checkpointing compute the forward again.
+        """
+        save = FunctionCtx.save_for_backward
+
+        def save_and_note(ctx: FunctionCtx, *tensors: Tensor | None) -> None:
+            save(ctx, *tensors)
+            if self._phase == FORWARD:
+                numbers = (self._flow.number(t) for t in tensors if t is not None)
+                self._saved[ctx] = frozenset(numbers)
+
+        FunctionCtx.save_for_backward = save_and_note
+        try:
+            yield
+        finally:
+            FunctionCtx.save_for_backward = save
 
     def mark(self, phase: str) -> None:
         """End a phase: what the step takes to say where it is."""
@@ -305,15 +331,21 @@ class StepTrace(TorchDispatchMode):
         return on_device and all(t.device.type == "cpu" for t in tensors_in(args))
 
     def _note_terms(self, method: Any, args: Any, terms: Any) -> None:
-        """Note each term's storage and the nodes of its graph, when the method returns them."""
+        """Note each term's storages and the nodes of its graph, when the method returns them.
+
+        The storages are the term's own and those that the Functions of its graph saved for
+        backward: a Function may compute its gradient in the forward.
+        """
         if self._phase != FORWARD or not isinstance(terms, Mapping):
             return
         owners: dict[int, list[str]] = {}
         for name, term in terms.items():
             if not isinstance(term, Tensor):
                 continue
-            self._term_storages[name] = self._flow.number(term)
             nodes = _reachable(term.grad_fn)
+            functions = [node for node in nodes if isinstance(node, FunctionCtx)]
+            saved = (self._saved.get(function, frozenset()) for function in functions)
+            self._term_storages[name] = frozenset({self._flow.number(term)}.union(*saved))
             self._nodes += nodes  # keeps them alive, so that their ids stay theirs
             for node in nodes:
                 owners.setdefault(id(node), []).append(name)
@@ -340,8 +372,8 @@ class StepTrace(TorchDispatchMode):
             return
         self._shared = True
         forward = self._calls.get(FORWARD, [])
-        for name, storage in self._term_storages.items():
-            for call in _slice(forward, storage):
+        for name, storages in self._term_storages.items():
+            for call in _slice(forward, storages):
                 call.terms += (name,)
         if self.note is not None:
             for call in self._calls.get(BACKWARD, []):
@@ -388,9 +420,10 @@ class StepTrace(TorchDispatchMode):
     def terms(self, weights: Mapping[str, float]) -> dict[str, TermCost]:
         """Return what each term that the method returned costs, unweighted or not.
 
-        A term's forward is what it was computed from, within the objective; its backward is what
-        ran for its graph, down to the student's outputs. Operators of several terms are shared
-        equally. Empty where the step has no method.
+        A term's forward is every operator of the objective that computed the term or a tensor
+        that a custom autograd Function of its graph saved for backward; its backward is every
+        operator that ran for its graph, down to the student's outputs. Operators of several terms
+        are shared equally. Empty where the step has no method.
         """
         self._share_out()
         self._wait_for_events()
@@ -453,9 +486,9 @@ class _Shares:
         return self.flop, self.bytes, self.seconds
 
 
-def _slice(calls: list[_Call], storage: int) -> list[_Call]:
-    """Return the calls that what lies in a storage at the end was computed from."""
-    needed, found = {storage}, []
+def _slice(calls: list[_Call], storages: frozenset[int]) -> list[_Call]:
+    """Return the calls that computed what the storages hold after the last call."""
+    needed, found = set(storages), []
     for call in reversed(calls):
         if not needed.isdisjoint(call.writes):
             needed |= call.reads

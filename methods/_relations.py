@@ -1,0 +1,150 @@
+"""Relations between unit vectors: the KL of two similarity maps that are never whole in memory.
+
+CIRKD uses them for positions and stored vectors, CIRKDv2 for channels too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdprof.methods._common import match_grid
+
+EPS = 1e-12
+"""A vector of this length or less has no direction and counts as 0, as in torch's ``normalize``."""
+BLOCK_ELEMENTS = 2**22
+"""Elements of a similarity map that are in memory at a time: 16 MiB, which fits into the caches of
+large processors."""
+LEAST_ROWS = 128
+"""The fewest rows of a block, so that a matrix product does not become one of a few vectors."""
+
+
+def unit(values: Tensor, dim: int) -> Tensor:
+    """Return float32 vectors of length 1 along ``dim``. A vector of length 0 stays 0.
+
+    The gradient of such a vector is 0 too. The published code divides it by 1e-12 and overflows.
+    """
+    values = values.float()
+    length = values.norm(dim=dim, keepdim=True)
+    return torch.where(length > EPS, values / length.clamp(min=EPS), 0.0)
+
+
+def unit_positions(features: Tensor) -> Tensor:
+    """Return the unit vectors of all positions of (N, C, h, w), image by image: (N h w, C)."""
+    return unit(features.permute(0, 2, 3, 1).flatten(0, 2), 1)
+
+
+class _RelationKL(torch.autograd.Function):
+    """The autograd Function of :func:`relation_kl`.
+
+    Rows are processed in blocks, so memory grows with rows + columns and not with their product.
+    The same pass computes the gradient. This is possible because the gradient is linear in the one
+    number that backward receives, and a second pass would repeat the matrix products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        keys: Tensor | None,
+        parts: int,
+        temperature: float,
+        weights: Tensor | None,
+    ) -> Tensor:
+        ours, theirs = (student, teacher) if keys is None else (keys, keys)
+        total = student.new_zeros(())
+        gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
+        rows = max(LEAST_ROWS, BLOCK_ELEMENTS // len(ours))
+        for first in range(0, len(student), rows):
+            block = slice(first, first + rows)
+            log_p = _log_similarity(teacher[block], theirs, parts, temperature)
+            log_q = _log_similarity(student[block], ours, parts, temperature)
+            p = log_p.exp()
+            divergence = log_p.sub_(log_q).mul_(p).sum((1, 2))
+            slope = log_q.exp_().sub_(p).flatten(1)
+            if weights is not None:
+                divergence *= weights[block]
+                slope *= weights[block, None]
+            total += divergence.sum()
+            if gradient is not None:
+                torch.addmm(gradient[block], slope, ours, out=gradient[block])
+                if keys is None:  # each row is also a column that the others are compared with
+                    torch.addmm(gradient, slope.T, student[block], out=gradient)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.div_(temperature))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None, None, None, None, None
+
+
+def _log_similarity(rows: Tensor, columns: Tensor, parts: int, temperature: float) -> Tensor:
+    """Return the log-softmax of rows . columns / T over each part of the columns.
+
+    Its shape is (rows, parts, columns of a part).
+    """
+    similar = (rows / temperature) @ columns.T
+    return similar.view(len(rows), parts, -1).log_softmax(2)
+
+
+def relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    keys: Tensor | None = None,
+    parts: int = 1,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return sum_r w_r sum_parts KL( softmax(t_r . K / T) || softmax(s_r . K / T) ).
+
+    Args:
+        student, teacher: one vector for each row r, (R, C). The C may differ if keys is None.
+        keys: the vectors that both are compared with, (M, C); they get no gradient. None: each
+            network's rows are compared with its own rows, and the student's gradient includes
+            their part as columns.
+        parts: number of groups of equal size that the columns form; each has its own softmax.
+        weights: (R,); None: all 1.
+
+    Forward and backward never keep more than a few blocks of the R x M maps in memory. Backward
+    costs almost nothing, because forward has computed the gradient. It cannot be differentiated
+    again.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return _RelationKL.apply(student, teacher, keys, parts, temperature, weights)
+
+
+def batch_relation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the divergence of the relations within and across images.
+
+    Args:
+        student, teacher: (N, P, C), P unit vectors for each of N images.
+
+    Returns:
+        The KL of the softmax over the P columns of a similarity map, mean over the N^2 ordered
+        pairs of images and the P rows of each pair's map.
+    """
+    images, rows = student.shape[:2]
+    total = relation_kl(student.flatten(0, 1), teacher.flatten(0, 1), temperature, parts=images)
+    return total / (images**2 * rows)
+
+
+def mini_batch_kl(student: Tensor, teacher: Tensor, temperature: float, pooling: int = 0) -> Tensor:
+    """Return the mini-batch pixel-to-pixel term of (N, C, h, w) features; the C may differ.
+
+    Args:
+        pooling: see the class :class:`CIRKDMiniBatch` of ``cirkd.py``.
+    """
+    student = match_grid(student, teacher)
+    window = pooling or (4 if min(teacher.shape[-2:]) >= 256 else 1)
+    if window > 1:
+        student, teacher = (F.avg_pool2d(f, window, ceil_mode=True) for f in (student, teacher))
+    images = len(student)
+    ours, theirs = (unit_positions(f).unflatten(0, (images, -1)) for f in (student, teacher))
+    return batch_relation(ours, theirs, temperature)
