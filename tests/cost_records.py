@@ -6,6 +6,7 @@ from kdprof.records import (
     Canary,
     Ceilings,
     Cost,
+    CountedCost,
     Energy,
     Flop,
     Interval,
@@ -240,3 +241,8 @@ def _fixed_phases(method: str) -> dict[str, int]:
 
 def outlier(cause: str) -> Outlier:
     return Outlier(of="step", round=3, step=1, seconds=0.5, times_median=3.0, cause=cause)
+
+
+def counted(cost: Cost, modules: dict[str, dict[str, float]] | None = None) -> CountedCost:
+    """The same Cost as one that was counted, with these FLOP by module."""
+    return CountedCost(**cost.model_dump(), modules_flop=modules)

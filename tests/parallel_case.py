@@ -110,10 +110,10 @@ def orders(ranks):
     state = {"weights": torch.arange(5.0), "nested": {"count": 3, "names": ["a", "b"]}}
     if ranks.leads:
         for order in said:
-            ranks.tell(order)
+            ranks.send(order)
         got = ranks.share(state)
     else:
-        heard = [ranks.hear() for _ in said]
+        heard = [ranks.receive() for _ in said]
         assert heard == said
         assert isinstance(heard[0], StepOrder)
         got = ranks.share()

@@ -164,3 +164,24 @@ def test_equal_compute_means_equal_seconds(one, other, iterations):
     found = convert(parse_budget(f"{iterations * 1000}@a"), costs)
     seconds = [c.seconds for c in found]
     assert seconds[1] == pytest.approx(seconds[0], rel=max(1e-3, other / seconds[0]))
+
+
+@pytest.mark.parametrize(
+    ("text", "matched", "is_compute"),
+    [
+        ("40k@cwd", "wall-clock", True),
+        ("1h+30min", "wall-clock", True),
+        ("5e17flop", "FLOP", True),
+        ("2Pflop", "FLOP", True),
+        ("800kJ", "energy", True),
+        ("1.5kWh", "energy", True),
+        ("40k", "iterations", False),
+        ("1e3", "iterations", False),
+        ("2k+1k", "iterations", False),
+        ("320ksample", "samples", False),
+        ("20epoch", "epochs", False),
+    ],
+)
+def test_a_budget_says_what_it_makes_equal(text, matched, is_compute):
+    budget = parse_budget(text)
+    assert (budget.matches, budget.is_compute) == (matched, is_compute)

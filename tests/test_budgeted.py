@@ -104,7 +104,7 @@ def rates_of(out, monkeypatch, **changes):
 def test_a_truncated_schedule_is_cut_where_the_budget_ends(tmp_path, monkeypatch):
     whole = rates_of(tmp_path / "a", monkeypatch)
     cut = rates_of(
-        tmp_path / "b", monkeypatch, training__learning_rate="truncate",
+        tmp_path / "b", monkeypatch, training__schedule_span="truncate",
         training__schedule_iterations=8,
     )  # fmt: skip
     power, floor = 0.9, 1e-4
@@ -115,7 +115,7 @@ def test_a_truncated_schedule_is_cut_where_the_budget_ends(tmp_path, monkeypatch
 
 def test_truncate_without_a_span_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"training\.schedule_iterations"):
-        train_small(tmp_path, training__learning_rate="truncate")
+        train_small(tmp_path, training__schedule_span="truncate")
 
 
 # Trunk and branches
@@ -134,7 +134,7 @@ def test_a_branch_is_the_run_that_was_trained_alone(tmp_path):
         # Alone: a fresh folder whose only budget this is has its own trunk; take that away too.
         alone = Store(tmp_path / f"alone{budget}")
         train_small(
-            alone.root, budgets=[budget], training__learning_rate="truncate",
+            alone.root, budgets=[budget], training__schedule_span="truncate",
             training__schedule_iterations=int(budget), **WSD,
         )  # fmt: skip
         assert not alone.trunk_folders()
@@ -337,7 +337,10 @@ def test_status_tells_what_a_shared_trunk_saved(tmp_path, capsys):
 
 
 def test_a_bar_tells_what_is_left_of_the_study():
-    cells = [Cell("kd", "6", seed, 6, 6, 6, 6, 1800.0) for seed in range(4)]
+    ends = dict.fromkeys(("iterations", "low", "high", "span"), 6)
+    cells = [
+        Cell(method="kd", budget="6", seed=seed, planned_s=1800.0, **ends) for seed in range(4)
+    ]
     assert _left(cells, 0, 0.0) == " (2:00:00 for all)"
     assert _left(cells, 1, 3600.0) == " (3:00:00 for all)"  # took twice its plan
     assert _left([replace(cells[0], planned_s=None)], 0, 1.0) == " (0:00:00 for all)"

@@ -17,6 +17,7 @@ from small_study import small_study
 
 from kdprof.data import Augmentation, Batches, Feeder
 from kdprof.data import cache as caching
+from kdprof.data.base import Classes
 from kdprof.data.cache import Cached, decoded, default_folder, open_cache
 from kdprof.data.camvid import CamVid
 from kdprof.data.scenario import Relabelled
@@ -78,7 +79,7 @@ def test_presence_comes_with_the_cache(root, folder, monkeypatch):
     cached = open_cache(data, folder, SILENT)
     monkeypatch.setattr(Cached, "label", None)
     assert np.array_equal(cached.labels_shown, wanted)
-    view = Relabelled(cached, torch.arange(256, dtype=torch.uint8), ("a",), (), wanted=[3])
+    view = Relabelled(cached, torch.arange(256, dtype=torch.uint8), Classes(("a",), ()), [3])
     assert len(view) == wanted[:, 3].sum()
 
 

@@ -19,7 +19,7 @@ from kdprof.study import claim_folder
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = ["", "methods", "measure", "compare", "convert", "plan", "train", "status", "plot",
-            "demo", "doctor"]  # fmt: skip
+            "evaluate", "export", "data", "data check", "demo", "doctor"]  # fmt: skip
 
 
 def kdprof(*arguments, cwd=None) -> subprocess.CompletedProcess:
@@ -52,7 +52,7 @@ def refused(capsys, monkeypatch, *arguments) -> list[str]:
 def test_help_snapshot(command):
     """Run with KDPROF_UPDATE_SNAPSHOTS=1 to accept a change, and review its diff."""
     found = CliRunner().invoke(cli.cli, [*command.split(), "--help"], prog_name="kdprof").output
-    path = SNAPSHOTS / f"help-{command or 'kdprof'}.txt"
+    path = SNAPSHOTS / f"help-{command.replace(' ', '-') or 'kdprof'}.txt"
     if os.environ.get("KDPROF_UPDATE_SNAPSHOTS"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)

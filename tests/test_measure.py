@@ -414,7 +414,7 @@ def test_flags_of_one_call_are_not_the_folders(capsys, monkeypatch, tmp_path):
 
 
 def test_one_method_that_cannot_fit_does_not_spoil_the_others(tmp_path, monkeypatch):
-    from kdprof import measure as module
+    from kdprof.measure import count_study as module
 
     resolved = ResolvedStudy(small_study(methods=["none", "ifvd"]))
     needs = {name: made.least_memory_bytes for name, made in module._counts(

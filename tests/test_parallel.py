@@ -103,8 +103,7 @@ def test_shares_together_are_the_batch_of_one_process(gpus):
         study = ResolvedStudy(
             small_study(step__batch=4, step__gpus=ranks, measure__in_process=False)
         )
-        study.ranks = type("Ranks", (), {"rank": rank})()
-        return study.batches(seed=3)
+        return study.data.batches("student", 3, rank)
 
     whole = batches(1, 0)
     shares = [batches(gpus, rank) for rank in range(gpus)]
@@ -137,11 +136,11 @@ def test_what_cannot_be_shared_is_refused(changes, message):
 
 def test_more_gpus_than_there_are_and_a_certain_one_are_refused(monkeypatch):
     study = ResolvedStudy(small_study(**TOGETHER))
-    monkeypatch.setattr("kdprof.resolve.find_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("kdprof.resolve.study.find_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"step.gpus = 2: this machine has 1; use fewer"):
         study._find_device()
-    study.study = study.study.model_copy(update={"device": "cuda:0"})
+    study.plain = study.plain.model_copy(update={"device": "cuda:0"})
     with pytest.raises(UserError, match="takes the first 2 GPUs, not cuda:0"):
         study._find_device()
 

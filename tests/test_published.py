@@ -180,7 +180,7 @@ def test_the_table_marks_unreliable_costs_and_lists_the_rest():
     found = only(CITY, replace(CITY, batch=None), kd=cost("kd", 0.1, reliable=False))
     text = shown(found, [cost("mine", 0.4)])
     assert "mine†" in text
-    assert "UNRELIABLE cost (kd)" in text
+    assert "UNRELIABLE Cost (kd)" in text
     assert "  mine, Cityscapes: batch not published" in text
 
 

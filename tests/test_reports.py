@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from cost_records import GFLOP, alike, gpu_cost, make_cost, memory, outlier
+from cost_records import GFLOP, alike, counted, gpu_cost, make_cost, memory, outlier
 from matplotlib.text import Text
 from rich.console import Console
 
 import kdprof.reports
 from kdprof.budget import Conversion
 from kdprof.errors import UserError
-from kdprof.records import Canary, Cost, Interval, Memory, Ratio, Run, Spent, TermCost
+from kdprof.records import Canary, Cost, CountedCost, Interval, Memory, Ratio, Run, Spent, TermCost
 from kdprof.reports import conversion, costs, curves, results, table
 from kdprof.reports.text import Estimate, Grid, duration, figures, size
 from kdprof.store import Store, write_record
@@ -147,7 +147,7 @@ def test_means_intervals_and_paired_differences_are_those_computed_by_hand(tmp_p
     # Differences by seed: 1, 2, 0.
     assert (cwd.delta_points.value, cwd.delta_points.high) == pytest.approx((1, 3.48414), abs=1e-4)
     assert kd.delta_points is None
-    assert kd.missing["delta_points"] == "kd is the baseline"
+    assert kd.missing["delta_points"] == "kd is the control"
 
 
 def test_difference_uses_only_seeds_that_both_finished(tmp_path):
@@ -187,18 +187,22 @@ def test_drift_of_one_seed_flags_the_row_though_the_mean_is_on_plan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("budget", "key", "matched"),
+    ("budget", "matched"),
     [
-        ("40k@cwd", "k", "wall-clock"),
-        ("2h", "k", "wall-clock"),
-        ("5e17flop", "k", "FLOP"),
-        ("800kJ", "k", "energy"),
-        ("1.5kWh", "k", "energy"),
-        ("40k", None, "iterations"),
+        ("40k@cwd", "wall-clock"),
+        ("5e17flop", "FLOP"),
+        ("1.5kWh", "energy"),
+        ("2k+1k", "iterations"),
+        ("320ksample", "samples"),
+        ("20epoch", "epochs"),
     ],
 )
-def test_a_budget_says_what_it_makes_equal(budget, key, matched):
-    assert table.matched(a_run(budget=budget, cost_key=key)) == matched
+def test_titles_say_what_a_budget_makes_equal(tmp_path, budget, matched):
+    store = a_store(tmp_path, [a_run(budget=budget)])
+    assert f"{budget}: equal {matched}" in printed(table.print_table, store)
+    table.render(store)
+    assert f"## {budget}: equal {matched}" in (store.reports / "table.md").read_text()
+    assert f",{matched}," in (store.reports / "table.csv").read_text()
 
 
 def test_iteration_budget_has_no_plan_and_says_so(tmp_path):
@@ -409,6 +413,10 @@ def gpu_costs() -> list[Cost]:
     ]
 
 
+def gpu_counts() -> list[CountedCost]:
+    return [counted(cost) for cost in gpu_costs()]
+
+
 def on_a_terminal(call, *arguments, **options) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     call(*arguments, console, **options)
@@ -419,7 +427,7 @@ RENDERED = {
     "costs.txt": lambda: on_a_terminal(costs.measure_table, gpu_costs()),
     "costs-detail.txt": lambda: on_a_terminal(costs.measure_table, gpu_costs(), detail=True),
     "costs-cpu.txt": lambda: on_a_terminal(costs.measure_table, [a_cost(device="cpu")]),
-    "costs-count.txt": lambda: on_a_terminal(costs.count_table, gpu_costs()),
+    "costs-count.txt": lambda: on_a_terminal(costs.count_table, gpu_counts()),
     "costs.md": lambda: costs.costs_markdown(gpu_costs()),
     "costs.tex": lambda: costs.costs_latex(gpu_costs()),
     "costs.csv": lambda: costs.costs_csv(gpu_costs()),
@@ -542,8 +550,8 @@ def test_latex_is_balanced_and_escaped():
 
 def test_counted_costs_are_told_by_part_term_and_module():
     modules = {"student": {"": 4e9, "head": 1e9, "head.a": 1e9, "head.a.b": 1e9, "body": 0.0}}
-    counted = [gpu_cost("none", modules_flop=modules), gpu_cost("cirkd", modules_flop=modules)]
-    text = printed(costs.count_table, counted)
+    found = [counted(gpu_cost(name), modules) for name in ("none", "cirkd")]
+    text = printed(costs.count_table, found)
     assert "2.44" in text
     assert "memory_region" in text
     assert "Not in other: aten.topk, aten.grid_sampler_2d (cirkd), which no formula knows." in text
@@ -553,8 +561,8 @@ def test_counted_costs_are_told_by_part_term_and_module():
         ["student", "head", "1.000", "25.0"],
         ["student", "head.a", "1.000", "25.0"],
     ]
-    assert "head.a.b" in on_a_terminal(costs.count_table, counted, detail=True)
-    assert "by module" not in on_a_terminal(costs.count_table, gpu_costs(), detail=True)
+    assert "head.a.b" in on_a_terminal(costs.count_table, found, detail=True)
+    assert "by module" not in on_a_terminal(costs.count_table, gpu_counts(), detail=True)
 
 
 def test_conversion_table_puts_the_cheapest_first_and_explains_dashes():
@@ -625,7 +633,7 @@ def test_reports_need_neither_torch_nor_the_engine():
             if module.startswith("kdprof"):
                 assert module in {
                     "kdprof.store", "kdprof.stats", "kdprof.records", "kdprof.errors",
-                    "kdprof.comparison",
+                    "kdprof.budget", "kdprof.comparison",
                 }  # fmt: skip
     code = (
         "import sys; from kdprof.reports import curves, table, costs, conversion, comparison; "

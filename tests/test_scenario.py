@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_study import SMALL, small_study, train_small
 
+from kdprof.data.base import Classes, SegmentationData
 from kdprof.data.scenario import Scenario
 from kdprof.errors import UserError
 from kdprof.evaluate import evaluate
@@ -20,14 +21,12 @@ from kdprof.study import ScenarioSettings, StepSettings, load_study
 NAMES = ("sky", "road", "car", "bus")
 
 
-class Drawn:
+class GivenLabels(SegmentationData):
     """A data set of given labels; image i is filled with i."""
 
-    name, split, class_names = "drawn", "train", NAMES
-    palette = ((0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 0, 4))
-    num_classes = len(NAMES)
-
     def __init__(self, *labels):
+        palette = ((0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 0, 4))
+        super().__init__("given", "train", Classes(NAMES, palette))
         self.labels = [torch.tensor([row], dtype=torch.uint8) for row in labels]
 
     def __len__(self):
@@ -41,7 +40,7 @@ class Drawn:
         return self.labels[index]
 
 
-SCENES = Drawn([0, 1, IGNORE], [1, 1, 2], [2, 0, 3], [0, 0, 0])
+SCENES = GivenLabels([0, 1, IGNORE], [1, 1, 2], [2, 0, 3], [0, 0, 0])
 
 
 def scenario(**settings) -> Scenario:
@@ -241,7 +240,7 @@ def test_a_student_grows_out_of_a_smaller_network():
 
 
 def test_a_prediction_is_what_the_method_decides():
-    data = Drawn([[0, 1]] * 2, [[3, 3]] * 2)
+    data = GivenLabels([[0, 1]] * 2, [[3, 3]] * 2)
     data.labels = [label.reshape(2, 2).repeat(16, 16) for label in data.labels]
     net = network(4)
     always = {"device": torch.device("cpu"), "batch": 2, "autocast": torch.autocast("cpu", enabled=False)}  # fmt: skip  # noqa: E501

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from kdprof.errors import UserError
-from kdprof.study import Study, claim_folder, load_study, parse_assignments
+from kdprof.study import Study, claim_folder, load_study, parse_assignments, presets
 
 REFERENCES = sorted((Path(__file__).parents[1] / "reports" / "reference").glob("*/study.toml"))
 

@@ -214,9 +214,9 @@ def test_seconds_are_those_of_the_step():
     operations, terms = trace.operations(), trace.terms(step.method.weights)
     assert all(o.seconds > 0 for o in operations)
     assert sum(o.seconds for o in operations) < whole
-    shared = sum(t.forward_s + t.backward_s for t in terms.values()) + trace.unattributed_s
+    shared = sum(t.forward_s + t.backward_s for t in terms.values())
     parts = [o.seconds for o in operations if o.phase.startswith("objective")]
-    assert shared == pytest.approx(sum(parts))
+    assert 0.5 * sum(parts) < shared <= sum(parts) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -455,7 +455,8 @@ def test_what_no_term_needs_is_nobodys():
     assert trace.matrix_flop()["objective"] > 0
     assert all(term.forward_flop == 0 for term in found.values())
     assert found["constant"].backward_s == 0 < found["constant"].forward_s
-    assert trace.unattributed_s > 0
+    spent = [o.seconds for o in trace.operations() if o.phase == "objective"]
+    assert sum(term.forward_s for term in found.values()) < sum(spent)
     assert trace.note is None
 
 

@@ -318,7 +318,7 @@ def test_interrupted_run_keeps_its_length(tmp_path, monkeypatch):
     assert folder.read_run().iterations_done == 5
 
 
-def _interrupt(self, stop, batches, advance):
+def _interrupt(self, stop, advance):
     raise Interrupted("stopped")
 
 
