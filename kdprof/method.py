@@ -84,7 +84,7 @@ class Recipe:
     source: str
     """Where the figures are from, and what must be known to quote them."""
     gpus: str | None = None
-    baseline_miou: float | None = None
+    student_miou: float | None = None
     """mIoU of the student alone, percent, as reported beside ``miou``."""
     miou: float | None = None
     epochs: int | None = None
@@ -140,7 +140,7 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""
     """Venue, year and arXiv id."""
     family: ClassVar[str] = "custom"
-    """baseline, logit, feature, attention, relational, ..."""
+    """control, logit, feature, attention, relational, ..."""
     taps: ClassVar[tuple[str, ...]] = ()
     """What is read of the student, ``labels`` included."""
     teacher_taps: ClassVar[tuple[str, ...] | None] = None

@@ -66,7 +66,7 @@ _ATTNFD_DATA = {
 def alone(recipe: Recipe) -> Recipe:
     """Return the recipe of the student alone that belongs to a distillation recipe."""
     return replace(
-        recipe, teacher=None, teacher_miou=None, baseline_miou=None, miou=recipe.baseline_miou
+        recipe, teacher=None, teacher_miou=None, student_miou=None, miou=recipe.student_miou
     )
 
 
@@ -95,7 +95,7 @@ def bpkd_context(**changes: Any) -> Recipe:
         "optimizer": "not stated",
         "schedule": "not stated",
         "teacher_miou": 52.47,
-        "baseline_miou": 43.79,
+        "student_miou": 43.79,
     }
     return mmseg("PSPNet-R18", "Pascal Context", **{**BPKD, **fields, **changes})
 
@@ -112,7 +112,7 @@ def skd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:
         "schedule": "poly 0.9",
         "source": "structure-KD repository",
         "gpus": "1",
-        "baseline_miou": 69.10,
+        "student_miou": 69.10,
     }
     return Recipe(**{"student": student, **fields, **changes})
 
@@ -126,7 +126,7 @@ def mgd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:
         "source": "MGD repository",
         "gpus": "8, 2 images each",
         "teacher_miou": 78.34,
-        "baseline_miou": {"PSPNet-R18": 69.85, "DeepLabV3-R18": 73.20}[student],
+        "student_miou": {"PSPNet-R18": 69.85, "DeepLabV3-R18": 73.20}[student],
     }
     return mmseg(student, **{**fields, **changes})
 
@@ -144,7 +144,7 @@ def cirkd(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: A
         "source": "CIRKD repository",
         "gpus": "8 RTX 3090, 2 images each",
         "teacher_miou": teacher_miou,
-        "baseline_miou": _CIRKD_ALONE[dataset, student],
+        "student_miou": _CIRKD_ALONE[dataset, student],
     }
     return Recipe(**{"dataset": dataset, "student": student, **fields, **changes})
 
@@ -160,7 +160,7 @@ def cirkd_segformer(**changes: Any) -> Recipe:
         "schedule": "not stated",
         "source": "CIRKD repository",
         "teacher_miou": 81.23,
-        "baseline_miou": 75.58,
+        "student_miou": 75.58,
     }
     return Recipe(**{"dataset": "Cityscapes", "student": "SegFormer-B0", **fields, **changes})
 
@@ -179,7 +179,7 @@ def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe
         "gpus": "8, 1 image each" if city else None,
         "teacher_miou": 78.30 if city else 43.83,
         "split": "test" if city else "val",
-        "baseline_miou": _CIRKDV2_ALONE[dataset, student],
+        "student_miou": _CIRKDV2_ALONE[dataset, student],
     }
     if "MobileViT" in student:
         fields |= {"optimizer": "AdamW 9e-4"}
@@ -193,7 +193,7 @@ def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe
 
 def attnfd(dataset: str, **changes: Any) -> Recipe:
     """Return AttnFD's recipe, whose length is published in epochs."""
-    epochs, batch, rate, teacher_miou, baseline_miou = _ATTNFD_DATA[dataset]
+    epochs, batch, rate, teacher_miou, student_miou = _ATTNFD_DATA[dataset]
     fields = {
         "teacher": "DeepLabV3+-R101",
         "iterations": None,
@@ -204,6 +204,6 @@ def attnfd(dataset: str, **changes: Any) -> Recipe:
         "schedule": "poly 0.9",
         "source": "AttnFD repository" + (" (inputs of fixed size)" if batch is None else ""),
         "teacher_miou": teacher_miou,
-        "baseline_miou": baseline_miou,
+        "student_miou": student_miou,
     }
     return Recipe(**{"dataset": dataset, "student": "DeepLabV3+-R18", **fields, **changes})

@@ -124,20 +124,20 @@ class BPKD(Method):
     recipes = (
         mmseg(
             teacher_miou=79.74,
-            baseline_miou=74.23,
+            student_miou=74.23,
             miou=77.57,
             **BPKD | {"source": "BPKD repository; the student alone is mmsegmentation's R18b"},
         ),
-        mmseg("HRNetV2-W18S", teacher="HRNetV2-W48", baseline_miou=75.31, miou=78.58, **BPKD),
+        mmseg("HRNetV2-W18S", teacher="HRNetV2-W48", student_miou=75.31, miou=78.58, **BPKD),
         mmseg(
             "DeepLabV3+-MobileNetV2",
             teacher="DeepLabV3+-R101",
-            baseline_miou=75.29,
+            student_miou=75.29,
             miou=78.59,
             **BPKD,
         ),
-        mmseg("ISANet-R18", teacher="ISANet-R101", baseline_miou=73.62, miou=75.72, **BPKD),
-        mmseg("PSPNet-R18", "ADE20K", teacher_miou=44.39, baseline_miou=33.30, miou=38.51, **BPKD),
+        mmseg("ISANet-R18", teacher="ISANet-R101", student_miou=73.62, miou=75.72, **BPKD),
+        mmseg("PSPNet-R18", "ADE20K", teacher_miou=44.39, student_miou=33.30, miou=38.51, **BPKD),
         bpkd_context(miou=46.82),
     )
 

@@ -69,16 +69,16 @@ class CWD(Method):
             iterations=40_000,
             batch=None,
             gpus=None,
-            baseline_miou=71.2,
+            student_miou=71.2,
             miou=74.7,
             source="an issue of the TorchDistiller repository (weight 40; the map is not stated)",
         ),
-        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.26, **BPKD_RERUN),
+        mmseg(teacher_miou=79.74, student_miou=74.23, miou=76.26, **BPKD_RERUN),
         mmseg(
             "PSPNet-R18",
             "ADE20K",
             teacher_miou=44.39,
-            baseline_miou=33.30,
+            student_miou=33.30,
             miou=37.02,
             **BPKD_RERUN,
         ),
@@ -115,7 +115,7 @@ class CWDMmrazor(CWD):
     title = "Channel-wise distillation (logits, mmrazor)"
     weights = {"cwd": 5.0}
     recipes = (
-        mmseg(source="mmrazor model zoo", teacher_miou=79.76, baseline_miou=74.87, miou=75.54),
+        mmseg(source="mmrazor model zoo", teacher_miou=79.76, student_miou=74.87, miou=75.54),
     )
 
     temperature: float = 1.0

@@ -96,7 +96,7 @@ class IFVDPlain(Method):
             optimizer="not stated",
             schedule="not stated",
             weights={"kd": 0.0},
-            baseline_miou=None,
+            student_miou=None,
             miou=58.89,
         ),
     )
@@ -155,12 +155,12 @@ class IFVD(AdversarialMethod, IFVDPlain):
             teacher_miou=78.32,
             miou=74.18,
         ),
-        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.24, **BPKD_RERUN),
+        mmseg(teacher_miou=79.74, student_miou=74.23, miou=76.24, **BPKD_RERUN),
         mmseg(
             "PSPNet-R18",
             "ADE20K",
             teacher_miou=44.39,
-            baseline_miou=33.30,
+            student_miou=33.30,
             miou=34.54,
             **BPKD_RERUN,
         ),

@@ -51,7 +51,7 @@ class KD(Method):
             crop=None,
             gpus=None,
             source="an issue of the CIRKD repository (a third party, lr 0.02; crop not stated)",
-            baseline_miou=76.21,
+            student_miou=76.21,
             miou=76.61,
         ),
         Recipe(

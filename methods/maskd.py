@@ -136,7 +136,7 @@ class MasKD(Method):
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
             gpus=None,
-            baseline_miou=None,
+            student_miou=None,
             source="MasKD repository, student from random weights",
             miou=73.95,
         ),

@@ -68,7 +68,7 @@ class NoDistillation(Method):
                 crop=None,
                 gpus=None,
                 source="an issue of the CIRKD repository (a third party, lr 0.02; crop not stated)",
-                baseline_miou=76.21,
+                student_miou=76.21,
             )
         ),
         *(alone(cirkdv2(student)) for student in CIRKDV2_STUDENTS),
@@ -85,7 +85,7 @@ class NoDistillation(Method):
                 gpus=None,
                 optimizer="not stated",
                 schedule="not stated",
-                baseline_miou=57.8,
+                student_miou=57.8,
             )
         ),
         alone(mgd("PSPNet-R18", source="MGD repository, its own rerun")),

@@ -260,12 +260,12 @@ class SKD(AdversarialMethod, SKDPlain):
             teacher_miou=78.32,
             miou=75.3,
         ),
-        mmseg(teacher_miou=79.74, baseline_miou=74.23, miou=76.13, **SKDS_RERUN),
+        mmseg(teacher_miou=79.74, student_miou=74.23, miou=76.13, **SKDS_RERUN),
         mmseg(
             "PSPNet-R18",
             "ADE20K",
             teacher_miou=44.39,
-            baseline_miou=33.30,
+            student_miou=33.30,
             miou=34.49,
             **SKDS_RERUN,
         ),
@@ -279,7 +279,7 @@ class SKD(AdversarialMethod, SKDPlain):
             gpus=None,
             optimizer="not stated",
             schedule="not stated",
-            baseline_miou=57.8,
+            student_miou=57.8,
             miou=61.4,
         ),
     )

@@ -251,10 +251,10 @@ def pair_text(recipe: Recipe, cls: type[Method]) -> str:
 
 def miou_text(recipe: Recipe) -> str:
     """Return ``74.23 -> 77.57``, the student alone and distilled; a question mark if unknown."""
-    if recipe.miou is None and recipe.baseline_miou is None:
+    if recipe.miou is None and recipe.student_miou is None:
         return "not published"
     distilled = "?" if recipe.miou is None else f"{recipe.miou:.2f}"
-    alone = "" if recipe.baseline_miou is None else f"{recipe.baseline_miou:.2f} -> "
+    alone = "" if recipe.student_miou is None else f"{recipe.student_miou:.2f} -> "
     return f"{alone}{distilled}" + (f" ({recipe.split})" if recipe.split != "val" else "")
 
 

@@ -333,9 +333,9 @@ def test_a_study_reads_its_images_from_the_cache(tmp_path, monkeypatch):
     plain = ResolvedStudy(small_study())
     changes = {"data_settings__cache": "disk", "data_settings__cache_folder": str(tmp_path)}
     cached = ResolvedStudy(small_study(**changes))
-    wanted = plain.batches(1).batch(4)
+    wanted = plain.factory.batches(1).batch(4)
     assert not list(tmp_path.iterdir())  # nothing is made before it is needed
-    got = cached.batches(1).batch(4)
+    got = cached.factory.batches(1).batch(4)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     same(cached.data.val("student"), plain.data.val("student"))
     assert len(list(tmp_path.glob("synthetic-*.cache"))) == 2

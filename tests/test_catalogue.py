@@ -46,7 +46,7 @@ def test_recipes_are_whole(name, recipe):
     )
     assert cls.needs_teacher() or recipe.teacher is recipe.teacher_miou is None
     assert recipe.split in ("val", "test")
-    for miou in (recipe.baseline_miou, recipe.miou, recipe.teacher_miou):
+    for miou in (recipe.student_miou, recipe.miou, recipe.teacher_miou):
         assert miou is None or 20 < miou < 90
     if None not in (recipe.miou, recipe.teacher_miou, recipe.batch):
         # No student passes its teacher: a figure in the wrong place would.
@@ -58,7 +58,7 @@ def test_figures_of_the_cards():
 
     def figures(name: str, dataset: str, student: str) -> list[tuple]:
         return [
-            (r.iterations, r.batch, r.crop, r.teacher_miou, r.baseline_miou, r.miou)
+            (r.iterations, r.batch, r.crop, r.teacher_miou, r.student_miou, r.miou)
             for r in METHODS[name].cls.recipes
             if (r.dataset, r.student) == (dataset, student)
         ]

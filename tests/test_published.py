@@ -14,10 +14,10 @@ from test_cli import kdprof
 
 from kdprof.errors import UserError
 from kdprof.method import Method, Recipe
-from kdprof.published import classes_of, converted_schedules
+from kdprof.published import classes_of, converted_schedules, published_iterations
 from kdprof.reports.published import published_table
 from kdprof.store import Store
-from kdprof.study import claim_folder
+from kdprof.study import StepSettings, claim_folder
 
 CITY = Recipe(
     "Cityscapes", "Big", "Small", 1000, 4, (64, 128), "SGD", "poly", "a paper", miou=70.0
@@ -70,6 +70,50 @@ def test_other_networks_and_data_are_said():
     (one,) = only(replace(CITY, dataset="ADE20K", student="Other"))
     assert one.differs == ("networks", "data")
     assert one.networks == ("Big -> Other",)
+
+
+def test_names_of_studies_are_those_of_the_papers():
+    """A Cost names networks and data as a study does: layout, stem and all."""
+    names = {"student": "pspnet-resnet18c", "teacher": "pspnet-resnet101c", "data": "voc-aug"}
+    recipe = replace(CITY, dataset="Pascal VOC", teacher="PSPNet-R101", student="PSPNet-R18")
+    (one,) = only(recipe, mine=cost("mine", 0.4, settings=SETTINGS | names))
+    assert one.differs == ()
+    names = {"student": "cirkd-pspnet-resnet18s-w64", "teacher": "segformer-b4"}
+    recipe = replace(CITY, teacher="SegFormer-B4", student="PSPNet-R18")
+    (one,) = only(recipe, mine=cost("mine", 0.4, settings=SETTINGS | names))
+    assert one.differs == ()
+
+
+# What a run's schedule spans
+
+LENGTHS = (
+    replace(CITY, dataset="ADE20K", iterations=500),
+    replace(CITY, iterations=None),
+    replace(CITY, iterations=2000, student="Other"),
+    replace(CITY, iterations=3000, crop=(8, 8)),
+    CITY,
+)
+
+
+def span(*recipes, data="cityscapes", networks="big -> small", **step):
+    settings = StepSettings(**{"batch": 4, "crop": (64, 128), **step})
+    return published_iterations(method(*recipes), data, networks, settings)
+
+
+def test_the_published_length_is_that_of_the_studys_data_networks_and_step():
+    assert span(*LENGTHS) == 1000
+    assert span(*LENGTHS, crop=(8, 8)) == 3000
+    assert span(*LENGTHS, networks="big -> other") == 2000
+    assert span(*LENGTHS, data="ade20k") == 500
+    assert span(*LENGTHS, data="ade20k", batch=16) == 500, "nothing nearer was published"
+
+
+def test_no_published_length_and_several_are_refused():
+    with pytest.raises(UserError, match=r"no iterations of 'mine' were published for CamVid; use"):
+        span(*LENGTHS, data="camvid")
+    twice = replace(CITY, iterations=80_000)
+    with pytest.raises(UserError, match=r"several lengths \(1,000, 80,000\) of 'mine' were"):
+        span(CITY, twice)
 
 
 def test_recipes_of_one_schedule_are_one_row():

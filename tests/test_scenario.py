@@ -117,7 +117,7 @@ def test_everything_wrong_with_a_scenario_is_told_at_once():
 
 def test_a_step_without_images_is_refused():
     found = scenario(new=["bus"], old=["sky", "road"], setting="disjoint")
-    with pytest.raises(UserError, match="no train image of drawn shows"):
+    with pytest.raises(UserError, match="no train image of given shows"):
         len(found.view(SCENES, "student", training=True))
 
 

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 
@@ -5,7 +6,7 @@ import pytest
 from cost_records import make_cost
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.records import LedgerEntry
+from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.store import RunFolder, Store, append_line, read_lines, slug, write_atomic
 
 
@@ -15,7 +16,30 @@ def test_cost_round_trip_is_exact(tmp_path):
     path = store.write_cost(cost)
     assert path.name == "cwd.feature-key-cwd:feature.json"
     assert store.read_cost("cwd:feature", cost.key) == cost
-    assert '"schema": 3' in path.read_text()
+    assert '"schema": 4' in path.read_text()
+
+
+def test_records_of_the_schemas_before_are_read(tmp_path):
+    store = Store(tmp_path)
+    cost = make_cost("kd", 0.1)
+    path = store.write_cost(cost)
+    old = json.loads(path.read_text()) | {"schema": 3, "modules_flop": None}
+    old["unavailable"]["modules_flop"] = "not asked for (--modules)"
+    path.write_text(json.dumps(old))
+    assert store.read_cost("kd", cost.key) == cost
+    run = Run(
+        method="kd", budget="6@kd", seed=0, device="cpu", iterations=6, schedule_iterations=6,
+        iterations_done=6, miou=0.5, miou_per_class=None, best_miou=0.5,
+        train_s=Spent(planned=1.0, actual=1.0), eval_s=0.0, checkpoint_s=0.0, flop=None,
+        energy_j=None, cost_key="k", finished=True, versions={},
+    )  # fmt: skip
+    old = {key: v for key, v in run.model_dump(by_alias=True).items() if key != "kind"}
+    old |= {"schema": 2, "beside": old.pop("concurrent_runs")}
+    assert Run.model_validate(old) == run
+    trunk = Run.model_validate(old | {"budget": "trunk", "beside": None})
+    assert (trunk.kind, trunk.budget, trunk.concurrent_runs) == ("trunk", "", None)
+    teacher = Run.model_validate(old | {"method": "teacher", "budget": "80000", "cost_key": None})
+    assert (teacher.kind, teacher.method, teacher.label()) == ("teacher", "none", "teacher")
 
 
 def test_damaged_record_names_file_and_mend(tmp_path):
