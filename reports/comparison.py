@@ -1,90 +1,315 @@
-"""Table: how the cost of each method changed between two measurements."""
+"""Two sets of Costs compared: did a step become slower or faster, and by how much.
+
+A change counts only where the whole 95 % interval of new / old lies beyond a noise threshold, as in
+criterion.rs: the interval says what is certain, the threshold what is worth saying.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from rich.console import Console
+from pydantic import ValidationError
 
-from kdprof.comparison import Change, Comparison
-from kdprof.stats import Numbers
+from kdprof.errors import UserError
+from kdprof.records import Cost
+from kdprof.stats import Numbers, ratio_of, unpaired_ratio
+from kdprof.store import Store
 
-from .text import MISSING, UNRELIABLE, Estimate, Grid, digits, flagged, print_notes
+NOISE_THRESHOLD = 0.01
+"""Changes smaller than this fraction are noise, however narrow their interval."""
+LEAST_ROUNDS = 2
+"""Fewer rounds have no interval."""
 
-_TITLES = {
-    "latency": "new / old",
-    "relative": "ratio to the reference",
-    "flop": "FLOP",
-    "memory": "memory",
-    "energy": "energy",
-}
-"""What a note calls a field that is not available."""
-
-
-def comparison_table(comparison: Comparison, console: Console) -> None:
-    """Print the changes, one method a line, and the notes."""
-    _grid(comparison).without_empty().print(console)
-    print_notes(_notes(comparison), console)
+Verdict = Literal["slower", "faster", "within noise"]
 
 
-def _grid(comparison: Comparison) -> Grid:
-    unit, scale = _time_unit(comparison)
-    references = sorted({row.reference for row in comparison.rows if row.reference})
-    columns: dict[str, Callable[[Change], str]] = {
-        "method": lambda row: flagged(row.method, not row.reliable),
-        f"old ({unit})": lambda row: _seconds(row.old_s, scale),
-        f"new ({unit})": lambda row: _seconds(row.new_s, scale),
-        "new / old": lambda row: _estimate(row.latency),
-        "verdict": lambda row: row.verdict or MISSING,
-        "threshold": lambda row: f"{100 * row.threshold:.1f} %" if row.verdict else MISSING,
-        f"change of / {' or '.join(references)}": lambda row: _estimate(row.relative),
-        "FLOP": lambda row: _percent(row.flop),
-        "memory": lambda row: _percent(row.memory),
-        "energy": lambda row: _percent(row.energy),
-    }
-    rows = [[text(row) for text in columns.values()] for row in comparison.rows]
-    return Grid("Cost of one step, new against old", list(columns), rows, ("verdict",))
+@dataclass(frozen=True)
+class Change:
+    """What changed in the cost of one method; ratios are new / old."""
+
+    method: str
+    old_s: float | None
+    new_s: float | None
+    """Step latencies, medians."""
+    latency: Numbers | None
+    """With a 95 % interval, the two sessions being independent."""
+    threshold: float
+    """Relative change up to which the latency is within noise."""
+    verdict: Verdict | None
+    reference: str | None
+    relative: Numbers | None
+    """Of the ratio to ``reference``, which cancels the machine's own speed."""
+    flop: float | None
+    memory: float | None
+    """Of the peak: the allocator's, or the process's where there is no allocator to ask."""
+    energy: float | None
+    reliable: bool
+    """Whether both costs are."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a field is None."""
 
 
-def _time_unit(comparison: Comparison) -> tuple[str, float]:
-    """Return one unit for the whole table, and its number per second."""
-    longest = max((row.new_s or 0.0 for row in comparison.rows), default=0.0)
-    return ("s", 1.0) if longest >= 1 else ("ms", 1e3)
+@dataclass(frozen=True)
+class Comparison:
+    """The methods in both sets, and what a reader must know about them."""
+
+    rows: list[Change]
+    notes: list[str]
+    unreliable: list[str]
+    """Costs that are not to be trusted, each with its side and the reasons."""
 
 
-def _seconds(value: float | None, scale: float) -> str:
-    return MISSING if value is None else f"{value * scale:.{digits(value * scale, 0)}f}"
+def read_costs(path: Path) -> list[Cost]:
+    """Read a JSON file of one Cost or of a list, or the newest Costs of a results folder.
+
+    Raises:
+        UserError: there are no Costs, or none that this version reads.
+    """
+    if path.is_dir():
+        return list(Store(path).latest_costs().values())
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON file of costs ({error})") from None
+    items = content if isinstance(content, list) else [content]
+    if not items:
+        raise UserError(f"{path} holds no costs")
+    problems = [problem for place, item in enumerate(items, 1) for problem in _faults(place, item)]
+    if problems:
+        raise UserError(f"{path} holds no costs this version reads: {'; '.join(problems)}")
+    return [Cost.model_validate(item) for item in items]
 
 
-def _estimate(numbers: Numbers | None) -> str:
-    if numbers is None:
-        return MISSING
-    # Three decimals: a change of half a percent has to be seen.
-    return Estimate(*numbers).brief(3)
+def _faults(place: int, item: Any) -> list[str]:
+    """Return what is wrong with one record of a file."""
+    if not isinstance(item, dict) or "method" not in item:
+        return [f"record {place} is no cost"]
+    name = f"record {place} ({item['method']})"
+    schema = Cost.model_fields["schema_version"].default
+    if item.get("schema") != schema:
+        # One problem, not one for each field that another schema has or lacks.
+        return [f"{name} has schema {item.get('schema')}, not {schema}; measure again"]
+    try:
+        Cost.model_validate(item)
+    except ValidationError as error:
+        return [f"{name}: {_place(one['loc'])}: {one['msg']}" for one in error.errors()]
+    return []
 
 
-def _percent(ratio: float | None) -> str:
-    if ratio is None:
-        return MISSING
-    return "=" if ratio == 1 else f"{100 * (ratio - 1):+.1f} %"
+def _place(location: Iterable[Any]) -> str:
+    return ".".join(str(part) for part in location)
 
 
-def _notes(comparison: Comparison) -> list[str]:
-    columns = (
-        "The change of the ratio to the reference cancels the machine's own speed. FLOP, peak "
-        "memory, energy: relative change, '=' where there is none."
+def compare(
+    old: Sequence[Cost], new: Sequence[Cost], noise_threshold: float = NOISE_THRESHOLD
+) -> Comparison:
+    """Compare the Costs of every method that is in both sets; of several, the last one counts.
+
+    Different devices, settings or versions are noted, not refused.
+
+    Raises:
+        UserError: no method is in both sets.
+    """
+    before, after = ({cost.method: cost for cost in costs} for costs in (old, new))
+    pairs = [(before[method], cost) for method, cost in after.items() if method in before]
+    if not pairs:
+        raise UserError(
+            f"no method in common: old has {_listed(before)}, new has {_listed(after)}; "
+            "measure the same methods"
+        )
+    rows = [_change(one, other, noise_threshold) for one, other in pairs]
+    return Comparison(rows, _notes(before, after, pairs, noise_threshold), _unreliable(pairs))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none at all"
+
+
+def _change(old: Cost, new: Cost, noise_threshold: float) -> Change:
+    missing: dict[str, str] = {}
+    latency = _latency(old, new, missing)
+    threshold = noise_threshold + abs(machine_change(old, new) or 0.0)
+    return Change(
+        method=new.method,
+        old_s=old.latency_s.median if old.latency_s else None,
+        new_s=new.latency_s.median if new.latency_s else None,
+        latency=latency,
+        threshold=threshold,
+        verdict=_verdict(latency, threshold) if latency else None,
+        reference=new.ratio.to if new.ratio else None,
+        relative=_relative(old, new, missing),
+        flop=_quotient("flop", old, new, _flop, missing),
+        memory=_memory(old, new, missing),
+        energy=_quotient("energy_j", old, new, lambda cost: cost.energy_j, missing),
+        reliable=old.reliable and new.reliable,
+        missing=missing,
     )
-    doubts = [f"{UNRELIABLE} {doubt}" for doubt in comparison.unreliable]
-    return [comparison.notes[0], columns, *comparison.notes[1:], *doubts, *_missing(comparison)]
 
 
-def _missing(comparison: Comparison) -> list[str]:
-    """Return why cells hold a dash: one note per column and reason."""
-    where: dict[tuple[str, str], list[str]] = {}
-    for row in comparison.rows:
-        for name, reason in row.missing.items():
-            where.setdefault((name, reason), []).append(row.method)
+def machine_change(old: Cost, new: Cost) -> float | None:
+    """Return by how much the machine itself became slower, by the canary; None where unknown."""
+    if old.device != new.device or old.canary is None or new.canary is None:
+        return None
+    return new.canary.median_s / old.canary.median_s - 1
+
+
+def _latency(old: Cost, new: Cost, missing: dict[str, str]) -> Numbers | None:
+    short = [cost for cost in (old, new) if len(cost.samples_s) < LEAST_ROUNDS]
+    if short:
+        missing["latency"] = short[0].unavailable.get("latency_s", "fewer than two rounds")
+        return None
+    return unpaired_ratio(new.samples_s, old.samples_s)
+
+
+def _verdict(latency: Numbers, threshold: float) -> Verdict:
+    _, low, high = latency
+    if low > 1 + threshold:
+        return "slower"
+    return "faster" if high < 1 - threshold else "within noise"
+
+
+def _relative(old: Cost, new: Cost, missing: dict[str, str]) -> Numbers | None:
+    """Return the change of the ratio to the reference; both must be to the same."""
+    if old.ratio is None or new.ratio is None:
+        absent = old if old.ratio is None else new
+        missing["relative"] = absent.unavailable.get("ratio", "no ratio to a reference")
+    elif old.ratio.to != new.ratio.to:
+        missing["relative"] = f"old is relative to {old.ratio.to}, new to {new.ratio.to}"
+    elif new.ratio.to == new.method:
+        missing["relative"] = "the reference itself"
+    if "relative" in missing:
+        return None
+    return ratio_of(*((c.ratio.median, c.ratio.low, c.ratio.high) for c in (new, old)))
+
+
+def _flop(cost: Cost) -> float | None:
+    return None if cost.flop is None else cost.flop.total
+
+
+def _quotient(name: str, old: Cost, new: Cost, value: Any, missing: dict[str, str]) -> float | None:
+    for cost in (old, new):
+        if value(cost) is None:
+            missing[name.removesuffix("_j")] = cost.unavailable.get(name, "not measured")
+            return None
+    return value(new) / value(old) if value(old) else None
+
+
+def _memory(old: Cost, new: Cost, missing: dict[str, str]) -> float | None:
+    for kind in ("peak_allocated", "process"):
+        ends = [getattr(cost.memory_bytes, kind) for cost in (old, new)]
+        if None not in ends:
+            return ends[1] / ends[0]
+    missing["memory"] = "no peak of one kind in both"
+    return None
+
+
+# Notes
+
+Pairs = Sequence[tuple[Cost, Cost]]
+
+
+def _notes(
+    before: Mapping[str, Cost], after: Mapping[str, Cost], pairs: Pairs, noise_threshold: float
+) -> list[str]:
     return [
-        f"No {_TITLES[name]} ({', '.join(methods)}): {reason}."
-        for (name, reason), methods in where.items()
+        "new / old of the step latency with its 95 % interval, the sessions being independent. "
+        "Slower or faster: the whole interval is beyond the threshold, which is "
+        f"{100 * noise_threshold:g} % plus what the machine itself changed (canary).",
+        *_device_note(pairs),
+        *_difference_notes("settings", pairs),
+        *_difference_notes("versions", pairs),
+        *_machine_notes(pairs, noise_threshold),
+        *_same_notes(pairs),
+        *(f"Only in {name}: {_listed(alone)}." for name, alone in _alone(before, after) if alone),
     ]
+
+
+def _alone(before: Mapping[str, Cost], after: Mapping[str, Cost]) -> list[tuple[str, list[str]]]:
+    return [
+        ("old", [method for method in before if method not in after]),
+        ("new", [method for method in after if method not in before]),
+    ]
+
+
+def _device_note(pairs: Pairs) -> list[str]:
+    old, new = ([cost.device for cost in side] for side in zip(*pairs, strict=True))
+    if old == new:
+        return []
+    return [
+        f"Different devices: old {_listed(dict.fromkeys(old))}; new {_listed(dict.fromkeys(new))}. "
+        "The latencies compare the machines too; the ratio to the reference less so."
+    ]
+
+
+def _difference_notes(what: Literal["settings", "versions"], pairs: Pairs) -> list[str]:
+    methods_of: dict[str, list[str]] = {}
+    for old, new in pairs:
+        one, other = _flat(getattr(old, what)), _flat(getattr(new, what))
+        for key in sorted(one.keys() | other.keys()):
+            if one.get(key) != other.get(key):
+                text = f"{key} {one.get(key, 'absent')} -> {other.get(key, 'absent')}"
+                methods_of.setdefault(text, []).append(new.method)
+    if not methods_of:
+        return []
+    listed = "; ".join(f"{text} ({_who(names, pairs)})" for text, names in methods_of.items())
+    return [f"Different {what}: {listed}."]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of settings with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {f"{prefix}{key}": value}
+    return found
+
+
+def _who(methods: Sequence[str], pairs: Pairs) -> str:
+    return "all methods" if len(methods) == len(pairs) > 1 else ", ".join(methods)
+
+
+def _machine_notes(pairs: Pairs, noise_threshold: float) -> list[str]:
+    """Return by how much the machine itself changed speed, and where nobody knows."""
+    changes = {new.method: machine_change(old, new) for old, new in pairs}
+    shifted = [
+        f"{method} ({100 * abs(change):.1f} % {'slower' if change > 0 else 'faster'})"
+        for method, change in changes.items()
+        if change is not None and abs(change) > noise_threshold
+    ]
+    found = []
+    if shifted:
+        found.append(
+            "The machine itself changed speed between old and new, by the canary: "
+            f"{', '.join(shifted)}. The threshold is that much wider."
+        )
+    unknown = [
+        new.method
+        for old, new in pairs
+        if old.device == new.device and changes[new.method] is None and old.samples_s
+    ]
+    if unknown:
+        found.append(
+            f"No canary on both sides ({_who(unknown, pairs)}): a change of the machine's own "
+            "speed would not be seen."
+        )
+    return found
+
+
+def _unreliable(pairs: Pairs) -> list[str]:
+    return [
+        f"{cost.method} ({side}) is UNRELIABLE: {'; '.join(cost.warnings) or 'no reason'}."
+        for pair in pairs
+        for side, cost in zip(("old", "new"), pair, strict=True)
+        if not cost.reliable
+    ]
+
+
+def _same_notes(pairs: Pairs) -> list[str]:
+    same = [new.method for old, new in pairs if new.session and old.session == new.session]
+    return [f"Old and new are the same measurement ({_who(same, pairs)})."] if same else []

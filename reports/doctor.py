@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from kdprof.doctor import Finding
+    from kdprof.measure.doctor import Finding
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kdprof": ROOT / "kdprof", "kdprof.methods": ROOT / "methods"}
 FOLDERS["kdprof.reports"] = ROOT / "reports"
 
-LEAVES = {"errors", "records", "stats", "store", "budget", "study", "comparison"}
+LEAVES = {"errors", "records", "stats", "store", "budget", "study"}
 """Know neither torch nor each other's users."""
 
 MAY_IMPORT = {
@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
     "study": {"budget", "errors", "store"},
-    "comparison": {"errors", "records", "stats", "store"},
     "processes": {"errors", "store"},
     "user_files": {"errors"},
     "method": {"errors"},
@@ -46,7 +45,6 @@ MAY_IMPORT = {
         "data", "distributed", "errors", "feed", "hardware", "processes", "progress", "records",
         "resolve", "stats", "step", "store", "study", "user_files",
     },
-    "doctor": {"hardware", "measure"},
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",
     },
@@ -64,7 +62,7 @@ MAY_IMPORT = {
     },
     "methods": {"errors", "method"},
     "reports": {
-        "budget", "comparison", "data", "discovery", "doctor", "errors", "evaluate", "measure",
+        "budget", "data", "discovery", "errors", "evaluate", "measure",
         "method", "method_checks", "published", "records", "stats", "store", "train",
     },
     "demo": {"budget", "progress", "reports", "train", "workflow"},

@@ -7,10 +7,10 @@ import pytest
 from cost_records import alike, gpu_cost, make_cost, memory
 from rich.console import Console
 
-from kdprof.comparison import NOISE_THRESHOLD, compare, read_costs
 from kdprof.errors import UserError
 from kdprof.records import Canary, Cost, Ratio
-from kdprof.reports.comparison import comparison_table
+from kdprof.reports.comparison import NOISE_THRESHOLD, compare, read_costs
+from kdprof.reports.comparison_table import comparison_table
 from kdprof.store import Store, to_json
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"

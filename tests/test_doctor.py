@@ -10,10 +10,9 @@ from nvml_replay import replayed
 from rich.console import Console
 from small_study import small_study
 
-from kdprof import doctor
-from kdprof.doctor import findings, findings_here
 from kdprof.hardware.cpu import CpuHardware
-from kdprof.measure import feeding
+from kdprof.measure import doctor, feeding
+from kdprof.measure.doctor import findings, findings_here
 from kdprof.measure.feeding import Feeding, measure_feeding
 from kdprof.progress import Progress
 from kdprof.reports.doctor import print_findings

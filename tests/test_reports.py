@@ -633,7 +633,7 @@ def test_reports_need_neither_torch_nor_the_engine():
             if module.startswith("kdprof"):
                 assert module in {
                     "kdprof.store", "kdprof.stats", "kdprof.records", "kdprof.errors",
-                    "kdprof.budget", "kdprof.comparison",
+                    "kdprof.budget", "kdprof.reports.comparison",
                 }  # fmt: skip
     code = (
         "import sys; from kdprof.reports import curves, table, costs, conversion, comparison; "

@@ -29,7 +29,7 @@ def doctor(source: str | None, data: str | None, assignments: tuple[str, ...]) -
 
     With a study or data also whether the loader keeps up with the step.
     """
-    from kdprof.doctor import findings_here
+    from kdprof.measure.doctor import findings_here
     from kdprof.reports.doctor import print_findings
     from kdprof.reports.feeding import print_feeding
     from kdprof.study import parse_assignments

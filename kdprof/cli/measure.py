@@ -191,7 +191,7 @@ def _show_costs(costs: Sequence[Cost], output: OutputOptions, paths: Sequence[Pa
 
 def _read_baseline(path: Path | None) -> list[Cost] | None:
     """Read the baseline first: a file that cannot be read is found before anything is measured."""
-    from kdprof.comparison import read_costs
+    from kdprof.reports.comparison import read_costs
 
     return None if path is None else read_costs(path)
 
@@ -207,8 +207,8 @@ def _conclude(
     """
     slower = []
     if baseline is not None and costs:
-        from kdprof.comparison import compare as run
-        from kdprof.reports.comparison import comparison_table
+        from kdprof.reports.comparison import compare as run
+        from kdprof.reports.comparison_table import comparison_table
 
         comparison = run(baseline, costs)
         if output.prints_tables:
@@ -229,8 +229,8 @@ def _conclude(
 @click.argument("new", type=FILE)
 def compare(old: Path, new: Path) -> None:
     """Compare the Costs in OLD with those in NEW: record files, or folders of results."""
-    from kdprof.comparison import compare as run
-    from kdprof.comparison import read_costs
-    from kdprof.reports.comparison import comparison_table
+    from kdprof.reports.comparison import compare as run
+    from kdprof.reports.comparison import read_costs
+    from kdprof.reports.comparison_table import comparison_table
 
     comparison_table(run(read_costs(old), read_costs(new)), stdout())
