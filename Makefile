@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install
+.PHONY: demo test lint types install
 .DELETE_ON_ERROR:
 
 # The stamp is newer than the files that say what to install, or the install is made again.
@@ -20,6 +20,15 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# methods/ and reports/ lie beside kdprof/ and are imported as parts of it: mypy finds them there
+# through links.
+TYPES := $(VENV)/types
+types: install
+	rm -rf $(TYPES)/kdprof && mkdir -p $(TYPES)/kdprof
+	ln -s $(CURDIR)/methods $(CURDIR)/reports $(CURDIR)/kdprof/* $(TYPES)/kdprof/
+	MYPYPATH=$(TYPES) $(BIN)/mypy
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
