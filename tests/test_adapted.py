@@ -77,7 +77,7 @@ def test_channels_and_strides_are_looked_at(mine):
     ("spec", "message"),
     [
         ("nowhere.py:build", "no file"),
-        ("mine.py:built", "unknown function 'built'; did you mean 'build'?"),
+        ("mine.py:built", "has no function 'built'; did you mean 'build'?"),
         ("mine.py:wrong", "returned a Mine; return AdaptedNetwork"),
         ("mine.py:other_classes", "its logits have 3 channels for 5 classes"),
         ("mine.py:other_tap", "unknown tap 'neck'"),

@@ -92,7 +92,7 @@ def test_two_at_once_are_the_runs_of_one_process(tmp_path):
     for method in ("none", "kd"):
         folders = [store.run_folder(method, "6", 0) for store in (ours, alone)]
         torch.testing.assert_close(*map(weights, folders), rtol=0, atol=0)
-        assert [folder.read_run().beside for folder in folders] == [1, 0]
+        assert [folder.read_run().concurrent_runs for folder in folders] == [1, 0]
     again = run(tmp_path, tmp_path / "out", "--json")
     assert again.returncode == 0
     assert {record["finished"] for record in json.loads(again.stdout)} == {True}

@@ -116,7 +116,7 @@ def test_requeued_preempted_and_left_by_their_node_they_end_the_same(tmp_path, c
     for seed, folder in enumerate(folders):
         expected = alone.run_folder("slow", "200", seed)
         torch.testing.assert_close(weights(folder), weights(expected), rtol=0, atol=0)
-        assert folder.read_run().beside is None
+        assert folder.read_run().concurrent_runs is None
     report(cluster, store, tasks)
 
     over = submit(tmp_path, cluster, **changes)
