@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_inputs import real_batch, real_step
 from oracles_cirkd import ORACLES, enqueue, gcn
-from test_methods import real_batch, real_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -500,26 +500,7 @@ def test_gradients_reach_student_and_extras_and_never_the_teacher(name):
     assert not any(b.requires_grad for b in method.buffers())
 
 
-@names
-def test_a_copy_by_state_dict_goes_on_the_same(name):
-    first, second = make(name, seed=0), make(name, seed=1)
-    first(*draw(seed=1))
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for seed in (2, 3):
-        results = [run(m, m, draw(seed=seed), seed)[0] for m in (first, second)]
-        assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
-    assert all(map(torch.equal, first.buffers(), second.buffers()))
-
-
 # Cost.
-
-
-@names
-def test_the_host_never_waits(name):
-    step = real_step(name)
-    with StepTrace(step) as trace:
-        step(*real_batch(), 0, trace.mark)
-    assert trace.synchronisations() == []
 
 
 def test_a_relation_costs_four_products_and_all_are_the_terms_own():

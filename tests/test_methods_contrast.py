@@ -1,6 +1,5 @@
 """af_dcd and reviewkd against their equations in loops, and where each could break."""
 
-import copy
 import math
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_inputs import draw, make, random, seeded
 from oracles_contrast import ORACLES
-from test_methods import draw, make, real_batch, real_step
 from torch import nn
 
 from kdprof.errors import UserError
-from kdprof.measure.trace import StepTrace
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import af_dcd
 from kdprof.methods.af_dcd import (
@@ -47,16 +45,6 @@ CASES = {
     "finer": {"images": 1, "grid": (4, 4), "teacher_grid": (3, 2)},
 }
 few = settings(max_examples=12, deadline=None, derandomize=True)
-
-
-def random(shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(shape, generator=generator)
-
-
-def seeded(function, *arguments):
-    torch.manual_seed(5)
-    return function(*arguments)
 
 
 def gradients(method, terms, leaves):
@@ -320,45 +308,12 @@ def test_extreme_maps(name, scale, grid):
     assert all(g.isfinite().all() for g in found)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_student_and_extras_and_never_the_teacher(name):
-    method = make(name)
-    student, teacher, _ = draw(method)
-    sum(method.weights[n] * t for n, t in method(student, teacher, None).items()).backward()
-    for value in [*vars(student).values(), *method.extra_parameters()]:
-        assert value.grad.abs().max() > 0
-    assert all(value.grad is None for value in vars(teacher).values())
-    assert len(method.extra_parameters()) == len(list(method.parameters()))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_through_state_dict_continues_the_same(name):
-    first, second = make(name, seed=0), make(name, seed=1)
-    batch = draw(first)
-    first(*batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(2):
-        ours, theirs = (seeded(method, *batch) for method in (first, second))
-        assert all(torch.equal(value, theirs[term]) for term, value in ours.items())
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
-
-
 def test_masks_are_drawn_anew_and_seeded():
     random_ones, fixed = make("af_dcd"), make("af_dcd", mask="centre")
     batch = draw(fixed)
     assert seeded(random_ones, *batch)["fd"] == seeded(random_ones, *batch)["fd"]
     assert random_ones(*batch)["fd"] != random_ones(*batch)["fd"]
     assert fixed(*batch)["fd"] == fixed(*batch)["fd"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_operator_waits_for_the_device(name):
-    step = real_step(name)
-    with StepTrace(step) as trace:
-        step(*real_batch(), 0, trace.mark)
-    assert trace.synchronisations() == []
-    assert not [o.name for o in trace.operations() if o.other_flop is None]
 
 
 # Extras and settings.

@@ -1,6 +1,5 @@
 """ilt and dkd against their equations in loops, and where each could break."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_inputs import exactly, network, weighted
 from oracles_incremental import ORACLES
 from small_study import small_study
-from test_methods import network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,14 +65,6 @@ def draw(
     labels = torch.randint(0, CLASSES, size, generator=generator)
     labels[torch.rand(size, generator=generator) < void] = IGNORE
     return student, teacher, labels if "labels" in method.taps else None
-
-
-def weighted(method, terms):
-    return sum(method.weights[name] * term.double() for name, term in terms.items())
-
-
-def exactly(taps):
-    return Taps(**{tap: value.double() for tap, value in vars(taps).items()})
 
 
 def assert_equation(method, student, teacher, labels):
@@ -355,16 +346,6 @@ def test_gradient_reaches_student_and_extras_and_never_the_teacher(name, setting
     for value in (*vars(student).values(), *method.extra_parameters()):
         assert value.grad.abs().max() > 0
     assert all(value.grad is None for value in vars(teacher).values())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_through_state_dict_continues_the_same(name):
-    first, second = make(name, seed=0), make(name, seed=1)
-    batch = draw(first)
-    first(*batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    ours, theirs = first(*batch), second(*batch)
-    assert all(torch.equal(value, theirs[term]) for term, value in ours.items())
 
 
 def test_notes_tell_what_is_not_published_and_what_is_nothing():

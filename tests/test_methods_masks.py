@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_inputs import CLASSES, draw, make, random, real_batch, real_step, seeded
 from oracles_masks import AUXILIARY, ORACLES, class_covariance, edge_share
-from test_methods import CLASSES, draw, make, real_batch, real_step
 from torch import nn
 
 from kdprof.errors import UserError
-from kdprof.measure.trace import StepTrace
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import bpkd, fakd
 from kdprof.methods.bpkd import BPKD, edge_kl, edge_masks
@@ -42,16 +41,6 @@ CASES = {
 }
 few = settings(max_examples=20, deadline=None, derandomize=True)
 sides = st.tuples(st.integers(1, 4), st.integers(1, 4))
-
-
-def random(shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(shape, generator=generator)
-
-
-def seeded(function, *arguments):
-    torch.manual_seed(5)
-    return function(*arguments)
 
 
 def gradients(method, terms, leaves):
@@ -410,17 +399,6 @@ def test_masks_that_close_and_masks_that_open():
         assert terms["overlap"].item() == pytest.approx(max(0.0, sign))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_student_and_extras_and_never_the_teacher(name):
-    method = make(name)
-    student, teacher, labels = draw(method)
-    terms = method(student, teacher, labels)
-    sum(method.weights[n] * t for n, t in terms.items()).backward()
-    for value in [*vars(student).values(), *method.extra_parameters()]:
-        assert value.grad.abs().max() > 0
-    assert all(value.grad is None for value in vars(teacher).values())
-
-
 def test_tokens_learn_from_their_own_terms_only():
     method = make("maskd")
     student, teacher, labels = draw(method)
@@ -450,27 +428,6 @@ def test_tokens_are_trained_and_their_terms_fall():
         sum(float(r[n]) for n in MasKD.auxiliary_weights) for r in losses[:: len(losses) - 1]
     )
     assert last < first
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_through_state_dict_continues_the_same(name):
-    first, second = make(name, seed=0), make(name, seed=1)
-    batch = draw(first)
-    first(*batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(2):
-        ours, theirs = (seeded(method, *batch) for method in (first, second))
-        assert all(torch.equal(value, theirs[term]) for term, value in ours.items())
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_operator_waits_for_the_device(name):
-    step = real_step(name)
-    with StepTrace(step) as trace:
-        step(*real_batch(), 0, trace.mark)
-    assert trace.synchronisations() == []
 
 
 # Extras and settings.

@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_inputs import draw, finite_with_gradient, make, random
 from oracles_relations import ORACLES
-from test_methods import draw, make, real_batch, real_step
 from torch import nn
 
 from kdprof.errors import UserError
-from kdprof.measure.trace import StepTrace
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods._standardise import standardise
 from kdprof.methods.at import AT, attention_gap
@@ -38,11 +37,6 @@ CONFIGURATIONS = [
 ]
 few = settings(max_examples=20, deadline=None, derandomize=True)
 grids = st.tuples(st.integers(2, 6), st.integers(2, 6))
-
-
-def random(shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(shape, generator=generator)
 
 
 def built(method, student_channels, teacher_channels):
@@ -234,13 +228,6 @@ def test_dist_reads_relations_only():
 # Where it could break.
 
 
-def finite_with_gradient(loss, *inputs):
-    assert loss.isfinite()
-    found = torch.autograd.grad(loss, inputs, retain_graph=True)
-    assert all(g.isfinite().all() for g in found)
-    return found
-
-
 def test_features_without_a_direction():
     """Dead features and constant channels: finite, and no gradient where there is no direction."""
     alive = random((2, 4, 5, 7), 1)
@@ -312,39 +299,6 @@ def test_half_precision_maps(name, dtype):
         expected = ORACLES[name](student, teacher, None, method)
         for term, value in expected.items():
             assert terms[term].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_student_and_extras_and_never_the_teacher(name):
-    method = make(name)
-    student, teacher, _ = draw(method)
-    terms = method(student, teacher, None)
-    sum(method.weights[n] * t for n, t in terms.items()).backward()
-    for value in [*vars(student).values(), *method.parameters()]:
-        assert value.grad.abs().max() > 0 or value.ndim == 0
-    assert all(value.grad is None for value in vars(teacher).values())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_through_state_dict_continues_the_same(name):
-    first, second = make(name, seed=0), make(name, seed=1)
-    batch = draw(first)
-    first(*batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for method in (first, second):
-        method(*batch)
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
-    ours, theirs = first(*batch), second(*batch)
-    assert all(torch.equal(value, theirs[term]) for term, value in ours.items())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_operator_waits_for_the_device(name):
-    step = real_step(name)
-    with StepTrace(step) as trace:
-        step(*real_batch(), 0, trace.mark)
-    assert trace.synchronisations() == []
 
 
 # Extras and settings.

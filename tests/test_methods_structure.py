@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_inputs import draw, finite_with_gradient, make, random, weighted
 from oracles_structure import AUXILIARY, ORACLES, pairwise
-from test_methods import draw, make, real_batch, real_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdprof.errors import UserError
-from kdprof.measure.trace import StepTrace
 from kdprof.method import Taps
 from kdprof.methods import skd
 from kdprof.methods.dsd import DSD, class_gap, residual_gap
@@ -32,15 +31,6 @@ CONFIGURATIONS = [
 ]
 few = settings(max_examples=20, deadline=None, derandomize=True)
 grids = st.tuples(st.integers(1, 6), st.integers(2, 6))
-
-
-def random(shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(shape, generator=generator)
-
-
-def weighted(method, terms):
-    return sum(method.weights[name] * term.double() for name, term in terms.items())
 
 
 def assert_equation(method, student, teacher):
@@ -281,13 +271,6 @@ def test_the_way_is_chosen_by_size():
 # Where it could break.
 
 
-def finite_with_gradient(loss, *inputs):
-    assert loss.isfinite()
-    found = torch.autograd.grad(loss, inputs, retain_graph=True)
-    assert all(g.isfinite().all() for g in found)
-    return found
-
-
 @pytest.mark.parametrize("term", [pairwise_whole, pairwise_local], ids=["whole", "local"])
 def test_dead_features_pass_no_gradient(term):
     alive = random((2, 4, 6, 8), 1)
@@ -344,38 +327,6 @@ def test_half_precision_maps(name, dtype):
     finite_with_gradient(weighted(method, terms), *vars(student).values())
     for term, value in expected.items():
         assert terms[term].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-6), term
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_student_and_never_the_teacher(name):
-    method = make(name)
-    student, teacher, _ = draw(method)
-    weighted(method, method(student, teacher, None)).backward()
-    assert not method.extra_parameters()
-    assert all(value.grad.abs().max() > 0 for value in vars(student).values())
-    assert all(p.grad is None for p in method.parameters())
-    assert all(value.grad is None for value in vars(teacher).values())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_copy_through_state_dict_continues_the_same(name):
-    first, second = make(name, seed=0), make(name, seed=1)
-    batch = draw(first)
-    first(*batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(2):
-        ours, theirs = first(*batch), second(*batch)
-        assert all(torch.equal(value, theirs[term]) for term, value in ours.items())
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_operator_waits_for_the_device(name):
-    step = real_step(name)
-    with StepTrace(step) as trace:
-        step(*real_batch(), 0, trace.mark)
-    assert trace.synchronisations() == []
 
 
 # Extras and settings.

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from builders import Alone, Mimic, tiny_batch, tiny_step
-from test_methods import real_batch, real_step
+from method_inputs import real_batch, real_step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
