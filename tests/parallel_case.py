@@ -1,11 +1,7 @@
-"""One of the processes of a group: ``parallel_case.py RANK SIZE FOLDER CASE``.
-
-Writes what it found as JSON to FOLDER/found-RANK. CASE names a function of this file.
-"""
+"""What the processes of a group compute, in the tests of data-parallel training."""
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +38,7 @@ class Judged(Method):
         return {"fool": -self.judge(student.logits).mean(), "head": head}
 
     def auxiliary_forward(self, student, teacher, labels):
-        # Means over pictures: of the whole batch, they are the mean of the shares' means.
+        # Means over images: of the whole batch, they are the mean of the shares' means.
         judged = self.judge(student.logits), self.judge(teacher.logits)
         return {"judge": judged[0].sigmoid().mean() - judged[1].sigmoid().mean()}
 
@@ -121,14 +117,14 @@ def orders(ranks):
     return {"nested": got["nested"], "pids": len(ranks.pids)}
 
 
-def main():
-    rank, size, folder, case = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+def run(rank: int, size: int, folder: Path, case: str) -> None:
+    """Be one process of a group and write what it found as JSON to FOLDER/found-RANK.
+
+    Args:
+        case: the name of a function of this file.
+    """
     torch.set_num_threads(1)
     ranks = Ranks(Place(rank, size, f"file://{folder / 'rendezvous'}"), "cpu")
     found = globals()[case](ranks)
     (folder / f"found-{rank}").write_text(json.dumps(found))
     ranks.leave()
-
-
-if __name__ == "__main__":
-    main()

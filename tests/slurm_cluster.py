@@ -121,6 +121,28 @@ class Cluster:
         self.run("scontrol", "update", f"nodename={self.host}", "state=resume")
         self.wait(self.takes_jobs)
 
+    def kill_node(self) -> None:
+        """End the node at once with all that runs on it, and nothing of another cluster."""
+        self.stop("slurmd", signal.SIGKILL)
+        for pid in self._on_node():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename={self.host}", "state=down", "reason=test")
+        self.wait(lambda: not self.running())
+
+    def _on_node(self) -> list[int]:
+        """Return the step daemons of this cluster, which are no children of slurmd, and what they
+        started."""
+        ours, job = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(), b"SLURMD_NODENAME="
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended, or is another user's
+                variables = (process / "environ").read_bytes().split(b"\0")
+                step = b"slurmstepd" in (process / "cmdline").read_bytes()
+                if ours in variables and (step or any(v.startswith(job) for v in variables)):
+                    found.append(int(process.name))
+        return found
+
     def stop(self, name: str, number: int = signal.SIGTERM) -> None:
         """End a daemon."""
         daemon = self._daemons[name]

@@ -1,10 +1,10 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import kdprof
 from small_study import price, small_study, small_toml
 
 from kdprof.discovery import builtin_methods
@@ -104,24 +104,14 @@ def test_what_a_network_lacks_is_told_before_anything_runs(mine):
 def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp_path):
     changes = {"methods": ["none", "kd"], "step.aux_weight": 0.0, "budgets": ["3"]}
     study, out = small_toml(tmp_path, **changes), tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", out,
-         "--student", "./mine.py:build"],
-        capture_output=True, text=True, check=False, cwd=mine.parent,
-    )  # fmt: skip
+    options = ("--study", study, "--out", out, "--student", "./mine.py:build")
+    done = kdprof("train", *options, cwd=mine.parent)
     assert done.returncode == 0, done.stderr
     assert "2 runs trained" in done.stdout
     before = ResolvedStudy(small_study(student=f"{mine}:build", **{"step.aux_weight": 0.0}))
     key = cost_key(before, "none")
     mine.write_text(MINE + "\n# changed\n")
     assert cost_key(before, "none") != key
-
-
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "kdprof", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=cwd,
-    )  # fmt: skip
 
 
 def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
@@ -141,7 +131,7 @@ def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
     del state["stem.0.bias"]
     torch.save({**state, "stem.0.scale": torch.ones(8)}, tmp_path / "other.pth")
     evaluation = ("evaluate", "--model", "./mine.py:build", "--data", "synthetic", "--weights")
-    done = run(*evaluation, "other.pth", cwd=tmp_path)
+    done = kdprof(*evaluation, "other.pth", cwd=tmp_path)
     assert done.returncode == 2
     assert "does not fit mine: missing: stem.0.bias; unexpected: stem.0.scale" in done.stderr
 
@@ -149,15 +139,16 @@ def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
     toml = small_toml(tmp_path, **changes)
     price(tmp_path / "kdprof-out", small_study(student=f"{mine}:build", **changes))
     train = ("train", "--study", toml, "--student", "./mine.py:build", "--no-control")
-    assert run(*train, cwd=tmp_path).returncode == 0
+    assert kdprof(*train, cwd=tmp_path).returncode == 0
     given = ("--method", "none", "--budget", "3")
     for file in ("student.safetensors", "student.onnx"):
-        done = run("export", file, *given, cwd=tmp_path)
+        done = kdprof("export", file, *given, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "mmsegmentation has no mine" in run("export", "student.pth", *given, cwd=tmp_path).stderr
+    refused = kdprof("export", "student.pth", *given, cwd=tmp_path)
+    assert "mmsegmentation has no mine" in refused.stderr
     checkpoint = tmp_path / "kdprof-out/runs/none/3/0/checkpoint.pt"
     scores = [
-        json.loads(run(*evaluation, file, "--json", cwd=tmp_path).stdout)["scores"]
+        json.loads(kdprof(*evaluation, file, "--json", cwd=tmp_path).stdout)["scores"]
         for file in ("student.safetensors", checkpoint)
     ]
     assert scores[0] == scores[1]

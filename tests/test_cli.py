@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from cost_records import make_cost
 from PIL import Image
+from processes import cold, kdprof
 from small_study import small_study, small_toml
 
 from kdprof import cli
@@ -20,19 +20,6 @@ from kdprof.study import claim_folder
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = ["", "methods", "measure", "compare", "convert", "plan", "train", "status", "plot",
             "evaluate", "export", "data", "data check", "demo", "doctor"]  # fmt: skip
-
-
-def kdprof(*arguments, cwd=None) -> subprocess.CompletedProcess:
-    """Run the real process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, "-m", "kdprof", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-        check=False,
-    )
 
 
 def refused(capsys, monkeypatch, *arguments) -> list[str]:
@@ -232,7 +219,7 @@ def test_whole_road_as_processes_with_a_method_from_outside(tmp_path):
     (tmp_path / "mine.py").write_text(MY_METHOD)
     study, out = small_toml(tmp_path, budgets=[]), tmp_path / "my results"
     shared = ["--study", study, "--out", out, "--method", "./mine.py:MyKD"]
-    measured = kdprof("measure", *shared, "--json", cwd=tmp_path)
+    measured = cold("measure", *shared, "--json", cwd=tmp_path)
     assert measured.returncode == 0, measured.stderr
     assert measured.stderr == ""
     costs = {cost["method"]: cost for cost in json.loads(measured.stdout)}

@@ -1,7 +1,5 @@
 import hashlib
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import kdprof
 from torch import nn
 
 from kdprof.evaluate import Views, _places, confusion_matrix, predict, scores
@@ -126,11 +125,8 @@ def test_fitted_images_are_scored_at_their_own_size():
     torch.testing.assert_close(same, predict(network, PICTURE), rtol=0, atol=0)
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kdprof", "evaluate", *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def evaluated(*arguments):
+    return kdprof("evaluate", *arguments, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +140,13 @@ def weights(tmp_path_factory):
 
 def test_the_command_prints_every_class_and_what_was_published(weights, monkeypatch):
     network = ("--model", "pspnet-test_resnet", "--weights", weights, "--data", "synthetic")
-    done = command(*network, "--flip", "--scales", "0.5,1", "--window", "64x64", "--device", "cpu")
+    done = evaluated(*network, "--flip", "--scales", "0.5,1", "--window", "64x64")
     assert done.returncode == 0, done.stderr
     for text in ("IoU %", "mIoU", "mAcc", "pixel accuracy", "images/s", "kdprof names:", "entries"):
         assert text in done.stdout
-    refitted = command(*network, "--resize", "60x400", "--batch", "8", "--device", "cpu")
+    refitted = evaluated(*network, "--resize", "60x400", "--batch", "8")
     assert "mIoU" in refitted.stdout
-    found = json.loads(command(*network, "--batch", "4", "--json", "--device", "cpu").stdout)
+    found = json.loads(evaluated(*network, "--batch", "4", "--json").stdout)
     assert found["images"] == 80
     assert found["reported"] is None
     assert len(found["scores"]["per_class"]) == len(found["class_names"])
@@ -162,15 +158,13 @@ def test_the_command_prints_every_class_and_what_was_published(weights, monkeypa
 
 def test_bad_input_gets_one_line_each(weights):
     network = ("--model", "pspnet-test_resnet", "--weights", weights, "--data", "synthetic")
-    done = command(
-        *network, "--stride", "6x6", "--scales", "0", "--resize", "big", "--device", "cpu"
-    )
+    done = evaluated(*network, "--stride", "6x6", "--scales", "0", "--resize", "big")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "kdprof: --resize big: must be HEIGHTxWIDTH, such as 512x1024",
         "kdprof: --stride is between windows; add --window",
         "kdprof: --scales 0: give factors above 0, such as 0.5,1,2",
     ]
-    done = command("--model", "deeplabv3-r18", *network[2:], "--device", "cpu")
+    done = evaluated("--model", "deeplabv3-r18", *network[2:])
     assert done.returncode == 2
     assert "does not fit deeplabv3-resnet18c" in done.stderr

@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import kdprof
 from safetensors import safe_open
 from small_study import train_small
 
@@ -76,13 +75,6 @@ def test_onnx_runtime_computes_the_same(network, tmp_path):
         logits = network(torch.from_numpy(images), ["logits"]).logits
     expected = torch.nn.functional.interpolate(logits, (64, 96), mode="bilinear")
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
-
-
-def kdprof(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kdprof", *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 def test_a_trained_student_and_its_teacher_are_exported_and_evaluated(tmp_path):

@@ -1,11 +1,10 @@
 """The step's options that change how it is computed and not what: folding and compiling."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import kdprof
 from small_study import small_study, small_toml
 from torch import nn
 
@@ -117,10 +116,8 @@ def test_an_option_without_use_is_refused(changes, message):
 
 def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path):
     study = small_toml(tmp_path, **{"step.compile": "default"})
-    done = subprocess.run(
-        [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", tmp_path / "out"],
-        capture_output=True, text=True, env={"PATH": str(tmp_path), "CXX": "none"}, timeout=120,
-    )  # fmt: skip
+    out = tmp_path / "out"
+    done = kdprof("train", "--study", study, "--out", out, PATH=str(tmp_path), CXX="none")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "needs a C++ compiler, such as g++; install it or use 'none'" in done.stderr

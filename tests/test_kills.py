@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import kdprof
 from small_study import small_toml, train_small
 
 from kdprof.store import RunFolder, Store
@@ -150,10 +151,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     """A file stands where the folder should be; even root cannot write into that."""
     (tmp_path / "file").touch()
     study = small_toml(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", tmp_path / "file"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = kdprof("train", "--study", study, "--out", tmp_path / "file")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "use another --out" in done.stderr

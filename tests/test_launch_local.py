@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from processes import Command, kdprof
 from small_study import price, small_study, small_toml, train_small
 
 from kdprof.errors import UserError
@@ -24,6 +24,7 @@ from kdprof.train.runs import train_named
 METHODS = '''
 import os, signal, time
 from pathlib import Path
+from subprocess import CompletedProcess
 from kdprof.method import Method
 class Slow(Method):
     """Time enough for a signal."""
@@ -52,21 +53,15 @@ def specs(folder: Path, *names: str) -> list[str]:
     return [f"{folder / 'mine.py'}:{name}" for name in names]
 
 
-def command(folder: Path, out: Path, *options: str, **changes) -> list[str]:
+def start(folder: Path, out: Path, *options: str, **changes) -> Command:
     price(out, small_study(**changes))
-    study = str(small_toml(folder, **changes))
-    start = [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", str(out)]
-    return [*start, "--launcher", "local", "--no-control", *options]
+    study = small_toml(folder, **changes)
+    shared = ("--launcher", "local", "--no-control")
+    return Command("train", "--study", study, "--out", out, *shared, *options)
 
 
-def run(*arguments, **changes) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments, **changes), capture_output=True, text=True, timeout=240, check=False
-    )
-
-
-def start(*arguments, **changes) -> subprocess.Popen:
-    return subprocess.Popen(command(*arguments, **changes), stderr=subprocess.PIPE, text=True)
+def run(*arguments, **changes) -> CompletedProcess:
+    return start(*arguments, **changes).end()
 
 
 def weights(folder: RunFolder) -> dict:
@@ -127,11 +122,11 @@ def test_a_stopped_launcher_has_every_run_saved(tmp_path, number):
     wait_for(lambda: all(folder.record.exists() for folder in folders[:2]))
     time.sleep(0.5)
     launcher.send_signal(number)
-    stderr = launcher.communicate(timeout=120)[1]
+    stopped = launcher.end()
     if number != signal.SIGKILL:
-        assert launcher.returncode == 130
-        assert "run the same command again to continue" in stderr.splitlines()[-1]
-        assert "Traceback" not in stderr
+        assert stopped.returncode == 130
+        assert "run the same command again to continue" in stopped.stderr.splitlines()[-1]
+        assert "Traceback" not in stopped.stderr
     wait_for(lambda: not any(folder.is_held() for folder in folders))
     runs = [folder.read_run() for folder in folders[:2]]
     assert all(0 < run.iterations_done < 60 for run in runs)
@@ -215,10 +210,7 @@ def test_a_cpu_is_shared_out_by_threads(monkeypatch):
 
 
 def test_slots_without_the_launcher_are_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "kdprof", "train", "--out", tmp_path, "--slots", "2"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = kdprof("train", "--out", tmp_path, "--slots", "2")
     assert done.returncode == 2
     assert "add --launcher local" in done.stderr
     assert done.stderr.count("\n") == 1

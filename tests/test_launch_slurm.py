@@ -2,14 +2,13 @@
 
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from processes import kdprof
 from slurm_cluster import Cluster, missing
 from small_study import small_toml, train_small
 
@@ -45,17 +44,13 @@ def cluster(tmp_path_factory):
 
 def command(folder: Path, *options: str, **changes) -> list[str]:
     study = str(small_toml(folder, **changes))
-    start = [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", folder / "out"]
-    return [*start, "--no-control", "--launcher", "slurm", *options]
+    shared = ("--out", str(folder / "out"), "--no-control", "--launcher", "slurm")
+    return ["train", "--study", study, *shared, *options]
 
 
-def submit(folder: Path, cluster: Cluster, *options: str, **changes) -> subprocess.CompletedProcess:
+def submit(folder: Path, cluster: Cluster, *options: str, **changes) -> CompletedProcess:
     """Submit as a user does, on nodes where every process has one thread."""
-    return subprocess.run(
-        command(folder, *options, **changes),
-        env={**cluster.environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return kdprof(*command(folder, *options, **changes), **cluster.environment)
 
 
 def iterations_done(folder: RunFolder) -> int:
@@ -105,7 +100,8 @@ def test_requeued_preempted_and_left_by_their_node_they_end_the_same(tmp_path, c
     assert 0 < iterations_done(folders[1]) < 200
     begins(cluster, folders[2], tasks[2])
     assert restarts(cluster, tasks[0]) == restarts(cluster, tasks[1]) == 1
-    leave(cluster, store)
+    cluster.kill_node()
+    cluster.start_node_again()
     (tmp_path / "slow").unlink()
     cluster.wait(lambda: not cluster.queue(), 300)
 
@@ -122,16 +118,6 @@ def test_requeued_preempted_and_left_by_their_node_they_end_the_same(tmp_path, c
     over = submit(tmp_path, cluster, **changes)
     assert over.returncode == 2
     assert "every run of" in over.stderr
-
-
-def leave(cluster: Cluster, store: Store) -> None:
-    """The node dies with all that runs on it, and comes back."""
-    cluster.stop("slurmd", signal.SIGKILL)
-    subprocess.run(["pkill", "-KILL", "slurmstepd"], check=False)
-    subprocess.run(["pkill", "-KILL", "-f", str(store.root)], check=False)
-    cluster.run("scontrol", "update", f"nodename={cluster.host}", "state=down", "reason=test")
-    cluster.wait(lambda: not cluster.running())
-    cluster.start_node_again()
 
 
 def weights(folder: RunFolder) -> dict:
@@ -165,16 +151,13 @@ def test_options_of_the_cluster():
 
 
 def test_without_a_cluster_it_is_refused_in_one_line(tmp_path):
-    done = subprocess.run(
-        command(tmp_path), env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
-    )
+    done = kdprof(*command(tmp_path), PATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "submit from a machine of a Slurm cluster" in done.stderr
 
 
 def test_options_without_the_launcher_are_refused(tmp_path):
-    plain = [*command(tmp_path)[:-2], "--slurm", "cpus=1"]
-    done = subprocess.run(plain, capture_output=True, text=True, check=False)
+    done = kdprof(*command(tmp_path)[:-2], "--slurm", "cpus=1")
     assert done.returncode == 2
     assert "add --launcher slurm" in done.stderr

@@ -1,12 +1,10 @@
 """Small trees in exactly the layouts of the published data sets."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import kdprof
 
 from kdprof.data import decoded, open_data
 from kdprof.data.check import check_data
@@ -312,10 +310,7 @@ def test_every_unusable_file_is_told_and_the_others_are_counted(tmp_path):
 
 
 def check(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kdprof", "data", "check", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
+    return kdprof("data", "check", *arguments, cwd=folder)
 
 
 def test_the_command_prints_and_draws(tmp_path):

@@ -1,10 +1,9 @@
 """TensorBoard's files as its own reader finds them, and W&B offline."""
 
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
+from processes import kdprof
 from small_study import price, small_study, small_toml, train_small
 
 from kdprof.errors import UserError
@@ -69,13 +68,7 @@ def test_weights_and_biases_works_offline(tmp_path):
     changes = {"training.loggers": ["wandb"], "methods": ["none"]}
     study = small_toml(tmp_path, **changes)
     price(tmp_path / "out", small_study(**changes))
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "kdprof", "train", "--study", study, "--out", tmp_path / "out",
-            "--no-control",
-        ],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = kdprof("train", "--study", study, "--out", tmp_path / "out", "--no-control")
     assert done.returncode == 0, done.stderr
     folder = Store(tmp_path / "out").run_folder("none", "6", 0).path
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import kdprof
 from small_study import small_study, small_toml
-from test_cli import MY_METHOD, kdprof
+from test_cli import MY_METHOD
 
 import kdprof as package
 from kdprof import cli

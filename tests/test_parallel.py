@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import parallel_case
 import pytest
 import torch
+from processes import Command, side_by_side
 from small_study import small_study, small_toml
 from torch import nn
 
@@ -24,21 +23,14 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store
 from kdprof.train import checkpoint
 
-HERE = Path(__file__).parent
 TOGETHER = {"step__gpus": 2, "step__batch": 4, "measure__in_process": False}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLOSE = {"rel": 2e-4, "abs": 1e-6}
 """Sums over a batch in another order differ by rounding, which training makes larger: between one
 process and two, after six steps."""
 
 
 def group(case: str, folder: Path, size: int = 2) -> list:
-    command = [sys.executable, HERE / "parallel_case.py"]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(size), folder, case], env=ENVIRONMENT)
-        for rank in range(size)
-    ]
-    assert [worker.wait(300) for worker in workers] == [0] * size
+    side_by_side(parallel_case.run, *((rank, size, folder, case) for rank in range(size)))
     return [json.loads((folder / f"found-{rank}").read_text()) for rank in range(size)]
 
 
@@ -211,15 +203,12 @@ def test_several_gpus_are_one_device_whose_slowest_part_counts():
 # The command line, whole
 
 
-def start(folder: Path, out: Path, *options: str, **changes) -> subprocess.Popen:
+def start(folder: Path, out: Path, *options: str, **changes) -> Command:
     study = small_toml(folder, **{**TOGETHER, "training__checkpoint_every_s": 0.01, **changes})
-    command = [sys.executable, "-m", "kdprof", "train", "--study", study, "--out", out, *options]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    return Command("train", "--study", study, "--out", out, *options)
 
 
-def rank_1_of(process: subprocess.Popen) -> int:
+def rank_1_of(process: Command) -> int:
     """Return the pid of the other rank that an agent started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return next(
@@ -248,10 +237,9 @@ def together(tmp_path_factory):
     """Costs, a teacher and kd, trained by two processes without a break."""
     folder = tmp_path_factory.mktemp("together")
     out = folder / "out"
-    process = start(folder, out, "--no-control", methods=["kd"], budgets=["30"])
-    told, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "1 runs trained" in told
+    done = start(folder, out, "--no-control", methods=["kd"], budgets=["30"]).end()
+    assert done.returncode == 0, done.stderr
+    assert "1 runs trained" in done.stdout
     return folder, Store(out)
 
 
@@ -279,12 +267,12 @@ def test_killed_and_stopped_it_is_the_training_without_a_break(together, tmp_pat
     killed_at = run.read_run().iterations_done
     wait_for_iterations(run, killed_at + 3)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "all 2 processes start again" in errors
-    assert "run the same command again to continue" in errors
+    stopped = process.end()
+    assert stopped.returncode == 130, stopped.stderr
+    assert "all 2 processes start again" in stopped.stderr
+    assert "run the same command again to continue" in stopped.stderr
     assert killed_at + 3 <= run.read_run().iterations_done < 30
-    assert start(folder, out, "--no-control", **options).wait(300) == 0
+    assert start(folder, out, "--no-control", **options).end().returncode == 0
     assert run.read_run().finished
     expected = trained_weights(store.run_folder("kd", "30", 0))
     torch.testing.assert_close(trained_weights(run), expected, rtol=0, atol=0)
@@ -316,8 +304,8 @@ def test_a_method_that_raises_on_one_rank_does_not_keep_the_others_from_being_ma
     spec, changes = f"{method}:Raises", {"measure__max_time_s": 0.01}
     out = tmp_path / "out"
     shutil.copytree(together[1].root / "costs", out / "costs")
-    process = start(tmp_path, out, "--no-control", methods=[spec, "none"], budgets=["5"], **changes)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1, errors
-    assert "wrong on rank 0" in errors.splitlines()[-1]
+    changes |= {"methods": [spec, "none"], "budgets": ["5"]}
+    done = start(tmp_path, out, "--no-control", **changes).end()
+    assert done.returncode == 1, done.stderr
+    assert "wrong on rank 0" in done.stderr.splitlines()[-1]
     assert [run.method for run in Store(out).runs() if run.finished] == ["none"]

@@ -7,10 +7,10 @@ from math import exp
 
 import pytest
 from cost_records import make_cost
+from processes import kdprof
 from rich.console import Console
 from small_study import small_study
 from test_budget import ratio
-from test_cli import kdprof
 
 from kdprof.errors import UserError
 from kdprof.method import Method, Recipe

@@ -1,10 +1,8 @@
 """The class-incremental scenario: what each network sees, learns and is scored on."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import kdprof
 from small_study import SMALL, small_study, train_small
 
 from kdprof.data.base import Classes, SegmentationData
@@ -284,10 +282,7 @@ def test_runs_tell_miou_of_old_new_and_all_classes(trained):
 
 
 def test_the_report_has_old_and_new_columns(trained):
-    done = subprocess.run(
-        [sys.executable, "-m", "kdprof", "plot", "--out", str(trained.root)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = kdprof("plot", "--out", trained.root)
     assert done.returncode == 0, done.stderr
     text = (trained.reports / "table.md").read_text()
     assert "| old %" in text

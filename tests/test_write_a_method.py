@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_cli import kdprof
+from processes import kdprof
 
 from kdprof import cli
 
