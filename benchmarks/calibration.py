@@ -1,9 +1,9 @@
-"""Is the instrument right? A/A and injected delays, on simulated machines and on this one.
+"""Check the measurement: A/A tests and injected delays, on simulated machines and on this one.
 
     python benchmarks/calibration.py [--repeats 400] [--real-repeats 30]
 
-A/A: a step against itself must be called different in at most 5 % of the repeats. Injected: a step
-that is known to take 2, 5 or 20 % longer must be estimated so.
+A/A: a step compared with itself must be called different in at most 5 % of the repeats. Injected
+delays: a step that takes 2, 5 or 20 % longer must be estimated as that much longer.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ BASE_S = 0.01
 
 @dataclass(frozen=True)
 class Repeats:
-    """Intervals of one ratio, measured again and again."""
+    """Intervals of one ratio from repeated measurements, and the true ratio."""
 
     truth: float
     intervals: list[Numbers]
     rounds: list[int]
 
     def missed(self) -> float:
-        """Return the share of intervals that do not hold the truth: at best 5 %."""
+        """Return the share of intervals that do not contain the truth; it should be 5 %."""
         return float(np.mean([not low <= self.truth <= high for _, low, high in self.intervals]))
 
     def called_different(self) -> float:
@@ -77,7 +77,7 @@ def on_a_quiet_clock(delay: float) -> float:
 
 
 def _spin(seconds: float) -> None:
-    """Keep the core busy: sleeping would let its clock fall."""
+    """Keep the core busy for some time; its clock would fall if it slept."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass
@@ -104,8 +104,8 @@ def _real_step(delay_s: float) -> Callable[[], None]:
 def real(delay: float, repeats: int, max_time_s: float) -> Repeats:
     """Measure a real step with a delay injected, on this machine's clock.
 
-    The delay is a fraction of the base step, which is timed beforehand, right before each repeat:
-    the truth is as sure as that timing.
+    The delay is a fraction of the base step, which is timed right before each repeat; the truth is
+    as exact as that timing.
     """
     clock, settings = CpuClock(), MeasureSettings(max_time_s=max_time_s, precision_target=0.01)
     found, truths = [], []
@@ -123,7 +123,7 @@ def real(delay: float, repeats: int, max_time_s: float) -> Repeats:
             hardware=QuietHardware(),
         )
         median, low, high = _ratio(session)
-        # The base step's own latency in the same rounds says what the delay was a fraction of.
+        # The true ratio follows from the base step's own latency in the same rounds.
         own = float(np.median([np.median(block) for block in session.samples[-1].rounds]))
         truth = 1 + delay_s / own
         truths.append(truth)

@@ -1,11 +1,11 @@
-"""Kill a training again and again, and compare what comes out with a training left in peace.
+"""Kill a training repeatedly, and compare its result with that of an uninterrupted training.
 
     python benchmarks/kills.py --kills 100
 
 Each round trains one small run of a real study (teacher, evaluations, checkpoints, log) in a child
-process that is killed with SIGKILL after a random time and started again, until it is through. Its
-weights and its curve must equal, bit for bit, those of a run that was never killed. The times of
-the kills come from the seed; where in the run they fall, from the machine.
+process that is killed with SIGKILL after a random time and started again, until it finishes. Its
+weights and its curve must equal, bit for bit, those of a run that was never killed. The seed
+decides the times of the kills; the machine decides where in the run they fall.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STUDY = {
 
 @dataclass
 class Outcome:
-    """What came of the kills."""
+    """Counts and seconds over all kills and trainings."""
 
     kills: int = 0
     rounds: int = 0
@@ -70,7 +70,7 @@ def train_in_child(study: Study, out: Path, kill_after_s: float | None) -> bool:
     process in which it has run on threads.
 
     Raises:
-        RuntimeError: it failed by itself.
+        RuntimeError: the training failed without a kill.
     """
     child = os.fork()
     if child == 0:
@@ -126,8 +126,8 @@ def same(one: tuple[dict, list], other: tuple[dict, list]) -> bool:
     return one[1] == other[1]
 
 
-def _priced(out: Path, name: str) -> Store:
-    """Return a new results folder with the Costs of the first training."""
+def _with_costs(out: Path, name: str) -> Store:
+    """Return a new folder of results with the Costs of the first training."""
     store = Store(out / name)
     for cost in Store(out / "first").costs():
         store.write_cost(cost)
@@ -135,22 +135,22 @@ def _priced(out: Path, name: str) -> Store:
 
 
 def kill_again_and_again(out: Path, kills: int, seed: int, study: Study | None = None) -> Outcome:
-    """Kill trainings ``kills`` times in all, each until it is through.
+    """Train again and again, with ``kills`` kills in total; each training is restarted to its end.
 
-    All but the first are given its Costs: measuring takes longer than the training, and would get
-    most of the kills.
+    All trainings but the first start with the Costs of the first: measuring takes longer than
+    training, so most kills would hit it.
     """
     study = study or load_study(None, STUDY)
     cell = study.methods[0], study.budgets[0], 0
     train_in_child(study, out / "first", None)
     wanted = result(Store(out / "first").run_folder(*cell))
-    whole = _priced(out, "whole")
+    whole = _with_costs(out, "whole")
     began = time.monotonic()
     train_in_child(study, whole.root, None)
     whole_s = time.monotonic() - began
     draw, found = random.Random(seed), Outcome()
     while found.kills < kills:
-        store = _priced(out, f"round{found.rounds}")
+        store = _with_costs(out, f"round{found.rounds}")
         while not train_in_child(study, store.root, draw.uniform(0, whole_s)):
             found.kills += 1
         folder = store.run_folder(*cell)
@@ -172,8 +172,8 @@ def main() -> None:
         found = kill_again_and_again(Path(folder), given.kills, given.seed)
     print(
         f"{found.kills} kills over {found.rounds} trainings: {found.differing} differ from the one "
-        f"that was never killed; {found.lost_s:.1f} s booked as lost beside {found.useful_s:.1f} s "
-        "of useful training"
+        f"that was never killed; {found.lost_s:.1f} s recorded as lost and "
+        f"{found.useful_s:.1f} s of useful training"
     )
     sys.exit(1 if found.differing else 0)
 

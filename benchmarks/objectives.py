@@ -1,17 +1,17 @@
-"""What does an objective cost? Each built-in method against its equation written out.
+"""Compare the cost of each built-in objective with that of its equation written out.
 
     python benchmarks/objectives.py [--method ifvd] [--scale 1.0] [--out objectives.md]
 
-Forward and backward time and peak memory of the terms of one step, of kdprof's method ("ours") and
-of the oracle that it is tested against ("literal", `oracles_*.py`; where that loops over positions,
-the form on whole maps of `whole_maps.py`), at batch 4 with logits of
+Measures forward and backward time and peak memory of the terms of one step, for kdprof's method
+("ours") and for the oracle that it is tested against ("literal": `oracles_*.py`, or the form on
+whole maps in `whole_maps.py` if the oracle loops over positions), at batch 4 with logits of
 19 x 64 x 128, features of 512 (student) and 2048 (teacher) channels and labels of 512 x 1024. The
-networks, and what a second optimiser trains, are not part of it.
+networks, and what a second optimiser trains, are not included.
 
-First both must agree on small inputs, or nothing is timed. Then each side runs in a process of its
-own, in float32, and they take turns, so that a ratio is of two neighbours in time. The literal is
-tried on grids of growing size and stopped at the limits; ratios are of the largest grid that it
-can do, and our own cost at the full size stands beside them.
+First both must agree on small inputs, or nothing is timed. Then each side runs in a separate
+process, in float32, and their runs are interleaved, so that a ratio compares two runs close in
+time. The literal is tried on grids of growing size and stopped at the limits; ratios are of the
+largest grid that it can do, and the table also has our own cost at the full size.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ GB = 1e9
 Oracle = Callable[[Taps, Taps, Tensor | None, Method], dict[str, Tensor]]
 
 LADDER = (16, 8, 4, 2, 1)
-"""By what the sides of the grid are divided, from the first size that an oracle is tried at."""
+"""Divisors of the grid's sides, in the order in which an oracle is tried."""
 LEAST_SIDE = 4
-"""Positions of the smallest grid's shorter side; what is run once before anything is measured."""
+"""Shorter side of the smallest grid, which is run once before anything is measured."""
 LEAST_PAIRS = 3
 RELATIVE, ABSOLUTE, OF_GRADIENTS = 1e-4, 1e-6, 1e-3
-"""How far the two sides may differ in a term, and in a gradient's direction and length."""
+"""How far the two sides may differ in a term (relative, absolute) and in a gradient."""
 INFINITE = float("inf")
 SPARE_BYTES = 2e9
-"""Memory of the machine that a run leaves to others."""
+"""Memory of the machine that a run leaves to other processes."""
 
 AIMS = {"ifvd": 0.1, "ifvd:plain": 0.1, "ifvd:cirkd": 0.1}
-"""Largest time ratio; 1 where none is named."""
+"""Largest time ratio; 1 for all other methods."""
 MEMORY_AIMS_GB = {"cirkd": 3.0, "cirkd:minibatch": 3.0, "cirkd:memory": 3.0, "cirkdv2": 3.0}
-"""Largest peak of ours at the full size."""
+"""Largest peak memory of ours at the full size."""
 
 
-# What both sides are given.
+# Inputs of both sides.
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Sizes:
     teacher: tuple[int, ...] = (256, 512, 1024, 2048, 2048)
 
     def divided(self, by: float) -> Sizes:
-        """Return the same with smaller sides of the grid."""
+        """Return the same sizes with the sides of the grid divided."""
         height, width = (max(1, round(side / by)) for side in self.grid)
         return dataclasses.replace(self, grid=(height, width))
 
@@ -118,7 +118,7 @@ SMALL = Sizes(
     student=(4, 6, 8, 10, 6),
     teacher=(8, 10, 12, 16, 8),
 )
-"""What the two sides must agree on."""
+"""Sizes at which the two sides must agree."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Inputs:
 
 
 def draw_inputs(method: type[Method], sizes: Sizes, device: torch.device, seed: int = 0) -> Inputs:
-    """Return random taps and labels; the labels in patches of two positions, a tenth void."""
+    """Return random taps and labels; labels have patches of two positions, and a tenth is void."""
     generator = torch.Generator().manual_seed(seed)
 
     def taps(who: str, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -164,13 +164,13 @@ def build(name: str, sizes: Sizes, device: torch.device) -> Method:
 
 @dataclass(frozen=True)
 class Literals:
-    """What methods are compared with, by method."""
+    """The forms that methods are compared with, by method."""
 
     oracles: Mapping[str, Oracle]
     whole_maps: Mapping[str, Oracle]
 
     def timed(self, name: str) -> Oracle:
-        """Return the form that is timed: on whole maps where there is one."""
+        """Return the form that is timed: the one on whole maps if it exists."""
         return self.whole_maps.get(name) or self.oracles[name]
 
     def checked(self, name: str) -> list[Oracle]:
@@ -179,7 +179,7 @@ class Literals:
 
 
 def load_literals(folder: Path) -> Literals:
-    """Return what is in `oracles_*.py` and `whole_maps.py` of a folder."""
+    """Return the forms in `oracles_*.py` and `whole_maps.py` of a folder."""
     for path in (Path(__file__).resolve().parent, folder.resolve()):
         if str(path) not in sys.path:
             sys.path.insert(0, str(path))
@@ -188,7 +188,9 @@ def load_literals(folder: Path) -> Literals:
         oracles = importlib.import_module(file.stem).ORACLES
         twice = sorted(found.keys() & oracles.keys())
         if twice:
-            raise UserError(f"{file.name}: there is another oracle of {', '.join(twice)}")
+            raise UserError(
+                f"{file.name}: another file also has an oracle of {', '.join(twice)}; remove one"
+            )
         found |= oracles
     whole = folder / "whole_maps.py"
     return Literals(found, importlib.import_module(whole.stem).WHOLE_MAPS if whole.exists() else {})
@@ -206,18 +208,18 @@ def loss_of(
 
 
 def leaves_of(method: Method, student: Taps) -> list[Tensor]:
-    """Return what an objective has gradients of: the student's taps and the extras."""
+    """Return the tensors with gradients: the student's taps and the parameters of the extras."""
     return [*vars(student).values(), *(p for p in method.extra_parameters() if p.requires_grad)]
 
 
 def disagreements(name: str, oracle: Oracle) -> Iterator[str]:
-    """Yield each term and gradient that the two sides do not have in common, on small inputs."""
+    """Yield a line for each term and gradient in which the two sides differ, on small inputs."""
     device = torch.device("cpu")
     method = build(name, SMALL, device)
     inputs = draw_inputs(type(method), SMALL, device)
     taps = inputs.student, inputs.teacher, inputs.labels
     results = []
-    # Each has a method of its own, because memories and statistics move on.
+    # Each side has its own copy of the method, because memories and statistics change.
     for mine, compute in ((copy.deepcopy(method), None), (copy.deepcopy(method), oracle)):
         torch.manual_seed(1)
         terms = compute(*taps, mine) if compute else mine(*taps)
@@ -234,13 +236,13 @@ def disagreements(name: str, oracle: Oracle) -> Iterator[str]:
     for i, (mine, theirs) in enumerate(zip(our_slopes, slopes, strict=True)):
         zero = torch.zeros(())
         gap = (zero if mine is None else mine) - (zero if theirs is None else theirs)
-        # A gradient that vanishes by cancellation is compared with those it is made of.
+        # A gradient that is zero by cancellation is compared with the largest gradient.
         if not gap.norm().item() <= OF_GRADIENTS * lengths[i] + 1e-2 * OF_GRADIENTS * max(lengths):
             yield f"{name}: gradient {i} is {gap.norm().item():.3g} off, of {lengths[i]:.3g}"
 
 
 def missing_oracles(oracles: Mapping[str, Oracle]) -> list[str]:
-    """Return the built-in methods with terms that no oracle is written for."""
+    """Return the built-in methods with terms that have no oracle."""
     return [name for name in distilling() if name not in oracles]
 
 
@@ -250,12 +252,12 @@ def distilling() -> list[str]:
     return sorted(n for n, f in found.items() if f.origin == "built-in" and f.cls.weights)
 
 
-# One side, in a process of its own.
+# One side, in a separate process.
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is started for."""
+    """What a process runs."""
 
     name: str
     literal: bool
@@ -269,7 +271,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one request gave."""
+    """The answer to one request."""
 
     seconds: float = 0.0
     bytes: int | None = None
@@ -278,7 +280,7 @@ class Reply:
 
 @contextmanager
 def in_single_precision() -> Iterator[None]:
-    """Let oracles that ask for float64 compute in float32, like what they are compared with."""
+    """Make oracles that ask for float64 compute in float32, like the methods."""
     kept = torch.float64, Tensor.double
     torch.float64, Tensor.double = torch.float32, Tensor.float
     try:
@@ -306,7 +308,7 @@ class Objective:
         return compute
 
     def make(self, by: float) -> Reply:
-        """Make the inputs of a size and return the memory in use."""
+        """Create the inputs of a size and return the memory in use."""
         self.inputs = None
         sizes = self.sizes.divided(by)
         self.inputs = draw_inputs(type(self.method), sizes, self.device)
@@ -339,17 +341,17 @@ class Objective:
         with freed_at_once():
             reply = self.run(seed)
         peak = peak_bytes(self.device)
-        # A peak that cannot be reset is this run's only if it is above the earlier ones.
+        # If the peak cannot be reset, it belongs to this run only if it exceeds the earlier peak.
         known = sure or peak > earlier
         return dataclasses.replace(reply, bytes=peak - before if known else None)
 
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Let the C library hand every map that is freed back to the system (glibc).
+    """Make the C library (glibc) return every freed tensor to the system.
 
-    It keeps some otherwise, by a rule that depends on what ran before, and peaks of small maps
-    would be those of the rule. Afterwards it keeps what it would keep in a long run.
+    Otherwise it keeps some, by a rule that depends on what ran before, and the rule would decide
+    the peaks of small tensors. Afterwards it keeps what it would keep in a long run.
     """
     threshold, trimming = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     with suppress(OSError, AttributeError):
@@ -363,7 +365,7 @@ def freed_at_once() -> Iterator[None]:
 
 
 def trim() -> None:
-    """Give back freed memory: what the allocator kept would hide the next peak."""
+    """Return freed memory to the system: what the allocator keeps would hide the next peak."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -379,7 +381,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the resident set of a process; 0 where the system does not tell."""
+    """Return the resident set of a process; 0 if the system does not report it."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -388,8 +390,8 @@ def resident_bytes(pid: int) -> int:
 
 
 def available_bytes() -> float:
-    """Return the memory that the machine has left; infinite where the system does not tell."""
-    # kdprof.measure has this, too, with imports that each of many processes would wait for.
+    """Return the memory that the machine has left; infinite if the system does not report it."""
+    # kdprof.measure has this too, but its imports would delay each of many processes.
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -398,7 +400,7 @@ def available_bytes() -> float:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Start a new peak and say whether that was possible."""
+    """Reset the peak, and return whether that was possible."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -422,7 +424,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def serve(pipe: Any, task: Task) -> None:
-    """Answer requests, (name of a method of Objective, argument), until None comes."""
+    """Answer requests (name of a method of Objective, argument) until None arrives."""
     torch.set_num_threads(task.threads)
     try:
         objective = Objective(task)
@@ -436,11 +438,11 @@ def serve(pipe: Any, task: Task) -> None:
 
 
 class Stopped(Exception):
-    """The oracle reached a limit or failed; says which."""
+    """Raised when the oracle reaches a limit or fails; the message says which."""
 
 
 class Side:
-    """A process of one side, as seen from the one that compares."""
+    """The process of one side, controlled by the process that compares."""
 
     def __init__(self, task: Task):
         context = multiprocessing.get_context("spawn")
@@ -453,7 +455,7 @@ class Side:
     def __enter__(self) -> Side:
         try:
             self._answer(limited=False)
-            # Libraries load and threads start, which is no run's cost.
+            # Loading libraries and starting threads is not part of any run's cost.
             self.make(min(self._task.sizes.grid) / LEAST_SIDE)
             self.run(0)
         except BaseException:
@@ -494,17 +496,17 @@ class Side:
         return reply
 
     def _check_memory(self) -> None:
-        """End a run on the CPU that takes too much; on a GPU the allocator has the limit."""
+        """Stop a run on the CPU that exceeds the memory limit; on a GPU the allocator does so."""
         if self._device.type != "cpu":
             return
         taken = resident_bytes(self._process.pid) - self._held
         if taken > self._task.limit_bytes:
             self._fail(f"> {self._task.limit_bytes / GB:.1f} GB")
         if available_bytes() < SPARE_BYTES:
-            self._fail(f"> {taken / GB:.1f} GB, all that the machine had left")
+            self._fail(f"> {taken / GB:.1f} GB, all free memory of the machine")
 
     def _fail(self, reason: str) -> NoReturn:
-        """End the process; an oracle may fail, a method may not."""
+        """End the process; an oracle may fail, but a method may not."""
         self.close()
         if self._task.literal:
             raise Stopped(reason)
@@ -524,19 +526,19 @@ class Side:
 
 @dataclass
 class Row:
-    """What was measured of a method. Sizes are those of the grid, seconds of forward + backward."""
+    """Measurements of a method: sizes of the grid, seconds of forward + backward."""
 
     method: str
     full_size: str
     ours_full_s: list[float] = field(default_factory=list)
     ours_full_bytes: int | None = None
     form: str = ""
-    """What the literal is: the oracle or its form on whole maps."""
+    """Form of the literal: the oracle, or its form on whole maps."""
     size: str | None = None
-    """Largest grid that the oracle can do; None: not even the smallest."""
+    """Largest grid that the oracle can do; None if it cannot do the smallest."""
     ours_s: list[float] = field(default_factory=list)
     literal_s: list[float] = field(default_factory=list)
-    """In turns: the pairs are of neighbours in time."""
+    """Interleaved with ``ours_s``: each pair is close in time."""
     ours_bytes: int | None = None
     literal_bytes: int | None = None
     stopped: str | None = None
@@ -555,7 +557,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How methods are compared."""
+    """The settings of a comparison, and its steps for one method."""
 
     oracles: Path
     sizes: Sizes
@@ -586,7 +588,7 @@ class Comparison:
         return row
 
     def _possible(self, name: str, ladder: list[int], row: Row) -> list[int]:
-        """Return the divisors at which the oracle keeps the limits, coarsest first."""
+        """Return the divisors at which the oracle stays within the limits, the largest first."""
         if len(ladder) == 1:
             return ladder
         possible: list[int] = []
@@ -602,7 +604,7 @@ class Comparison:
         return possible
 
     def _pairs(self, name: str, by: int, row: Row) -> None:
-        """Measure ours and the literal in turns."""
+        """Measure ours and the literal, interleaved."""
         with self._ours(name) as ours, self._literal(name) as literal:
             sides = ours, literal
             peaks = []
@@ -650,7 +652,7 @@ def furthest(ours: Mapping[str, float], literal: Mapping[str, float]) -> float:
     return max(abs(ours[k] - v) / max(abs(v), ABSOLUTE) for k, v in literal.items())
 
 
-# What is written.
+# Output.
 
 COLUMNS = (
     "method", "ours s", "literal s", "time ratio [low-high]", "ours GB", "literal GB",
@@ -660,7 +662,7 @@ COLUMNS = (
 
 
 def three(value: float | None) -> str:
-    """Return a number with three digits that count."""
+    """Return a number with three significant digits."""
     return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
@@ -693,7 +695,7 @@ def cells(row: Row) -> list[str]:
 
 
 def missed_aims(row: Row) -> Iterator[str]:
-    """Yield what a method takes too much of."""
+    """Yield a line for each aim that a method misses."""
     time_ratio, most = median(row.ratios()), AIMS.get(row.method, 1.0)
     if time_ratio is not None and time_ratio > most:
         unsure = "; the range includes it" if min(row.ratios()) <= most else ""
@@ -707,7 +709,7 @@ def missed_aims(row: Row) -> Iterator[str]:
 
 
 def facts(comparison: Comparison, scale: float, device: torch.device) -> dict[str, str]:
-    """Return what the numbers depend on."""
+    """Return the conditions that the numbers depend on."""
     sizes, cuda = comparison.sizes, device.type == "cuda"
     labels = "x".join(str(sizes.label_stride * side) for side in sizes.grid)
     made = {
@@ -717,11 +719,11 @@ def facts(comparison: Comparison, scale: float, device: torch.device) -> dict[st
         "sizes": f"batch {sizes.images}, {sizes.classes} classes, grid {sizes.text()}, features "
         f"{sizes.student[-1]} (student) and {sizes.teacher[-1]} (teacher), labels {labels}",
         "precision": "float32 on both sides",
-        "memory": "peak above what was in use with the inputs and the extras (adaptors, memories): "
+        "memory": "peak above the memory that the inputs and the extras (adaptors, memories) take: "
         + ("the CUDA allocator's" if cuda else "the process's resident set"),
-        "repeats": f"{comparison.repeats} pairs; {LEAST_PAIRS} once the time limit is up",
+        "repeats": f"{comparison.repeats} pairs; {LEAST_PAIRS} if the time limit is reached",
         "limits of the literal": f"{comparison.limit_s:g} s a run, "
-        f"{comparison.limit_bytes / GB:g} GB, and what the machine has left",
+        f"{comparison.limit_bytes / GB:g} GB, and the free memory of the machine",
     }
     if scale != 1:
         made["scale"] = f"sides of the grid divided by {scale:g}: NOT the published size"
@@ -733,18 +735,18 @@ def facts(comparison: Comparison, scale: float, device: torch.device) -> dict[st
 
 @dataclass
 class Report:
-    """All that a run has found so far."""
+    """All results so far."""
 
     facts: dict[str, str]
     missing: list[str]
     rows: list[Row] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """Return header, table, and what misses an aim."""
+        """Return header, table, and the missed aims."""
         lines = ["# Objectives against their equations written out", ""]
         lines += [f"- {name}: {value}" for name, value in self.facts.items()]
         if self.missing:
-            lines.append(f"- missing, no oracle is written: {', '.join(self.missing)}")
+            lines.append(f"- missing, without an oracle: {', '.join(self.missing)}")
         table = [list(COLUMNS), ["---"] * len(COLUMNS)]
         table += [cells(row) for row in sorted(self.rows, key=lambda row: row.method)]
         lines += ["", *(f"| {' | '.join(line)} |" for line in table), ""]
@@ -764,7 +766,7 @@ class Report:
         return json.dumps({**dataclasses.asdict(self), "rows": rows}, indent=1) + "\n"
 
     def write(self, file: Path | None) -> None:
-        """Write FILE and its neighbour, as .md and .json."""
+        """Write FILE.md and FILE.json."""
         if file:
             file.with_suffix(".md").write_text(self.markdown())
             file.with_suffix(".json").write_text(self.json())
@@ -788,7 +790,7 @@ def run(given: argparse.Namespace) -> None:
         for text in disagreements(name, form)
     ]
     if problems:
-        raise UserError("nothing is timed, because the two sides differ", *problems)
+        raise UserError("nothing is timed because the two sides differ", *problems)
     comparison = Comparison(
         given.oracles,
         Sizes().divided(given.scale),
@@ -813,18 +815,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--method", action="append", help="one of them; may be repeated")
-    parser.add_argument("--scale", type=float, default=1.0, help="divides the grid's sides")
+    parser.add_argument("--method", action="append", help="a built-in method; may be repeated")
+    parser.add_argument("--scale", type=float, default=1.0, help="divisor of the grid's sides")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--time-limit", type=float, default=60.0, help="seconds, of an oracle's run"
+        "--time-limit", type=float, default=60.0, help="seconds per run of an oracle"
     )
-    parser.add_argument("--memory-limit", type=float, default=12.0, help="GB, of an oracle's run")
-    parser.add_argument("--out", type=Path, help="FILE: writes FILE.md and FILE.json")
+    parser.add_argument("--memory-limit", type=float, default=12.0, help="GB per run of an oracle")
+    parser.add_argument("--out", type=Path, help="FILE: write FILE.md and FILE.json")
     parser.add_argument(
-        "--oracles", type=Path, default=Path(__file__).parent, help="where oracles_*.py lie"
+        "--oracles", type=Path, default=Path(__file__).parent, help="folder of oracles_*.py"
     )
     try:
         run(parser.parse_args())

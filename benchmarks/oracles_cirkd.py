@@ -1,7 +1,7 @@
 """CIRKD and CIRKDv2 written out: image by image, pair by pair, class by class, every map whole.
 
-Slow and hungry on purpose; what the fast form is tested against and timed against. Each oracle
-draws what the method draws, in its order, and moves the method's own memories on.
+Slow and memory-hungry on purpose: the fast forms are tested and timed against these. Each oracle
+makes the same random draws as the method, in its order, and updates the method's own memories.
 """
 
 import math
@@ -20,7 +20,7 @@ def resized(student, teacher):
 
 
 def divergence(ours, theirs, temperature=1.0):
-    """KL of two score tables, (rows, columns), for each row."""
+    """Return the KL divergence of two score tables, (rows, columns), for each row."""
     p, log_q = (theirs / temperature).softmax(1), (ours / temperature).log_softmax(1)
     return (p * ((theirs / temperature).log_softmax(1) - log_q)).sum(1)
 
@@ -33,7 +33,7 @@ def kd(student, teacher, temperature):
 
 
 def pairs(ours, theirs, temperature):
-    """Mean over ordered pairs of images; ours and theirs are lists of (rows, C) unit vectors."""
+    """Return the mean over ordered pairs of images, given as lists of (rows, C) unit vectors."""
     terms = []
     for i in range(len(ours)):
         for j in range(len(ours)):
@@ -43,7 +43,7 @@ def pairs(ours, theirs, temperature):
 
 
 def units(features):
-    """A list of (positions, C), one for each image."""
+    """Return unit vectors as a list of (positions, C), one for each image."""
     return [F.normalize(f.flatten(1), dim=0).T for f in features]
 
 
@@ -58,14 +58,14 @@ def batch(student, teacher, method):
 
 
 def nearest(labels, height, width):
-    """Labels of (N, H, W) on the grid, raster order."""
+    """Return labels of (N, H, W) on the grid, in raster order."""
     rows = torch.arange(height) * labels.shape[1] // height
     columns = torch.arange(width) * labels.shape[2] // width
     return labels[:, rows][:, :, columns].flatten(1)
 
 
 def enqueue(queue, label, vectors):
-    """The published rule for one class: what does not fit goes to the last slots."""
+    """Store vectors of one class by the published rule: without room they take the last slots."""
     memory, start = queue.contents(), queue.pointers[label].item()
     if start + len(vectors) >= queue.size:
         memory[label, -len(vectors) :] = vectors
@@ -115,9 +115,9 @@ def memory(student, teacher, labels, method):
 
 def gcn(module, x):
     images = []
-    for picture in x:
+    for image in x:
         q, k, v = (
-            F.conv2d(picture[None], layer.weight)[0].flatten(1)
+            F.conv2d(image[None], layer.weight)[0].flatten(1)
             for layer in (module.query, module.key, module.value)
         )
         weights = (q.T @ k / math.sqrt(len(q))).softmax(1)

@@ -1,6 +1,6 @@
 """The equations of af_dcd and reviewkd written out, position by position.
 
-What the methods are tested against and timed against: float64, in loops, with the method's own
+The methods are tested and timed against these: float64, in loops, with the method's own
 extras. ``ORACLES[name](student, teacher, labels, method)`` returns the method's terms. The random
 draws are torch's own, so the seed decides them.
 """
@@ -26,7 +26,7 @@ def places(height: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Return the map on the grid of the other: kdprof's rule, in no paper."""
+    """Return the map on the grid of the other, by kdprof's rule: no paper states one."""
     if maps.shape[-2:] == like.shape[-2:]:
         return maps
     return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)

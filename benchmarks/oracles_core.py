@@ -1,9 +1,9 @@
-"""kd, fitnet, cwd and ifvd written out as they were published: whole maps, every step by itself.
+"""kd, fitnet, cwd and ifvd written out as they were published: whole maps, step by step.
 
-What the methods are tested against and timed against, in the precision of the taps.
+The methods are tested and timed against these, in the precision of the taps.
 ``ORACLES[name](student, teacher, labels, method)`` returns the method's terms, with the method's
-own adaptors and discriminator. Those are read and left as they are: call the oracle first, then
-the method. Only the settings that the methods are published with are here.
+own adaptors and discriminator, which stay unchanged: call the oracle first, then the method. Only
+the published settings of the methods are covered.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, dim: int) -
 
 
 def pixels(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> Tensor:
-    """Return the divergence over classes, by position or, without T^2, by element."""
+    """Return the divergence over classes, per position or, without T^2, per element."""
     total = divergence(resized(student, teacher), teacher, temperature, 1)
     if reduction == "element":
         return total / teacher.numel()
@@ -95,7 +95,7 @@ def cwd_feature(student: Taps, teacher: Taps, labels: None, method: Method) -> T
 
 
 def cwd_cirkd(student: Taps, teacher: Taps, labels: None, method: Method) -> Terms:
-    """CIRKD's bundle; its feature term is divided by the channels before the adaptor."""
+    """Return CIRKD's bundle; its feature term is divided by the channels before the adaptor."""
     heat, before = method.temperature, student.head.shape[1]
     adapted = mapped(method.adaptor, student.head)
     return {
@@ -110,7 +110,7 @@ def cwd_cirkd(student: Taps, teacher: Taps, labels: None, method: Method) -> Ter
 
 
 def centres(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return a map that has the mean feature of its class at every position, itself at void."""
+    """Return a map with the mean feature of the class at each position; void stays unchanged."""
     found = features.clone()
     for label in range(num_classes):
         mask = (labels == label).to(features.dtype)

@@ -1,8 +1,8 @@
 """The equations of ilt and dkd written out: whole maps, class by class.
 
-What the methods are tested against and timed against, in the precision of the taps.
-``ORACLES[name](student, teacher, labels, method)`` returns the method's terms. Of the method they
-read the background, the settings and the extras; how many classes are old is the teacher's logits'.
+The methods are tested and timed against these, in the precision of the taps.
+``ORACLES[name](student, teacher, labels, method)`` returns the method's terms. The oracles read the
+method's background, settings and extras; the teacher's logits give the number of old classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Terms = dict[str, Tensor]
 
 
 def resized(maps: Tensor, size: torch.Size) -> Tensor:
-    """Return the map at another size: kdprof's rule for grids, and how logits meet labels."""
+    """Return the map at another size: kdprof's rule for other grids and for logits at labels."""
     if maps.shape[-2:] == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
@@ -70,12 +70,12 @@ def summed(logits: Tensor, targets: Tensor, positive_weight: float = 1.0) -> Ten
 
 
 def one_hot(labels: Tensor, classes: range, like: Tensor) -> Tensor:
-    """Return a map for each class, 1 where a pixel is labelled with it."""
+    """Return a map for each class, which is 1 at pixels with its label."""
     return torch.stack([(labels == k).to(like.dtype) for k in classes], 1)
 
 
 def one_sign(head: Tensor, classifier: Tensor, sign: int) -> Tensor:
-    """Return the logits of the weights of one sign alone, class by class."""
+    """Return the logits that only the weights of one sign give, class by class."""
     maps = []
     for weight in classifier:
         kept = torch.where(sign * weight > 0, weight, 0.0)

@@ -1,7 +1,7 @@
 """The equations of mgd, maskd, bpkd and fakd:isda written out, position by position.
 
-What the methods are tested against and timed against: float64, in loops, with the method's own
-extras and statistics, which are left as they are. ``ORACLES[name](student, teacher, labels,
+The methods are tested and timed against these: float64, in loops, with the method's own
+extras and statistics, which stay unchanged. ``ORACLES[name](student, teacher, labels,
 method)`` returns the method's terms; ``AUXILIARY`` those of its second optimiser. The random draws
 are torch's own, so the seed decides them.
 """
@@ -27,7 +27,7 @@ def places(height: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Return the map on the grid of the other: kdprof's rule, in no paper."""
+    """Return the map on the grid of the other, by kdprof's rule: no paper states one."""
     if maps.shape[-2:] == like.shape[-2:]:
         return maps
     return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
@@ -126,7 +126,7 @@ def maskd(student: Taps, teacher: Taps, labels: Tensor, method: Method) -> Terms
 
 
 def between(maps: Tensor, y: float, x: float) -> Tensor:
-    """Return a (C, h, w) map at a place between its positions, bilinear."""
+    """Return a (C, h, w) map at a place between its positions, by bilinear interpolation."""
     top, left = min(int(y), maps.shape[1] - 1), min(int(x), maps.shape[2] - 1)
     below, right = min(top + 1, maps.shape[1] - 1), min(left + 1, maps.shape[2] - 1)
     v, u = y - top, x - left
@@ -165,7 +165,7 @@ def maskd_auxiliary(student: Taps, teacher: Taps, labels: Tensor, method: Method
 
 
 def window(rows: list[list[int]], y: int, x: int, width: int) -> list[int]:
-    """Return the values of a window, without what lies outside the image."""
+    """Return the values of a window, without those outside the image."""
     reach = width // 2
     return [
         rows[i][j]
@@ -230,7 +230,7 @@ def bpkd(student: Taps, teacher: Taps, labels: Tensor, method: Method) -> Terms:
 
 
 def class_covariance(rows: Tensor, y: int, method: Method) -> Tensor:
-    """Return the covariance of a class over what the method has seen and the new (n, C) rows."""
+    """Return a class's covariance over the rows seen by the method and the new (n, C) rows."""
     seen = method.statistics
     before, now = seen.count[y].item(), len(rows)
     if before + now == 0:

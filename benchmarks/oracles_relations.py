@@ -1,6 +1,6 @@
 """The equations of at, dist, pkd, nfd and attnfd written out, position by position.
 
-What the methods are tested against and timed against: float64, in loops, with the method's own
+The methods are tested and timed against these: float64, in loops, with the method's own
 adaptors. ``ORACLES[name](student, teacher, labels, method)`` returns the method's terms.
 """
 
@@ -27,7 +27,7 @@ def places(maps: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Return the map on the grid of the other: kdprof's rule, in no paper."""
+    """Return the map on the grid of the other, by kdprof's rule: no paper states one."""
     if maps.shape[-2:] == like.shape[-2:]:
         return maps
     return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
@@ -44,7 +44,7 @@ def mean_of(values: list[Tensor]) -> Tensor:
     return sum(values) / len(values)
 
 
-# Pixel-wise kd, which at adds.
+# Pixel-wise kd, a term of at.
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -94,7 +94,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def length(a: Tensor) -> Tensor:
-    """Return the length; of zeros without the slope of a square root at 0."""
+    """Return the length; for zeros, without the infinite gradient of a square root at 0."""
     squared = (a * a).sum()
     return squared.sqrt() if squared > 0 else squared
 
@@ -126,7 +126,7 @@ def dist(student: Taps, teacher: Taps, labels: None, method: Method) -> Terms:
 
 
 def standard_scores(values: Tensor, correction: int) -> Tensor:
-    """Return (value - mean) / (std + 1e-6); zeros where all are equal."""
+    """Return (value - mean) / (std + 1e-6); zeros if all values are equal."""
     count = values.numel()
     centred = values - values.sum() / count
     if count == 1 or centred.abs().max() == 0:

@@ -1,9 +1,9 @@
 """SKD and DSD written out: window by window, image by image, every similarity map whole.
 
-What the methods are tested against and timed against, in float64.
+The methods are tested and timed against these, in float64.
 ``ORACLES[name](student, teacher, labels, method)`` returns the method's terms, and
-``AUXILIARY[name]`` what its discriminator is trained on, with the method's own discriminator in
-training mode. That is read and left as it is: call the oracle first, then the method.
+``AUXILIARY[name]`` those of its discriminator, with the method's own discriminator in training
+mode, which stays unchanged: call the oracle first, then the method.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Terms = dict[str, Tensor]
 
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Return the map on the grid of the other: kdprof's rule, in no paper."""
+    """Return the map on the grid of the other, by kdprof's rule: no paper states one."""
     if maps.shape[-2:] == like.shape[-2:]:
         return maps
     return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
@@ -60,7 +60,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def windows(image: Tensor, height: int, width: int) -> list[Tensor]:
-    """Return the parts of a (C, h, w) image, (C, positions) each; those at the border are cut."""
+    """Return the parts of a (C, h, w) image, (C, positions) each; parts at the border are cut."""
     return [
         image[:, y : y + height, x : x + width].flatten(1)
         for y in range(0, image.shape[1], height)
@@ -69,7 +69,7 @@ def windows(image: Tensor, height: int, width: int) -> list[Tensor]:
 
 
 def similarity(image: Tensor, window: tuple[int, int], pooling: str, fixed: bool) -> Tensor:
-    """Return the map of every node with every node of one image."""
+    """Return the similarity of every node with every node of one image."""
     nodes = []
     for part in windows(image, *window):
         node = part.max(1).values if pooling == "max" else part.sum(1) / part.shape[1]
@@ -92,7 +92,7 @@ def pairwise(student: Tensor, teacher: Tensor, window, pooling: str, fixed: bool
 
 
 class Judge:
-    """Scores logits with the weights of a method's discriminator; keeps its own vectors."""
+    """Scores logits with the weights of a method's discriminator; has its own power iteration."""
 
     def __init__(self, discriminator: nn.Module):
         self.module, self.left = discriminator, {}
@@ -107,7 +107,7 @@ class Judge:
         return self.convolved(last, self.attended(late, x))
 
     def normalised(self, logits: Tensor) -> Tensor:
-        """The batch norm in training."""
+        """Return the logits through the batch norm in training."""
         norm, channels = self.module.norm, []
         for c in range(logits.shape[1]):
             centred = logits[:, c] - logits[:, c].mean()
@@ -116,7 +116,7 @@ class Judge:
         return torch.stack(channels, 1)
 
     def stage(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """A convolution by the weight over its largest singular value, and a leaky ReLU."""
+        """Return a convolution by the weight over its largest singular value, and a leaky ReLU."""
         matrix = layer.weight.double().flatten(1)
         left = self.left.get(layer, layer.u.double())
         with torch.no_grad():
@@ -146,7 +146,7 @@ def adversarial(student: Tensor, teacher: Tensor, method: Method) -> Tensor:
 
 
 def auxiliary(student: Taps, teacher: Taps, labels: None, method: Method) -> Terms:
-    """Return the discriminator's terms; draws what the method draws."""
+    """Return the discriminator's terms, with the same random draws as the method."""
     theirs = teacher.logits.double()
     ours = resized(student.logits.double(), theirs)
     judge = Judge(method.adversary.discriminator)
@@ -193,7 +193,7 @@ def skd_cirkd(student: Taps, teacher: Taps, labels: None, method: Method) -> Ter
 
 
 def unit_vector(values: Tensor) -> Tensor:
-    """Return the vector of length 1; of what is only rounding, zeros."""
+    """Return the vector scaled to length 1, or zeros if it is only rounding error."""
     length = values.norm()
     return values / length if length > 1e-9 else torch.zeros_like(values)
 

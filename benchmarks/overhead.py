@@ -1,9 +1,9 @@
-"""What does watching cost? A step with its phases marked against the same step unwatched.
+"""Measure what marking the phases of a step costs: a step with marks against one without.
 
     python benchmarks/overhead.py [--study quickstart] [--method cwd] [--max-time 60]
 
-Both take turns in one process, as in `kdprof measure`; the ratio must stay below 1.01. The study is
-a preset or a TOML file. The sum of the phases is compared with the step that they were marked in.
+Both are interleaved in one process, as in `kdprof measure`; the ratio must stay below 1.01. The
+study is a preset or a TOML file. The sum of the phases is compared with the step without marks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kdprof.step import PHASES, Mark, ignore_phase
 from kdprof.study import MeasureSettings, load_study
 
 
-class Unwatched(StudySubject):
-    """The same step, nobody told of its phases."""
+class Unmarked(StudySubject):
+    """The same step without marks of its phases."""
 
     phases = ()
 
@@ -33,12 +33,12 @@ class Unwatched(StudySubject):
 
 
 def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
-    """Return the step of a method twice: watched, and not."""
+    """Return the step of a method twice: with marks and without."""
     factory = study.factory
     batches = factory.batches(seed=0)
     resident = batches.batch(0, study.device)
     found = []
-    for kind, label in ((StudySubject, "watched"), (Unwatched, "unwatched")):
+    for kind, label in ((StudySubject, "marked"), (Unmarked, "unmarked")):
         reads_teacher = study.methods[name].cls.needs_teacher()
         teacher = factory.placed_teacher() if reads_teacher else None
         subject = kind(StepFeed(factory.step(name, teacher), batches, resident))
@@ -49,7 +49,7 @@ def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
 
 
 def marks_s(clock: Clock, repeats: int = 2000) -> float:
-    """Return the host's seconds for the marks of one step: what is added to it."""
+    """Return the host's seconds that the marks add to one step."""
     began = clock.now()
     for _ in range(repeats):
         stamps: Stamps = [("", clock.stamp())]
@@ -77,17 +77,17 @@ def main() -> None:
         canary=CanaryKernel(study.device, clock),
         hardware=study.hardware,
     )
-    watched, unwatched = session.samples
-    ratio = paired_ratio(watched.rounds, unwatched.rounds)
-    sums = [sum(phases.values()) for block in watched.blocks for phases in block.phases_s]
+    marked, unmarked = session.samples
+    ratio = paired_ratio(marked.rounds, unmarked.rounds)
+    sums = [sum(phases.values()) for block in marked.blocks for phases in block.phases_s]
     drift, steady = drift_of(session.canary_s, settings.precision_target)
-    alone = float(np.median(np.concatenate(unwatched.rounds)))
+    alone = float(np.median(np.concatenate(unmarked.rounds)))
     print(f"{given.method} of {given.study} on {study.hardware.name}, {session.rounds} rounds")
-    print(f"step, watched / unwatched: {ratio[0]:.4f} [{ratio[1]:.4f}-{ratio[2]:.4f}], aim < 1.01")
+    print(f"step, marked / unmarked: {ratio[0]:.4f} [{ratio[1]:.4f}-{ratio[2]:.4f}], aim < 1.01")
     print(f"interval {relative_width(ratio):.2%} wide; {session.stopped}")
     added = marks_s(clock)
     print(f"the marks alone: {1e6 * added:.1f} us of host time per step, {added / alone:.4%} of it")
-    print(f"sum of the phases / unwatched step: {np.median(sums) / alone:.4f}, aim 0.98-1.02")
+    print(f"sum of the phases / unmarked step: {np.median(sums) / alone:.4f}, aim 0.98-1.02")
     print(f"canary drifted {drift:.1%} ({'steady' if steady else 'NOT steady'})")
 
 

@@ -1,6 +1,6 @@
-"""A machine whose noise is known: a clock that steps move, and steps that take what they are told.
+"""A simulated machine with known noise: steps of known latency advance a simulated clock.
 
-The measuring code runs on it unchanged; only the clock, the canary and the hardware are these.
+The measuring code runs on it unchanged; only the clock, the canary and the hardware are simulated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from kdprof.measure.latency import Session, time_interleaved
 from kdprof.study import MeasureSettings
 
 Noise = Iterator[float]
-"""Factors by which steps take longer than they should, one per step, in order of time."""
+"""Factors by which steps take longer than without noise, one per step, in order of time."""
 
 
 class SimulatedClock:
-    """Time passes only when a step says so."""
+    """A clock that only steps and the canary advance."""
 
     name = "simulated"
 
@@ -38,7 +38,7 @@ class SimulatedClock:
 
 
 class SimulatedStep:
-    """A step of ``latency_s`` on a noisy machine; ``loader_s`` more with a loader."""
+    """A step of ``latency_s`` on a noisy machine."""
 
     phases = ()
     traced = None
@@ -72,7 +72,7 @@ class SimulatedCanary:
 
 
 class QuietHardware:
-    """Hardware that never has anything to say."""
+    """Hardware that never reports anything."""
 
     name = "simulated"
 
@@ -84,19 +84,19 @@ class QuietHardware:
 
 
 def quiet() -> Noise:
-    """A machine without noise."""
+    """Yield the factors of a machine without noise."""
     while True:
         yield 1.0
 
 
 def independent(rng: np.random.Generator, spread: float = 0.02) -> Noise:
-    """Normal noise, every step for itself."""
+    """Yield normal noise that is independent for every step."""
     while True:
         yield float(np.exp(spread * rng.standard_normal()))
 
 
 def drifting(rng: np.random.Generator, spread: float = 0.02) -> Noise:
-    """A level that wanders and returns (a clock, a neighbour) under independent noise."""
+    """Yield independent noise on a level that wanders and returns (clock, other processes)."""
     level = 0.0
     while True:
         level = 0.98 * level + 0.01 * rng.standard_normal()
@@ -104,7 +104,7 @@ def drifting(rng: np.random.Generator, spread: float = 0.02) -> Noise:
 
 
 def disturbed(rng: np.random.Generator, spread: float = 0.01) -> Noise:
-    """One step in twelve is held up, to twice its time at most."""
+    """Yield noise that delays one step in twelve, to at most twice its time."""
     while True:
         held_up = rng.random() if rng.random() < 1 / 12 else 0.0
         yield float(np.exp(spread * rng.standard_normal()) * (1 + held_up))

@@ -1,17 +1,17 @@
-"""Does our loop cost anything? Against a bare PyTorch loop that does the same work, in one run.
+"""Measure the overhead of kdprof's training loop against a bare PyTorch loop with the same work.
 
     python benchmarks/training.py [--study camvid] [--data camvid:ROOT] [--set KEY=VALUE ...]
 
 Prints ratios as a markdown table:
 
-- seconds per iteration of `kdprof train` to those of the bare loop (aim: at most 1.02);
-- the share of training that steps wait for data (aim: at most 0.02);
-- seconds per iteration with an option of the step or the input to those without (its gain);
-- evaluation's seconds per image to those of training's forward (aim: at most 1);
-- MFU, where the device's peak is published.
+- seconds per iteration of `kdprof train` over those of the bare loop (aim: at most 1.02);
+- the share of training time in which steps wait for data (aim: at most 0.02);
+- seconds per iteration with an option of the step or the input over those without it;
+- seconds per image of evaluation over those of a training forward (aim: at most 1);
+- MFU, if the device's peak is published.
 
-What is compared takes turns, block by block; an interval is of 95 % over the blocks. On a machine
-with other work on it intervals are wide, and say so.
+The two sides of a ratio are interleaved, block by block; intervals are 95 % over the blocks.
+Intervals are wide on a machine with other load.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from kdprof.train.cells import Cell, new_run
 from kdprof.train.loop import TrainingRun
 
 Block = Callable[[], float]
-"""Does a block of work and returns its seconds."""
+"""Runs a block of work and returns its seconds."""
 OPTIONS = {
     "channels_last": ({"step.channels_last": False}, {"step.channels_last": True}),
     "fold_teacher": ({"step.fold_teacher": False}, {"step.fold_teacher": True}),
@@ -70,7 +70,7 @@ def parts(study: ResolvedStudy, name: str) -> tuple[TrainStep, SegmentationNetwo
 
 
 class OurLoop:
-    """`kdprof train`'s loop, a run per block, without evaluation and checkpoints on the way."""
+    """The loop of `kdprof train`: one run per block, without evaluations and checkpoints in it."""
 
     def __init__(self, study: ResolvedStudy, name: str, iterations: int, folder: Path):
         self.study, self.iterations, self.folder = study, iterations, folder
@@ -94,7 +94,7 @@ class OurLoop:
 
 
 class BareLoop:
-    """What a script would do: the same networks, objective, images and optimiser, nothing else."""
+    """The loop of a plain script: the same networks, objective, images and optimiser."""
 
     def __init__(self, study: ResolvedStudy, name: str, iterations: int):
         settings = study.step
@@ -158,8 +158,8 @@ class BareLoop:
 
 
 def ratio(above: Block, below: Block, blocks: int) -> tuple[float, float, float]:
-    """Return the ratio of the two's seconds with its 95 % interval; they take turns."""
-    above(), below()  # kernels are chosen, memory is taken
+    """Return the ratio of seconds of two interleaved blocks, with its 95 % interval."""
+    above(), below()  # chooses kernels and allocates memory
     rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
     for number in range(blocks):
         sides = [(rounds[0], above), (rounds[1], below)]
@@ -169,7 +169,7 @@ def ratio(above: Block, below: Block, blocks: int) -> tuple[float, float, float]
 
 
 def applies(option: str, study: ResolvedStudy, compiling: bool) -> bool:
-    """Return whether an option can be had here, and is wanted."""
+    """Return whether an option is possible on this device, and requested."""
     if option in ("bf16", "cuda-graphs") and study.device.type != "cuda":
         return False
     return compiling or option not in ("compile", "cuda-graphs")
@@ -178,7 +178,7 @@ def applies(option: str, study: ResolvedStudy, compiling: bool) -> bool:
 def gains(
     study: Study, name: str, iterations: int, blocks: int, compiling: bool, folder: Path
 ) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """Yield each option with the ratio of our loop's seconds with it to those without."""
+    """Yield each option with the ratio of our loop's seconds with it to those without it."""
     for option, (without, with_it) in OPTIONS.items():
         if not applies(option, ResolvedStudy(study), compiling):
             continue
@@ -190,7 +190,7 @@ def gains(
 
 
 def changed(study: Study, values: dict) -> Study:
-    """Return the study with other settings."""
+    """Return the study with changed settings."""
     plain = {
         key: value for key, value in study.model_dump(mode="json").items() if value is not None
     }
@@ -201,7 +201,7 @@ def changed(study: Study, values: dict) -> Study:
 
 
 def evaluation_ratio(study: ResolvedStudy, blocks: int) -> tuple[float, float, float]:
-    """Return evaluation's seconds per image to those of a training forward of the same images."""
+    """Return seconds per image of evaluation over those of a training forward."""
     step, data = study.factory.step(REFERENCE, None), study.data.val("student")
     size = study.evaluation.batch
     images = torch.stack([data[index][0] for index in range(min(size, len(data)))])
@@ -228,7 +228,7 @@ def evaluation_ratio(study: ResolvedStudy, blocks: int) -> tuple[float, float, f
 
 
 def utilisation(loop: OurLoop) -> float | None:
-    """Return the share of the device's published peak that our loop's last block made use of."""
+    """Return the share of the device's published peak that one block of our loop reaches."""
     study = loop.study
     peak = published_peak(study.hardware.name, study.step.precision)
     if peak is None:
@@ -245,7 +245,7 @@ def row(what: str, found: tuple[float, float, float], aim: str) -> str:
 
 
 def title(study: ResolvedStudy, given: argparse.Namespace) -> str:
-    """Return what was run where, and the table's head."""
+    """Return what was run on which device, and the head of the table."""
     threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     return (
         f"{given.method} of {given.study} on {study.hardware.name}, {threads}; {given.blocks} "

@@ -1,11 +1,11 @@
 """Objectives on whole maps, in the steps that the authors' code takes.
 
-What is timed in the place of an oracle that loops over positions: `oracles_*.py` has those, close
-to the equation, and a loop says nothing of how good the code is that it is compared with.
+These forms are timed in place of oracles that loop over positions. The oracles (`oracles_*.py`) are
+close to the equations, but being faster than a loop proves nothing.
 ``WHOLE_MAPS[name](student, teacher, labels, method)`` returns the terms of ``ORACLES``, in the
 precision of the taps and on equal grids, with the method's own extras and published settings. Like
-the method it moves statistics on. Discriminators and generators are the method's own modules: on
-whole maps they have no other form.
+the method, it updates statistics. Discriminators and generators are the method's own modules: they
+have no other form on whole maps.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def bpkd(student: Taps, teacher: Taps, labels: Tensor, method: Method) -> Terms:
 
 
 def take_in(seen: nn.Module, logits: Tensor, which: Tensor, classes: int) -> None:
-    """Update means and covariances in ISDA's way: (positions, classes, C) maps of members."""
+    """Update means and covariances as ISDA does, by (positions, classes, C) maps of members."""
     valid = which < classes
     logits, which = logits[valid], which[valid]
     members = F.one_hot(which, classes).to(logits.dtype)
@@ -302,7 +302,7 @@ def take_in(seen: nn.Module, logits: Tensor, which: Tensor, classes: int) -> Non
 
 
 def fakd_isda(student: Taps, teacher: Taps, labels: Tensor, method: Method) -> Terms:
-    """Positions x classes x classes, whole."""
+    """Return the term; whole tensors of positions x classes x classes."""
     classes, seen = method.num_classes, method.statistics
     ours, theirs = rows(student.logits), rows(teacher.logits)
     nearest = F.interpolate(labels[:, None].float(), teacher.logits.shape[-2:], mode="nearest")

@@ -1,13 +1,13 @@
-"""Two sets of Costs compared: did a step become slower or faster, and by how much.
+"""Compare two sets of Costs: whether a step became slower or faster, and by how much.
 
-A change counts only where the whole 95 % interval of new / old lies beyond a noise threshold, as in
-criterion.rs: the interval says what is certain, the threshold what is worth saying.
+A change counts only if the whole 95 % interval of new / old lies beyond a noise threshold, as in
+criterion.rs: the interval shows what is certain, the threshold what is large enough to report.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,52 +22,52 @@ from kdprof.store import Store
 NOISE_THRESHOLD = 0.01
 """Changes smaller than this fraction are noise, however narrow their interval."""
 LEAST_ROUNDS = 2
-"""Fewer rounds have no interval."""
+"""An interval needs at least this many rounds."""
 
 Verdict = Literal["slower", "faster", "within noise"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What changed in the cost of one method; ratios are new / old."""
+    """The change of one method's cost; ratios are new / old."""
 
     method: str
     old_s: float | None
     new_s: float | None
     """Step latencies, medians."""
     latency: Numbers | None
-    """With a 95 % interval, the two sessions being independent."""
+    """With a 95 % interval; the two sessions are independent."""
     threshold: float
     """Relative change up to which the latency is within noise."""
     verdict: Verdict | None
     reference: str | None
     relative: Numbers | None
-    """Of the ratio to ``reference``, which cancels the machine's own speed."""
+    """Change of the ratio to ``reference``, in which the speed of the machine itself cancels."""
     flop: float | None
     memory: float | None
-    """Of the peak: the allocator's, or the process's where there is no allocator to ask."""
+    """Ratio of the peaks: the allocator's, or the process's if the allocator's is not known."""
     energy: float | None
     reliable: bool
-    """Whether both costs are."""
+    """True if both Costs are reliable."""
     missing: dict[str, str] = field(default_factory=dict)
     """Why a field is None."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The methods in both sets, and what a reader must know about them."""
+    """The methods that are in both sets, with notes for the reader."""
 
     rows: list[Change]
     notes: list[str]
     unreliable: list[str]
-    """Costs that are not to be trusted, each with its side and the reasons."""
+    """Unreliable Costs, each with its side (old or new) and the reasons."""
 
 
 def read_costs(path: Path) -> list[Cost]:
     """Read a JSON file of one Cost or of a list, or the newest Costs of a results folder.
 
     Raises:
-        UserError: there are no Costs, or none that this version reads.
+        UserError: ``path`` holds no Costs, or Costs that this version cannot read.
     """
     if path.is_dir():
         return list(Store(path).latest_costs().values())
@@ -76,28 +76,30 @@ def read_costs(path: Path) -> list[Cost]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON file of costs ({error})") from None
+        raise UserError(f"{path} is not a JSON file of costs ({error})") from None
     items = content if isinstance(content, list) else [content]
     if not items:
         raise UserError(f"{path} holds no costs")
-    problems = [problem for place, item in enumerate(items, 1) for problem in _faults(place, item)]
+    problems = [
+        problem for place, item in enumerate(items, 1) for problem in _problems(place, item)
+    ]
     if problems:
-        raise UserError(f"{path} holds no costs this version reads: {'; '.join(problems)}")
+        raise UserError(f"{path} holds no costs that this version reads: {'; '.join(problems)}")
     return [Cost.model_validate(item) for item in items]
 
 
-def _faults(place: int, item: Any) -> list[str]:
+def _problems(place: int, item: Any) -> list[str]:
     """Return what is wrong with one record of a file."""
     if not isinstance(item, dict) or "method" not in item:
-        return [f"record {place} is no cost"]
+        return [f"record {place} is not a cost"]
     name = f"record {place} ({item['method']})"
-    schema = Cost.model_fields["schema_version"].default
-    if item.get("schema") != schema:
-        # One problem, not one for each field that another schema has or lacks.
-        return [f"{name} has schema {item.get('schema')}, not {schema}; measure again"]
     try:
         Cost.model_validate(item)
     except ValidationError as error:
+        schema = Cost.model_fields["schema_version"].default
+        if item.get("schema") != schema:
+            # One problem, not one for each field that the other schema has or lacks.
+            return [f"{name} has schema {item.get('schema')}, not {schema}; measure again"]
         return [f"{name}: {_place(one['loc'])}: {one['msg']}" for one in error.errors()]
     return []
 
@@ -109,7 +111,7 @@ def _place(location: Iterable[Any]) -> str:
 def compare(
     old: Sequence[Cost], new: Sequence[Cost], noise_threshold: float = NOISE_THRESHOLD
 ) -> Comparison:
-    """Compare the Costs of every method that is in both sets; of several, the last one counts.
+    """Compare the Costs of every method that is in both sets; the last Cost of a method counts.
 
     Different devices, settings or versions are noted, not refused.
 
@@ -128,7 +130,7 @@ def compare(
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none at all"
+    return ", ".join(names) or "none"
 
 
 def _change(old: Cost, new: Cost, noise_threshold: float) -> Change:
@@ -153,7 +155,7 @@ def _change(old: Cost, new: Cost, noise_threshold: float) -> Change:
 
 
 def machine_change(old: Cost, new: Cost) -> float | None:
-    """Return by how much the machine itself became slower, by the canary; None where unknown."""
+    """Return the relative slowdown of the machine itself, by the canary; None if it is unknown."""
     if old.device != new.device or old.canary is None or new.canary is None:
         return None
     return new.canary.median_s / old.canary.median_s - 1
@@ -175,29 +177,37 @@ def _verdict(latency: Numbers, threshold: float) -> Verdict:
 
 
 def _relative(old: Cost, new: Cost, missing: dict[str, str]) -> Numbers | None:
-    """Return the change of the ratio to the reference; both must be to the same."""
-    if old.ratio is None or new.ratio is None:
-        absent = old if old.ratio is None else new
+    """Return the change of the ratio to the reference; both ratios must have the same reference."""
+    before, after = old.ratio, new.ratio
+    if before is None or after is None:
+        absent = old if before is None else new
         missing["relative"] = absent.unavailable.get("ratio", "no ratio to a reference")
-    elif old.ratio.to != new.ratio.to:
-        missing["relative"] = f"old is relative to {old.ratio.to}, new to {new.ratio.to}"
-    elif new.ratio.to == new.method:
+    elif before.to != after.to:
+        missing["relative"] = f"old is relative to {before.to}, new to {after.to}"
+    elif after.to == new.method:
         missing["relative"] = "the reference itself"
-    if "relative" in missing:
-        return None
-    return ratio_of(*((c.ratio.median, c.ratio.low, c.ratio.high) for c in (new, old)))
+    else:
+        return ratio_of(*((ratio.median, ratio.low, ratio.high) for ratio in (after, before)))
+    return None
 
 
 def _flop(cost: Cost) -> float | None:
     return None if cost.flop is None else cost.flop.total
 
 
-def _quotient(name: str, old: Cost, new: Cost, value: Any, missing: dict[str, str]) -> float | None:
-    for cost in (old, new):
-        if value(cost) is None:
-            missing[name.removesuffix("_j")] = cost.unavailable.get(name, "not measured")
-            return None
-    return value(new) / value(old) if value(old) else None
+def _quotient(
+    name: str,
+    old: Cost,
+    new: Cost,
+    value: Callable[[Cost], float | None],
+    missing: dict[str, str],
+) -> float | None:
+    before, after = value(old), value(new)
+    if before is None or after is None:
+        absent = old if before is None else new
+        missing[name.removesuffix("_j")] = absent.unavailable.get(name, "not measured")
+        return None
+    return after / before if before else None
 
 
 def _memory(old: Cost, new: Cost, missing: dict[str, str]) -> float | None:
@@ -205,7 +215,7 @@ def _memory(old: Cost, new: Cost, missing: dict[str, str]) -> float | None:
         ends = [getattr(cost.memory_bytes, kind) for cost in (old, new)]
         if None not in ends:
             return ends[1] / ends[0]
-    missing["memory"] = "no peak of one kind in both"
+    missing["memory"] = "no peak of the same kind in both"
     return None
 
 
@@ -218,9 +228,9 @@ def _notes(
     before: Mapping[str, Cost], after: Mapping[str, Cost], pairs: Pairs, noise_threshold: float
 ) -> list[str]:
     return [
-        "new / old of the step latency with its 95 % interval, the sessions being independent. "
-        "Slower or faster: the whole interval is beyond the threshold, which is "
-        f"{100 * noise_threshold:g} % plus what the machine itself changed (canary).",
+        "new / old is the ratio of the step latencies with its 95 % interval; the sessions are "
+        "independent. Slower or faster: the whole interval is beyond the threshold, which is "
+        f"{100 * noise_threshold:g} % plus the change of the machine itself (canary).",
         *_device_note(pairs),
         *_difference_notes("settings", pairs),
         *_difference_notes("versions", pairs),
@@ -243,7 +253,7 @@ def _device_note(pairs: Pairs) -> list[str]:
         return []
     return [
         f"Different devices: old {_listed(dict.fromkeys(old))}; new {_listed(dict.fromkeys(new))}. "
-        "The latencies compare the machines too; the ratio to the reference less so."
+        "The latencies also compare the machines; the ratio to the reference does so less."
     ]
 
 
@@ -257,12 +267,14 @@ def _difference_notes(what: Literal["settings", "versions"], pairs: Pairs) -> li
                 methods_of.setdefault(text, []).append(new.method)
     if not methods_of:
         return []
-    listed = "; ".join(f"{text} ({_who(names, pairs)})" for text, names in methods_of.items())
+    listed = "; ".join(
+        f"{text} ({_methods_text(names, pairs)})" for text, names in methods_of.items()
+    )
     return [f"Different {what}: {listed}."]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of settings with dotted keys."""
+    """Return nested settings as one level, with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
@@ -270,12 +282,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _who(methods: Sequence[str], pairs: Pairs) -> str:
+def _methods_text(methods: Sequence[str], pairs: Pairs) -> str:
     return "all methods" if len(methods) == len(pairs) > 1 else ", ".join(methods)
 
 
 def _machine_notes(pairs: Pairs, noise_threshold: float) -> list[str]:
-    """Return by how much the machine itself changed speed, and where nobody knows."""
+    """Return how much the machine itself changed speed, and for which methods that is unknown."""
     changes = {new.method: machine_change(old, new) for old, new in pairs}
     shifted = [
         f"{method} ({100 * abs(change):.1f} % {'slower' if change > 0 else 'faster'})"
@@ -286,7 +298,7 @@ def _machine_notes(pairs: Pairs, noise_threshold: float) -> list[str]:
     if shifted:
         found.append(
             "The machine itself changed speed between old and new, by the canary: "
-            f"{', '.join(shifted)}. The threshold is that much wider."
+            f"{', '.join(shifted)}. The threshold is wider by that much."
         )
     unknown = [
         new.method
@@ -295,8 +307,8 @@ def _machine_notes(pairs: Pairs, noise_threshold: float) -> list[str]:
     ]
     if unknown:
         found.append(
-            f"No canary on both sides ({_who(unknown, pairs)}): a change of the machine's own "
-            "speed would not be seen."
+            f"No canary on both sides ({_methods_text(unknown, pairs)}): a change of the machine's "
+            "own speed would not be noticed."
         )
     return found
 
@@ -312,4 +324,4 @@ def _unreliable(pairs: Pairs) -> list[str]:
 
 def _same_notes(pairs: Pairs) -> list[str]:
     same = [new.method for old, new in pairs if new.session and old.session == new.session]
-    return [f"Old and new are the same measurement ({_who(same, pairs)})."] if same else []
+    return [f"Old and new are the same measurement ({_methods_text(same, pairs)})."] if same else []

@@ -18,11 +18,11 @@ _TITLES = {
     "memory": "memory",
     "energy": "energy",
 }
-"""What a note calls a field that is not available."""
+"""How notes name a field that is not available."""
 
 
 def comparison_table(comparison: Comparison, console: Console) -> None:
-    """Print the changes, one method a line, and the notes."""
+    """Print the changes, one method per line, and the notes."""
     _grid(comparison).without_empty().print(console)
     print_notes(_notes(comparison), console)
 
@@ -47,7 +47,7 @@ def _grid(comparison: Comparison) -> Grid:
 
 
 def _time_unit(comparison: Comparison) -> tuple[str, float]:
-    """Return one unit for the whole table, and its number per second."""
+    """Return the time unit of the whole table, and how many of them are a second."""
     longest = max((row.new_s or 0.0 for row in comparison.rows), default=0.0)
     return ("s", 1.0) if longest >= 1 else ("ms", 1e3)
 
@@ -59,7 +59,7 @@ def _seconds(value: float | None, scale: float) -> str:
 def _estimate(numbers: Numbers | None) -> str:
     if numbers is None:
         return MISSING
-    # Three decimals: a change of half a percent has to be seen.
+    # Three decimals: a change of half a percent must be visible.
     return Estimate(*numbers).brief(3)
 
 
@@ -72,14 +72,14 @@ def _percent(ratio: float | None) -> str:
 def _notes(comparison: Comparison) -> list[str]:
     columns = (
         "The change of the ratio to the reference cancels the machine's own speed. FLOP, peak "
-        "memory, energy: relative change, '=' where there is none."
+        "memory, energy: relative change, '=' if nothing changed."
     )
     doubts = [f"{UNRELIABLE} {doubt}" for doubt in comparison.unreliable]
     return [comparison.notes[0], columns, *comparison.notes[1:], *doubts, *_missing(comparison)]
 
 
 def _missing(comparison: Comparison) -> list[str]:
-    """Return why cells hold a dash: one note per column and reason."""
+    """Return the reasons for dashes: one note per column and reason."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in comparison.rows:
         for name, reason in row.missing.items():

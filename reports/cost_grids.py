@@ -1,9 +1,10 @@
-"""The grids of what a step costs, and how their cells are written."""
+"""The grids of step costs, and how their cells are written."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import get_args
 
 from kdprof.records import (
@@ -21,7 +22,7 @@ from .results import device_text
 from .text import HIDDEN, MISSING, Estimate, Grid, digits, figures, flagged, size
 
 HIDDEN_LIMIT = 0.10
-"""Where the hidden-cost index is further from 0, matching by FLOP is not valid for a method."""
+"""Matching by FLOP is not valid for a method whose hidden-cost index is further from 0."""
 
 Columns = Mapping[str, Callable[[Cost], str]]
 
@@ -35,8 +36,8 @@ def main_grid(costs: Sequence[Cost], *, brief: bool = False, wide: bool = False)
     """Return the main grid.
 
     Args:
-        brief: for a terminal: narrow intervals as ``±``, without what the throughput grid has.
-        wide: with it after all.
+        brief: for a terminal: narrow intervals as ``±``, without columns of the throughput grid.
+        wide: with those columns nevertheless.
     """
     unit, scale = _time_unit(costs)
     all_process = all(cost.memory_bytes.peak_allocated is None for cost in costs)
@@ -61,10 +62,10 @@ def main_grid(costs: Sequence[Cost], *, brief: bool = False, wide: bool = False)
 
 
 def throughput_grid(costs: Sequence[Cost], *, brief: bool = False) -> Grid:
-    """Return rates of the whole step, and their shares of the ceilings measured here.
+    """Return the rates of the whole step, and their shares of the measured ceilings.
 
     Args:
-        brief: with what the brief main grid leaves out.
+        brief: with the columns that the brief main grid leaves out.
     """
     shared = {"moved (GB)": _moved, "MFU %": _mfu} if brief else {}
     columns = {
@@ -87,23 +88,23 @@ def throughput_grid(costs: Sequence[Cost], *, brief: bool = False) -> Grid:
 
 def phase_grid(costs: Sequence[Cost]) -> Grid:
     """Return the phases as shares of the step."""
-    # Phases that take no time in any method would only widen the table.
+    # Phases that take no time in any method are left out: they would only widen the table.
     phases = _names(cost.phases_s for cost in costs)
     taken = {name for cost in costs for name, s in (cost.phases_s or {}).items() if s > 0}
     columns: dict[str, Callable[[Cost], str]] = {"method": _name}
     for phase in (phase for phase in phases if phase in taken):
-        columns[phase_words(phase)] = lambda cost, phase=phase: _phase_share(cost, phase)
+        columns[phase_words(phase)] = partial(_phase_share, phase=phase)
     return _grid("Phases, % of the step", columns, costs)
 
 
 def _names(records: Iterable[Mapping[str, object] | None]) -> list[str]:
-    """Return the keys of all records, in the order of the longest."""
+    """Return the keys of all records, in the order of the record with most keys."""
     found = sorted((record or {} for record in records), key=len, reverse=True)
     return list(dict.fromkeys(name for record in found for name in record))
 
 
 def detail_grids(costs: Sequence[Cost], top: int | None = None) -> list[Grid]:
-    """Return terms, bounds and operators; of those that nobody counts the ``top`` per method."""
+    """Return the grids of terms, bounds and operators; of uncounted ones, ``top`` per method."""
     return [_term_grid(costs), _bound_grid(costs), _kind_grid(costs), _uncounted_grid(costs, top)]
 
 
@@ -119,7 +120,7 @@ def _term_grid(costs: Sequence[Cost]) -> Grid:
             _number(term.backward_s, ".3f", 1e3),
             _percent_of_step(cost, _term_seconds(term)),
             figures((term.forward_flop + term.backward_flop) / 1e9),
-            "paid but weight 0" if _paid_for_nothing(term) else "",
+            "paid but weight 0" if _is_wasted(term) else "",
         ]
         for cost, name, term in _terms(costs)
     ]
@@ -129,20 +130,19 @@ def _term_grid(costs: Sequence[Cost]) -> Grid:
 def _bound_grid(costs: Sequence[Cost]) -> Grid:
     columns: dict[str, Callable[[Cost], str]] = {"method": _name}
     for phase in _names(cost.bounds for cost in costs):
-        columns[phase_words(phase)] = lambda cost, phase=phase: _bound(cost, phase)
+        columns[phase_words(phase)] = partial(_bound, phase=phase)
     title = "What bounds the phases (C compute, M memory, O overhead), % of the ceiling reached"
     return _grid(title, columns, costs)
 
 
 def _kind_grid(costs: Sequence[Cost]) -> Grid:
-    columns: dict[str, Callable[[Cost], str]] = {"method": _name}
-    seconds = {id(cost): _seconds_by_kind(cost) for cost in costs}
-    for kind in get_args(OperationKind):
-        if any(found and found[kind] for found in seconds.values()):
-            columns[kind] = lambda cost, kind=kind: _percent_of_step(
-                cost, seconds[id(cost)][kind] if seconds[id(cost)] else None
-            )
-    return _grid("Operators by kind, % of the step", columns, costs)
+    timed = [_seconds_by_kind(cost) for cost in costs]
+    kinds = [k for k in get_args(OperationKind) if any(s and s.get(k) for s in timed)]
+    rows = [
+        [_name(cost), *(_percent_of_step(cost, s.get(k, 0.0) if s else None) for k in kinds)]
+        for cost, s in zip(costs, timed, strict=True)
+    ]
+    return Grid("Operators by kind, % of the step", ["method", *kinds], rows)
 
 
 def _uncounted_grid(costs: Sequence[Cost], top: int | None) -> Grid:
@@ -152,26 +152,29 @@ def _uncounted_grid(costs: Sequence[Cost], top: int | None) -> Grid:
         for name, calls, seconds in uncounted_operators(cost)[:top]
     ]
     header = ("method", "operator", "calls", "% of step")
-    return Grid("Operators whose FLOP nobody counts", header, rows, ("operator",))
+    return Grid("Operators whose FLOP are not counted", header, rows, ("operator",))
 
 
 def count_grid(costs: Sequence[Cost]) -> Grid:
-    """Return the work of one step by part, of costs that have FLOP."""
+    """Return the FLOP of one step by part, of Costs that have FLOP."""
     parts = ("teacher", "student", "objective", "backward", "auxiliary", "total")
-    reference = next((c.flop.total for c in costs if c.flop and c.method == REFERENCE), None)
+    reference = next((flop_total(c) for c in costs if c.flop and c.method == REFERENCE), None)
+
+    def to_reference(cost: Cost) -> str:
+        total = flop_total(cost)
+        return MISSING if total is None or not reference else f"{total / reference:.2f}"
+
     columns: dict[str, Callable[[Cost], str]] = {"method": _name}
     for part in parts:
-        columns[part] = lambda cost, part=part: _number(getattr(cost.flop, part), ",.2f", 1e-9)
-    columns[f"/ {REFERENCE}"] = lambda cost: _number(
-        reference and cost.flop.total / reference, ".2f"
-    )
+        columns[part] = partial(_part_flop, part=part)
+    columns[f"/ {REFERENCE}"] = to_reference
     columns["other"] = lambda cost: _number(other_flop(cost), ",.2f", 1e-9)
     columns["moved (GB)"] = _moved
     return _grid("GFLOP of one step, counted", columns, costs)
 
 
 def counted_terms_grid(costs: Sequence[Cost]) -> Grid:
-    """Return the work of every term."""
+    """Return the counted FLOP of every term."""
     header = ("method", "term", "weight", "forward", "backward", "moved (GB)", "note")
     rows = [
         [
@@ -181,7 +184,7 @@ def counted_terms_grid(costs: Sequence[Cost]) -> Grid:
             figures(term.forward_flop / 1e9),
             figures(term.backward_flop / 1e9),
             figures(term.bytes_moved / 1e9),
-            "paid but weight 0" if _paid_for_nothing(term) else "",
+            "paid but weight 0" if _is_wasted(term) else "",
         ]
         for cost, name, term in _terms(costs)
     ]
@@ -213,7 +216,7 @@ def _name(cost: Cost) -> str:
 
 
 def phase_words(phase: str) -> str:
-    """Return a phase's name for a reader."""
+    """Return a phase's name in words."""
     return phase.removesuffix("_s").replace("_", " ")
 
 
@@ -226,7 +229,7 @@ def _figures(value: float | None, number: int = 3, scale: float = 1) -> str:
 
 
 def _time_unit(costs: Sequence[Cost]) -> tuple[str, float]:
-    """Return one unit for the whole table, and its number per second."""
+    """Return the time unit of the whole table, and how many of them are a second."""
     longest = max((cost.latency_s.median for cost in costs if cost.latency_s), default=0.0)
     return ("s", 1.0) if longest >= 1 else ("ms", 1e3)
 
@@ -246,7 +249,7 @@ def _ratio(cost: Cost, ratio: Ratio | None, brief: bool) -> str:
 
 
 def reference_name(costs: Sequence[Cost]) -> str:
-    """Return the method that the ratios are to."""
+    """Return the name of the reference, the method that the ratios are to."""
     return " or ".join(sorted({cost.ratio.to for cost in costs if cost.ratio})) or "reference"
 
 
@@ -270,7 +273,7 @@ def _mfu(cost: Cost) -> str:
 
 
 def memory_text(cost: Cost, name_kind: bool = True) -> str:
-    """Return the allocator's peak or, where there is no allocator to ask, the process's."""
+    """Return the allocator's peak, or the process's if the allocator's is not known."""
     if cost.memory_bytes.peak_allocated is not None:
         return size(cost.memory_bytes.peak_allocated)
     if cost.memory_bytes.process is not None:
@@ -281,6 +284,10 @@ def memory_text(cost: Cost, name_kind: bool = True) -> str:
 def flop_total(cost: Cost) -> float | None:
     """Return the matrix FLOP of the whole step."""
     return None if cost.flop is None else cost.flop.total
+
+
+def _part_flop(cost: Cost, part: str) -> str:
+    return _number(getattr(cost.flop, part), ",.2f", 1e-9)
 
 
 def _rate(cost: Cost, amount: float | None, per: float | None) -> float | None:
@@ -322,45 +329,46 @@ def _term_seconds(term: TermCost) -> float | None:
     return sum(known) if known else None
 
 
-def _paid_for_nothing(term: TermCost) -> bool:
+def _is_wasted(term: TermCost) -> bool:
     work = _term_seconds(term) or term.forward_flop or term.backward_flop or term.bytes_moved
     return term.weight == 0 and work > 0
 
 
-def _seconds_by_kind(cost: Cost) -> Counter[str] | None:
-    timed = [one for one in cost.operations or () if one.seconds is not None]
-    seconds: Counter[str] = Counter()
-    for one in timed:
-        seconds[one.kind] += one.seconds
-    return seconds if timed else None
+def _seconds_by_kind(cost: Cost) -> dict[str, float] | None:
+    """Return the seconds of each kind of operator; None if no operator was timed."""
+    found: dict[str, float] = {}
+    for one in cost.operations or ():
+        if one.seconds is not None:
+            found[one.kind] = found.get(one.kind, 0.0) + one.seconds
+    return found or None
 
 
 def uncounted_operators(cost: Cost) -> list[tuple[str, int, float | None]]:
-    """Return name, calls and seconds of the operators no formula knows, the slowest first."""
+    """Return name, calls and seconds of the operators without a formula, the slowest first."""
     by_name: dict[str, list[Operation]] = {}
     for one in cost.operations or ():
         if one.kind == "uncounted":
             by_name.setdefault(one.name, []).append(one)
     found = [
-        (
-            name,
-            sum(one.calls for one in group),
-            None if any(one.seconds is None for one in group) else sum(o.seconds for o in group),
-        )
-        for name, group in by_name.items()
+        (name, sum(one.calls for one in group), _seconds(group)) for name, group in by_name.items()
     ]
     return sorted(found, key=lambda item: (-(item[2] or 0), item[0]))
 
 
+def _seconds(group: Sequence[Operation]) -> float | None:
+    known = [one.seconds for one in group if one.seconds is not None]
+    return sum(known) if len(known) == len(group) else None
+
+
 def other_flop(cost: Cost) -> float | None:
-    """Return the arithmetic outside matrix products, of the operators that a formula knows."""
+    """Return the FLOP outside matrix products, of the operators that have a formula."""
     if cost.operations is None:
         return None
     return sum(one.other_flop or 0 for one in cost.operations)
 
 
 def _networks(costs: Iterable[CountedCost]) -> list[tuple[str, dict[str, float]]]:
-    """Return the counts by module of each network; methods that count the same share one."""
+    """Return the counts by module of each network; methods with equal counts share an entry."""
     found: dict[tuple, tuple[str, dict[str, float], list[str]]] = {}
     for cost in costs:
         for network, modules in (cost.modules_flop or {}).items():

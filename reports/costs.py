@@ -1,5 +1,4 @@
-"""Table: what one step of each method costs. Of stored Costs: on a terminal, as Markdown, CSV and
-LaTeX."""
+"""Table: what one step of each method costs, on a terminal, as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ from .results import count
 from .text import HIDDEN, MISSING, UNRELIABLE, Grid, figures, print_notes
 
 TOP_OPERATORS = 3
-"""Uncounted operators that a terminal shows of each method."""
+"""Uncounted operators that a terminal shows per method."""
 MODULE_DEPTH = 2
 """Levels of modules that a terminal shows."""
 
@@ -59,7 +58,7 @@ _FIELDS = {
     "operations": "operators",
     "canary": "canary",
 }
-"""What a note calls a field that is not available."""
+"""How notes name a field that is not available."""
 _DETAILS = {"terms", "bounds", "operations"}
 _COUNTED = {"flop", "bytes_moved", "terms", "operations"}
 
@@ -68,7 +67,7 @@ def measure_table(costs: Sequence[Cost], console: Console, *, detail: bool = Fal
     """Print what a step costs, how fast it runs, its phases, and the notes.
 
     Args:
-        detail: print terms, bounds and operators as well, which Markdown always has.
+        detail: also print terms, bounds and operators, which Markdown always has.
 
     Raises:
         UserError: there are no costs.
@@ -87,10 +86,10 @@ def measure_table(costs: Sequence[Cost], console: Console, *, detail: bool = Fal
 
 
 def count_table(costs: Sequence[CountedCost], console: Console, *, detail: bool = False) -> None:
-    """Print the work of one step by part and by term; for costs that were counted, not timed.
+    """Print the FLOP of one step by part and by term, of Costs that were counted, not timed.
 
     Args:
-        detail: print modules of every depth, where they were counted; else two levels.
+        detail: print modules of every depth, not only two levels, if they were counted.
     """
     counted = [cost for cost in costs if cost.flop]
     depth = None if detail else MODULE_DEPTH
@@ -102,7 +101,7 @@ def count_table(costs: Sequence[CountedCost], console: Console, *, detail: bool 
 
 def render(store: Store) -> list[Path]:
     """Write ``costs.md``, ``costs.csv`` and ``costs.tex`` of the newest Cost of each method into
-    ``reports/``; nothing where none is stored.
+    ``reports/``; write nothing if no Cost is stored.
 
     Raises:
         UserError: the costs come from different devices.
@@ -113,7 +112,7 @@ def render(store: Store) -> list[Path]:
 
 
 def render_steps(store: Store) -> list[Path]:
-    """Write the same of the newest Cost of each step that is no method's, as ``steps.*``."""
+    """Write the same files, named ``steps.*``, of the newest Cost of each user's step."""
     costs = {cost.method: cost for cost in store.step_costs()}
     return _write(store.reports / "steps", list(costs.values())) if costs else []
 
@@ -174,8 +173,10 @@ def costs_csv(costs: Sequence[Cost]) -> str:
 
 
 def _ordered(costs: Sequence[Cost]) -> list[Cost]:
-    """Return the costs, the cheapest first by the ratio to the reference: latencies were taken at
-    different times. Without a ratio last."""
+    """Return the Costs, the smallest ratio to the reference first, those without a ratio last.
+
+    Latencies do not decide: they were taken at different times.
+    """
     if not costs:
         raise UserError("no costs yet; run 'kdprof measure --method kd' first")
     return sorted(costs, key=lambda cost: cost.ratio.median if cost.ratio else math.inf)
@@ -189,7 +190,7 @@ def _with_content(grids: Iterable[Grid]) -> list[Grid]:
 
 
 def _notes(costs: Sequence[Cost], fields: Collection[str] = tuple(_FIELDS)) -> list[str]:
-    """Return what a reader must know, and why any of ``fields`` is not available."""
+    """Return the notes for the reader, and why any of ``fields`` is not available."""
     return [
         *_conventions(costs),
         *_validity(costs),
@@ -205,7 +206,7 @@ def _notes(costs: Sequence[Cost], fields: Collection[str] = tuple(_FIELDS)) -> l
 def _conventions(costs: Sequence[Cost]) -> list[str]:
     reference = f"'{reference_name(costs)}'"
     found = [
-        "Medians with 95 % intervals. Each method was timed in turn with "
+        "Medians with 95 % intervals. Each method was interleaved with "
         f"{reference}: ratios are paired round by round, latencies of different methods are not.",
         "1 multiply-add = 2 FLOP; GFLOP are the matrix products and convolutions of the whole "
         "step, backward included.",
@@ -227,18 +228,23 @@ def _conventions(costs: Sequence[Cost]) -> list[str]:
     if sources := sorted({cost.energy.source for cost in costs if cost.energy}):
         found.append(f"Energy: {', '.join(sources)}; idle power is part of it.")
     if len({cost.device for cost in costs}) > 1:
-        found.append("From several devices: the latencies do not compare.")
+        found.append("The Costs are from several devices: their latencies cannot be compared.")
     return found
 
 
 def _validity(costs: Sequence[Cost]) -> list[str]:
-    """Return which numbers are not to be used, and what for."""
+    """Return which numbers must not be used, and for what."""
     found = _unreliable(costs)
-    if misled := list(filter(flop_misleads, costs)):
+    misled = [
+        f"{cost.method} {_mismatch(cost.hidden_cost)}"
+        for cost in costs
+        if cost.hidden_cost is not None and flop_misleads(cost)
+    ]
+    if misled:
         found.append(
             f"{HIDDEN} FLOP matching is not valid for this method: its hidden cost is beyond "
-            f"±{100 * HIDDEN_LIMIT:g} %. By FLOP it would be given more or fewer iterations than "
-            f"equal time gives: {', '.join(map(_mismatch, misled))}."
+            f"±{100 * HIDDEN_LIMIT:g} %. Iterations at equal FLOP, relative to those at equal "
+            f"time: {', '.join(misled)}."
         )
     return found
 
@@ -251,18 +257,17 @@ def _unreliable(costs: Sequence[Cost]) -> list[str]:
     ]
 
 
-def _mismatch(cost: Cost) -> str:
+def _mismatch(hidden_cost: float) -> str:
     """Return how many times the iterations of equal time a method gets at equal FLOP."""
-    explained = 1 - cost.hidden_cost
-    times = f"{figures(1 / explained)} times" if explained > 0 else "without limit"
-    return f"{cost.method} {times}"
+    explained = 1 - hidden_cost
+    return f"{figures(1 / explained)} times" if explained > 0 else "without limit"
 
 
 def _warnings(costs: Sequence[Cost]) -> list[str]:
-    """Return the warnings of reliable costs; the others' are their reasons."""
+    """Return the warnings of reliable Costs; those of unreliable Costs are their reasons."""
     pairs = [(cost, warning) for cost in costs if cost.reliable for warning in cost.warnings]
     return [
-        f"Warning ({_who(methods, costs)}): {warning}."
+        f"Warning ({_methods_text(methods, costs)}): {warning}."
         for warning, methods in _grouped((warning, cost.method) for cost, warning in pairs)
     ]
 
@@ -313,13 +318,13 @@ def _stop_notes(costs: Sequence[Cost]) -> list[str]:
         return []
     listed = "; ".join(f"{why}: {', '.join(reached)}" for why, reached in stopped)
     return [
-        f"Measuring stopped, {listed} (width of the ratio's 95 % interval; of the reference's, the "
-        "latency's)."
+        f"Measuring stopped, {listed} (width of the 95 % interval of the ratio or, for the "
+        "reference, of the latency)."
     ]
 
 
 def _why_stopped(cost: Cost) -> str:
-    # The record's own words hold the width too, which would make one reason of each method.
+    # The record's own text contains the width, so each method would have a separate reason.
     target, width = cost.timing.get("precision_target"), _width(cost)
     if target and width is not None and width <= target:
         return f"target of {100 * target:g} % reached"
@@ -341,7 +346,7 @@ def _width(cost: Cost) -> float | None:
 
 
 def _missing(costs: Sequence[Cost], fields: Collection[str] = tuple(_FIELDS)) -> list[str]:
-    """Return why cells hold a dash or a grid is not there: one note per reason."""
+    """Return why cells hold a dash or a grid is missing: one note per reason."""
     methods_of = _grouped(
         ((name, _reason(cost, name)), cost.method)
         for name in _FIELDS
@@ -353,7 +358,7 @@ def _missing(costs: Sequence[Cost], fields: Collection[str] = tuple(_FIELDS)) ->
         ((reason, tuple(methods)), _FIELDS[name]) for (name, reason), methods in methods_of
     )
     return [
-        f"No {', '.join(names)} ({_who(methods, costs)}): {reason}."
+        f"No {', '.join(names)} ({_methods_text(methods, costs)}): {reason}."
         for (reason, methods), names in names_of
     ]
 
@@ -374,12 +379,12 @@ def _count_notes(costs: Sequence[Cost]) -> list[str]:
     ]
     if any(cost.operations for cost in costs):
         found.append(
-            "Other: arithmetic outside matrix products, in no total. Moved: bytes that all "
+            "Other: arithmetic outside matrix products, part of no total. Moved: bytes that all "
             "operators read and write; 1 GB = 1e9 bytes."
         )
     pairs = ((name, cost.method) for cost in costs for name, _, _ in uncounted_operators(cost))
     found += [
-        f"Not in other: {', '.join(names)} ({_who(methods, costs)}), which no formula knows."
+        f"Not in other, without a formula: {', '.join(names)} ({_methods_text(methods, costs)})."
         for methods, names in _grouped((tuple(m), name) for name, m in _grouped(pairs))
     ]
     return [*found, *_unreliable(costs), *_missing(costs, _COUNTED)]
@@ -393,7 +398,7 @@ def _grouped(pairs: Iterable[tuple]) -> list[tuple]:
     return list(found.items())
 
 
-def _who(methods: Sequence[str], costs: Sequence[Cost]) -> str:
+def _methods_text(methods: Sequence[str], costs: Sequence[Cost]) -> str:
     whole = len(costs) > 1 and len(methods) == len(costs)
     return "all methods" if whole else ", ".join(methods)
 
@@ -407,7 +412,7 @@ def _range(values: Sequence[float], written: Callable[[float], str]) -> str:
 
 
 def _flat(cost: Cost) -> dict[str, str]:
-    """Return a cost as plain columns, units in their names."""
+    """Return a Cost as plain columns, with units in their names."""
     memory, canary = cost.memory_bytes, cost.canary
     values: dict[str, object] = {
         "method": cost.method,
@@ -445,8 +450,8 @@ def _phases(cost: Cost) -> list[tuple[str, float]]:
 
 
 def _reasons(cost: Cost) -> dict[str, str]:
-    unsaid = {name: "not measured" for name in _FIELDS if _is_missing(cost, name)}
-    return unsaid | cost.unavailable
+    unexplained = {name: "not measured" for name in _FIELDS if _is_missing(cost, name)}
+    return unexplained | cost.unavailable
 
 
 def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """Figure: accuracy against compute, and the same runs against iterations.
 
-Reads stored runs only. One line per method through its budgets; both panels share the y axis and
-the styles, so a method that drops in rank between iterations and compute is seen to.
+Made from stored runs only. One line per method through its budgets; both panels share the y axis
+and the styles, so that a change of rank between iterations and compute is visible.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import style
@@ -31,7 +32,9 @@ from .results import (
     collect,
     count,
     device_text,
+    drift_text,
     drifted,
+    final_miou,
     is_cpu,
     shortened,
     study_text,
@@ -62,9 +65,9 @@ STYLE = {
     "path.simplify": False,
 }
 METADATA = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-"""Leaves the time of writing out, so that equal records give equal bytes."""
+"""Omits the time of writing, so that equal records give equal bytes."""
 
-# Layout in inches, at a paper's double column.
+# Layout in inches; the width is that of a paper's double column.
 WIDTH = 7.0
 LEFT, RIGHT, TOP = 0.46, 0.14, 0.22
 PANEL_HEIGHT = 2.15
@@ -72,7 +75,7 @@ X_AXIS_HEIGHT = 0.40
 PANEL_GAP = 0.12
 KEY_SAMPLE, KEY_SPACE = 0.24, 0.07
 LINE_HEIGHT = 0.118
-"""Of 7 pt text, ascenders and descenders included."""
+"""Height of a line of 7 pt text, with ascenders and descenders."""
 LONGEST_NAME = 20
 """Characters of a method's name in the key."""
 
@@ -83,12 +86,12 @@ MARKERS = ("^", "D", "v", "P", "X", "<", "*", ">")
 DASHES = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1.2, 1)), (0, (5, 1, 1.2, 1, 1.2, 1)))
 CONTROL_LOOKS = {REFERENCE: ("black", "o", "-"), CONTROL: ("#808080", "s", "-")}
 DODGE_POINTS = 9.0
-"""Widest sideways spread of the methods of one budget, which would else hide one another."""
+"""Widest sideways shift between the methods of one budget, which would hide one another."""
 
 TIME_UNITS = ((1, "s", "seconds"), (60, "min", "minutes"), (3600, "h", "hours"))
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1, ""))
 SMALLEST_SPAN = 4
-"""Percentage points the y axis spans at least, so that noise does not fill it."""
+"""The y axis spans at least these percentage points, so that noise does not fill it."""
 LOG_ABOVE = 5
 """Ratio of the largest to the smallest x from which the axis is logarithmic."""
 
@@ -103,7 +106,7 @@ class XAxis:
     quantity: Callable[[Run], float | None]
 
     def of(self, run: Run) -> float | None:
-        """Return the run's quantity in this unit, or None where the record lacks it."""
+        """Return the run's quantity in this unit, or None if the record lacks it."""
         value = self.quantity(run)
         return None if value is None else value / self.unit
 
@@ -137,11 +140,11 @@ def render(
 ) -> list[Path]:
     """Write ``reports/curves.<format>`` and return the files.
 
-    ``x`` is what the left panel matches: seconds, gpu-hours, flop or iterations. Equal records
+    ``x`` is the quantity of the left panel: seconds, gpu-hours, flop or iterations. Equal records
     give equal bytes.
 
     Raises:
-        UserError: no finished run, or an unknown ``x`` or format.
+        UserError: the store has no finished run, or ``x`` or a format is unknown.
     """
     for chosen in formats:
         if chosen not in METADATA:
@@ -161,7 +164,7 @@ def draw(results: Results, x: str = "seconds") -> Figure:
     """Return the figure, 7 inches wide; it grows in height with the key and the notes.
 
     Raises:
-        UserError: unknown ``x``, or no run has that quantity.
+        UserError: ``x`` is unknown, or no run has that quantity.
     """
     with style.context(["default", STYLE]):
         figure = Figure(dpi=300)
@@ -185,10 +188,10 @@ def draw(results: Results, x: str = "seconds") -> Figure:
 
 
 def x_axes(results: Results, x: str) -> list[XAxis]:
-    """Return the panels' x axes: the one asked for and, unless it is the same, iterations.
+    """Return the x axes of the panels: the requested one and, if that is another one, iterations.
 
     Raises:
-        UserError: unknown ``x``, or no finished run has that quantity.
+        UserError: ``x`` is unknown, or no finished run has that quantity.
     """
     makers = {
         "seconds": _seconds_axis,
@@ -221,7 +224,7 @@ def _flop_axis(runs: list[Run]) -> XAxis:
     known = [run.flop for run in runs if run.flop is not None]
     if not known:
         reason = runs[0].unavailable.get("flop", "not counted")
-        raise UserError(f"no run has its FLOP ({reason}); plot against seconds or iterations")
+        raise UserError(f"no run has a FLOP count ({reason}); plot against seconds or iterations")
     unit, prefix = next((u, p) for u, p in PREFIXES if max(known) >= u or u == 1)
     return XAxis(
         f"training compute ({prefix}FLOP; 1 multiply-add = 2 FLOP)", unit, lambda run: run.flop
@@ -235,7 +238,7 @@ def _iterations_axis(runs: list[Run]) -> XAxis:
 
 
 def _time_unit(seconds: float) -> tuple[float, str, str]:
-    """Return the largest unit of which there are at least two."""
+    """Return the largest unit of which ``seconds`` contain at least two."""
     return next((u for u in reversed(TIME_UNITS) if seconds >= 2 * u[0]), TIME_UNITS[0])
 
 
@@ -250,23 +253,26 @@ def series(results: Results, axis: XAxis) -> dict[str, list[Point]]:
 
 
 def _point(group: list[Run], axis: XAxis) -> Point | None:
-    known = [run for run in group if axis.of(run) is not None]
+    known = [(x, run) for run in group if (x := axis.of(run)) is not None]
     if not known:
         return None
-    runs = [(axis.of(run), 100 * run.miou) for run in known]
+    runs = [(x, 100 * final_miou(run)) for x, run in known]
     mean, low, high = spread([miou for _, miou in runs])
-    x = float(np.mean([at for at, _ in runs]))
-    return Point(x, mean, low, high, runs, any(map(drifted, known)))
+    middle = float(np.mean([x for x, _ in runs]))
+    return Point(middle, mean, low, high, runs, any(drifted(run) for _, run in known))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Return mean and ends of the bar: 95 % t-interval, or minimum and maximum below 3 values.
 
-    The t-interval of two values is over six times their distance, and says nothing to the eye.
+    Half the t-interval of two values is over six times their distance, which shows nothing.
     """
     if len(values) < 3:
         return float(np.mean(values)), min(values), max(values)
-    return mean_interval(values)  # type: ignore[return-value]  # has ends from two values on
+    mean, low, high = mean_interval(values)
+    assert low is not None, "two values or more have an interval"
+    assert high is not None
+    return mean, low, high
 
 
 def _looks(methods: list[str]) -> dict[str, Look]:
@@ -285,7 +291,7 @@ def _looks(methods: list[str]) -> dict[str, Look]:
 
 
 def _layout(figure: Figure, panels: int, key: dict[str, str], footer_lines: int) -> list[Axes]:
-    """Set the figure's size and return its panels; the key stands right of the first."""
+    """Set the figure's size and return its panels; the key is right of the first."""
     key_width = KEY_SAMPLE + 2 * KEY_SPACE + max(_width(figure, name) for name in key.values())
     width = (WIDTH - LEFT - RIGHT - key_width - (panels - 1) * PANEL_GAP) / panels
     panel_height = max(PANEL_HEIGHT, len(key) * LINE_HEIGHT)
@@ -313,13 +319,13 @@ def _panel(panel: Axes, axis: XAxis, results: Results, looks: dict[str, Look]) -
 
 def _line(panel: Axes, points: list[Point], look: Look, where: Transform, control: bool) -> None:
     xs, means = [p.x for p in points], [p.mean for p in points]
-    common = {"color": look.colour, "transform": where}
+    common: dict[str, Any] = {"color": look.colour, "transform": where}
     panel.plot(xs, means, linestyle=look.dash, zorder=3 if control else 4, **common)
     lows, highs = [p.low for p in points], [p.high for p in points]
     panel.vlines(xs, lows, highs, linewidth=0.8, alpha=0.45, zorder=2, **common)
     for point in points:
         face = "white" if point.drifted else look.colour
-        edge = {"markerfacecolor": face, "markeredgewidth": 0.7}
+        edge: dict[str, Any] = {"markerfacecolor": face, "markeredgewidth": 0.7}
         panel.plot(point.x, point.mean, look.marker, zorder=5, **edge, **common)
         if len(point.runs) > 1:
             panel.plot(*zip(*point.runs, strict=True), "o", ms=1.7, alpha=0.7, mew=0, **common)
@@ -332,7 +338,7 @@ def _scale_x(panel: Axes, values: list[float]) -> None:
         panel.set_xscale("log")
         pad = (high / low) ** 0.08
         low, high = low / pad, high * pad
-        ticks = _log_ticks(low, high)
+        ticks: Iterable[float] = _log_ticks(low, high)
     else:
         pad = 0.1 * (high - low) or 0.2 * high or 1
         low, high = max(0.0, low - pad), high + pad
@@ -348,7 +354,7 @@ def _within(ticks: Iterable[float], low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1-2-5 ticks, or powers of ten where those would crowd."""
+    """Return 1-2-5 ticks, or only powers of ten if those would be too dense."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     digits = (1, 2, 5) if high / low < 1000 else (1,)
     return [float(f"{digit}e{decade}") for decade in decades for digit in digits]
@@ -372,7 +378,7 @@ def _share_y(panels: list[Axes], results: Results, lines: dict[str, list[Point]]
 
 
 def _key_names(results: Results) -> dict[str, str]:
-    """Return what the key calls each method, and the teacher under the empty name."""
+    """Return the key's text of each method, and that of the teacher under the empty name."""
     unreliable = {cost.method for cost in results.unreliable()}
     names = {}
     for method in results.methods():
@@ -391,7 +397,7 @@ def _key(
     looks: dict[str, Look],
     names: dict[str, str],
 ) -> None:
-    """Name the lines right of the panel, each at the height of its end where there is room."""
+    """Write the names right of the panel, each at the height of its line's end if there is room."""
     box = panel.get_window_extent()
     inches = box.width / panel.figure.dpi, box.height / panel.figure.dpi
     ends = {method: _end(panel, points, looks[method]) for method, points in lines.items()}
@@ -403,10 +409,14 @@ def _key(
     start, stop = 1 + KEY_SPACE / inches[0], 1 + (KEY_SPACE + KEY_SAMPLE) / inches[0]
     for name, y in zip(order, heights, strict=True):
         look = looks.get(name, Look("#444444", "", (0, (5, 3)), 0))
-        shared = {"color": look.colour, "transform": panel.transAxes, "clip_on": False}
+        shared: dict[str, Any] = {
+            "color": look.colour,
+            "transform": panel.transAxes,
+            "clip_on": False,
+        }
         panel.plot([start, stop], [y, y], linestyle=look.dash, **shared)
         panel.plot((start + stop) / 2, y, look.marker or "None", **shared)
-        if ends[name][0] > 0.8:  # from further left a leader would cross other lines
+        if ends[name][0] > 0.8:  # a leader from further left would cross other lines
             reach = [ends[name][0], start - 0.01], [ends[name][1], y]
             panel.plot(*reach, linewidth=0.4, alpha=0.6, **shared)
         text_x = stop + KEY_SPACE / 2 / inches[0]
@@ -414,7 +424,7 @@ def _key(
 
 
 def _end(panel: Axes, points: list[Point], look: Look) -> tuple[float, float]:
-    """Return where a line ends in axes fractions; (0, 0.5) for one without points."""
+    """Return where a line ends, in axes fractions; (0, 0.5) for a line without points."""
     if not points:
         return 0.0, 0.5
     x, y = _to_axes(panel, points[-1].x, points[-1].mean)
@@ -444,7 +454,7 @@ def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def notes(results: Results, axis: XAxis) -> list[str]:
-    """Return the footer: what was trained on what, what the bars are, and every caveat."""
+    """Return the footer: study and device, the meaning of the bars, and every caveat."""
     sizes = {
         len(group)
         for method in results.methods()
@@ -456,22 +466,22 @@ def notes(results: Results, axis: XAxis) -> list[str]:
         + _bars_text(sizes)
     ]
     if len(results.devices()) > 1:
-        found.append("Runs are from different devices: their wall-clocks do not compare.")
+        found.append("Runs are from different devices: their wall-clock times cannot be compared.")
     if off := [run for run in results.finished if drifted(run)]:
-        named = [f"{run.label()} {100 * run.train_s.drift():+.1f} %" for run in off]
-        found.append(f"Hollow: wall-clock more than 2 % off plan ({shortened(named)}).")
+        drifts = shortened([f"{run.label()} {drift_text(run)}" for run in off])
+        found.append(f"Hollow: wall-clock more than 2 % off plan ({drifts}).")
     if bad := results.unreliable():
-        named = shortened(sorted({cost.method for cost in bad}))
+        methods = shortened(sorted({cost.method for cost in bad}))
         found.append(
-            f"{UNRELIABLE}\u00a0planned with a cost marked unreliable: {named}; table.md says why."
+            f"{UNRELIABLE}\u00a0planned with an unreliable cost: {methods}; table.md says why."
         )
     if plain := sorted(
         {run.budget for run in results.finished if not parse_budget(run.budget).is_compute}
     ):
         found.append(f"Budgets of equal work, compute not matched: {shortened(plain)}.")
     if without := [run for run in results.finished if axis.of(run) is None]:
-        named = shortened([run.label() for run in without])
-        found.append(f"Not in (a), quantity not recorded: {named}.")
+        labels = shortened([run.label() for run in without])
+        found.append(f"Not in (a), quantity not recorded: {labels}.")
     if results.left_out:
         found.append(f"Left out, not finished: {count(len(results.left_out), 'run')}.")
     if results.teacher is None or results.teacher.miou is None:
@@ -494,7 +504,9 @@ def _bars_text(sizes: set[int]) -> str:
     if not parts:
         return ", so no bars."
     bars = ", ".join(parts)
-    return f"; bars: {bars}; dots: single runs. Markers are shifted sideways to be told apart."
+    return (
+        f"; bars: {bars}; dots: single runs. Markers are shifted sideways so that all are visible."
+    )
 
 
 def _width(figure: Figure, text: str) -> float:
@@ -506,7 +518,7 @@ def _width(figure: Figure, text: str) -> float:
 
 
 def _wrapped(figure: Figure, sentences: list[str]) -> list[str]:
-    """Return the sentences as lines that fit the figure's width."""
+    """Return the sentences as lines that fit the width of the figure."""
     lines = [""]
     for word in " ".join(sentences).split(" "):
         longer = f"{lines[-1]} {word}".strip()

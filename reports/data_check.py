@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 SIZES_SHOWN = 3
 PROBLEMS_SHOWN = 20
 OPACITY = 0.55
-"""Of a label's colours over its image."""
+"""Opacity of a label's colours over its image."""
 COLUMNS = 4
 WIDTH_INCHES = 12
 VOID_COLOUR = (0, 0, 0)
 LEGEND_CLASSES = 30
-"""More classes than these have no legend."""
+"""With more classes than this the sheet has no legend."""
 
 
 def print_check(found: DataCheck, console: Console) -> None:
@@ -41,8 +41,8 @@ def print_check(found: DataCheck, console: Console) -> None:
             lines.append(f"and {left} more in {split.split}")
         for line in lines:
             console.print(f"{split.split}: {line}", highlight=False, soft_wrap=True, markup=False)
-    said = f"{len(found.problems)} problems" if found.problems else "no problems"
-    console.print(said, highlight=False)
+    total = f"{len(found.problems)} problems" if found.problems else "no problems"
+    console.print(total, highlight=False)
 
 
 def _counts(found: DataCheck) -> Grid:
@@ -63,28 +63,37 @@ def _counts(found: DataCheck) -> Grid:
 
 def _sizes(one: SplitCheck) -> str:
     common = one.sizes.most_common(SIZES_SHOWN)
-    told = ", ".join(f"{height}x{width}: {count}" for (height, width), count in common)
+    shown = ", ".join(f"{height}x{width}: {count}" for (height, width), count in common)
     left = len(one.sizes) - len(common)
-    return told + (f", {left} other sizes" if left else "") or MISSING
+    return shown + (f", {left} other sizes" if left else "") or MISSING
 
 
 def _classes(found: DataCheck) -> Grid:
-    read = [split for split in found.splits if split.pixels is not None]
+    read = [
+        (one.split, one.pixels, one.present)
+        for one in found.splits
+        if one.pixels is not None and one.present is not None
+    ]
     header = ["class"]
-    for split in read:
-        header += [f"{split.split} pixels %", "images"]
+    for split, _, _ in read:
+        header += [f"{split} pixels %", "images"]
     rows = []
     for index, name in enumerate([*found.class_names, "void"]):
         row = [name]
-        for split in read:
-            share = 100 * split.pixels[index] / max(1, split.pixels.sum())
-            row += [f"{share:.2f}", str(split.present[index])]
+        for _, pixels, present in read:
+            share = 100 * pixels[index] / max(1, pixels.sum())
+            row += [f"{share:.2f}", str(present[index])]
         rows.append(row)
     return Grid("share of all pixels, and images that show the class", header, rows)
 
 
+def _fractions(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255
+
+
 def contact_sheet(found: DataCheck, path: Path) -> None:
-    """Write a PNG of some images of every split, each beside itself under its label's colours."""
+    """Write a PNG of some images of every split, each next to a copy under its label's colours."""
     import io
 
     from matplotlib.figure import Figure
@@ -92,10 +101,10 @@ def contact_sheet(found: DataCheck, path: Path) -> None:
 
     pairs = [(split.split, *shown) for split in found.splits for shown in split.shown]
     rows = -(-len(pairs) // (COLUMNS // 2))
-    image = pairs[0][2]
+    first = pairs[0][2]
     cell = WIDTH_INCHES / COLUMNS
     legend = len(found.class_names) <= LEGEND_CLASSES
-    height = rows * cell * image.shape[0] / image.shape[1] + 0.3 * rows + (1.2 if legend else 0.3)
+    height = rows * cell * first.shape[0] / first.shape[1] + 0.3 * rows + (1.2 if legend else 0.3)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axis in axes:
@@ -103,14 +112,14 @@ def contact_sheet(found: DataCheck, path: Path) -> None:
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[: len(found.palette)] = found.palette
     colours[255] = VOID_COLOUR
-    for number, (split, index, picture, label) in enumerate(pairs):
-        over = (1 - OPACITY) * picture + OPACITY * colours[label]
-        axes[2 * number].imshow(picture)
+    for number, (split, index, image, label) in enumerate(pairs):
+        over = (1 - OPACITY) * image + OPACITY * colours[label]
+        axes[2 * number].imshow(image)
         axes[2 * number + 1].imshow(over.astype(np.uint8))
         axes[2 * number].set_title(f"{split} {index}", fontsize=8, loc="left")
     if legend:
         named = [*zip(found.class_names, found.palette, strict=True), ("void", VOID_COLOUR)]
-        handles = [Patch(color=np.array(c) / 255, label=name) for name, c in named]
+        handles = [Patch(color=_fractions(c), label=name) for name, c in named]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8
         )

@@ -1,4 +1,4 @@
-"""Table: what this machine has, and what each missing thing costs the user."""
+"""Table: what this machine has, and what is lost where something is missing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print findings, one a line."""
-    table = Table("what", "found", "what that costs you", box=None, pad_edge=False)
+    """Print findings, one per line."""
+    table = Table("what", "found", "what is lost without it", box=None, pad_edge=False)
     for finding in findings:
         table.add_row(finding.what, finding.found, finding.costs)
     console.print(table)

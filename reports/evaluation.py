@@ -1,4 +1,4 @@
-"""What `kdprof evaluate` prints: every class's IoU, the means, and what was published."""
+"""What `kdprof evaluate` prints: the IoU of every class, the means, and the published score."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def print_evaluation(found: Evaluation, console: Console) -> None:
     rows += [["left out", key] for key in found.left]
     if rows:
         Grid("entries that were not loaded", ["what", "entry"], rows, ["entry"]).print(console)
-    if (told := found.reported) is not None:
-        several = "" if told.flipped is None else f", {told.flipped:.2f} % at several scales + flip"
+    if (published := found.reported) is not None:
+        flipped = published.flipped
+        several = "" if flipped is None else f", {flipped:.2f} % at several scales + flip"
         console.print(
-            f"published: {told.file}, mIoU {told.miou:.2f} %{several} ({told.source})",
+            f"published: {published.file}, mIoU {published.miou:.2f} %{several} "
+            f"({published.source})",
             highlight=False,
             soft_wrap=True,
         )

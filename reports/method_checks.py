@@ -1,16 +1,14 @@
-"""What `kdprof methods --check` prints: verdicts on one method, or a line for each method."""
+"""What `kdprof methods --check` prints: the verdicts on one method, or one line per method."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from .text import NARROW
+from .text import narrow_table
 
 if TYPE_CHECKING:
     from kdprof.method_checks import Verdict
@@ -21,7 +19,7 @@ NAME_WIDTH = 18
 
 def verdict_table(name: str, verdicts: Sequence[Verdict], console: Console) -> None:
     """Print the verdicts on one method."""
-    table = Table(box=SIMPLE_HEAD, **NARROW)
+    table = narrow_table()
     for column in ("check", "verdict", "message"):
         table.add_column(column, overflow="fold")
     for verdict in verdicts:
@@ -33,7 +31,7 @@ def verdict_table(name: str, verdicts: Sequence[Verdict], console: Console) -> N
 
 
 def _items(verdict: Verdict) -> list[str]:
-    """Return the message's lines, marked where there are several."""
+    """Return the lines of the message, with list marks if there are several."""
     lines = verdict.message.splitlines()
     return [f"- {line}" for line in lines] if len(lines) > 1 else lines
 

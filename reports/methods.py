@@ -1,4 +1,4 @@
-"""The methods as text: what ``kdprof methods`` prints."""
+"""What ``kdprof methods`` prints: the methods as text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from .text import narrow_table
 
 if TYPE_CHECKING:
     from kdprof.discovery import MethodEntry
     from kdprof.method import Method, Recipe
 
 FAMILIES = ("control", "logit", "feature", "attention", "relational", "incremental")
-"""The order of the list; families that it does not name come last."""
+"""The order of the list; other families come last."""
 TAPS = {
     "logits": "class scores at the head's resolution, before any resize",
     "aux": "class scores of the auxiliary head, on c4",
@@ -33,29 +33,29 @@ TAPS = {
     "labels": "class of each pixel of the crop",
 }
 READABLE = 100
-"""Longest line of running text, columns."""
+"""Longest line of running text, in columns."""
 MOST_TERMS = 4
 WIDE = 110
-"""From this width on the list shows titles, too."""
+"""From this width on, the list also shows titles."""
 MARKS = (
-    "* Trains a network or tokens of its own beside, with a second optimiser.",
-    "= These terms take the place of the task loss.",
+    "* Also trains a network or tokens of its own, with a second optimiser.",
+    "= These terms replace the task loss.",
 )
-MORE = 'All of one: "kdprof methods NAME". All methods on one page: docs/methods.md.'
+MORE = 'Details of one: "kdprof methods NAME". All methods on one page: docs/methods.md.'
 ADDED = "Added to the task loss: cross-entropy, and 0.4 of it for the auxiliary head."
 
 
 def bundle(cls: type[Method]) -> str:
     """Return the weighted terms that a method adds to the task loss: ``10 fitnet + 1 kd``."""
-    told = _terms(cls.weights) or "-"
+    terms = _terms(cls.weights) or "-"
     extra = _terms(cls.auxiliary_weights)
-    return f"{told}; own optimiser: {extra}" if extra else told
+    return f"{terms}; second optimiser: {extra}" if extra else terms
 
 
 def short_bundle(cls: type[Method], width: int) -> str:
     """Return the student's terms in lines of ``width`` columns, broken between terms.
 
-    Of many terms the first ones; marked as :data:`MARKS` says.
+    Only the first ones of many terms; with marks that :data:`MARKS` explains.
     """
     terms = ("= " * cls.replaces_task_loss + _terms(cls.weights)).split(" + ")
     if len(terms) > MOST_TERMS + 1:
@@ -73,7 +73,7 @@ def short_bundle(cls: type[Method], width: int) -> str:
 
 
 def short_paper(cls: type[Method]) -> str:
-    """Return the venue and year, or the year alone of what has no venue."""
+    """Return the venue and year, or the year alone if there is no venue."""
     venue = re.match(r"(.+? (?:19|20)\d\d)\b", cls.paper.split(",")[0])
     year = re.search(r"\b(19|20)\d\d\b", cls.paper.split(";")[0].replace(".", "_"))
     if venue and "arXiv" not in venue[1] and ";" not in venue[1]:
@@ -82,7 +82,7 @@ def short_paper(cls: type[Method]) -> str:
 
 
 def by_family(methods: Mapping[str, MethodEntry]) -> list[tuple[str, list[str]]]:
-    """Return the families in order, each with its methods by name, variants after their root."""
+    """Return the families in order, each with its methods by name, variants after their method."""
 
     def family(name: str) -> str:
         root = methods.get(name.partition(":")[0], methods[name])
@@ -96,15 +96,15 @@ def by_family(methods: Mapping[str, MethodEntry]) -> list[tuple[str, list[str]]]
 
 
 def print_methods(methods: Mapping[str, MethodEntry], console: Console) -> None:
-    """Print a line or two for each method, variants under theirs."""
-    names = max(2 + len(name) for name in methods)
-    widths = {"method": names, "title": 33, "adds (weight term)": 0, "reads": 18, "paper": 12}
+    """Print one or two lines per method, variants under their method."""
+    longest = max(2 + len(name) for name in methods)
+    widths = {"method": longest, "title": 33, "adds (weight term)": 0, "reads": 18, "paper": 12}
     if console.width < WIDE:
         del widths["title"]
     gaps = 2 * (len(widths) - 1)
     room = max(20, console.width - sum(widths.values()) - gaps)
     widths["adds (weight term)"] = room
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table = narrow_table()
     for column, width in widths.items():
         table.add_column(column, width=width, overflow="fold")
     for family, names in by_family(methods):
@@ -132,13 +132,13 @@ def _line(name: str, methods: Mapping[str, MethodEntry], room: int) -> dict[str,
 
 
 def print_method(found: MethodEntry, console: Console) -> None:
-    """Print everything that is known of one method."""
+    """Print everything that is known about one method."""
     cls = found.cls
     gap = "  " if len(cls.name) + 2 + len(cls.title) <= console.width else "\n"
     console.print(Text.assemble((cls.name, "bold"), gap, cls.title), soft_wrap=True)
     origin = "" if found.origin == "built-in" else f", from {found.origin}"
-    told = [cls.paper] if cls.paper not in ("", "-") else []
-    _print(console, "; ".join([*told, cls.family]) + origin)
+    paper = [cls.paper] if cls.paper not in ("", "-") else []
+    _print(console, "; ".join([*paper, cls.family]) + origin)
     for heading, lines in _sections(cls):
         console.print()
         console.print(Text(heading, "bold"))
@@ -148,8 +148,8 @@ def print_method(found: MethodEntry, console: Console) -> None:
 
 def _print(console: Console, line: str, indent: str = "") -> None:
     """Print a line, folded at the terminal's width, its later lines below its text."""
-    own = re.match(r" *", line)[0]
-    label = re.match(r"(\S+ {2,}|- )?", line.strip())[0]
+    own = line[: len(line) - len(line.lstrip(" "))]
+    label = found[0] if (found := re.match(r"\S+ {2,}|- ", line.strip())) else ""
     hanging = indent + own + (" " * len(label) or "  " * bool(own))
     folded = textwrap.wrap(
         line.strip(),
@@ -178,7 +178,7 @@ def _sections(cls: type[Method]) -> Iterator[tuple[str, list[str]]]:
 
 
 def place_of_terms(cls: type[Method]) -> str:
-    """Say how the terms and the task loss go together."""
+    """Return how the terms relate to the task loss."""
     return "in place of the task loss" if cls.replaces_task_loss else "added to the task loss"
 
 
@@ -188,11 +188,11 @@ def _term_lines(cls: type[Method]) -> Iterator[str]:
     for term, weight in cls.weights.items():
         yield f"{_number(weight):>8}  {term}"
     for term, weight in cls.auxiliary_weights.items():
-        yield f"{_number(weight):>8}  {term} (trained by an optimiser of its own)"
+        yield f"{_number(weight):>8}  {term} (trained by a second optimiser)"
 
 
 def tap_meanings(cls: type[Method]) -> list[tuple[str, str]]:
-    """Return each tap with what it is and whose is read."""
+    """Return each tap with its meaning and the networks that it is read from."""
     teacher, student = cls.read_of_teacher(), cls.student_taps()
     found = []
     for tap in TAPS:
@@ -207,7 +207,7 @@ def tap_meanings(cls: type[Method]) -> list[tuple[str, str]]:
 
 
 def setting_lines(cls: type[Method]) -> list[str]:
-    """Return ``temperature = 1.0 (float)`` for each setting; as a study writes it."""
+    """Return ``temperature = 1.0 (float)`` for each setting, the value as in a study file."""
     return [f"{name} = {_value(h.default)} ({h.type.__name__})" for name, h in cls.hyper.items()]
 
 
@@ -221,7 +221,7 @@ def paragraphs(cls: type[Method]) -> list[str]:
 
 
 def _with_gaps(texts: Sequence[str]) -> list[str]:
-    """Return the paragraphs with an empty line between them, none within a list."""
+    """Return the paragraphs with an empty line between them, but none within a list."""
     lines: list[str] = []
     for text in texts:
         if lines and not (text.startswith("- ") and lines[-1].startswith("- ")):
@@ -231,7 +231,7 @@ def _with_gaps(texts: Sequence[str]) -> list[str]:
 
 
 def schedule_text(recipe: Recipe) -> str:
-    """Return ``80,000 x 8 x 512x1024``, a question mark for what is not published."""
+    """Return ``80,000 x 8 x 512x1024``, with a question mark for each part not published."""
     length = "?" if recipe.iterations is None else f"{recipe.iterations:,}"
     if recipe.iterations is None and recipe.epochs is not None:
         length = f"{recipe.epochs} epochs"
@@ -242,7 +242,7 @@ def schedule_text(recipe: Recipe) -> str:
 
 
 def pair_text(recipe: Recipe, cls: type[Method]) -> str:
-    """Return ``PSPNet-R101 (79.74) -> PSPNet-R18``, the student alone where no teacher is run."""
+    """Return ``PSPNet-R101 (79.74) -> PSPNet-R18``, or only the student if no teacher is run."""
     if not cls.needs_teacher():
         return recipe.student
     miou = "" if recipe.teacher_miou is None else f" ({recipe.teacher_miou:.2f})"
@@ -250,7 +250,7 @@ def pair_text(recipe: Recipe, cls: type[Method]) -> str:
 
 
 def miou_text(recipe: Recipe) -> str:
-    """Return ``74.23 -> 77.57``, the student alone and distilled; a question mark if unknown."""
+    """Return ``74.23 -> 77.57``, student alone and distilled, with a question mark if unknown."""
     if recipe.miou is None and recipe.student_miou is None:
         return "not published"
     distilled = "?" if recipe.miou is None else f"{recipe.miou:.2f}"
@@ -259,7 +259,7 @@ def miou_text(recipe: Recipe) -> str:
 
 
 def source_text(recipe: Recipe) -> str:
-    """Return the source, after the weights that differ from the method's."""
+    """Return the source, preceded by the weights that differ from the method's."""
     return f"weights {_terms(recipe.weights)}; {recipe.source}" if recipe.weights else recipe.source
 
 
@@ -273,7 +273,7 @@ def training_text(recipe: Recipe) -> str:
 
 
 def _recipe_lines(cls: type[Method]) -> list[str]:
-    """Return a heading for each schedule, and under it what it was used for."""
+    """Return a heading for each schedule, and under it the recipes that use it."""
     lines: list[str] = []
     schedules: dict[tuple[str, str], list[Recipe]] = {}
     for recipe in cls.recipes:
@@ -293,10 +293,10 @@ def _terms(weights: Mapping[str, float]) -> str:
 
 
 def _number(weight: float) -> str:
-    """Return a weight without an exponent where it is a whole number."""
+    """Return a weight, without an exponent if it is a whole number."""
     return str(int(weight)) if weight == int(weight) else f"{weight:g}".replace("e-0", "e-")
 
 
 def _value(default: object) -> str:
-    """Return a default as a study's TOML writes it."""
+    """Return a default as the TOML of a study writes it."""
     return str(default).lower() if isinstance(default, bool) else json.dumps(default)

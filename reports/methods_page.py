@@ -1,4 +1,4 @@
-"""The methods as one Markdown page: ``docs/methods.md``, made from the classes alone."""
+"""The methods as one Markdown page, ``docs/methods.md``, generated from the classes alone."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ REGENERATE = "kdprof methods --markdown > docs/methods.md"
 INTRODUCTION = f"""\
 # The methods
 
-Made from the classes by `{REGENERATE}`; edit `methods/*.py`, not
-this page.
+Generated from the classes by `{REGENERATE}`; edit
+`methods/*.py`, not this page.
 
 ## How to read a card
 
@@ -39,16 +39,16 @@ this page.
 - **Symbols**: S student, T teacher or a temperature; N images on one device, C channels or classes,
   h x w the network's output grid, H x W the crop; z logits, f features, y labels, p a position or
   a probability; A a learnt 1x1 convolution from the student's channels to the teacher's.
-- **Cost**: what makes a step dear, in words; `kdprof measure` gives the figures, and
-  [objectives.md](objectives.md) says how much of it was the published code's.
+- **Cost**: what makes a step expensive, in words; `kdprof measure` gives the numbers, and
+  [objectives.md](objectives.md) compares kdprof's objectives with published code.
 - **Published recipes**: iterations x batch (of all devices) x crop. mIoU in percent, "student
-  alone -> distilled", on the validation images unless "test" is said; the teacher's in brackets.
-  A question mark or "not published" is what was looked for and not found; "recalled" is from
-  memory of a paper and not verified. Nothing is filled in.
-- **Every published gain has its own baseline**: 69.10, 69.85, 72.55, 74.23 and 74.87 are all
-  "PSPNet-R18 on Cityscapes". Crop, augmentation, teacher and whether the last or the best
+  alone -> distilled", on the validation images unless marked "test"; the teacher's in brackets.
+  A question mark or "not published" marks a value that was looked for and not found; "recalled"
+  marks a value from memory of a paper, not verified. No value is a guess.
+- **Every published gain starts from another student alone**: 69.10, 69.85, 72.55, 74.23 and 74.87
+  are all "PSPNet-R18 on Cityscapes". Crop, augmentation, teacher and whether the last or the best
   checkpoint is reported differ between recipes.
-- **kdprof's rule** marks what no paper says and kdprof decided.
+- **kdprof's rule** marks a choice of kdprof that no paper states.
 """
 
 
@@ -75,8 +75,8 @@ def _index(methods: Mapping[str, MethodEntry], families: Sequence[tuple[str, lis
 
 def _card(cls: type[Method]) -> str:
     lines = [f'### <a id="{_anchor(cls.name)}"></a>`{cls.name}`: {_text(cls.title)}', ""]
-    told = [_text(cls.paper)] if cls.paper != "-" else []
-    lines.append(f"{'; '.join([*told, cls.family])}.")
+    paper = [_text(cls.paper)] if cls.paper != "-" else []
+    lines.append(f"{'; '.join([*paper, cls.family])}.")
     if cls.equation:
         lines += ["", "```text", *_equation(cls.equation), "```"]
     lines += ["", *(f"- **{label}**: {text}" for label, text in _facts(cls)), ""]
@@ -87,13 +87,13 @@ def _card(cls: type[Method]) -> str:
 
 
 def _equation(equation: str) -> list[str]:
-    """Break between definitions: one on a line."""
+    """Split an equation into its definitions, one per line."""
     return re.split(r"; (?=[A-Za-z]\S* ?(?:\(f\))? =|[a-z]+ = )", equation)
 
 
 def _facts(cls: type[Method]) -> Iterator[tuple[str, str]]:
-    told = bundle(cls)
-    adds = "nothing" if told == "-" else f"`{told}`"
+    terms = bundle(cls)
+    adds = "nothing" if terms == "-" else f"`{terms}`"
     yield ("Replaces the task loss by" if cls.replaces_task_loss else "Adds"), adds
     taps = [f"`{tap}` ({what})" for tap, what in tap_meanings(cls)]
     yield "Reads", "; ".join(taps) or "nothing"
@@ -110,7 +110,7 @@ def _paragraphs(cls: type[Method]) -> Iterator[str]:
 
 
 def _prose(text: str) -> str:
-    """Turn a docstring's markup into Markdown and escape what Markdown would read as its own."""
+    """Convert a docstring's markup to Markdown, and escape what Markdown would interpret."""
     text = re.sub(r":\w+:`([^`]*)`|``([^`]*)``", r"`\1\2`", text)
     pieces = text.split("`")
     return "`".join(piece if place % 2 else _text(piece) for place, piece in enumerate(pieces))

@@ -1,4 +1,4 @@
-"""Table: what the runs of a study will take, before they are made."""
+"""Table: the forecast of a study's runs, before they are trained."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ HEADER = ("method", "budget", "runs", "iterations each", "wall-clock", "95 % int
 
 
 def plan_table(forecasts: Sequence[Forecast], console: Console) -> None:
-    """Print the forecast of every method under every budget, and of all together."""
+    """Print the forecast of every method under every budget, and the total."""
     rows = [_cells(one) for one in forecasts]
     Grid("Forecast of the runs that are not finished", HEADER, rows).print(console)
     seconds = sum(one.seconds for one in forecasts)
     saved_s = sum(one.saved_s for one in forecasts)
     low, high = (sum(getattr(one, end) for one in forecasts) for end in _ENDS)
     notes = [
-        f"In all {duration(seconds - saved_s)} of training [{duration(max(0.0, low - saved_s))} to "
+        f"Total: {duration(seconds - saved_s)} of training [{duration(max(0.0, low - saved_s))} to "
         f"{duration(max(0.0, high - saved_s))}], {_gigabytes(sum(f.disk_bytes for f in forecasts))}"
-        " on disk. The teacher's own training and evaluation come on top: they are in no budget "
-        "and are not forecast."
+        " on disk. The teacher's own training and evaluation are not included: they are part of no "
+        "budget."
     ]
     if saved_s:
         notes.append(
-            f"Shared trunks (wsd) save {duration(saved_s)} of {duration(seconds)}; taken off above,"
-            " not in the rows."
+            f"Shared trunks (wsd) save {duration(saved_s)} of {duration(seconds)}; subtracted from "
+            "the total, not from the rows."
         )
     if any(one.energy_j is None for one in forecasts):
         notes.append(f"'{MISSING}' in energy: the device has no energy counter.")

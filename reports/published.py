@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 FORECAST = "~"
 FAR = 4
-"""Beyond this factor, fixed work and caches make time grow unlike the pixels."""
+"""Beyond this factor, time does not grow like the pixels, because of fixed work and caches."""
 
 
 def published_table(
     found: Sequence[ConvertedSchedule], costs: Sequence[Cost], console: Console
 ) -> None:
-    """Print one grid for each data set, the dearest schedule first, and what was not converted."""
+    """Print one grid per data set, the longest schedule first, and what was not converted."""
     converted = [one for one in found if one.reason is None]
     for dataset in dict.fromkeys(one.dataset for one in converted):
         rows = [one for one in converted if one.dataset == dataset]
@@ -64,12 +64,12 @@ def _notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> lis
         return []
     here = _measured(costs)
     notes = [
-        f"Schedule: iterations x batch x crop. Device time: of one {here['device']}, evaluation "
-        "excluded.",
-        f"Networks and classes are those measured ({here['networks']}), whatever the paper's: what "
-        "the schedule costs here, not what it cost its authors.",
-        "= kd iterations: plain kd for as long, at the schedule's own batch and crop; the ratio of "
-        f"the costs is that measured at {here['step']}.",
+        f"Schedule: iterations x batch x crop. Device time: on one {here['device']}, without "
+        "evaluation.",
+        f"Networks and classes are the measured ones ({here['networks']}), not the paper's: these "
+        "are costs here, not those of the authors.",
+        "= kd iterations: iterations of plain kd that take as long at the schedule's own batch and "
+        f"crop; the ratio of the costs was measured at {here['step']}.",
     ]
     notes += _forecast_notes({one.scale for one in converted if one.scale} - {1}, here["step"])
     if all(one.kd_iterations is None for one in converted):
@@ -78,7 +78,7 @@ def _notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> lis
 
 
 def _forecast_notes(scales: set[float], step: str) -> list[str]:
-    """Say what the scaled seconds are made of; nothing where all were measured as they stand."""
+    """Return how seconds were scaled; no note if every schedule has the measured batch and crop."""
     if not scales:
         return []
     ends = dict.fromkeys(figures(end) for end in (min(scales), max(scales)))
@@ -96,19 +96,19 @@ def _forecast_notes(scales: set[float], step: str) -> list[str]:
 
 
 def _measured(costs: Sequence[Cost]) -> dict[str, str]:
-    """Return the networks and the batch and crop of the Costs, in words."""
+    """Return the networks, the batch and crop, and the device of the Costs, as text."""
     settings = [cost.settings for cost in costs]
     students = _distinct(s.get("student") for s in settings)
     teachers = _distinct(s.get("teacher") for s in settings)
-    taught = f" taught by {teachers}" if teachers else ""
+    with_teacher = f" with teacher {teachers}" if teachers else ""
     steps = [s["step"] for s in settings if "crop" in s.get("step", {})]
     shapes = _distinct("{} x {}x{}".format(step["batch"], *step["crop"]) for step in steps)
     device = _distinct(cost.device for cost in costs)
-    return {"networks": f"{students}{taught}", "step": shapes, "device": device}
+    return {"networks": f"{students}{with_teacher}", "step": shapes, "device": device}
 
 
 def _distinct(names: Iterable[str | None]) -> str:
-    """Return the names that differ, joined."""
+    """Return the distinct names, joined."""
     return " and ".join(dict.fromkeys(str(name) for name in names if name))
 
 

@@ -1,4 +1,4 @@
-"""What every report of runs starts from: the finished runs, their costs, and how to name them."""
+"""What all reports of runs share: the finished runs, their costs, and how texts name them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from kdprof.errors import UserError
 from kdprof.records import Cost, Run
 from kdprof.store import Store
 
+from .text import MISSING
+
 DRIFT_LIMIT = 0.02
 """A run whose seconds are further than this fraction from the planned ones is flagged."""
 
 NAMED_AT_MOST = 4
-"""Runs or methods a note names before it says how many more there are."""
+"""A note names at most this many runs or methods, and counts the others."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Results:
     """Unfinished, or finished without an mIoU."""
     teacher: Run | None
     study: dict[str, Any]
-    """study.toml as it stands on disk."""
+    """Content of study.toml."""
     costs: list[Cost]
     """Every stored Cost, the newest last."""
 
@@ -50,14 +52,15 @@ class Results:
         return sorted(found, key=lambda run: run.seed)
 
     def cost_of(self, run: Run) -> Cost | None:
-        """Return the Cost a run was planned with, or the newest of its method on its device."""
+        """Return the Cost that a run was planned with; if it had no plan, the newest Cost of its
+        method on its device."""
         if run.cost_key is None:
             return self._newest(run.method, run.device)
         same = [c for c in self.costs if (c.method, c.key) == (run.method, run.cost_key)]
         return same[-1] if same else None
 
     def planning_costs(self, run: Run) -> list[Cost]:
-        """Return the stored Costs a run was planned with: its own and its budget's method's."""
+        """Return the stored Costs of a run's plan: of its method and of its budget's method."""
         own = self.cost_of(run)
         if own is None or run.cost_key is None:
             return []
@@ -70,7 +73,7 @@ class Results:
         return found[-1] if found else None
 
     def unreliable(self) -> list[Cost]:
-        """Return the Costs marked unreliable that a finished run was planned with."""
+        """Return the unreliable Costs that finished runs were planned with."""
         found = {
             (cost.method, cost.key): cost
             for run in self.finished
@@ -80,7 +83,7 @@ class Results:
         return [found[key] for key in sorted(found)]
 
     def devices(self) -> list[str]:
-        """Return the devices the finished runs were trained on."""
+        """Return the devices that the finished runs were trained on."""
         return sorted({run.device for run in self.finished})
 
 
@@ -88,7 +91,7 @@ def collect(store: Store) -> Results:
     """Read what a report of runs needs.
 
     Raises:
-        UserError: the store has no run, or none that is finished.
+        UserError: the store has no run, or no finished one.
     """
     runs = store.runs()
     usable = [run for run in runs if _usable(run)]
@@ -108,10 +111,22 @@ def _usable(run: Run) -> bool:
     return run.finished and run.miou is not None
 
 
+def final_miou(run: Run) -> float:
+    """Return the mIoU of one of :attr:`Results.finished`, a fraction."""
+    assert run.miou is not None, "a run without an mIoU is left out"
+    return run.miou
+
+
 def drifted(run: Run) -> bool:
-    """Return whether a run spent over 2 % more or less seconds than planned."""
+    """Return whether a run spent over 2 % more or fewer seconds than planned."""
     drift = run.train_s.drift()
     return drift is not None and abs(drift) > DRIFT_LIMIT
+
+
+def drift_text(run: Run) -> str:
+    """Return how far a run is off its planned seconds: ``+3.0 %``, or a dash without a plan."""
+    drift = run.train_s.drift()
+    return MISSING if drift is None else f"{100 * drift:+.1f} %"
 
 
 def is_cpu(device: str) -> bool:
@@ -120,7 +135,7 @@ def is_cpu(device: str) -> bool:
 
 
 def device_text(devices: Iterable[str]) -> str:
-    """Return the devices for a header; a CPU is called one whatever its model name."""
+    """Return the devices for a header; CPUs are marked as such."""
     named = [f"CPU: {d}" if is_cpu(d) and d.lower() != "cpu" else d for d in devices]
     return ", ".join(named)
 
@@ -132,7 +147,7 @@ def study_text(study: dict[str, Any]) -> str:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return the names, comma-separated; after four, how many more there are."""
+    """Return the first four names, comma-separated, and how many more there are."""
     more = len(names) - NAMED_AT_MOST
     listed = ", ".join(names[:NAMED_AT_MOST])
     return f"{listed} and {more} more" if more > 0 else listed

@@ -1,4 +1,4 @@
-"""Table: how far the runs of a folder are, and what they cost against the plan."""
+"""Table: how far the runs of a folder are, and their cost compared with the plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def status_table(store: Store, console: Console) -> None:
 
 
 def _saving(store: Store) -> list[str]:
-    """Say what shared trunks (wsd) have saved: each run's price holds the whole of its share."""
+    """Return what shared trunks (wsd) have saved: the cost of each run contains its whole share."""
     shared_s = math.fsum(run.trunk_s for run in store.runs())
     trunks = [run for folder in store.trunk_folders() if (run := folder.read_run())]
     if not shared_s:
@@ -58,7 +58,7 @@ def _cells(folder: RunFolder, run: Run) -> list[str]:
 
 
 def _state(folder: RunFolder, run: Run) -> str:
-    """Return finished, failed, running, or stopped: begun, and no process holds it."""
+    """Return finished, failed, running, or stopped (begun, but no process holds the run)."""
     if run.state() != "begun":
         return run.state()
     return "running" if folder.is_held() else "stopped"
@@ -71,7 +71,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         if run.failure
     ]
     drifts = [
-        abs(run.train_s.drift()) for run in runs if run.finished and run.train_s.drift() is not None
+        abs(drift) for run in runs if run.finished and (drift := run.train_s.drift()) is not None
     ]
     if drifts:
         over = sum(map(drifted, (run for run in runs if run.finished)))

@@ -1,4 +1,4 @@
-"""Table: every method under every budget, with how sure the numbers are and what it cost.
+"""Table: accuracy and cost of every method under every budget, with intervals.
 
 Intervals are 95 % by Student's t over seeds; a single seed has none.
 """
@@ -24,7 +24,9 @@ from .results import (
     collect,
     count,
     device_text,
+    drift_text,
     drifted,
+    final_miou,
     study_text,
 )
 from .text import MISSING, UNRELIABLE, Estimate, Grid, duration, flagged, print_notes
@@ -51,9 +53,9 @@ class Row:
     latency_ratio: Estimate | None
     """Step latency divided by that of none."""
     reliable: bool | None
-    """Whether the Costs the runs were planned with are; None where none is stored."""
+    """True if all Costs that the runs were planned with are reliable; None if none is stored."""
     drifted: bool
-    """Whether a single run is more than 2 % off its planned seconds."""
+    """True if any of the runs is more than 2 % off its planned seconds."""
     groups_percent: dict[str, Estimate] = field(default_factory=dict)
     """mIoU over groups of classes: old and new in a class-incremental scenario."""
     missing: dict[str, str] = field(default_factory=dict)
@@ -106,7 +108,7 @@ def _row(results: Results, group: list[Run]) -> Row:
         planned_s=planned_s,
         actual_s=actual_s,
         drift_percent=100 * (actual_s / planned_s - 1) if planned_s else None,
-        miou_percent=Estimate(*mean_interval([100 * run.miou for run in group])),
+        miou_percent=Estimate(*mean_interval([100 * final_miou(run) for run in group])),
         seeds=len(group),
         delta_points=_delta(results, group, missing),
         rank=0,
@@ -119,22 +121,22 @@ def _row(results: Results, group: list[Run]) -> Row:
 
 
 def _groups(group: list[Run]) -> dict[str, Estimate]:
-    """Return the mIoU of each group of classes that every run's labels show."""
-    scores = {name: [run.miou_of.get(name) for run in group] for name in group[0].miou_of}
-    return {
-        name: Estimate(*mean_interval([100 * miou for miou in found]))
-        for name, found in scores.items()
-        if None not in found
-    }
+    """Return the mIoU of each group of classes for which every run has one."""
+    found = {}
+    for name in group[0].miou_of:
+        scores = [100 * miou for run in group if (miou := run.miou_of.get(name)) is not None]
+        if len(scores) == len(group):
+            found[name] = Estimate(*mean_interval(scores))
+    return found
 
 
 def _delta(results: Results, group: list[Run], missing: dict[str, str]) -> Estimate | None:
-    """Return mIoU minus the control's, over the seeds that both finished."""
+    """Return mIoU minus that of kd, over the seeds that both finished."""
     if group[0].method == CONTROL:
         missing["delta_points"] = f"{CONTROL} is the control"
         return None
-    control = {run.seed: run.miou for run in results.group(CONTROL, group[0].budget)}
-    gains = [100 * (run.miou - control[run.seed]) for run in group if run.seed in control]
+    control = {run.seed: final_miou(run) for run in results.group(CONTROL, group[0].budget)}
+    gains = [100 * (final_miou(run) - control[run.seed]) for run in group if run.seed in control]
     if not gains:
         missing["delta_points"] = f"{CONTROL} has no finished run of the same budget and seed"
         return None
@@ -147,8 +149,8 @@ def _latency_ratio(cost: Cost | None, missing: dict[str, str]) -> Estimate | Non
         return None
     ratio = cost.ratio
     if ratio is None or ratio.to != REFERENCE:
-        # Two separate sessions differ by clocks and neighbours: no ratio is made of those.
-        why = f"measured beside {ratio.to}" if ratio else cost.unavailable.get("ratio", "not known")
+        # Separate sessions differ in clocks and load, so no ratio is computed across them.
+        why = f"its ratio is to {ratio.to}" if ratio else cost.unavailable.get("ratio", "not known")
         missing["latency_ratio"] = why
         return None
     return Estimate(ratio.median, ratio.low, ratio.high)
@@ -183,25 +185,25 @@ def print_table(store: Store, console: Console) -> None:
 
 
 def header(results: Results) -> list[str]:
-    """Return what was trained on what, and the teacher, whose cost is in no run's."""
+    """Return the study, the device and the teacher, whose cost is part of no run."""
     lines = [f"Study: {study_text(results.study)}.", f"Device: {device_text(results.devices())}."]
     teacher = results.teacher
     if teacher is None:
         return [*lines, "Teacher: no run in this folder."]
     miou = MISSING if teacher.miou is None else f"{100 * teacher.miou:.2f} %"
     if not teacher.iterations:
-        return [*lines, f"Teacher: mIoU {miou}; it came trained."]
+        return [*lines, f"Teacher: mIoU {miou}; it was not trained here."]
     state = "" if teacher.finished else ", not finished"
     return [
         *lines,
         f"Teacher: mIoU {miou}; training it took {duration(teacher.train_s.actual)} "
-        f"({count(teacher.iterations_done, 'iteration')}{state}), in no run's compute.",
+        f"({count(teacher.iterations_done, 'iteration')}{state}), part of no run's compute.",
     ]
 
 
 def grids(made: Sequence[Row], *, compact: bool = False) -> list[Grid]:
     """Return one grid of text per budget; ``compact`` fits a terminal of 80 columns, without the
-    planned seconds (the drift tells them) and the interval of the step's ratio."""
+    planned seconds (they follow from the drift) and the interval of the step's ratio."""
     cells = [_cells(row, compact) for row in made]
     budgets = dict.fromkeys((row.budget, row.matched) for row in made)
     return [
@@ -249,24 +251,26 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
     ]
     if gpus := {run.gpus for run in results.finished} - {1}:
         found.append(
-            f"A run's {' or '.join(map(str, sorted(gpus)))} devices train it together: its "
-            "GPU-hours are its time as often (plot --x gpu-hours)."
+            f"A run is trained by {' or '.join(map(str, sorted(gpus)))} devices together: its "
+            "GPU-hours are its time multiplied by their number (plot --x gpu-hours)."
         )
     if any(row.groups_percent for row in made):
         found.append(
-            "old: mIoU over the classes that the teacher knows, the background among them; new: "
-            "over those that the student learned beside them."
+            "old: mIoU over the classes that the teacher knows, with the background; new: over "
+            "those that only the student learned."
         )
     if single := [f"{row.method} {row.budget}" for row in made if row.seeds == 1]:
         every = len(single) == len(made)
         found.append(f"One seed, so no interval: {'all' if every else ', '.join(single)}.")
     if len(results.devices()) > 1:
-        found.append("Runs are from different devices: their wall-clocks do not compare.")
+        found.append("Runs are from different devices: their wall-clock times cannot be compared.")
     if most := max((run.concurrent_runs or 0 for run in results.finished), default=0):
-        found.append(f"Trained with up to {most} others at once on a machine: seconds are shared.")
+        found.append(
+            f"Up to {most} concurrent runs on the same machine: they share its memory bandwidth, "
+            "so planned seconds may not hold."
+        )
     for run in filter(drifted, results.finished):
-        drift = 100 * run.train_s.drift()
-        found.append(f"* Drifted more than 2 % from the plan: {run.label()}, {drift:+.1f} %.")
+        found.append(f"* Drifted more than 2 % from the plan: {run.label()}, {drift_text(run)}.")
     for cost in results.unreliable():
         why = "; ".join(cost.warnings) or "no warning recorded"
         found.append(f"{UNRELIABLE} Planned with an unreliable cost, {cost.method}: {why}.")
@@ -278,7 +282,7 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
 
 
 def _missing_notes(made: Sequence[Row]) -> list[str]:
-    """Return why cells hold a dash: one note per column and reason."""
+    """Return the reasons for dashes: one note per column and reason."""
     titles = {"planned_s": "planned, drift", "delta_points": f"vs {CONTROL}",
               "latency_ratio": f"step / {REFERENCE}", "reliable": "reliability"}  # fmt: skip
     where: dict[tuple[str, str], list[str]] = {}
@@ -290,7 +294,7 @@ def _missing_notes(made: Sequence[Row]) -> list[str]:
         f"'{MISSING}' in {title}: {reason} "
         f"({'all' if len(cells) == len(made) else ', '.join(cells)})."
         for (title, reason), cells in where.items()
-        if not reason.startswith(CONTROL + " is")  # seen at a glance
+        if not reason.startswith(CONTROL + " is")  # obvious from the table
     ]
 
 
@@ -303,8 +307,8 @@ def _markdown(results: Results, made: Sequence[Row]) -> str:
 
 
 def _csv(made: Sequence[Row]) -> str:
-    """Return one line per row; an estimate takes three columns, and an empty cell has its reason
-    in the last."""
+    """Return one line per row; an estimate takes three columns, and the last column has the reasons
+    for empty cells."""
     lines = [_flat(row) for row in made]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")

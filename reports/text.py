@@ -1,4 +1,4 @@
-"""How reports write numbers, and grids of cells as Markdown, as LaTeX or on a terminal."""
+"""Format numbers, and grids of cells as Markdown, as LaTeX or on a terminal."""
 
 from __future__ import annotations
 
@@ -14,32 +14,29 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "-"
-"""Stands for what is not available; a note under the table says why."""
+"""Stands for a value that is not available; a note under the table says why."""
 
 UNRELIABLE = "\N{DAGGER}"
 """Ends the text of a cell that is based on an unreliable Cost."""
 HIDDEN = "\N{DOUBLE DAGGER}"
 """Ends the hidden cost of a method that must not be matched by FLOP."""
 FLAGS = (UNRELIABLE, HIDDEN)
-"""A note explains each of them; a terminal shows a cell that ends with one in colour."""
+"""A note explains each mark; on a terminal, a cell that ends with one is coloured."""
 
 SYMMETRIC = 1.1
-"""Up to this quotient of high end and value, an interval on a log scale is nearly symmetric."""
-
-NARROW = {"show_edge": False, "padding": (0, 1, 0, 0), "pad_edge": False}
-"""Nine columns have to fit a terminal of 80."""
+"""An interval on a log scale is nearly symmetric up to this ratio of high end to value."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its 95 % interval, None where it has none."""
+    """A value with the ends of its 95 % interval, which are None if it has no interval."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
     def text(self, decimals: int) -> str:
-        """Return ``71.3 [70.9-71.7]``, or the value alone where there is no interval."""
+        """Return ``71.3 [70.9-71.7]``, or the value alone if it has no interval."""
         value, low, high = (
             None if end is None else f"{end:.{decimals}f}"
             for end in (self.value, self.low, self.high)
@@ -47,26 +44,26 @@ class Estimate:
         return f"{value}" if low is None else f"{value} [{low}-{high}]"
 
     def brief(self, decimals: int) -> str:
-        """Return ``71.3±0.4`` for an interval on a log scale; its ends where it is so wide that a
-        single number would misstate them."""
+        """Return ``71.3±0.4`` for an interval on a log scale, or its ends if it is too wide to be
+        nearly symmetric."""
         wide = self.high is not None and self.high > SYMMETRIC * self.value
         return self.text(decimals) if wide else self.plus_minus(decimals)
 
     def plus_minus(self, decimals: int, *, signed: bool = False) -> str:
-        """Return ``71.3±0.4``, for an interval that is symmetric; the value alone without."""
+        """Return ``71.3±0.4`` for a symmetric interval, or the value alone without one."""
         value = f"{self.value:{'+' if signed else ''}.{decimals}f}"
         return value if self.high is None else f"{value}±{self.high - self.value:.{decimals}f}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of text: the first column is read from the left, numbers from the right."""
+    """A table of text; the first column is left-aligned, the others are right-aligned."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Collection[str] = ()
-    """Names of further columns that are read from the left."""
+    """Names of further columns that are left-aligned."""
 
     def _is_left(self, column: int) -> bool:
         return column == 0 or self.header[column] in self.words
@@ -78,7 +75,7 @@ class Grid:
         return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
 
     def without_empty(self) -> Grid:
-        """Return the grid without the columns in which every method has a dash."""
+        """Return the grid without the columns in which every row has a dash."""
         kept = [
             number
             for number in range(len(self.header))
@@ -117,11 +114,11 @@ class Grid:
         )
 
     def print(self, console: Console) -> None:
-        """Print the grid; at its natural width where the output is no terminal."""
-        table = Table(box=SIMPLE_HEAD, **NARROW)
+        """Print the grid, at its natural width if the output is not a terminal."""
+        table = narrow_table()
         for number, name in enumerate(self.header):
             words = " ".join(row[number] for row in self.rows).split(" ")
-            # Where the terminal is narrow, cells break between words, never inside a number.
+            # On a narrow terminal, cells break between words, never inside a number.
             table.add_column(
                 Text(name),
                 justify="left" if self._is_left(number) else "right",
@@ -131,12 +128,17 @@ class Grid:
         for row in self.rows:
             table.add_row(*(Text(cell, _style(cell)) for cell in row))
         limits = Measurement.get(console, console.options.update(max_width=1000), table)
-        # Piped: a terminal's width does not apply, and folded numbers cannot be searched for.
+        # In a pipe the width of a terminal does not apply, and folded numbers cannot be searched.
         room = console.width if console.is_terminal else limits.maximum
         table.width = min(max(room, limits.minimum), limits.maximum)
-        # Not the table's own title, which folds at the width of the table.
+        # Not as the table's own title, which rich folds at the width of the table.
         console.print(Text(self.title, "bold"), soft_wrap=True)
         console.print(table, "", sep="\n", crop=False)
+
+
+def narrow_table() -> Table:
+    """Return an empty table without outer edges: nine columns have to fit a terminal of 80."""
+    return Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 _STYLES = {MISSING: "dim", "slower": "red", "faster": "green"}
@@ -153,21 +155,21 @@ def _escaped(cell: str) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
-    # After \\ a bracket would be read as its argument.
+    # LaTeX would read a bracket after \\ as its argument.
     "[": "{[}", "]": "{]}", "\N{PLUS-MINUS SIGN}": r"$\pm$",
     "\N{MULTIPLICATION SIGN}": r"$\times$", UNRELIABLE: r"$^{\dagger}$", HIDDEN: r"$^{\ddagger}$",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }  # fmt: skip
 _LATIN = 0x180
-"""Below this code point every LaTeX of this century reads UTF-8 by itself."""
+"""Below this code point LaTeX reads UTF-8 without further packages."""
 
 
 def latex_text(text: str) -> str:
-    """Return text escaped for LaTeX; what no standard font has becomes a question mark."""
+    """Return text escaped for LaTeX; characters that no standard font has become question marks."""
     if text == MISSING:
         return "--"
     escaped = "".join(_LATEX.get(c, c if ord(c) < _LATIN else "?") for c in " ".join(text.split()))
-    # A dash between numbers is a range, one before a number its sign; quotes open differently.
+    # A dash between numbers is a range and one before a number is its sign; opening quotes differ.
     for pattern, sign in (
         (r"(?<=\d)-(?=\d)", "--"),
         (r"(?<!\S)-(?=\d)", "$-$"),
@@ -178,15 +180,15 @@ def latex_text(text: str) -> str:
 
 
 def flagged(name: str, unreliable: bool) -> str:
-    """Return a method's name, marked where it is based on an unreliable Cost."""
+    """Return a method's name, marked if its numbers are based on an unreliable Cost."""
     return name + UNRELIABLE * unreliable
 
 
 def unreliable_note(methods: Iterable[str]) -> list[str]:
-    """Return the note that explains the mark; none where no method's Cost is unreliable."""
+    """Return the note that explains the mark, or no note if there are no such methods."""
     named = ", ".join(sorted(set(methods)))
-    mend = "measure again when the machine is quiet"
-    return [f"{UNRELIABLE} Based on an UNRELIABLE Cost ({named}); {mend}."] if named else []
+    fix = "measure again when the machine is quiet"
+    return [f"{UNRELIABLE} Based on an UNRELIABLE Cost ({named}); {fix}."] if named else []
 
 
 def print_notes(notes: Iterable[str], console: Console) -> None:
@@ -196,14 +198,14 @@ def print_notes(notes: Iterable[str], console: Console) -> None:
 
 
 def digits(value: float, half_width: float) -> int:
-    """Return how many decimals to write: four figures, more where the interval would read as 0."""
+    """Return how many decimals to write: four figures, more if the interval would round to 0."""
     decimals = 1 if value >= 100 else 2 if value >= 1 else 3
     needed = math.ceil(-math.log10(half_width)) if half_width > 0 else 0
     return min(max(decimals, needed), decimals + 2)
 
 
 def figures(value: float, number: int = 3) -> str:
-    """Return a value with at least so many figures, never with an exponent."""
+    """Return a value with at least ``number`` figures, never with an exponent."""
     if value == 0:
         return "0"
     decimals = number - 1 - math.floor(math.log10(abs(value)))

@@ -111,7 +111,7 @@ def test_an_oracle_that_needs_too_much_is_compared_at_a_smaller_size(tmp_path):
     limits = ("--scale", "4", "--memory-limit", "0.2")
     done = benchmark(*methods, *limits, folder=tmp_path, source=HUNGRY)
     assert done.returncode == 0, done.stderr
-    assert "missing, no oracle is written: cwd" in done.stdout
+    assert "missing, without an oracle: cwd" in done.stdout
     (row,) = rows_of(done.stdout).values()
     assert row["literal at full size"] == "stopped: > 0.2 GB at 8x16"
     assert row["size compared"] == "4x8"

@@ -146,7 +146,7 @@ def test_markdown_escapes_what_it_would_read_as_its_own():
     page = markdown({"scant": MethodEntry(Scant, "built-in")})
     assert r"`a < b` and \_c_ \* d." in page
     assert "- one item\n- two" in page
-    assert "own optimiser" not in page
+    assert "second optimiser" not in page
     assert "Cost**: not described" in page
 
 

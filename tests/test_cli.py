@@ -292,7 +292,7 @@ def test_traceback_only_with_debug(tmp_path):
 def test_methods_list_and_card(capsys, monkeypatch):
     for arguments, expected in (
         ([], ["ifvd", "cwd:feature", "10 fitnet + 1 kd"]),
-        (["ifvd"], ["200 ifv", "optimiser of its own", "Wang et al.", "74.54"]),
+        (["ifvd"], ["200 ifv", "second optimiser", "Wang et al.", "74.54"]),
     ):
         monkeypatch.setattr(sys, "argv", ["kdprof", "methods", *arguments])
         monkeypatch.setenv("COLUMNS", "160")

@@ -121,7 +121,7 @@ def test_flop_memory_and_energy_are_new_over_old():
 def test_peaks_of_two_kinds_are_not_compared():
     allocated = memory(peak_allocated=2**30)
     row = only(noisy(), noisy(memory_bytes=allocated))
-    assert (row.memory, row.missing["memory"]) == (None, "no peak of one kind in both")
+    assert (row.memory, row.missing["memory"]) == (None, "no peak of the same kind in both")
 
 
 def test_counted_costs_compare_by_flop_alone():
@@ -189,13 +189,13 @@ def test_what_is_no_cost_is_refused_in_one_line(tmp_path):
     bad = {**good, "reliable": "perhaps", "samples_s": "none"}
     del bad["device"]
     cases = {
-        "nothing": ("", "is no JSON file of costs"),
+        "nothing": ("", "is not a JSON file of costs"),
         "empty": ("[]", "holds no costs"),
-        "number": ("[3]", "record 1 is no cost"),
-        "run": ('{"schema": 1, "seed": 0}', "record 1 is no cost"),
+        "number": ("[3]", "record 1 is not a cost"),
+        "run": ('{"schema": 1, "seed": 0}', "record 1 is not a cost"),
         "old": (json.dumps(good | {"schema": 1}), "has schema 1, not 4; measure again"),
         "bad": (json.dumps([good, bad]), r"record 2 \(cwd\): device.*samples_s.*reliable"),
-        "binary": (b"\xff\xfe", "is no JSON file of costs"),
+        "binary": (b"\xff\xfe", "is not a JSON file of costs"),
     }
     for name, (content, message) in cases.items():
         path = tmp_path / name
@@ -208,6 +208,12 @@ def test_what_is_no_cost_is_refused_in_one_line(tmp_path):
         read_costs(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no costs; run 'kdprof measure"):
         read_costs(tmp_path)
+
+
+def test_records_of_the_schema_before_are_read(tmp_path):
+    old = json.loads(to_json([noisy()]))[0] | {"schema": 3, "modules_flop": None}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_costs(tmp_path / "old.json") == [noisy()]
 
 
 # The table
@@ -248,4 +254,4 @@ def test_rendered_comparison_snapshot():
 
 def test_comparison_fits_a_terminal_of_a_hundred_columns():
     text = printed(a_comparison())
-    assert max(map(len, text[: text.index("new / old of")].splitlines())) <= 100
+    assert max(map(len, text[: text.index("new / old is")].splitlines())) <= 100

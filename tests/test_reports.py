@@ -230,7 +230,7 @@ def test_latency_ratio_is_the_costs_own(tmp_path):
     assert (ratio.value, ratio.high) == pytest.approx((1.5, 0.15 / 0.09))
     assert {m: row.missing["latency_ratio"] for m, row in made.items() if m != "kd"} == {
         "none": "no stored cost of the method",
-        "cwd": "measured beside cwd",
+        "cwd": "its ratio is to cwd",
         "mgd": "the reference failed",
     }
 
@@ -478,7 +478,7 @@ def test_hidden_cost_says_what_matching_by_flop_would_do():
     """With a quarter of the time explained by FLOP, FLOP promise four times the iterations."""
     index = {"a": 0.75, "b": -0.25, "c": 0.1, "d": 1.0}
     text = costs.costs_markdown([a_cost(m, hidden_cost=value) for m, value in index.items()])
-    assert "equal time gives: a 4.00 times, b 0.800 times, d without limit." in text
+    assert "those at equal time: a 4.00 times, b 0.800 times, d without limit." in text
     assert [cell in text for cell in ("+75‡", "-25‡", "+10 |", "+100‡")] == [True] * 4
 
 
@@ -554,7 +554,7 @@ def test_counted_costs_are_told_by_part_term_and_module():
     text = printed(costs.count_table, found)
     assert "2.44" in text
     assert "memory_region" in text
-    assert "Not in other: aten.topk, aten.grid_sampler_2d (cirkd), which no formula knows." in text
+    assert "Not in other, without a formula: aten.topk, aten.grid_sampler_2d (cirkd)." in text
     shown = [line.split() for line in text.splitlines() if line.startswith("student")]
     assert shown == [
         ["student", "(all)", "4.000", "100.0"],
