@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, Taps
+from kdprof.method import Method, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import REDUCTIONS, pixel_kl
@@ -198,7 +198,9 @@ class SKDPlain(Method):
         "the teacher's forward; a soft cross-entropy of logits and the similarities of a few "
         "pooled nodes, which cost little"
     )
-    recipes = (skd(source="structure-KD repository, row +Pi +Pa", teacher_miou=78.56, miou=71.78),)
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        skd(source="structure-KD repository, row +Pi +Pa", teacher_miou=78.56, miou=71.78),
+    )
 
     scale: float = 0.5
     pooling: str = "max"
