@@ -28,6 +28,9 @@ class SpectralConv(nn.Module):
     through the weight only, not through the singular vectors.
     """
 
+    u: Tensor
+    v: Tensor
+
     def __init__(self, channels: int, width: int, kernel: int = 4, stride: int = 2, pad: int = 1):
         super().__init__()
         made = nn.Conv2d(channels, width, kernel, stride, pad)

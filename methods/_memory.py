@@ -32,6 +32,9 @@ class RingQueues(nn.Module):
     pointer goes to 0. This is the published rule; for pushes of one vector it is an ordinary ring.
     """
 
+    rows: Tensor
+    pointers: Tensor
+
     def __init__(self, queues: int, size: int, channels: int):
         super().__init__()
         self.queues, self.size = queues, size

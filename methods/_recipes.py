@@ -13,7 +13,7 @@ from typing import Any
 from kdprof.method import Recipe
 
 MOMENTUM = "momentum 0.9"
-BPKD = {"gpus": "4 A100", "source": "BPKD repository"}
+FROM_BPKD = {"gpus": "4 A100", "source": "BPKD repository"}
 """The fields in which BPKD's recipe differs from mmsegmentation's."""
 BPKD_RERUN = {"gpus": "4 A100", "source": "BPKD repository, its authors' rerun"}
 """The same fields for another method of BPKD's table."""
@@ -97,7 +97,7 @@ def bpkd_context(**changes: Any) -> Recipe:
         "teacher_miou": 52.47,
         "student_miou": 43.79,
     }
-    return mmseg("PSPNet-R18", "Pascal Context", **{**BPKD, **fields, **changes})
+    return mmseg("PSPNet-R18", "Pascal Context", **{**FROM_BPKD, **fields, **changes})
 
 
 def skd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Taps
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._recipes import cirkd
@@ -18,7 +19,7 @@ BLOCK_ELEMENTS = 2**24
 """Elements of the differences anchors x keys x channels that are in memory at a time: 64 MiB."""
 
 MASKS = ("random", "centre")
-REPOSITORY = {"gpus": None, "source": "Af-DCD repository"}
+_recipe = partial(cirkd, gpus=None, source="Af-DCD repository")
 
 
 def plain_projector(channels: int) -> nn.Sequential:
@@ -32,6 +33,11 @@ def plain_projector(channels: int) -> nn.Sequential:
 
 class EnhancedProjector(nn.Module):
     """The projector ( conv a + conv b ) / 2 with a = relu(conv x), b = relu(conv a); all 3x3."""
+
+    first: nn.Conv2d
+    second: nn.Conv2d
+    of_first: nn.Conv2d
+    of_second: nn.Conv2d
 
     def __init__(self, channels: int):
         super().__init__()
@@ -59,7 +65,9 @@ def centre_mask(features: Tensor) -> Tensor:
     return mask
 
 
-def patch_vectors(features: Tensor, pool: int, crop: int, patch: tuple[int, int], groups: int):
+def patch_vectors(
+    features: Tensor, pool: int, crop: int, patch: tuple[int, int], groups: int
+) -> tuple[Tensor, int]:
     """Return the vectors of every patch, (patches, vectors, C / groups), and the positions used.
 
     Args:
@@ -74,13 +82,13 @@ def patch_vectors(features: Tensor, pool: int, crop: int, patch: tuple[int, int]
     if pool > 1:
         features = F.max_pool2d(features, [min(pool, side) for side in features.shape[-2:]])
     used = [min(side, crop or side) for side in features.shape[-2:]]
-    patch = [min(side, wanted) for side, wanted in zip(used, patch, strict=True)]
-    rows, columns = (side // step for side, step in zip(used, patch, strict=True))
-    features = features[..., : rows * patch[0], : columns * patch[1]].float()
+    height, width = (min(side, wanted) for side, wanted in zip(used, patch, strict=True))
+    rows, columns = used[0] // height, used[1] // width
+    features = features[..., : rows * height, : columns * width].float()
     # N, group, channel, row of patches, row, column of patches, column
     cut = features.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).unflatten(1, (groups, -1))
     vectors = cut.permute(0, 3, 5, 4, 6, 1, 2).flatten(3, 5).flatten(0, 2)
-    return vectors, cut.shape[0] * rows * columns * patch[0] * patch[1]
+    return vectors, cut.shape[0] * rows * columns * height * width
 
 
 class PatchContrast(torch.autograd.Function):
@@ -182,25 +190,15 @@ class AfDCD(Method):
         "R18 to R101 cost more than teacher and student together; L1 distances of all vectors of "
         "a patch, in blocks"
     )
-    recipes = (
-        cirkd("DeepLabV3-R18", miou=77.03, **REPOSITORY),
-        cirkd("DeepLabV3-MobileNetV2", miou=76.43, **REPOSITORY),
-        cirkd(
-            "DeepLabV3-R18",
-            "ADE20K",
-            weights={"fd": 1e-6, "ctr": 0.04, "kd": 0.5},
-            miou=36.21,
-            **REPOSITORY,
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        _recipe("DeepLabV3-R18", miou=77.03),
+        _recipe("DeepLabV3-MobileNetV2", miou=76.43),
+        _recipe(
+            "DeepLabV3-R18", "ADE20K", weights={"fd": 1e-6, "ctr": 0.04, "kd": 0.5}, miou=36.21
         ),
-        cirkd(
-            "DeepLabV3-R18",
-            "COCO-Stuff",
-            weights={"fd": 5e-6, "kd": 0.5},
-            miou=34.02,
-            **REPOSITORY,
-        ),
-        cirkd("DeepLabV3-R18", "Pascal VOC", weights={"fd": 1e-6}, miou=76.25, **REPOSITORY),
-        cirkd("PSPNet-R18", "Pascal VOC", weights={"fd": 1e-6}, miou=76.14, **REPOSITORY),
+        _recipe("DeepLabV3-R18", "COCO-Stuff", weights={"fd": 5e-6, "kd": 0.5}, miou=34.02),
+        _recipe("DeepLabV3-R18", "Pascal VOC", weights={"fd": 1e-6}, miou=76.25),
+        _recipe("PSPNet-R18", "Pascal VOC", weights={"fd": 1e-6}, miou=76.14),
         cirkd(
             "DeepLabV3-R18",
             "CamVid",

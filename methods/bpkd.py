@@ -10,7 +10,7 @@ from kdprof.errors import UserError
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._divergences import channel_kl
-from kdprof.methods._recipes import BPKD, bpkd_context, mmseg
+from kdprof.methods._recipes import FROM_BPKD, bpkd_context, mmseg
 
 WORD_BITS = 30
 """Number of classes in one int32, in bits 0 to 29."""
@@ -68,7 +68,8 @@ def _share(edges: Tensor, classes: Tensor, grid: torch.Size) -> Tensor:
     """Return the edges of some classes, unpacked from their bits and averaged over grid cells."""
     words = edges.index_select(1, classes // WORD_BITS)
     held = (words >> (classes % WORD_BITS).int()[:, None, None]) & 1
-    return F.adaptive_avg_pool2d(held.float(), grid)
+    height, width = grid
+    return F.adaptive_avg_pool2d(held.float(), (height, width))
 
 
 def edge_kl(student: Tensor, teacher: Tensor, edges: Tensor, temperature: float = 1.0) -> Tensor:
@@ -126,18 +127,20 @@ class BPKD(Method):
             teacher_miou=79.74,
             student_miou=74.23,
             miou=77.57,
-            **BPKD | {"source": "BPKD repository; the student alone is mmsegmentation's R18b"},
+            **FROM_BPKD | {"source": "BPKD repository; the student alone is mmsegmentation's R18b"},
         ),
-        mmseg("HRNetV2-W18S", teacher="HRNetV2-W48", student_miou=75.31, miou=78.58, **BPKD),
+        mmseg("HRNetV2-W18S", teacher="HRNetV2-W48", student_miou=75.31, miou=78.58, **FROM_BPKD),
         mmseg(
             "DeepLabV3+-MobileNetV2",
             teacher="DeepLabV3+-R101",
             student_miou=75.29,
             miou=78.59,
-            **BPKD,
+            **FROM_BPKD,
         ),
-        mmseg("ISANet-R18", teacher="ISANet-R101", student_miou=73.62, miou=75.72, **BPKD),
-        mmseg("PSPNet-R18", "ADE20K", teacher_miou=44.39, student_miou=33.30, miou=38.51, **BPKD),
+        mmseg("ISANet-R18", teacher="ISANet-R101", student_miou=73.62, miou=75.72, **FROM_BPKD),
+        mmseg(
+            "PSPNet-R18", "ADE20K", teacher_miou=44.39, student_miou=33.30, miou=38.51, **FROM_BPKD
+        ),
         bpkd_context(miou=46.82),
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Taps
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid, membership
 from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._memory import ClassMemory
@@ -43,7 +45,7 @@ class CIRKDMiniBatch(Method):
     title = "Cross-image relational distillation, mini-batch part"
     paper = "CVPR 2022, arXiv 2204.06986"
     family = "relational + logit"
-    taps = ("logits", "head")
+    taps: ClassVar[tuple[str, ...]] = ("logits", "head")
     weights = {"kd": 1.0, "batch": 1.0}
     equation = (
         "S_ij = F_i^T F_j / T for images i, j; L_batch = 1 / N^2 sum_ij mean over rows KL( "
@@ -216,7 +218,7 @@ class CIRKD(CIRKDMiniBatch, CIRKDMemory):
         "device, in blocks, and of every position with about 5000 stored vectors; a projection; "
         "two memories"
     )
-    recipes = (
+    recipes: ClassVar[tuple[Recipe, ...]] = (
         cirkd("PSPNet-R18", source="CIRKD repository; test 74.05", miou=74.73),
         cirkd("DeepLabV3-R18", source="CIRKD repository; test 75.05", miou=76.38),
         cirkd("DeepLabV3-MobileNetV2", source="CIRKD repository; test 74.03", miou=75.42),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Taps
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import adaptor, check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import channel_kl, pixel_kl
@@ -55,7 +57,7 @@ class CWD(Method):
         "the teacher's forward; a softmax and a KL over the positions of every class, which cost "
         "little"
     )
-    recipes = (
+    recipes: ClassVar[tuple[Recipe, ...]] = (
         skd(
             source="TorchDistiller repository; test 73.86 (student alone from structure KD)",
             miou=75.02,

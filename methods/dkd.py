@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -142,26 +143,29 @@ def split_logits(head: Tensor, classifier: Tensor) -> tuple[Tensor, Tensor]:
     return positive, negative
 
 
-_VOC = {
-    "teacher": "DeepLabV3-R101",
-    "student": "DeepLabV3-R101",
-    "iterations": None,
-    "epochs": 60,
-    "batch": 32,
-    "crop": (512, 512),
-    "optimizer": "SGD 1e-4 (head 1e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
-    "schedule": "decay not stated",
-    "source": "DKD repository; overlapped, all classes after the last step",
-    "gpus": "4, 8 images each",
-}
-_ADE = _VOC | {
-    "epochs": 100,
-    "batch": 24,
-    "optimizer": "SGD 2.5e-4 (head 2.5e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
-    "schedule": "20 % warm-up, decay not stated",
-    "source": "DKD repository; overlapped, all classes after the last step; positive_weight 35",
-    "gpus": None,
-}
+_VOC = Recipe(
+    dataset="Pascal VOC",
+    teacher="DeepLabV3-R101",
+    student="DeepLabV3-R101",
+    iterations=None,
+    epochs=60,
+    batch=32,
+    crop=(512, 512),
+    optimizer="SGD 1e-4 (head 1e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
+    schedule="decay not stated",
+    source="DKD repository; overlapped, all classes after the last step",
+    gpus="4, 8 images each",
+)
+_ADE = replace(
+    _VOC,
+    dataset="ADE20K",
+    epochs=100,
+    batch=24,
+    optimizer="SGD 2.5e-4 (head 2.5e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
+    schedule="20 % warm-up, decay not stated",
+    source="DKD repository; overlapped, all classes after the last step; positive_weight 35",
+    gpus=None,
+)
 
 
 class DKD(Method):
@@ -203,8 +207,8 @@ class DKD(Method):
     title = "Decomposed knowledge distillation"
     paper = "NeurIPS 2022, arXiv 2210.05941"
     family = "incremental"
-    taps = ("logits", "head", "classifier", "labels")
-    teacher_taps = ("logits", "head", "classifier")
+    taps: ClassVar[tuple[str, ...]] = ("logits", "head", "classifier", "labels")
+    teacher_taps: ClassVar[tuple[str, ...] | None] = ("logits", "head", "classifier")
     weights = {"mbce": 1.0, "kd": 5.0, "dkd_positive": 5.0, "dkd_negative": 5.0, "ac": 1.0}
     incremental = True
     replaces_task_loss = True
@@ -216,15 +220,15 @@ class DKD(Method):
         "the old model's forward; logits of every class of both networks at label resolution, "
         "which is memory traffic"
     )
-    recipes = (
+    recipes: ClassVar[tuple[Recipe, ...]] = (
         *(
-            Recipe(f"Pascal VOC {step}", miou=miou, **_VOC)
+            replace(_VOC, dataset=f"Pascal VOC {step}", miou=miou)
             for step, miou in (
                 ("19-1", 76.13), ("15-5", 73.95), ("15-1", 70.50), ("10-1", 60.43), ("5-3", 58.98),
             )
         ),
         *(
-            Recipe(f"ADE20K {step}", miou=miou, **_ADE)
+            replace(_ADE, dataset=f"ADE20K {step}", miou=miou)
             for step, miou in (("100-50", 35.55), ("100-10", 34.53), ("50-50", 34.39))
         ),
     )  # fmt: skip
@@ -305,14 +309,12 @@ class DKDFirst(DKD):
     equation = "L = BCE(up(z), y) of all classes, sigmoid by sigmoid; the background always 0"
     cost_drivers = "logits of every class at label resolution, which is memory traffic; no teacher"
     recipes = (
-        Recipe(
-            "Pascal VOC, first step",
-            **_VOC
-            | {
-                "teacher": None,
-                "optimizer": "SGD 1e-3 (head 1e-2), Nesterov 0.9, wd 1e-4",
-                "source": "DKD repository",
-            },
+        replace(
+            _VOC,
+            dataset="Pascal VOC, first step",
+            teacher=None,
+            optimizer="SGD 1e-3 (head 1e-2), Nesterov 0.9, wd 1e-4",
+            source="DKD repository",
         ),
     )
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.method import Method, Taps
+from kdprof.method import Method, Recipe, Taps
 from kdprof.methods._attention import energy, unit_maps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._recipes import cirkd, cirkd_segformer
@@ -37,9 +37,9 @@ def residual_gap(student: Sequence[Tensor], teacher: Sequence[Tensor], power: in
     All energies are resized to the grid of the teacher's last map if their grids differ.
     """
     # The energies are resized instead of the features, which is 1 / C of the work.
-    ours, theirs = ([energy(f, power) for f in maps] for maps in (student, teacher))
-    grid = theirs[-1]
-    ours, theirs = (residuals([match_grid(e, grid) for e in maps]) for maps in (ours, theirs))
+    energies = [[energy(f, power) for f in maps] for maps in (student, teacher)]
+    grid = energies[1][-1]
+    ours, theirs = (residuals([match_grid(e, grid) for e in maps]) for maps in energies)
     return (ours - theirs).square().mean()
 
 
@@ -84,7 +84,7 @@ class DSD(Method):
     title = "Double similarity distillation"
     paper = "TIP 2021, arXiv 2107.08591"
     family = "attention + relational"
-    taps = ("aux", "head", "logits")
+    taps: ClassVar[tuple[str, ...]] = ("aux", "head", "logits")
     weights = {"psd": 1000.0, "csd": 10.0}
     equation = (
         "r_mn = unit( a_n - a_m ) of attention maps, L_psd = mean ( r^S_mn - r^T_mn )^2; G_kl = "
@@ -94,7 +94,7 @@ class DSD(Method):
         "the teacher's forward with its auxiliary head; attention maps and a similarity of the "
         "classes, which cost little"
     )
-    recipes = (cirkd("DeepLabV3-R18", miou=74.81),)
+    recipes: ClassVar[tuple[Recipe, ...]] = (cirkd("DeepLabV3-R18", miou=74.81),)
 
     compared: ClassVar[tuple[str, ...]] = ("aux", "head", "logits")
     """The taps whose pairs the pixel term compares."""
@@ -107,9 +107,9 @@ class DSD(Method):
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``psd`` and ``csd``."""
-        maps = ([getattr(taps, tap) for tap in self.compared] for taps in (student, teacher))
+        ours, theirs = ([getattr(taps, t) for t in self.compared] for taps in (student, teacher))
         return {
-            "psd": residual_gap(*maps, self.power),
+            "psd": residual_gap(ours, theirs, self.power),
             "csd": class_gap(student.logits, teacher.logits, self.temperature),
         }
 

@@ -30,6 +30,10 @@ class ClassStatistics(torch.nn.Module):
     old they are.
     """
 
+    count: Tensor
+    mean: Tensor
+    covariance: Tensor
+
     def __init__(self, num_classes: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(num_classes))
@@ -139,6 +143,7 @@ class FAKDIsda(Method):
         "x K numbers, K classes"
     )
 
+    step: Tensor
     strength: float = 0.5
     ramp_iterations: int = 40_000
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdprof.method import Method, NetworkInfo, Taps
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid, membership
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import REDUCTIONS, pixel_kl
@@ -86,7 +86,7 @@ class IFVDPlain(Method):
         "the teacher's forward; class means and cosines as products with the one-hot labels, of "
         "positions x classes x channels"
     )
-    recipes = (
+    recipes: ClassVar[tuple[Recipe, ...]] = (
         skd(
             source="an issue of the IFVD repository, ifv alone (schedule not stated)",
             gpus=None,

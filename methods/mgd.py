@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Taps
+from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._divergences import channel_kl
 from kdprof.methods._recipes import mgd
@@ -54,7 +56,7 @@ class MGDFeature(Method):
     title = "Masked generative distillation (feature only)"
     paper = "ECCV 2022, arXiv 2205.01529"
     family = "feature"
-    taps = ("c5",)
+    taps: ClassVar[tuple[str, ...]] = ("c5",)
     weights = {"mgd": 2e-5}
     equation = (
         "L = 1 / N sum over N, C_T, h, w of ( G( m * A f_S ) - f_T )^2, m a random mask of "
@@ -64,7 +66,7 @@ class MGDFeature(Method):
         "the teacher's forward; two 3x3 convolutions at the width of the teacher's c5, which from "
         "R18 to R101 cost more than teacher and student together"
     )
-    recipes = (
+    recipes: ClassVar[tuple[Recipe, ...]] = (
         mgd("PSPNet-R18", miou=73.63),
         mgd("PSPNet-R18", source="an issue of the MGD repository (a third party)", miou=73.46),
     )

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kdprof.method import Method, Taps
 from kdprof.methods._recipes import (
-    BPKD,
     CIRKDV2_STUDENTS,
+    FROM_BPKD,
     alone,
     attnfd,
     bpkd_context,
@@ -45,10 +45,16 @@ class NoDistillation(Method):
         mmseg("PSPNet-R101", "ADE20K", teacher=None, miou=43.57),
         mmseg("PSPNet-R101", "ADE20K", teacher=None, iterations=160_000, miou=44.39),
         mmseg("PSPNet-R50", "ADE20K", teacher=None, miou=41.13),
-        mmseg("PSPNet-R18", "ADE20K", teacher=None, miou=33.30, **BPKD),
-        mmseg("HRNetV2-W18S", teacher=None, miou=75.31, source=BPKD["source"], gpus=None),
-        mmseg("DeepLabV3+-MobileNetV2", teacher=None, miou=75.29, source=BPKD["source"], gpus=None),
-        mmseg("ISANet-R18", teacher=None, miou=73.62, **BPKD),
+        mmseg("PSPNet-R18", "ADE20K", teacher=None, miou=33.30, **FROM_BPKD),
+        mmseg("HRNetV2-W18S", teacher=None, miou=75.31, source=FROM_BPKD["source"], gpus=None),
+        mmseg(
+            "DeepLabV3+-MobileNetV2",
+            teacher=None,
+            miou=75.29,
+            source=FROM_BPKD["source"],
+            gpus=None,
+        ),
+        mmseg("ISANet-R18", teacher=None, miou=73.62, **FROM_BPKD),
         alone(bpkd_context()),
         alone(cirkd("PSPNet-R18", source="CIRKD repository; test 72.29")),
         alone(cirkd("DeepLabV3-R18", source="CIRKD repository; test 73.45")),

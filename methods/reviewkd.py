@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,20 +26,19 @@ class Fusion(nn.Module):
 
     def __init__(self, before: int, middle: int, after: int, fuses: bool):
         super().__init__()
-        self.reduce = nn.Sequential(
-            nn.Conv2d(before, middle, 1, bias=False), nn.BatchNorm2d(middle)
-        )
+        first = nn.Conv2d(before, middle, 1, bias=False)
+        self.reduce = nn.Sequential(first, nn.BatchNorm2d(middle))
         self.attend = nn.Conv2d(2 * middle, 2, 1) if fuses else None
-        self.restore = nn.Sequential(
-            nn.Conv2d(middle, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)
-        )
-        for layer in (self.reduce[0], self.restore[0]):
+        last = nn.Conv2d(middle, after, 3, padding=1, bias=False)
+        self.restore = nn.Sequential(last, nn.BatchNorm2d(after))
+        for layer in (first, last):
             nn.init.kaiming_uniform_(layer.weight, a=1)
 
     def forward(self, stage: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the stage with the teacher's channels, and the residual for the next stage."""
         residual = self.reduce(stage)
         if self.attend is not None:
+            assert deeper is not None, "only the deepest stage has no residual to be fused with"
             if deeper.shape[-2:] != residual.shape[-2:]:
                 deeper = F.interpolate(deeper, residual.shape[-2:], mode="nearest")
             # The sum of two convolutions is that of the concatenated map, which is not needed.
@@ -143,11 +144,11 @@ class ReviewKD(Method):
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``reviewkd``."""
-        total, residual = 0.0, None
+        gaps, residual = [], None
         for tap in reversed(self.taps):
             rebuilt, residual = self.fusions[tap](getattr(student, tap), residual)
-            total = total + hierarchical_context(rebuilt, getattr(teacher, tap))
-        return {"reviewkd": total}
+            gaps.append(hierarchical_context(rebuilt, getattr(teacher, tap)))
+        return {"reviewkd": reduce(torch.add, gaps)}
 
 
 class ReviewKDImageNet(ReviewKD):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, Taps
+from kdprof.method import Method, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import REDUCTIONS, pixel_kl
@@ -39,7 +39,7 @@ class _SimilarityGap(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         total = student.new_zeros(())
         gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
-        add = _add_channel_products if _channels_pay(student, teacher) else _add_blocks
+        add = _add_channel_products if _channels_are_cheaper(student, teacher) else _add_blocks
         add(student, teacher, total, gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.mul_(4))
@@ -52,8 +52,8 @@ class _SimilarityGap(torch.autograd.Function):
         return slope * gradient, None
 
 
-def _channels_pay(student: Tensor, teacher: Tensor) -> bool:
-    """Return whether the products of channels are enough cheaper than those of nodes."""
+def _channels_are_cheaper(student: Tensor, teacher: Tensor) -> bool:
+    """Return whether products of channels are at least GRAM_GAIN times cheaper than of nodes."""
     ours, nodes = student.shape[1:]
     both = ours + teacher.shape[1]
     return GRAM_GAIN * both * (both + ours) <= nodes * (both / 2 + ours)
@@ -198,7 +198,9 @@ class SKDPlain(Method):
         "the teacher's forward; a soft cross-entropy of logits and the similarities of a few "
         "pooled nodes, which cost little"
     )
-    recipes = (skd(source="structure-KD repository, row +Pi +Pa", teacher_miou=78.56, miou=71.78),)
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        skd(source="structure-KD repository, row +Pi +Pa", teacher_miou=78.56, miou=71.78),
+    )
 
     scale: float = 0.5
     pooling: str = "max"

@@ -260,7 +260,7 @@ def test_no_map_of_all_pairs_is_held(monkeypatch, gain):
 def test_the_way_is_chosen_by_size():
     def ways(ours, theirs, nodes):
         maps = torch.empty(1, ours, nodes, device="meta"), torch.empty(1, theirs, 1, device="meta")
-        return skd._channels_pay(*maps)
+        return skd._channels_are_cheaper(*maps)
 
     assert not ways(512, 2048, 2048)
     assert not ways(128, 512, 2048)

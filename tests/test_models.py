@@ -221,7 +221,7 @@ def test_fake_tensors_cost_nothing():
 @pytest.mark.parametrize("name", [TINY, "deeplabv3-test_resnet"])
 def test_check_input_refuses_exactly_what_fails(name):
     net = build(name, 5).train()
-    assert "use at least 2 pictures per device" in net.check_input(1, (33, 49), training=True)
+    assert "use at least 2 images per device" in net.check_input(1, (33, 49), training=True)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         net(picture(1), ["logits"])
     assert net.check_input(2, (8, 8), training=True) is None
@@ -308,14 +308,14 @@ def test_names(name, parsed):
         ("pspnet", "unknown network 'pspnet'; did you mean 'pspnet-r"),
         ("pspnet-mobilnetv2_100", "unknown backbone 'mobilnetv2_100'; did you mean 'mobilenetv2_1"),
         ("pspnet-zzqqxy", "valid: r101, r18, r50, or a name of timm.list_models()"),
-        ("pspnet-vit_tiny_patch16_224", "takes pictures of one size only; take another, such as r"),
-        ("pspnet-botnet26t_256", "takes pictures of one size only; take another"),
+        ("pspnet-vit_tiny_patch16_224", "takes images of one size only; take another, such as r"),
+        ("pspnet-botnet26t_256", "takes images of one size only; take another"),
         ("cirkd-psnet-r18", "did you mean 'cirkd-pspnet-r18'?"),
         ("cirkd-pspnet-r18-aligned", "CIRKD's layout is always aligned; leave '-aligned' out"),
         ("torchvision-pspnet-r50", "unknown network 'torchvision-pspnet-r50'"),
         ("pspnet-vgg11", "at output stride 8: it ends at 32; append -os32 to the network's name"),
         ("pspnet-r18-os12", "there is no -os12; use -os8, -os16, -os32"),
-        ("pspnet-inception_v3-os32", "a map of (192, 30, 46) for a picture of 136x200, where timm"),
+        ("pspnet-inception_v3-os32", "a map of (192, 30, 46) for an image of 136x200, where timm"),
     ],
 )
 def test_bad_names_get_one_line(name, message):
@@ -474,6 +474,6 @@ def test_imagenet_weights_that_cannot_be_had(monkeypatch):
     with pytest.raises(UserError) as caught:
         build(TINY, 5, backbone_weights="imagenet")
     line = str(caught.value)
-    assert "could not be downloaded (OSError); bring the .safetensors or .pth" in line
+    assert "could not be downloaded (OSError); get the .safetensors or .pth" in line
     assert "huggingface.co/timm/test_resnet" in line
     assert "\n" not in line

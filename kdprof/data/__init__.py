@@ -1,6 +1,6 @@
 """Data sets on disk or synthetic, random augmentation, batches, the loader.
 
-Here files become batches on a device; nothing here knows a network, a method or a budget.
+Here files become batches on a device. Nothing here knows a network, a method or a budget.
 """
 
 from kdprof.data.augment import Augmentation, fitted_size

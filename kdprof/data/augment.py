@@ -1,15 +1,15 @@
 """Random scale, crop, flip and colour of a batch. Every draw is a function of a counter.
 
-Whoever reads images (a loader process) only looks up what is needed: the part of each image that
-its crop touches, where in it every pixel of the crop lies, and the draws. All arithmetic on pixels
-is done for the whole batch on the step's device.
+The process that reads the images (a loader process) only collects what is needed: the part of each
+image that its crop touches, the position of every crop pixel in it, and the draws. All arithmetic
+on pixels is done for the whole batch on the step's device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +21,11 @@ from kdprof.errors import UserError
 from kdprof.method import IGNORE
 
 FILL = 128
-"""Brightness, of 255, where a crop reaches beyond its image; such pixels are labelled void."""
+"""Brightness (0 to 255) of crop pixels that lie outside the image; they are labelled void."""
 RETRIES = 10
-"""How often a crop that shows too little else than one class is drawn again; mmsegmentation's."""
+"""The most times that a crop is drawn again because one class fills it; mmsegmentation's value."""
 OUTSIDE = -1
-"""The nearest source pixel of such a pixel."""
+"""Stands for the nearest source pixel of a crop pixel outside the image."""
 Sample = tuple[Tensor, Tensor]
 """An image, uint8 (3, H, W), and its label, uint8 (H, W)."""
 
@@ -37,7 +37,7 @@ class Draw:
     scale: float
     top: float
     left: float
-    """Where the crop lies in what the resized image leaves over, as a fraction."""
+    """Position of the crop: the fraction of the remaining pixels that lie above and left of it."""
     flip: bool
     brightness: float | None
     contrast: float | None
@@ -45,35 +45,35 @@ class Draw:
     hue: float | None
     contrast_last: bool
     retries: tuple[tuple[float, float], ...] = ()
-    """Other ``top`` and ``left``, one after the other where a crop shows too much of one class."""
+    """Further ``top`` and ``left``, tried in order while one class fills too much of the crop."""
 
 
 class Gathered(NamedTuple):
-    """What the crops of N images are made from, before any arithmetic on pixels.
+    """The source pixels and draws of N crops, before any arithmetic on pixels.
 
-    Only the touched part of an image is in it, which is never more than the image: with scales of
-    0.5 to 2 about as many bytes as the finished crops on average, and 1 / scale^2 times as many for
-    one image.
+    Of each image it holds only the part that the crop touches. With scales of 0.5 to 2 this is on
+    average about as many bytes as the finished crops, and 1 / scale^2 times as many for one image.
     """
 
     planes: Tensor
     """(4, P) uint8: red, green, blue and label of every image's part, row by row, one image after
     the other."""
     places: Tensor
-    """(N, 3, h + w) int32: the lower, the upper and the nearest source row of each row of the crop,
-    as the offset in ``planes`` at which it begins, then likewise the columns. Nearest is
-    :data:`OUTSIDE` beyond the image."""
+    """(N, 3, h + w) int32: for each row of the crop the lower, the upper and the nearest source
+    row, as the offset in ``planes`` at which that row begins; then the same for the columns.
+    Nearest is :data:`OUTSIDE` outside the image."""
     weights: Tensor
-    """(N, h + w) float32: of the upper neighbour."""
+    """(N, h + w) float32: weight of the upper neighbour."""
     colours: Tensor
-    """(4, N) float32: added brightness, contrast, saturation, contrast after the other two."""
+    """(4, N) float32: added brightness, contrast, saturation, and the contrast that is applied
+    after the other two."""
     hues: Tensor
-    """(K,) float32: turns of the hue circle."""
+    """(K,) float32: shift of the hue, in turns of the hue circle."""
     hued: Tensor
-    """(K,) int64: the images whose hue turns."""
+    """(K,) int64: the images whose hue is shifted."""
 
     def to(self, device: torch.device) -> Gathered:
-        """Return this on a device; from pinned memory without waiting."""
+        """Return the same tensors on a device. A copy from pinned memory does not block."""
         return Gathered(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
@@ -84,7 +84,7 @@ class Augmentation:
     The distortion is mmsegmentation's PhotoMetricDistortion: brightness +-32/255, contrast and
     saturation 0.5 to 1.5, hue +-18 of 180, each applied with probability 1/2, contrast before or
     after the other two; saturation multiplies the S of HSV. mmsegmentation rounds to whole values
-    after each, this only at the end.
+    after each change, kdprof only once at the end.
     """
 
     crop: tuple[int, int]
@@ -93,30 +93,39 @@ class Augmentation:
     flip: float = 0.5
     photometric: bool = True
     scale_step: float = 0.0
-    """Scales are ``scale[0]`` and every such step above it; 0 = any."""
+    """Distance between the possible scales, which begin at ``scale[0]``; 0 = every scale."""
     fit: tuple[int, int] | None = None
-    """What images are resized to fit before anything else, see :func:`fitting`."""
+    """Size that images are resized to fit into before anything else, see :func:`fitting`."""
     max_class_share: float = 1.0
-    """A crop is drawn again, at most :data:`RETRIES` times, while one class has this share of its
-    pixels that are not void, or all of them. 1 = never."""
+    """A crop is drawn again, at most :data:`RETRIES` times, while one class has at least this share
+    of its pixels that are not void, or while all of them are void. 1 = never."""
 
     def draw(self, seed: int, batch: int, slot: int) -> Draw:
         """Return the choices for one place in one batch: a pure function of its arguments."""
         rng = generator(Stream.AUGMENTATION, seed, batch, slot)
         scale, top, left, flip = rng.random(4)
-        factors: list[float | None] = [
+        brightness, contrast, saturation, hue = (
             float(value) if on < 0.5 and self.photometric else None
             for on, value in zip(
                 rng.random(4),
                 rng.uniform([-32 / 255, 0.5, 0.5, -0.1], [32 / 255, 1.5, 1.5, 0.1]),
                 strict=True,
             )
-        ]
-        late, retries = rng.random() < 0.5, ()
-        if self.max_class_share < 1:
-            retries = tuple(map(tuple, rng.random((RETRIES, 2))))
-        scale = self._scale(scale)
-        return Draw(scale, top, left, flip < self.flip, *factors, late, retries)
+        )
+        contrast_last = rng.random() < 0.5
+        retries = rng.random((RETRIES, 2)) if self.max_class_share < 1 else ()
+        return Draw(
+            scale=self._scale(scale),
+            top=top,
+            left=left,
+            flip=flip < self.flip,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            contrast_last=contrast_last,
+            retries=tuple((above, before) for above, before in retries),
+        )
 
     def _scale(self, place: float) -> float:
         low, high = self.scale
@@ -126,10 +135,10 @@ class Augmentation:
         return low + self.scale_step * math.floor(place * count)
 
     def gather(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Gathered:
-        """Look up what the crops of N images, whatever their sizes, are made from.
+        """Collect the source pixels and draws of the crops of N images, which may differ in size.
 
         Raises:
-            UserError: more pixels than the indices can count.
+            UserError: the batch has more pixels than the indices can count.
         """
         windows = [
             self._window(label, draw) for (_, label), draw in zip(samples, draws, strict=True)
@@ -148,7 +157,7 @@ class Augmentation:
         )
 
     def _window(self, label: Tensor, draw: Draw) -> tuple[_Axis, _Axis]:
-        """Return the rows and columns of a crop: the first that is no one class, or the last."""
+        """Return the rows and columns of the first crop that no class fills, or of the last."""
         size, scale = label.shape, draw.scale * fitting(label.shape, self.fit)
         for top, left in ((draw.top, draw.left), *draw.retries):
             row = _axis(size[0], self.crop[0], scale, top)
@@ -161,12 +170,12 @@ class Augmentation:
         """Return the crops on the device that ``batch`` is on, without synchronising: images uint8
         (N, 3, h, w) and labels uint8 (N, h, w), :data:`IGNORE` where void.
 
-        Scale, crop and flip are one interpolation that computes the crop alone: bilinear for the
+        Scale, crop and flip are one interpolation that computes only the crop: bilinear for the
         image, nearest for the label.
         """
         rows, columns = batch.places.split(self.crop, dim=2)
         outside = (rows[:, 2] < 0)[:, :, None] | (columns[:, 2] < 0)[:, None]
-        # Of pixels beyond the image some pixel is read, and overwritten.
+        # For a pixel outside the image any pixel is read; the result is overwritten below.
         nearest = _index(rows[:, 2].clamp(min=0), columns[:, 2].clamp(min=0))
         labels = batch.planes[3].index_select(0, nearest.view(-1)).view(nearest.shape)
         images = _interpolated(batch, rows, columns)
@@ -179,10 +188,10 @@ class Augmentation:
 
 
 def fitting(size: Sequence[int], fit: tuple[int, int] | None) -> float:
-    """Return the factor that makes an image as large as fits: its longer side into the longer of
-    ``fit``, its shorter into the shorter; 1 where ``fit`` is None.
+    """Return the largest factor at which an image fits: its longer side into the longer of ``fit``,
+    its shorter side into the shorter; 1 if ``fit`` is None.
 
-    mmsegmentation's resize with ``keep_ratio``.
+    This is mmsegmentation's resize with ``keep_ratio``.
     """
     if fit is None:
         return 1.0
@@ -198,34 +207,39 @@ def fitted_size(
     return height, width
 
 
-# Looking up, on the CPU, per image
+# Source positions of the crop pixels: on the CPU, image by image
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Where the pixels of a crop lie along one axis of their image."""
+    """The source pixels of a crop's pixels along one axis of the image."""
 
     low: np.ndarray
     high: np.ndarray
     nearest: np.ndarray
-    """Source pixels, OUTSIDE beyond the image."""
+    """OUTSIDE for a pixel outside the image."""
     weight: np.ndarray
-    """Of ``high``."""
+    """Weight of ``high``."""
     start: int
     stop: int
-    """The pixels that are read."""
+    """The source pixels ``start`` to ``stop`` - 1 are read."""
 
     def flipped(self) -> _Axis:
-        turned = (a[::-1] for a in (self.low, self.high, self.nearest, self.weight))
-        return _Axis(*turned, self.start, self.stop)
+        return replace(
+            self,
+            low=self.low[::-1],
+            high=self.high[::-1],
+            nearest=self.nearest[::-1],
+            weight=self.weight[::-1],
+        )
 
 
 def _axis(length: int, crop: int, scale: float, place: float) -> _Axis:
-    """Return where a crop lies along an axis of ``length`` pixels.
+    """Return the source pixels of a crop along an axis of ``length`` pixels.
 
     The resized image is ``scale`` times the source, rounded to whole pixels; the crop starts at a
-    whole pixel of it, so that scale 1 copies pixels. Positions are float64, pixel 0 at 0; the edge
-    pixel continues outwards.
+    whole pixel of it, so that scale 1 copies pixels. Positions are float64, and pixel 0 is at 0.
+    Outside the image the pixel at the edge is repeated.
     """
     resized = max(1, round(length * scale))
     start = round((resized - crop) * place)
@@ -239,8 +253,8 @@ def _axis(length: int, crop: int, scale: float, place: float) -> _Axis:
 
 
 def _class_share(label: Tensor, row: _Axis, column: _Axis) -> float:
-    """Return the share of the class that a crop shows most, of its pixels that are not void; of a
-    crop without any, 1."""
+    """Return the share of the most frequent class among a crop's pixels that are not void; 1 if all
+    are void."""
     rows, columns = (axis.nearest[axis.nearest != OUTSIDE] for axis in (row, column))
     crop = torch.from_numpy(label.numpy()[rows].take(columns, 1))
     counts = torch.bincount(crop.view(-1), minlength=IGNORE + 1)[:IGNORE]
@@ -283,8 +297,8 @@ def _weights(rows: Sequence[_Axis], columns: Sequence[_Axis]) -> np.ndarray:
 
 
 def _factors(draw: Draw) -> list[float]:
-    """Return brightness, contrast, saturation and late contrast; what is not applied changes no
-    bit: + 0, x 1."""
+    """Return brightness, contrast, saturation and late contrast. A factor that is not applied is
+    + 0 or x 1, which changes no bit."""
     contrast = 1.0 if draw.contrast is None else draw.contrast
     return [
         draw.brightness or 0.0,
@@ -294,19 +308,19 @@ def _factors(draw: Draw) -> list[float]:
     ]
 
 
-# Arithmetic, on the device, for all images of a batch at once. In place where it can be: fresh
-# memory costs as much as the arithmetic.
+# Arithmetic: on the device, for all images of a batch at once. It is in place where possible,
+# because new memory costs as much as the arithmetic.
 
 
 def _index(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return where the pixels at rows (N, h) and columns (N, w) are in a plane: (N, h, w)."""
+    """Return the positions (N, h, w) in a plane of the pixels at rows (N, h) and columns (N, w)."""
     return rows[:, :, None] + columns[:, None]
 
 
 def _interpolated(batch: Gathered, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the bilinear crops in 0 to 255, (N, 3, h, w) float32.
 
-    Against grid_sample: positions are float64, and a copy (scale 1) is exact by construction.
+    Unlike in grid_sample, positions are float64 and a copy (scale 1) is exact by construction.
     """
     down, across = batch.weights.split([rows.shape[2], columns.shape[2]], dim=1)
     down, across = down[:, :, None], across[:, None]
@@ -341,10 +355,9 @@ def _distort(images: Tensor, batch: Gathered) -> None:
 
 
 def _saturate(images: Tensor, factor: Tensor) -> None:
-    """Multiply the S of HSV, at most to 1; hue and value stay.
+    """Multiply the S of HSV by a factor, up to S = 1. Hue and value do not change.
 
-    A channel lies below the value V by its share of the chroma C = V S, and shares stay: it moves
-    to V - f (V - x), with f at most V / C.
+    With the value V and the chroma C = V S, a channel x becomes V - f (V - x), f at most V / C.
     """
     value, chroma = _value_and_chroma(images)
     factor = torch.minimum(factor, value / chroma)
@@ -352,13 +365,13 @@ def _saturate(images: Tensor, factor: Tensor) -> None:
 
 
 def _value_and_chroma(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the V of HSV and V S, (N, 1, h, w); of greys a chroma that can be divided by."""
+    """Return the V of HSV and the chroma V S, (N, 1, h, w). The chroma is never 0, as a divisor."""
     value = images.amax(1, keepdim=True)
     return value, (value - images.amin(1, keepdim=True)).clamp_(min=1e-9)
 
 
 def _turn(images: Tensor, turns: Tensor) -> None:
-    """Turn the H of HSV of images in 0 to 1 by turns (N, 1, 1) of the circle; S and V stay."""
+    """Shift the H of HSV of images in 0 to 1 by ``turns`` (N, 1, 1) of the circle, not S and V."""
     value, chroma = _value_and_chroma(images)
     largest = images == value
     (red, green, blue), chroma, value = images.unbind(1), chroma[:, 0], value[:, 0]
@@ -366,7 +379,7 @@ def _turn(images: Tensor, turns: Tensor) -> None:
     sixths = torch.where(largest[:, 1], (blue - red).div_(chroma).add_(2), sixths)
     sixths = torch.where(largest[:, 0], (green - blue).div_(chroma), sixths).add_(turns, alpha=6)
     for channel, offset in enumerate((5, 3, 1)):
-        # The usual way back: V - C max(0, min(k, 4 - k, 1)) with k = (offset + sixths) mod 6.
+        # Each channel is V - C max(0, min(k, 4 - k, 1)) with k = (offset + sixths) mod 6.
         place = sixths + offset
         place.sub_(place.div(6).floor_(), alpha=6)
         lacking = torch.minimum(place, 4 - place).clamp_(0, 1).mul_(chroma)

@@ -1,10 +1,10 @@
-"""What every data set gives: images, a label for every pixel, and the classes of the labels."""
+"""The base classes of data sets: images, a label for every pixel, and the classes of the labels."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from kdprof.errors import Problems
 
 @dataclass(frozen=True)
 class Classes:
-    """What a data set tells apart.
+    """The classes of a data set, in the order of the label values.
 
     Attributes:
         palette: an RGB colour for each class.
@@ -43,19 +43,19 @@ class SegmentationData(ABC):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels have."""
+        """The number of classes of the labels."""
         return len(self.classes.names)
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images the split has."""
+        """Return the number of images of the split."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return (image, label): uint8 RGB (3, H, W) and uint8 (H, W), 255 where void.
 
         Raises:
-            UserError: the files of this index cannot be used.
+            UserError: the image's or the label's file cannot be used.
         """
 
     @abstractmethod
@@ -63,19 +63,19 @@ class SegmentationData(ABC):
         """Return the label (H, W) alone, without decoding the image.
 
         Raises:
-            UserError: its file cannot be used.
+            UserError: the label's file cannot be used.
         """
 
     @cached_property
     def labels_shown(self) -> np.ndarray:
-        """Which label values each image shows, (images, 256) booleans; reads every label once.
+        """The label values that each image shows, (images, 256) booleans; reads every label once.
 
         Raises:
-            UserError: files that cannot be used; all of them.
+            UserError: a file cannot be used. It names all such files.
         """
         shown, problems = np.zeros((len(self), 256), bool), Problems()
         for index in range(len(self)):
-            label = problems.attempt(lambda index=index: self.label(index), None)
+            label = problems.attempt(partial(self.label, index), None)
             if label is not None:
                 shown[index, np.unique(label.numpy())] = True
         problems.refuse()
@@ -90,9 +90,10 @@ class DataOnDisk(SegmentationData):
         """Return the height and width of an image, pixels, without decoding it.
 
         Raises:
-            UserError: its file cannot be used.
+            UserError: the image's file cannot be used.
         """
 
     @abstractmethod
     def identity(self) -> list[Any]:
-        """Return what the content depends on, as JSON: the files with sizes and times of change."""
+        """Return what the content depends on, in types of JSON, such as the files with their sizes
+        and times of modification."""

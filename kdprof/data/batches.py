@@ -1,11 +1,11 @@
-"""Batches: batch i of a run is a pure function of (data, seed, i), whatever came before it."""
+"""Batches: batch i of a run is a pure function of (data, seed, i), not of earlier batches."""
 
 from __future__ import annotations
 
 import atexit
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -21,18 +21,19 @@ Batch = tuple[Tensor, Tensor]
 """Images uint8 (N, 3, h, w) and labels uint8 (N, h, w), 255 where void."""
 CPU = torch.device("cpu")
 PREFETCHED = 2
-"""Batches that each loader process holds ready."""
+"""Batches that each loader process prepares ahead."""
 
 
 class Batches(Dataset):
     """The training batches of one seed.
 
-    Samples are visited epoch by epoch, each epoch a permutation of its own; a batch may end one
-    epoch and begin the next, or hold several of a small data set. ``batch`` is its size in images;
-    ``workers`` = 0 assembles batches in the calling process.
+    Samples are visited epoch by epoch, each epoch in another permutation; a batch may end one epoch
+    and begin the next, or contain several epochs of a small data set. ``batch`` is its size in
+    images; ``workers`` = 0 assembles batches in the calling process.
 
-    Of ``ranks`` ranks that share each batch, this one, ``rank``, has its share of equal size: their
-    shares one after the other are the batch that one process alone would have.
+    If ``ranks`` processes share each batch, these are the batches of process ``rank``. The shares
+    have equal size; joined in the order of ranks, they are the batch that a single process would
+    have.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Batches(Dataset):
         return self.augmentation.apply(self.gathered(index).to(device))
 
     def gathered(self, index: int) -> Gathered:
-        """Return what batch ``index`` is made from: the work of a loader process.
+        """Return batch ``index`` before augmentation. This is the work of a loader process.
 
         Raises:
             UserError: a file cannot be used.
@@ -68,7 +69,7 @@ class Batches(Dataset):
         return self.augmentation.gather(samples, draws)
 
     def sample_index(self, visit: int) -> int:
-        """Return which image the ``visit``-th sample of the run is."""
+        """Return the index of the image that is the ``visit``-th sample of the run."""
         epoch, place = divmod(visit, len(self.data))
         if self._epoch is None or self._epoch[0] != epoch:
             order = generator(Stream.ORDER, self.seed, epoch).permutation(len(self.data))
@@ -76,26 +77,27 @@ class Batches(Dataset):
         return int(self._epoch[1][place])
 
     def __getitem__(self, index: int) -> Gathered | UserError:
-        """Return batch ``index``, or what is wrong with a file as a value: raised in a loader
-        process, the message would come back wrapped in that process's traceback."""
+        """Return batch ``index`` before augmentation, or the error of a file as a value. If a
+        loader process raised it, the message would arrive wrapped in that process's traceback."""
         try:
             return self.gathered(index)
         except UserError as error:
             return error
 
-    def iterate(self, start: int, stop: int) -> Iterator[Gathered]:
+    def iterate(self, start: int, stop: int) -> Generator[Gathered, None, None]:
         """Yield batches ``start`` to ``stop`` - 1 before augmentation, prefetched by the loader
-        processes; in pinned memory where there is a GPU.
+        processes; in pinned memory if the machine has a GPU.
 
-        Closing the iterator ends them.
+        Closing the generator ends the loader processes.
 
         Raises:
             UserError: a file cannot be used.
             KdprofError: a loader process died.
         """
-        # In a list that is emptied at the latest when Python exits: a loader that something still
-        # holds then, a traceback for one, would leave processes that Python waits for in vain.
-        loader = [
+        # The loader is in a list, which is emptied at the latest when Python exits. If something,
+        # such as a traceback, still held the loader then, Python would wait for its processes
+        # forever.
+        loader: list[Iterator[Gathered | UserError]] = [
             iter(
                 DataLoader(
                     self,
@@ -105,7 +107,7 @@ class Batches(Dataset):
                     prefetch_factor=PREFETCHED if self.workers else None,
                     pin_memory=torch.cuda.is_available(),
                     worker_init_fn=_loader_process,
-                    # Its own, or starting a loader would draw from torch's global generator.
+                    # Without it, starting a loader would draw from torch's global generator.
                     generator=torch.Generator(),
                 )
             )
@@ -126,30 +128,30 @@ def _next(loader: list[Iterator[Gathered | UserError]]) -> Gathered | UserError 
     try:
         return next(loader[0], None)
     except Exception as error:
-        # Or the loader would live, with its processes, as long as the traceback.
+        # Otherwise the traceback would keep the loader and its processes alive.
         traceback.clear_frames(error.__traceback__)
-        if not _tells_of_death(error):
+        if not _says_that_a_process_died(error):
             raise
         raise KdprofError(
-            "a loader process died, most often for lack of memory or of space in /dev/shm; "
+            "a loader process died, most often because memory or space in /dev/shm ran out; "
             "set data_settings.workers lower"
         ) from error
 
 
-def _tells_of_death(error: Exception) -> bool:
-    """Whether a loader process is gone; what a live one raised has another wording."""
+def _says_that_a_process_died(error: Exception) -> bool:
+    """Return whether a loader process is gone. Errors of a live process have other messages."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker")
-    # It went before the last batch it made was fetched from it.
+    # The process died before its last batch was fetched from it.
     return isinstance(error, (ConnectionError, EOFError))
 
 
 def _loader_process(worker: int) -> None:
     """Set up a loader process.
 
-    One thread, so that it does not take the cores that the step computes on. Ctrl-C and Slurm
-    signal every process of the job: only the main one may react, or it would find its loader dead
-    in the middle of the step after which it means to save.
+    It has one thread, so that it does not take the cores that the step computes on. Ctrl-C and
+    Slurm signal every process of the job, but only the main process may react: it finishes its step
+    and saves, and needs the loader until then.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -157,8 +159,8 @@ def _loader_process(worker: int) -> None:
 
 
 def evaluation_batches(data: SegmentationData, batch: int) -> Iterator[Batch]:
-    """Yield every image once, in order, whole and unchanged, up to ``batch`` neighbours of one
-    size together.
+    """Yield every image once, in order, whole and unchanged. Up to ``batch`` consecutive images of
+    the same size form a batch.
 
     Raises:
         UserError: a file cannot be used.

@@ -1,11 +1,11 @@
 """Images and labels of a split, decoded once into a file that later processes map into memory.
 
-A cache belongs to the files that it was made from (paths, sizes, times of change): other files get
-another cache. Nothing removes old ones; the folder can be deleted at any time.
+A cache belongs to the files that it was made from (paths, sizes, times of modification): other
+files get another cache. Old caches are not removed; the folder can be deleted at any time.
 
-Every image has a CRC-32 in the index, and opening a cache checks all of them: about 2 GiB/s per
-core, less than reading the file takes, which is read into the page cache by it. A cache that is
-damaged is made again.
+Every image has a CRC-32 in the index, and opening a cache checks all of them. This runs at about
+2 GiB/s per core, which is faster than reading the file, and it brings the file into the page cache.
+A damaged cache is made again.
 
 The file::
 
@@ -44,21 +44,21 @@ from kdprof.store import replace_durably
 
 HEADER = struct.Struct("<8sQI")
 MAGIC = b"kdprof 1"
-"""Ends in the version of the layout."""
+"""Ends with the version of the layout."""
 INDEX = np.dtype(
     [
         ("offset", "<u8"),
         ("height", "<u4"),
         ("width", "<u4"),
         ("crc", "<u4"),
-        ("shown", "u1", 32),  # a bit for each label value
+        ("shown", "u1", 32),  # one bit for each label value
     ]
 )
 PLANES = 4
 
 
 class Damaged(KdprofError):
-    """A cache file that is not what was written."""
+    """The content of a cache file is not what was written."""
 
 
 def decoded(
@@ -67,10 +67,10 @@ def decoded(
     folder: Path,
     progress: Progress,
 ) -> SegmentationData:
-    """Return a data set as ``data_settings.cache`` asks for it.
+    """Return a data set that is decoded as ``data_settings.cache`` says.
 
     Raises:
-        UserError: a file cannot be used (all of them), or the cache cannot be written.
+        UserError: a file cannot be used (it names all such files), or the cache cannot be written.
     """
     if cache == "memory":
         return Decoded(data, progress)
@@ -78,20 +78,21 @@ def decoded(
 
 
 def default_folder() -> Path:
-    """Return where caches lie: ``kdprof`` in the user's cache folder."""
+    """Return the default folder of caches: ``kdprof`` in the user's cache folder."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # A relative path is invalid by the XDG specification, and to be ignored.
+    # The XDG specification says that a relative path is invalid and must be ignored.
     return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "kdprof"
 
 
 def open_cache(data: DataOnDisk, folder: Path, progress: Progress) -> Cached:
-    """Return ``data`` from its cache in ``folder``, which is made where it is missing or damaged.
+    """Return ``data`` from its cache in ``folder``, which is made if it is missing or damaged.
 
-    Processes that ask at once wait for the one that makes it.
+    If several processes ask at the same time, one makes the cache and the others wait for it.
 
     Raises:
-        UserError: a file of ``data`` cannot be used (all of them), or the cache cannot be written.
-        Damaged: the cache cannot be read back as it was written.
+        UserError: a file of ``data`` cannot be used (it names all such files), or the cache cannot
+            be written.
+        Damaged: the new cache cannot be read back as it was written.
     """
     path = folder / f"{data.name}-{data.split}-{_key(data)}.cache"
     found = _intact(data, path, progress)
@@ -117,8 +118,10 @@ def _intact(data: SegmentationData, path: Path, progress: Progress) -> Cached | 
 
 
 class Cached(SegmentationData):
-    """``data`` from a cache file: images (3, H, W) and labels (H, W) are views of a read-only
-    mapping, which loader processes share. Writing to them ends the process.
+    """A data set that is read from its cache file.
+
+    Images (3, H, W) and labels (H, W) are views of a read-only mapping, which loader processes
+    share. Writing to them ends the process.
 
     Raises:
         Damaged: the file is not what was written.
@@ -134,7 +137,7 @@ class Cached(SegmentationData):
 
     @cached_property
     def labels_shown(self) -> np.ndarray:
-        """Which label values each image shows, (images, 256) booleans, from the index."""
+        """The label values that each image shows, (images, 256) booleans, from the index."""
         return np.unpackbits(self._index["shown"], axis=1).astype(bool)
 
     def __len__(self) -> int:
@@ -155,10 +158,10 @@ class Cached(SegmentationData):
         return self._pixels[begin : begin + size[0] * size[1] * size[2]].view(size)
 
     def _is_intact(self, index: int) -> bool:
-        return zlib.crc32(self._planes(index).numpy()) == self._index[index]["crc"]
+        return zlib.crc32(self._planes(index).numpy().data) == self._index[index]["crc"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the pixels out: whoever unpickles this maps them again."""
+        """Return the state without the pixels. Unpickling maps them again."""
         return {name: value for name, value in vars(self).items() if name != "_pixels"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,15 +169,15 @@ class Cached(SegmentationData):
 
 
 def _mapped(path: Path) -> Tensor:
-    """Return the bytes of a file, read when they are used."""
+    """Return the bytes of a file; they are read when they are used."""
     with path.open("rb") as file:
         try:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:  # of an empty file
             raise Damaged(f"the cache {path} is empty") from None
     with warnings.catch_warnings():
-        # torch warns of memory that cannot be written. A writable mapping would warn nobody, but
-        # the system may refuse one that is larger than its memory.
+        # torch warns about read-only memory. A writable mapping would cause no warning, but the
+        # system may refuse one that is larger than its memory.
         warnings.simplefilter("ignore")
         return torch.frombuffer(content, dtype=torch.uint8)
 
@@ -183,7 +186,7 @@ def _read_index(path: Path, content: Tensor) -> np.ndarray:
     """Return the entries of all images.
 
     Raises:
-        Damaged: the file is truncated, or its index was changed.
+        Damaged: the file is truncated, or its index is not what was written.
     """
     damaged = Damaged(f"the cache {path} is damaged")
     if len(content) < HEADER.size:
@@ -208,11 +211,11 @@ def _end(index: np.ndarray) -> int:
     return int(last["offset"]) + PLANES * int(last["height"]) * int(last["width"])
 
 
-# Making one
+# Making a cache
 
 
 def _key(data: DataOnDisk) -> str:
-    """Return the hash of all that decoding depends on."""
+    """Return a hash of everything that the decoded content depends on."""
     code = Path(inspect.getfile(type(data))).read_bytes()
     content = [
         MAGIC.decode(),
@@ -225,7 +228,7 @@ def _key(data: DataOnDisk) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn any failure to write a cache into one line with the mend.
+    """Turn a failure to write a cache into a one-line error with the fix.
 
     Raises:
         UserError: the body raised OSError.
@@ -241,7 +244,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(path: Path, progress: Progress) -> Iterator[None]:
-    """Be the only process that makes this cache. The lock goes with the process."""
+    """Hold the lock of a cache, so that one process makes it. The lock ends with the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as file:
         try:
@@ -253,7 +256,7 @@ def _lock(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _make(data: DataOnDisk, path: Path, progress: Progress) -> None:
-    # One name, not one per process: what a killed process left does not stay.
+    # All processes use the same name, so that the file of a killed process does not stay.
     unfinished = path.with_suffix(".part")
     unfinished.unlink(missing_ok=True)
     index = _planned(data)
@@ -268,7 +271,7 @@ def _make(data: DataOnDisk, path: Path, progress: Progress) -> None:
 
 
 def _planned(data: DataOnDisk) -> np.ndarray:
-    """Return the index with everything that headers tell: where each image goes."""
+    """Return the index with the sizes and offsets of the images, which their headers give."""
     index = np.zeros(len(data), INDEX)
     sizes = np.array([data.size(number) for number in range(len(data))], np.int64)
     index["height"], index["width"] = sizes.T
@@ -278,10 +281,10 @@ def _planned(data: DataOnDisk) -> np.ndarray:
 
 
 def _check_space(folder: Path, size_bytes: int) -> None:
-    """Refuse what does not fit, before anything is written.
+    """Check that a cache fits on the disk, before anything is written.
 
     Raises:
-        UserError: says how much is needed and how much is free.
+        UserError: it does not fit. The message says how much is needed and how much is free.
     """
     system = os.statvfs(folder)
     free_bytes = system.f_bavail * system.f_frsize
@@ -294,7 +297,8 @@ def _check_space(folder: Path, size_bytes: int) -> None:
 
 
 def _write(data: DataOnDisk, file: int, index: np.ndarray, progress: Progress) -> None:
-    # By writing, not through a mapping: a full disk is then an error, not a signal that kills.
+    # Not through a mapping: there a full disk would be a signal that kills the process, not an
+    # error.
     def put(number: int, sample: tuple[Tensor, Tensor]) -> None:
         image, label = sample
         entry = index[number]
@@ -303,13 +307,14 @@ def _write(data: DataOnDisk, file: int, index: np.ndarray, progress: Progress) -
                 f"image {number} of {data.name} {data.split} changed while it was read; try again"
             )
         planes = torch.cat([image, label[None]]).numpy()
-        entry["crc"] = zlib.crc32(planes)
+        entry["crc"] = zlib.crc32(planes.data)
         entry["shown"] = np.packbits(np.bincount(label.numpy().ravel(), minlength=256) > 0)
         _write_at(file, planes.reshape(-1).data, int(entry["offset"]))
 
     decode_all(data, put, progress)
-    told = index.tobytes()
-    _write_at(file, memoryview(HEADER.pack(MAGIC, len(index), zlib.crc32(told)) + told), 0)
+    entries = index.tobytes()
+    header = HEADER.pack(MAGIC, len(index), zlib.crc32(entries))
+    _write_at(file, memoryview(header + entries), 0)
 
 
 def _write_at(file: int, content: memoryview, offset: int) -> None:

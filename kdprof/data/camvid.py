@@ -35,8 +35,8 @@ class CamVid(PairedImages):
 
     Raises:
         UserError: a folder, a label or an image is missing, a header cannot be read, labels are
-            no class indices, or a pair differs in size; every problem at once, from the headers
-            alone. What only decoding shows is raised when the image is read.
+            not class indices, or the sizes of a pair differ. It names every problem. Only headers
+            are checked here; what only decoding shows is raised when the image is read.
     """
 
     def __init__(self, root: Path, split: str):
@@ -44,7 +44,7 @@ class CamVid(PairedImages):
 
 
 def _pairs(root: Path, split: str) -> list[Pair]:
-    """Return the (image, label) files of a split in order of name, or raise all that is wrong."""
+    """Return the (image, label) files of a split in order of name, or raise every problem."""
     if not root.is_dir():
         raise UserError(no_root(root, "camvid", "ROOT holds train, trainannot, val, valannot"))
     folder, label_folder = root / split, root / f"{split}annot"

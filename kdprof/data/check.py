@@ -1,4 +1,4 @@
-"""Every file of a data set, looked at: what is there, what is wrong, and what it looks like."""
+"""A check of every file of a data set: what is there, what is wrong, and what it looks like."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from kdprof.progress import Progress
 SHOWN = 8
 """Images of a split on the contact sheet."""
 
+_Shown = tuple[int, np.ndarray, np.ndarray]
+_Seen = tuple[tuple[int, int], np.ndarray, _Shown | None]
+"""Size of an image, its pixels by class, and the image itself if it is shown."""
+
 
 @dataclass
 class SplitCheck:
-    """What a split holds.
+    """The content of a split.
 
     Attributes:
-        published: images it has in the published data set; None where that is not known.
-        sizes: images by (height, width), pixels.
-        pixels: by class, void last.
-        present: images that show each class, void last.
+        images: number of images.
+        published: number of images in the published data set; None if that is not known.
+        sizes: number of images by (height, width), pixels.
+        pixels: number of pixels of each class, void last.
+        present: number of images that show each class, void last.
         problems: what is wrong, one line each.
-        images_per_second: decoded with every core.
-        shown: number, image (H, W, 3) and label (H, W) of some, evenly spread.
+        images_per_second: speed of decoding with all cores.
+        shown: index, image (H, W, 3) and label (H, W) of some images, evenly spread.
     """
 
     split: str
@@ -42,16 +47,16 @@ class SplitCheck:
     present: np.ndarray | None = None
     problems: list[str] = field(default_factory=list)
     images_per_second: float | None = None
-    shown: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    shown: list[_Shown] = field(default_factory=list)
 
 
 @dataclass
 class DataCheck:
-    """What :func:`check_data` found.
+    """The result of :func:`check_data`.
 
     Attributes:
-        class_names, palette: empty where no split could be opened.
-        usual: what is known of the published data set; None of one's own.
+        class_names, palette: empty if no split could be opened.
+        usual: facts about the published data set; None if the data set is not a published one.
     """
 
     name: str
@@ -69,14 +74,16 @@ class DataCheck:
 def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCheck:
     """Read every image and label of some splits.
 
-    A file that cannot be used is among the problems and does not keep the others from being read.
+    A file that cannot be used becomes a problem of its split, and the other files are still read.
 
     Args:
         spec: ``NAME:ROOT``.
     """
     name = spec.partition(":")[0]
     usual = PUBLISHED_DATA_SETS.get(name)
-    found, classes = [], ((), ())
+    found: list[SplitCheck] = []
+    class_names: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
     for split in splits:
         made = SplitCheck(split, published=usual.counts.get(split) if usual else None)
         found.append(made)
@@ -85,16 +92,16 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
         except UserError as error:
             made.problems += error.problems
             continue
-        classes = (data.class_names, data.palette)
+        class_names, palette = data.class_names, data.palette
         _read(data, made, progress)
-    return DataCheck(name, *classes, found, usual)
+    return DataCheck(name, class_names, palette, found, usual)
 
 
 def _read(data: DataOnDisk, made: SplitCheck, progress: Progress) -> None:
     made.images = len(data)
     wanted = set(np.linspace(0, len(data) - 1, min(SHOWN, len(data)), dtype=int).tolist())
 
-    def look(index: int) -> tuple | UserError:
+    def look(index: int) -> _Seen | UserError:
         try:
             image, label = data[index]
         except UserError as error:
@@ -103,7 +110,8 @@ def _read(data: DataOnDisk, made: SplitCheck, progress: Progress) -> None:
         counts = np.bincount(values.ravel(), minlength=IGNORE + 1)
         counts = np.append(counts[: data.num_classes], counts[IGNORE])
         shown = (index, image.permute(1, 2, 0).numpy(), values) if index in wanted else None
-        return tuple(label.shape), counts, shown
+        height, width = label.shape
+        return (height, width), counts, shown
 
     began = time.perf_counter()
     with progress.task(f"{data.name} {data.split}", len(data)) as advance:

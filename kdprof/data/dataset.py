@@ -1,4 +1,4 @@
-"""Where data sets are looked up by name."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SPLITS = ("train", "val", "test")
 
 
 def require_files(spec: str) -> None:
-    """Refuse a data set that is named without its folder.
+    """Check that a data set on disk is named with its folder.
 
     Raises:
-        UserError: `spec` names a data set of files and no folder.
+        UserError: ``spec`` names a data set on disk, but no folder.
     """
     name, _, root = spec.partition(":")
     if name in LAYOUTS and not root:
@@ -26,25 +26,26 @@ def require_files(spec: str) -> None:
 
 
 def uses_placeholders(spec: str) -> bool:
-    """Return whether random images stand for the files of a data set."""
+    """Return whether placeholder images stand for the files of a data set."""
     return ":" not in spec and spec in PUBLISHED_DATA_SETS
 
 
 def title_of(name: str) -> str:
-    """Return what papers call a data set; its own name where it is no published one."""
+    """Return the title of a data set in papers; its own name if it is not a published one."""
     return PUBLISHED_DATA_SETS[name].title if name in PUBLISHED_DATA_SETS else name
 
 
 def fit_of(resize: str | tuple[int, int], name: str) -> tuple[int, int] | None:
-    """Return what images are resized to fit; None = they keep their size.
+    """Return the size that images are resized to fit into; None = they keep their size.
 
     Args:
         resize: ``none``, ``usual`` for the data set, or a height and width.
-        name: of the data set.
+        name: the name of the data set.
     """
-    if resize == "usual":
-        return PUBLISHED_DATA_SETS[name].fit if name in PUBLISHED_DATA_SETS else None
-    return None if resize == "none" else resize
+    if not isinstance(resize, str):
+        return resize
+    published = PUBLISHED_DATA_SETS.get(name) if resize == "usual" else None
+    return published.fit if published is not None else None
 
 
 def open_data(
@@ -58,13 +59,14 @@ def open_data(
     """Open the split of the data set that ``spec`` names: ``synthetic`` or ``NAME:ROOT``.
 
     Args:
-        placeholders: whether ``NAME`` without its folder stands for placeholder images.
+        placeholders: whether ``NAME`` without its folder means placeholder images.
         split: train, val or test.
         synthetic_size: height x width of the synthetic scenes, pixels.
-        synthetic_count: how many synthetic scenes the split has.
+        synthetic_count: number of synthetic scenes in the split.
 
     Raises:
-        UserError: no such data set or split, or its folder is not usable; every problem at once.
+        UserError: the data set or split does not exist, or its folder is not usable. It names every
+            problem.
     """
     if split not in SPLITS:
         raise UserError(unknown("split", split, SPLITS))

@@ -1,4 +1,4 @@
-"""Decoding a whole data set once, with all cores; into memory, where it then lies."""
+"""Decoding a whole data set once, with all cores; into memory, where it stays."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Made = TypeVar("Made")
 
 
 class Decoded(SegmentationData):
-    """Every image and label of ``data``, decoded when this is made.
+    """A data set in memory. Every image and label of ``data`` is decoded by the constructor.
 
     Raises:
-        UserError: a file cannot be used; the unusable ones all together.
+        UserError: a file cannot be used. It names all such files.
     """
 
     def __init__(self, data: SegmentationData, progress: Progress):
@@ -44,10 +44,10 @@ def decode_all(
     use: Callable[[int, tuple[Tensor, Tensor]], Made],
     progress: Progress,
 ) -> list[Made]:
-    """Decode every image in threads and return what ``use`` makes of each, there.
+    """Decode every image in threads and return the results of ``use``, which the threads call.
 
     Raises:
-        UserError: a file cannot be used; the unusable ones all together.
+        UserError: a file cannot be used. It names all such files.
     """
 
     def make(index: int) -> Made | UserError:
@@ -61,7 +61,7 @@ def decode_all(
     wrong = [problem for m in made if isinstance(m, UserError) for problem in m.problems]
     if wrong:
         raise UserError(*wrong)
-    return made
+    return [m for m in made if not isinstance(m, UserError)]
 
 
 def in_threads(
@@ -69,9 +69,10 @@ def in_threads(
     items: Iterable[Item],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Made]:
-    """Return ``work`` of each item, in order, one thread per core; ``advance`` is called here.
+    """Return ``work`` of each item, in order, with one thread per core.
 
-    The first exception is raised, and what had not begun by then is not done.
+    ``advance`` is called in the calling thread after each item. The first exception is raised, and
+    work that had not begun by then is dropped.
     """
     made = []
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))

@@ -1,11 +1,11 @@
-"""From the loader to the step's device: copied and augmented while the step before still runs."""
+"""From the loader to the step's device: the next batch is copied and augmented during a step."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -15,26 +15,27 @@ from kdprof.data.batches import Batch, Batches
 class Feeder(Iterator[Batch]):
     """The batches ``start`` to ``stop`` - 1 of a loader, augmented, on the device.
 
-    On a GPU the next batch is copied from pinned memory and augmented in a stream of its own, so
-    that the step on this one hides both. On a CPU there is nothing to hide behind, and nothing is
-    done ahead. No call waits for the device.
+    On a GPU the next batch is copied from pinned memory and augmented in a separate stream, at the
+    same time as the step on the current batch. On a CPU nothing can run at the same time, and
+    nothing is done ahead. No call waits for the device.
 
     Args:
         device: where the batches go; a GPU must be the current one.
 
     Raises:
-        UserError: a file cannot be used; when the batch is asked for, on a GPU the one before it.
+        UserError: a file cannot be used. It is raised when that batch is requested, on a GPU when
+            the batch before it is requested.
         KdprofError: a loader process died.
     """
 
     def __init__(self, batches: Batches, device: torch.device, start: int, stop: int):
         self._source = batches.iterate(start, stop)
         self._augment, self._device = batches.augmentation.apply, device
-        self._batches = self._one_ahead() if device.type == "cuda" else self._at_once()
+        self._batches = self._one_ahead() if device.type == "cuda" else self._on_demand()
         self._waits = _waits_on(device)
 
     def __next__(self) -> Batch:
-        """Return the next batch; what is queued after this call finds it ready."""
+        """Return the next batch. It is ready for all work that is queued after this call."""
         self._waits.begin()
         batch = next(self._batches, None)
         self._waits.end()
@@ -42,21 +43,21 @@ class Feeder(Iterator[Batch]):
             raise StopIteration
         return batch
 
-    def _at_once(self) -> Iterator[Batch]:
+    def _on_demand(self) -> Generator[Batch, None, None]:
         for gathered in self._source:
             yield self._augment(gathered)
 
-    def _one_ahead(self) -> Iterator[Batch]:
+    def _one_ahead(self) -> Generator[Batch, None, None]:
         stream = _side_stream(self._device)
         following = self._queued(stream)
         while (batch := following) is not None:
-            # Before the next one is queued: the step must not wait for that.
+            # Recorded before the next batch is queued, because the step must not wait for that.
             ready = stream.record_event()
             following = self._queued(stream)
             current = torch.cuda.current_stream(self._device)
             current.wait_event(ready)
             for tensor in batch:
-                # Or its memory would go to a later batch while the step still reads it.
+                # Otherwise a later batch would get its memory while the step still reads it.
                 tensor.record_stream(current)
             yield batch
 
@@ -71,13 +72,13 @@ class Feeder(Iterator[Batch]):
     def waited_s(self) -> float:
         """Seconds that steps have waited for their batches so far.
 
-        On a GPU those that the device idled between two steps, up to the last that it has come to;
-        on a CPU those spent in the loader and in augmentation.
+        On a GPU this is the time that the device was idle between two steps, up to the last step
+        that it has reached; on a CPU it is the time spent in the loader and in augmentation.
         """
         return self._waits.total_s()
 
     def forget_waits(self) -> None:
-        """Count ``waited_s`` from here."""
+        """Set ``waited_s`` to 0."""
         self._waits = _waits_on(self._device)
 
     def close(self) -> None:
@@ -88,13 +89,13 @@ class Feeder(Iterator[Batch]):
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of every feeder of a GPU: memory that one stream has given back is of no
-    use to another, and a measurement makes a feeder in every round."""
+    """Return the one stream that all feeders of a GPU use. Memory that one stream has freed cannot
+    be used by another, and a measurement makes a feeder in every round."""
     return torch.cuda.Stream(device)
 
 
 class _CpuWaits:
-    """Waits by the host's clock."""
+    """Waits measured by the host's clock."""
 
     def __init__(self) -> None:
         self._total_s = self._began = 0.0
@@ -110,8 +111,11 @@ class _CpuWaits:
 
 
 class _GpuWaits:
-    """Waits between events in the step's stream: from where the device has done all that came
-    before, or the host asks, whichever is later, to where the batch is there."""
+    """Waits measured between events in the step's stream.
+
+    A wait begins when the device has finished all earlier work or when the host requests the batch,
+    whichever is later. It ends when the batch is ready.
+    """
 
     def __init__(self) -> None:
         self._total_s = 0.0
@@ -123,10 +127,11 @@ class _GpuWaits:
         self._began.record()
 
     def end(self) -> None:
+        assert self._began is not None, "a wait that never began has ended"
         ended = torch.cuda.Event(enable_timing=True)
         ended.record()
         self._pending.append((self._began, ended))
-        # Read what has happened, or a run that never asks would keep its every event.
+        # Add up finished waits now, because a run that never reads the sum would keep all events.
         self.total_s()
 
     def total_s(self) -> float:

@@ -1,9 +1,9 @@
-"""Images and labels in files, in pairs: what every data set on a disk has in common."""
+"""Pairs of image files and label files: the common part of all data sets on a disk."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +23,12 @@ from kdprof.method import IGNORE
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LABEL_SUFFIXES = (".png",)
 LABEL_MODES = ("L", "P")
-"""Pillow's names for 8-bit grey and palette images, whose values are class indices."""
+"""Pillow's modes of 8-bit grey and palette images, whose values are class indices."""
 DEEP_MODES = ("I", "F")
-"""How Pillow's names for images of 16 bits and more begin; it cuts those to white when asked for
-RGB."""
+"""The first letters of Pillow's modes of 16 bits and more. Pillow clips such images to white in a
+conversion to RGB."""
 REFUSED = 254
-"""In a table of label values: a value that no label may have."""
+"""Marks a value that no label may have in a table of label values."""
 
 Pair = tuple[Path, Path]
 """An image and its label."""
@@ -39,40 +39,46 @@ def classes_of(data: str) -> Classes:
     """Return the classes of a data set that kdprof knows: ``classes/<data>.txt``."""
     text = (files("kdprof.data") / "classes" / f"{data}.txt").read_text()
     lines = [line.split("\t") for line in text.splitlines()]
-    colours = [tuple(int(value) for value in colour.split()) for _, colour in lines]
+    colours = (colour_of(colour.split()) for _, colour in lines)
     return Classes(tuple(name for name, _ in lines), tuple(colours))
+
+
+def colour_of(numbers: Iterable[str]) -> tuple[int, int, int]:
+    """Return the RGB colour that three numbers in text describe."""
+    red, green, blue = map(int, numbers)
+    return red, green, blue
 
 
 @dataclass(frozen=True)
 class LabelValues:
-    """What the values in a label file mean.
+    """The meaning of the values in a label file.
 
     Attributes:
-        table: class of each value 0-255, :data:`IGNORE` where void, :data:`REFUSED` where there
-            can be none.
-        told: the values that there can be, in words.
+        table: class of each value 0-255; :data:`IGNORE` for void, :data:`REFUSED` for a value that
+            is not allowed.
+        allowed: the allowed values, in words.
     """
 
     table: np.ndarray
-    told: str
+    allowed: str
 
     @classmethod
-    def of(cls, meaning: dict[int, int], told: str) -> LabelValues:
-        """Return it from the class of each value that there can be."""
+    def of(cls, meaning: dict[int, int], allowed: str) -> LabelValues:
+        """Return the values whose classes ``meaning`` gives; no other value is allowed."""
         table = np.full(256, REFUSED, dtype=np.uint8)
         for value, index in meaning.items():
             table[value] = index
-        return cls(table, told)
+        return cls(table, allowed)
 
     @classmethod
     def indices(cls, classes: int) -> LabelValues:
-        """Return it for class indices, 255 void."""
+        """Return the values of class indices, with 255 for void."""
         meaning = {index: index for index in range(classes)} | {IGNORE: IGNORE}
         return cls.of(meaning, f"0-{classes - 1} or 255 (void)")
 
     @classmethod
     def from_one(cls, classes: int) -> LabelValues:
-        """Return it for class indices that begin with 1, 0 void."""
+        """Return the values of class indices that begin with 1, with 0 for void."""
         meaning = {index + 1: index for index in range(classes)} | {0: IGNORE, IGNORE: IGNORE}
         return cls.of(meaning, f"1-{classes} or 0 (void)")
 
@@ -81,7 +87,7 @@ class PairedImages(DataOnDisk):
     """One split of a data set. Images are (3, H, W), labels (H, W).
 
     Args:
-        pairs: of files that exist, checked by :func:`paired`.
+        pairs: files that exist, checked by :func:`paired`.
     """
 
     def __init__(
@@ -101,7 +107,7 @@ class PairedImages(DataOnDisk):
         """Return the label (H, W) of an image.
 
         Raises:
-            UserError: its file cannot be read, or holds no class indices.
+            UserError: the label's file cannot be read, or a value in it is not allowed.
         """
         path = self.pairs[index][1]
         values = _decoded(path)
@@ -109,8 +115,8 @@ class PairedImages(DataOnDisk):
         if (label == REFUSED).any():
             wrong = int(values[label == REFUSED].max())
             raise UserError(
-                f"label value {wrong} in {path}; expected {self._values.told}: convert the labels "
-                "to class indices"
+                f"label value {wrong} in {path}; expected {self._values.allowed}: convert the "
+                "labels to class indices"
             )
         return torch.from_numpy(label)
 
@@ -120,7 +126,7 @@ class PairedImages(DataOnDisk):
         return height, width
 
     def identity(self) -> list[Any]:
-        """Return the files with their sizes and times of change."""
+        """Return the files with their sizes and times of modification."""
         paths = [path.absolute() for pair in self.pairs for path in pair]
         return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
@@ -131,16 +137,16 @@ def paired(
     label_of: Callable[[str], Path],
     image_of: Callable[[str], Path] | None = None,
 ) -> list[Pair]:
-    """Return image and label of each name, in order of the images, after a look at their headers.
+    """Return image and label of each name, in order of the images, after a check of their headers.
 
     Args:
-        label_of: where the label of a name should be.
-        image_of: likewise; None = a label may be without image.
+        label_of: returns the path where the label of a name should be.
+        image_of: the same for images; None = a label may have no image.
 
     Raises:
         UserError: a label or an image is missing, a header cannot be read, an image is not 8-bit,
-            a label is no 8-bit image of indices, or a pair differs in size; every problem at once.
-            What only decoding shows is raised when an image is read.
+            a label is not an 8-bit image of indices, or the sizes of a pair differ. It names every
+            problem. What only decoding shows is raised when an image is read.
     """
     problems = []
     for name, path in images.items():
@@ -158,51 +164,51 @@ def paired(
     return [(path, labels[name]) for name, path in images.items()]
 
 
-def root_of(root: Path, name: str, told: str, candidates: Sequence[str], needed: str) -> Path:
-    """Return the folder that holds a data set: the one given, or one that it is unpacked into.
+def root_of(root: Path, name: str, layout: str, candidates: Sequence[str], needed: str) -> Path:
+    """Return the folder that holds a data set: the given one, or one that it is unpacked into.
 
     Args:
-        told: what the folder holds, for the message.
-        candidates: folders below the given one that may be it.
-        needed: a folder that it has.
+        layout: the content of the folder in words, for the message.
+        candidates: folders below the given one that may hold the data set instead.
+        needed: a folder that the data set has.
 
     Raises:
-        UserError: there is none; names what was looked for and the nearest thing there is.
+        UserError: none of these folders has ``needed``. It names the nearest folder that exists.
     """
     if not root.is_dir():
-        raise UserError(no_root(root, name, told))
+        raise UserError(no_root(root, name, layout))
     for place in (root, *(root / candidate for candidate in candidates)):
         if (place / needed).is_dir():
             return place
-    mend = nearest(needed.partition("/")[0], folders(root))
-    raise UserError(f"{root} holds no {needed} ({told}); in it: {mend}")
+    there = nearest(needed.partition("/")[0], folders(root))
+    raise UserError(f"{root} holds no {needed} ({layout}); in it: {there}")
 
 
-def no_root(root: Path, name: str, told: str) -> str:
-    """Return the message for a missing root, with the nearest folder that is there."""
+def no_root(root: Path, name: str, layout: str) -> str:
+    """Return the message for a missing root, with the nearest folder that exists."""
     missing, parent = root, root.parent
     while not parent.is_dir():
         missing, parent = parent, parent.parent
     close = difflib.get_close_matches(missing.name, folders(parent), n=1, cutoff=0.5)
-    mend = f"did you mean '{parent / close[0]}'?" if close else f"give {name}:ROOT"
-    return f"no folder {root}; {mend} ({told})"
+    fix = f"did you mean '{parent / close[0]}'?" if close else f"give {name}:ROOT"
+    return f"no folder {root}; {fix} ({layout})"
 
 
 def folders(root: Path) -> list[str]:
-    """Return the names of the folders in one."""
+    """Return the names of the folders in ``root``, sorted."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
 
 
 def by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
     """Return the files of a folder by stem, sorted; append what is wrong to ``problems``."""
     if not folder.is_dir():
-        mend = nearest(folder.name, folders(folder.parent))
-        problems.append(f"no folder {folder}; in {folder.parent}: {mend}")
+        there = nearest(folder.name, folders(folder.parent))
+        problems.append(f"no folder {folder}; in {folder.parent}: {there}")
         return {}
     found: dict[str, Path] = {}
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
         if path.stem in found:
-            problems.append(f"{found[path.stem]} and {path} have one name; remove one of them")
+            problems.append(f"{found[path.stem]} and {path} have the same name; remove one of them")
         found[path.stem] = path
     if not found:
         problems.append(f"{folder} holds no {', '.join(suffixes)} file; put the split there")
@@ -210,7 +216,7 @@ def by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dic
 
 
 def _pair_problems(image: Path, label: Path) -> list[str]:
-    """Return what the headers of an image and its label show to be wrong."""
+    """Return the problems that the headers of an image and its label show."""
     problems: list[str] = []
     headers = []
     for path in (image, label):
@@ -228,8 +234,8 @@ def _pair_problems(image: Path, label: Path) -> list[str]:
             f"{label} is {mode}, not 8-bit class indices; convert colours to class indices"
         )
     if size != label_size:
-        told = [f"{height}x{width}" for width, height in (size, label_size)]
-        problems.append(f"{image} is {told[0]} but {label} is {told[1]}; make them one size")
+        ours, theirs = (f"{height}x{width}" for width, height in (size, label_size))
+        problems.append(f"{image} is {ours} but {label} is {theirs}; make their sizes equal")
     return problems
 
 
@@ -246,8 +252,10 @@ def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn any failure to read an image into one line with its path."""
+    """Turn any failure to read an image into a one-line error with its path."""
     try:
         yield
-    except Exception as error:  # by format: OSError, SyntaxError, ValueError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # by file format: OSError, SyntaxError, ValueError, struct.error, ...
         raise UserError(f"{path} cannot be read: {error}; replace or remove it") from error

@@ -1,7 +1,7 @@
-"""Data sets in the layouts that they are published in.
+"""Data sets in the layouts in which they are published.
 
-Each is found by the folders it has, wherever it was unpacked to; labels become class indices, 255
-void, when they are read.
+A data set is recognised by its folders, wherever it was unpacked. Labels become class indices, with
+255 for void, when they are read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kdprof.data.files import (
     Pair,
     PairedImages,
     classes_of,
+    colour_of,
     folders,
     paired,
     root_of,
@@ -29,15 +30,15 @@ from kdprof.method import IGNORE
 
 @dataclass(frozen=True)
 class PublishedDataSet:
-    """What is known of a published data set.
+    """Facts about a published data set.
 
     Attributes:
-        title: what papers call it.
-        counts: images of each split.
-        crop: height and width of a training crop, the usual one (mmsegmentation's).
-        fit: what images are usually resized to fit before it, see
-            :func:`kdprof.data.augment.fitting`; None = they are not.
-        size: of a usual image, height and width.
+        title: its name in papers.
+        counts: number of images of each split.
+        crop: height and width of the usual training crop (mmsegmentation's).
+        fit: size that images are usually resized to fit into before the crop, see
+            :func:`kdprof.data.augment.fitting`; None = they are not resized.
+        size: height and width of a usual image.
     """
 
     title: str
@@ -80,11 +81,11 @@ CITYSCAPES_TRAINED = (
 )  # fmt: skip
 """The ids of the 19 classes, in the order of their train ids (cityscapesScripts, labels.py)."""
 COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-"""Ids of 0-181 that name no class of the 171 (COCO's removed categories)."""
+"""Ids of 0-181 that belong to none of the 171 classes (COCO's removed categories)."""
 
 
 def class_table(name: str) -> str:
-    """Return whose classes a data set has: variants share them."""
+    """Return the name of a data set's table of classes, which its variants share."""
     return name.removesuffix("-coarse").removesuffix("-aug")
 
 
@@ -96,13 +97,13 @@ def _cityscapes(root: Path, split: str) -> PairedImages:
 
 
 def _cityscapes_coarse(root: Path, split: str) -> PairedImages:
-    """The coarsely labelled images as well, in training."""
+    """Return Cityscapes, in training with the coarsely labelled images too."""
     return _cityscapes_of(root, split, "cityscapes-coarse", coarse=split == "train")
 
 
 def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> PairedImages:
-    told = "ROOT holds leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY"
-    root = root_of(root, name, told, ["cityscapes", "Cityscapes"], "leftImg8bit")
+    layout = "ROOT holds leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY"
+    root = root_of(root, name, layout, ["cityscapes", "Cityscapes"], "leftImg8bit")
     _known_split(name, split, {"train", "val", "test"})
     parts = [(split, "gtFine")] + ([("train_extra", "gtCoarse")] if coarse else [])
     images: dict[str, Path] = {}
@@ -117,7 +118,7 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
         raise UserError(
             f"{root / 'leftImg8bit' / split} holds no *_leftImg8bit.png in city folders"
         )
-    # Train ids where every image has them; converting ids gives the same.
+    # Train ids are used if every image has them; ids are converted to the same labels.
     trained = len(images.keys() & found["labelTrainIds"].keys()) == len(images)
     kind = "labelTrainIds" if trained else "labelIds"
 
@@ -137,9 +138,9 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
 
 
 def _ade20k(root: Path, split: str) -> PairedImages:
-    told = "ROOT holds images/training and annotations/training, as ADEChallengeData2016"
+    layout = "ROOT holds images/training and annotations/training, as ADEChallengeData2016"
     candidates = ["ADEChallengeData2016", "ade/ADEChallengeData2016", "ade20k"]
-    root = root_of(root, "ade20k", told, candidates, "annotations")
+    root = root_of(root, "ade20k", layout, candidates, "annotations")
     part = _known_split("ade20k", split, {"train": "training", "val": "validation"})
     pairs = _mirrored(root / "images" / part, root / "annotations" / part)
     classes = classes_of("ade20k")
@@ -154,7 +155,7 @@ def _voc(root: Path, split: str) -> PairedImages:
 
 
 def _voc_aug(root: Path, split: str) -> PairedImages:
-    """Training with the labels of Hariharan et al. (SBD): 10 582 images."""
+    """Return Pascal VOC, in training with the labels of Hariharan et al. (SBD): 10 582 images."""
     folders = ("SegmentationClassAug", "SegmentationClass_aug", "SegmentationClass")
     lists = ("trainaug", "train_aug", "aug")
     return _pascal_voc(root, split, "voc-aug", folders if split == "train" else folders[-1:], lists)
@@ -163,13 +164,13 @@ def _voc_aug(root: Path, split: str) -> PairedImages:
 def _pascal_voc(
     root: Path, split: str, name: str, label_folders: Iterable[str], train_lists: Iterable[str]
 ) -> PairedImages:
-    told = "ROOT holds JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOC2012"
-    root = root_of(root, name, told, ["VOC2012", "VOCdevkit/VOC2012"], "JPEGImages")
+    layout = "ROOT holds JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOC2012"
+    root = root_of(root, name, layout, ["VOC2012", "VOCdevkit/VOC2012"], "JPEGImages")
     _known_split(name, split, {"train", "val"})
     folder = next((root / f for f in label_folders if (root / f).is_dir()), None)
     if folder is None:
         wanted = " or ".join(label_folders)
-        raise UserError(f"{root} holds no {wanted} ({told}); in it: {', '.join(folders(root))}")
+        raise UserError(f"{root} holds no {wanted} ({layout}); in it: {', '.join(folders(root))}")
     lists = train_lists if split == "train" else ("val",)
     names = _listed(root / "ImageSets" / "Segmentation", lists)
     pairs = _named(names, root / "JPEGImages", folder)
@@ -177,10 +178,10 @@ def _pascal_voc(
 
 
 def _pascal_context(root: Path, split: str) -> PairedImages:
-    """59 classes; 0 is background, which is void."""
-    told = "ROOT holds JPEGImages and SegmentationClassContext, as mmsegmentation's VOC2010"
+    """Return Pascal Context with 59 classes; label 0 is background, which is void."""
+    layout = "ROOT holds JPEGImages and SegmentationClassContext, as mmsegmentation's VOC2010"
     candidates = ["VOC2010", "VOCdevkit/VOC2010"]
-    root = root_of(root, "pascal-context", told, candidates, "SegmentationClassContext")
+    root = root_of(root, "pascal-context", layout, candidates, "SegmentationClassContext")
     _known_split("pascal-context", split, {"train", "val"})
     names = _listed(root / "ImageSets" / "SegmentationContext", (split,))
     pairs = _named(names, root / "JPEGImages", root / "SegmentationClassContext")
@@ -192,13 +193,13 @@ def _pascal_context(root: Path, split: str) -> PairedImages:
 
 
 def _coco_stuff(root: Path, split: str) -> PairedImages:
-    told = "ROOT holds images/train2017 and annotations/train2017, as COCO-Stuff 164k"
-    root = root_of(root, "coco-stuff", told, ["coco_stuff164k", "coco"], "images")
+    layout = "ROOT holds images/train2017 and annotations/train2017, as COCO-Stuff 164k"
+    root = root_of(root, "coco-stuff", layout, ["coco_stuff164k", "coco"], "images")
     part = _known_split("coco-stuff", split, {"train": "train2017", "val": "val2017"})
     places = [root / "annotations" / part, root / "stuffthingmaps_trainvaltest2017" / part]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        raise UserError(f"no folder {places[0]} or {places[1]} ({told})")
+        raise UserError(f"no folder {places[0]} or {places[1]} ({layout})")
     images = _by_name(root / "images" / part, ".jpg")
     labels = _by_name(folder, "_labelTrainIds.png", empty=True)
     values, ending = LabelValues.indices(171), "_labelTrainIds.png"
@@ -211,17 +212,20 @@ def _coco_stuff(root: Path, split: str) -> PairedImages:
     return PairedImages("coco-stuff", split, classes_of("coco-stuff"), values, pairs)
 
 
-# One's own
+# The user's own data set
 
 
 def _folder(root: Path, split: str) -> PairedImages:
-    """``images/SPLIT`` and ``masks/SPLIT`` with files of one stem, and ``classes.txt``: a class per
-    line, in order of the masks' values, a colour (``R G B``) after a tab where one is wanted."""
-    told = "ROOT holds images/SPLIT, masks/SPLIT and classes.txt"
-    root = root_of(root, "folder", told, [], "images")
+    """Return a data set of ``images/SPLIT`` and ``masks/SPLIT``, whose files have the same stems.
+
+    ``classes.txt`` has a class per line, in order of the masks' values, and optionally a colour
+    (``R G B``) after a tab.
+    """
+    layout = "ROOT holds images/SPLIT, masks/SPLIT and classes.txt"
+    root = root_of(root, "folder", layout, [], "images")
     if not (root / "images" / split).is_dir():
-        mend = nearest(split, folders(root / "images"))
-        raise UserError(f"no folder {root / 'images' / split}; in {root / 'images'}: {mend}")
+        there = nearest(split, folders(root / "images"))
+        raise UserError(f"no folder {root / 'images' / split}; in {root / 'images'}: {there}")
     classes = _own_classes(root / "classes.txt")
     pairs = _mirrored(root / "images" / split, root / "masks" / split)
     name = f"folder:{root.name}"
@@ -243,7 +247,7 @@ def _own_classes(path: Path) -> Classes:
             len(numbers) != 3 or not all(n.isdigit() and int(n) < 256 for n in numbers)
         ):
             raise UserError(f"{path}, line {index + 1}: write a colour as R G B, each 0-255")
-        colours.append(tuple(map(int, numbers)) if numbers else spread[index % len(spread)])
+        colours.append(colour_of(numbers) if numbers else spread[index % len(spread)])
     return Classes(tuple(names), tuple(colours))
 
 
@@ -258,17 +262,18 @@ LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
     "pascal-context": _pascal_context,
     "folder": _folder,
 }
-"""What opens a split below a folder; UserError names every problem of its files at once."""
+"""Functions that open a split of a data set in a folder. Their UserError names every problem of its
+files."""
 
 
-# What they have in common
+# Shared parts
 
 
 def _known_split(name: str, split: str, splits: Iterable[str]) -> str:
-    """Return what a data set calls a split.
+    """Return the data set's own name of a split.
 
     Raises:
-        UserError: it has none of that name.
+        UserError: the data set has no such split.
     """
     if split not in splits:
         raise UserError(f"{name}: {unknown('split', split, list(splits))}")
@@ -278,11 +283,15 @@ def _known_split(name: str, split: str, splits: Iterable[str]) -> str:
 def _by_name(
     folder: Path, ending: str, prefix: str = "", *, empty: bool = False
 ) -> dict[str, Path]:
-    """Return the files below a folder that end like this, by their path without the ending."""
+    """Return the files below a folder that have an ending, by their path without the ending.
+
+    Args:
+        empty: whether the folder may be missing or have no such file.
+    """
     if not folder.is_dir() and not empty:
-        there = folder.parent
-        mend = nearest(folder.name, folders(there)) if there.is_dir() else f"no folder {there}"
-        raise UserError(f"no folder {folder}; in {there}: {mend}")
+        parent = folder.parent
+        there = nearest(folder.name, folders(parent)) if parent.is_dir() else f"no folder {parent}"
+        raise UserError(f"no folder {folder}; in {parent}: {there}")
     paths = sorted(folder.rglob(f"*{ending}"))
     found = {
         f"{prefix}{path.relative_to(folder).as_posix().removesuffix(ending)}": path
@@ -294,7 +303,7 @@ def _by_name(
 
 
 def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
-    """Return the pairs of two folders whose files have the same names, but for the suffix."""
+    """Return the pairs of two folders whose files have the same names except for the suffix."""
     images, labels = (
         {
             key: path
@@ -322,7 +331,7 @@ def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
 
 
 def _listed(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names in the first list of these that there is."""
+    """Return the names in the first of these lists that exists."""
     path = next((folder / f"{n}.txt" for n in names if (folder / f"{n}.txt").is_file()), None)
     if path is None:
         wanted = " or ".join(f"{name}.txt" for name in names)
@@ -330,16 +339,16 @@ def _listed(folder: Path, names: Iterable[str]) -> list[str]:
     # Some lists name two files per line, as /JPEGImages/x.jpg /SegmentationClassAug/x.png.
     found = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
     if not found:
-        raise UserError(f"{path} lists nothing; get it again")
+        raise UserError(f"{path} lists nothing; download it again")
     return found
 
 
 def _named(names: Iterable[str], image_folder: Path, label_folder: Path) -> list[Pair]:
-    """Return the pairs of listed names."""
+    """Return the pairs of the listed names."""
     images = {name: image_folder / f"{name}.jpg" for name in names}
     labels = {name: label_folder / f"{name}.png" for name in names}
     problems = [
-        f"no file {path}, which is listed; get it, or take {name} off the list"
+        f"no file {path}, which is listed; get it, or remove {name} from the list"
         for files in (images, labels)
         for name, path in files.items()
         if not path.is_file()

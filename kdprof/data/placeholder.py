@@ -1,4 +1,4 @@
-"""Placeholder images: they stand for a data set where a step is measured without its files."""
+"""Placeholder images stand for a data set's files when a step is measured without them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kdprof.data.layouts import PUBLISHED_DATA_SETS, class_table
 from kdprof.method import IGNORE
 
 DIFFERENT = 16
-"""Different images; they come again and again."""
+"""Number of different images, which are repeated."""
 BLOCK = 32
 """Side of a patch of one class, pixels."""
 
 
 class PlaceholderImages(DataOnDisk):
-    """As many images as a split of the published data set has, of its usual size and classes.
+    """Random images in the number, usual size and classes of a split of a published data set.
 
-    Nothing is read or decoded: what the loader takes is not what it would take of the files.
+    Nothing is read or decoded, so the loader's time is not that of the real files.
     """
 
     def __init__(self, name: str, split: str):
@@ -45,7 +45,7 @@ class PlaceholderImages(DataOnDisk):
         return self._known.size
 
     def identity(self) -> list[Any]:
-        """Return what the content depends on."""
+        """Return what the images depend on."""
         return [self.name, self.split, *self._known.size]
 
     @lru_cache(maxsize=DIFFERENT)  # noqa: B019 - lives as long as the study

@@ -1,8 +1,8 @@
-"""The class-incremental scenario: which images and labels a step of learning sees.
+"""The class-incremental scenario: the images and labels of each step of learning.
 
 The teacher is the model before the new classes were added. Its classes come first, so that class i
-is the same class for both networks: the background (where there is one), the old classes, and for
-the student the new ones.
+is the same class for both networks: the background (if there is one), the old classes, and for the
+student also the new ones.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from kdprof.study import ADDED, NO_BACKGROUND, ScenarioSettings, Study
 
 Role = Literal["teacher", "student"]
 BACKGROUND = "background"
-"""What a background that the scenario adds is called."""
+"""Name of a background that the scenario adds."""
 _GREY = (128, 128, 128)
 
 
 def scenario_of(study: Study, data: SegmentationData) -> Scenario | None:
-    """Return a study's scenario on a data set; None where it has none.
+    """Return a study's scenario on a data set; None if the study has none.
 
     Raises:
-        UserError: it does not fit the networks or the data set.
+        UserError: the scenario does not fit the networks or the data set.
     """
     if study.scenario is None:
         return None
@@ -47,9 +47,9 @@ class Scenario:
     """A class-incremental scenario on the classes of a data set.
 
     Attributes:
-        classes: the student's, in order; the teacher has the first ``len(shared)``.
-        shared: the teacher's, the background among them.
-        new: what the student learns beside them.
+        classes: the student's classes, in order; the teacher has the first ``len(shared)``.
+        shared: the teacher's classes, including the background.
+        new: the classes that only the student has.
         background: whether class 0 is the background.
     """
 
@@ -58,14 +58,14 @@ class Scenario:
     new: tuple[str, ...]
     background: bool
     in_data: tuple[str, ...]
-    """The data set's own classes, in its order."""
+    """The classes of the data set, in its order."""
 
     @classmethod
     def of(cls, settings: ScenarioSettings, in_data: tuple[str, ...]) -> Scenario:
         """Return the scenario that ``settings`` describes on a data set's classes.
 
         Raises:
-            UserError: whatever does not fit the data set; all of it at once.
+            UserError: the settings do not fit the data set. It names every problem.
         """
         own = settings.background not in (ADDED, NO_BACKGROUND)
         base = [settings.background] if own else []
@@ -93,27 +93,29 @@ class Scenario:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the student's classes, in order."""
+        """The student's classes, in order."""
         return (*self.shared, *self.new)
 
     @property
     def old(self) -> tuple[str, ...]:
-        """Return the teacher's classes without the background."""
+        """The teacher's classes without the background."""
         return self.shared[self.background :]
 
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Return the classes over which mIoU is reported beside that over all of them; the
-        background counts among the old ones, which the teacher knew it with."""
+        """Return the groups of classes whose mIoU is reported in addition to that of all classes.
+
+        The background is in the old group, because the teacher knows it.
+        """
         return {"old": self.shared, "new": self.new}
 
     def view(self, data: SegmentationData, role: Role, *, training: bool) -> Relabelled:
-        """Return what a network learns from, or is evaluated on.
+        """Return the data that a network is trained on, or evaluated on.
 
-        Training labels hold the classes of the step alone (the teacher's old ones; the student's
-        new ones, in the sequential setting the old ones too): every other pixel is background, or
-        void without one. Training images of the overlapped setting show at least one class of the
-        step; in the others, moreover, none that is still to come. Evaluation is on all images,
-        where classes that the network cannot know are void.
+        Training labels have the classes of the step only: for the teacher the old ones, for the
+        student the new ones and, in the sequential setting, the old ones too. Every other pixel is
+        background, or void if there is no background. A training image shows at least one class of
+        the step and, except in the overlapped setting, no class of a later step. Evaluation is on
+        all images; pixels of classes that the network cannot know are void.
         """
         classes = self.shared if role == "teacher" else self.classes
         if not training:
@@ -153,14 +155,14 @@ class Scenario:
 
 
 class Relabelled(SegmentationData):
-    """A data set with labels mapped by a table, and of its images those that show what is wanted.
+    """The images of a data set that show certain classes, with labels mapped by a table.
 
     Args:
         table: (256,) uint8, the new label of every old one.
         wanted: labels of the data set of which an image must show at least one; empty = any image.
-        refused: labels that keep an image out, where ``wanted`` is given.
+        refused: labels that an image must not show, if ``wanted`` is not empty.
 
-    Which images these are is found by reading every label, when it is first asked for.
+    The images are selected when they are first needed, which reads every label.
     """
 
     def __init__(
@@ -188,10 +190,10 @@ class Relabelled(SegmentationData):
         return self._table[self._data.label(self._chosen()[index]).long()]
 
     def _chosen(self) -> list[int]:
-        """Return the images of the data set that this is made of.
+        """Return the indices of the selected images in the data set.
 
         Raises:
-            UserError: there is none, or files that cannot be read.
+            UserError: no image is selected, or files cannot be read.
         """
         if self._images is None:
             every = np.ones((len(self._data), 256), bool)
@@ -202,7 +204,7 @@ class Relabelled(SegmentationData):
             self._images = np.flatnonzero(chosen).tolist()
             if not self._images:
                 raise UserError(
-                    f"scenario: no {self.split} image of {self.name} shows the classes of this "
-                    "step and no later one; use setting 'overlapped', or other classes"
+                    f"scenario: no {self.split} image of {self.name} shows a class of this step "
+                    "and none of a later step; use setting 'overlapped', or other classes"
                 )
         return self._images

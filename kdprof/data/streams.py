@@ -1,4 +1,4 @@
-"""Random streams addressed by a counter: no generator state is carried from draw to draw."""
+"""Random streams addressed by counters: no state of a generator is kept between draws."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a draw is for. Leads every address, because numpy pads addresses with zeros: without
-    it ``[seed, epoch]`` and ``[seed, batch, 0]`` would be one stream."""
+    """The purpose of a draw. It is the first number of every address, because numpy pads addresses
+    with zeros: without it ``[seed, epoch]`` and ``[seed, batch, 0]`` would be the same stream."""
 
     ORDER = 1
     AUGMENTATION = 2
@@ -17,5 +17,5 @@ class Stream(IntEnum):
 
 
 def generator(stream: Stream, *address: int) -> np.random.Generator:
-    """Return the generator at an address of non-negative integers: a pure function of both."""
+    """Return the generator of a stream at an address of non-negative integers, a pure function."""
     return np.random.default_rng([stream, *address])

@@ -1,14 +1,15 @@
-"""Street scenes drawn from (seed, split, index) alone: data for trying kdprof without any.
+"""Synthetic street scenes, drawn from (seed, split, index) alone, to try kdprof without a data set.
 
-A pinhole camera 1.5 m above a road looks along it. Objects have sizes in metres and stand at
-random depths, so small and far ones abound. Colours are drawn per object and overlap between
-classes (a car may have the grey of the road, a wall the blue of the sky): shape, texture and place
-tell the classes apart, which is what a larger network is better at. "sign" includes traffic lights.
-The own car's bonnet and the frame's edge are void.
+A pinhole camera 1.5 m above a road looks along it. Objects have sizes in metres and stand at random
+depths, so many of them are far and small. Colours are drawn for each object and overlap between
+classes (a car may have the grey of the road, a wall the blue of the sky). The classes differ in
+shape, texture and place, which a larger network recognises better. "sign" includes traffic lights.
+The bonnet of the camera's car and the edge of the frame are void.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -41,7 +42,7 @@ _SPLITS = ("train", "val", "test")
 
 CAMERA_HEIGHT = 1.5
 NEAR, FAR = 4.0, 60.0
-"""Depths in metres at which things stand."""
+"""The range of depths of objects, in metres."""
 _ROUGHNESS = np.array(
     [0.01, 0.05, 0.05, 0.07, 0.22, 0.14, 0.03, 0.03, 0.12, 0.03, 0.06, 0.08], dtype=np.float32
 )
@@ -49,6 +50,12 @@ _ROUGHNESS = np.array(
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+
+
+def _colour(values: Iterable[float]) -> Colour:
+    """Return three values, 0 to 255, as a colour."""
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
 
 
 class SyntheticScenes(DataOnDisk):
@@ -74,7 +81,7 @@ class SyntheticScenes(DataOnDisk):
         return self._size
 
     def identity(self) -> list[Any]:
-        """Return what the scenes are drawn from."""
+        """Return what the scenes depend on."""
         return [self.split, list(self._size), self.count, self.seed]
 
     def _scene(self, index: int) -> _Scene:
@@ -159,17 +166,17 @@ class _Scene:
         self._polygon([low, (right, low[1]), (right, high[1]), (low[0], high[1])], name, colour)
 
     def _any_colour(self) -> Colour:
-        return tuple(int(v) for v in self.rng.integers(20, 236, 3))
+        return _colour(self.rng.integers(20, 236, 3))
 
     def _muted(self) -> Colour:
-        """Return a colour of brick, plaster, car paint or cloth: any hue, seldom a pure one."""
+        """Return a colour of brick, plaster, car paint or cloth: any hue, rarely a pure one."""
         colour = self.rng.integers(20, 236, 3)
         colour = colour.mean() + self.rng.uniform(0.1, 0.8) * (colour - colour.mean())
-        return tuple(int(v) for v in colour)
+        return _colour(colour)
 
     def _grey(self, low: int = 60, high: int = 190, tint: int = 18) -> Colour:
         base = self.rng.integers(low, high)
-        return tuple(int(v) for v in np.clip(base + self.rng.integers(-tint, tint + 1, 3), 0, 255))
+        return _colour(np.clip(base + self.rng.integers(-tint, tint + 1, 3), 0, 255))
 
     def _green(self) -> Colour:
         return (
@@ -178,7 +185,7 @@ class _Scene:
             int(self.rng.integers(10, 80)),
         )
 
-    # What a street is made of
+    # The parts of a street
 
     def _sky(self) -> None:
         overcast = self.rng.random() < 0.5
@@ -191,7 +198,8 @@ class _Scene:
 
     def _ground(self) -> None:
         horizon = self._project(0, 0, 4 * FAR)[1]
-        bottom = [(0, horizon), (self.width, horizon), (self.width, self.height), (0, self.height)]
+        left, right = (0.0, self.width)
+        bottom = [(left, horizon), (right, horizon), (right, self.height), (left, self.height)]
         outside = "terrain" if self.rng.random() < 0.7 else "pavement"
         self._polygon(bottom, outside, self._green() if outside == "terrain" else self._grey())
         self._strip(-self.pavement, self.pavement, "pavement", self._grey(80, 200))
@@ -227,7 +235,7 @@ class _Scene:
             self._polygon([self._project(x, 0, d) for x, d in corners], "road", paint)
 
     def _street_end(self) -> None:
-        """Close the street, in half of the scenes, by houses or trees across it."""
+        """Close the street, in half of the scenes, with houses or trees across it."""
         if self.rng.random() < 0.5:
             return
         leafy = self.rng.random() < 0.5
@@ -237,7 +245,7 @@ class _Scene:
             self._upright(across, 1.8 * FAR, size, 0, name, colour)
 
     def _street_front(self, side: int) -> None:
-        """Paint buildings, gaps with trees, and fences along one side, far to near."""
+        """Paint buildings, gaps with trees, and fences along one side, from far to near."""
         depths = [NEAR * 0.6]
         while depths[-1] < 2 * FAR:
             depths.append(depths[-1] + self.rng.uniform(5, 18))
@@ -260,7 +268,7 @@ class _Scene:
         end = self._project(across + side * 20, 0, near)[0]
         # The side that faces the camera, then the front along the street.
         low, high = self._project(across, 0, near), self._project(across, height, near)
-        shade = tuple(int(v * 0.8) for v in wall)
+        shade = _colour(0.8 * v for v in wall)
         self._polygon([low, high, (end, high[1]), (end, low[1])], "building", shade)
         self._along("building", across, near, far, wall, height)
         if self.rng.random() < 0.4:  # a shop on the ground floor
@@ -287,7 +295,7 @@ class _Scene:
                     depth,
                 )
                 radius = self.focal / depth * height * self.rng.uniform(0.12, 0.28)
-                shade = tuple(int(v) for v in light * leaves)
+                shade = _colour(light * leaves)
                 self._ellipse(centre, (radius, 0.9 * radius), "vegetation", shade)
 
     def _along(
@@ -307,7 +315,7 @@ class _Scene:
             self._paint.line(ends, fill=dark)
 
     def _shadows(self) -> None:
-        """Darken patches of the ground: an edge in the image that is none in the label."""
+        """Darken patches of the ground: edges that are in the image but not in the label."""
         shadow = Image.new("L", self._image.size, 0)
         draw = ImageDraw.Draw(shadow)
         for _ in range(self.rng.integers(0, 4)):
@@ -320,20 +328,21 @@ class _Scene:
         self._paint = ImageDraw.Draw(self._image)
 
     def _objects(self) -> None:
-        """Stand cars, people, cyclists, poles and signs about, far to near."""
+        """Paint cars, people, cyclists, poles and signs, from far to near."""
         makers = (
             [self._car] * self.rng.integers(1, 7)
             + [self._person] * self.rng.integers(0, 7)
             + [self._cyclist] * self.rng.integers(0, 3)
             + [self._pole] * self.rng.integers(2, 7)
         )
-        # Uniform in 1 / depth: as many near as far ones in the picture, not on the map.
+        # Uniform in 1 / depth: near and far objects are equally frequent in the image, not on the
+        # map.
         depths = 1 / self.rng.uniform(1 / FAR, 1 / NEAR, len(makers))
         for place in np.argsort(-depths):
             makers[place](float(depths[place]))
 
     def _car(self, depth: float) -> None:
-        """Paint a car or van from behind, in front or (one in four) the side."""
+        """Paint a car or van from behind or the front, or (one in four) from the side."""
         across = self.rng.choice([-1, 1]) * self.rng.uniform(0.25, 0.85) * self.road
         aside = self.rng.random() < 0.25
         width = self.rng.uniform(3.6, 5.0) if aside else self.rng.uniform(1.6, 2.2)
@@ -351,7 +360,7 @@ class _Scene:
             self._upright(across + end * width, depth, lamp, 0.6, "car", self._any_colour())
 
     def _under(self, across: float, depth: float, width: float, wheel: float) -> None:
-        """Paint the shadow under a car, which is road, and its wheels, which are not."""
+        """Paint the shadow under a car, which is labelled road, and its wheels, labelled car."""
         dark = self._grey(5, 45, 4)
         x, y = self._project(across, 0.05, depth)
         scale = self.focal / depth
@@ -393,7 +402,8 @@ class _Scene:
         self._upright(across, depth, (0.14, height), 0, "pole", self._grey(40, 220))
         if self.rng.random() < 0.65:
             up = self.rng.uniform(0.7, 0.95) * height
-            self.rng.choice([self._board, self._disc, self._traffic_light])(across, depth, up)
+            signs = (self._board, self._disc, self._traffic_light)
+            signs[self.rng.integers(len(signs))](across, depth, up)
 
     def _board(self, across: float, depth: float, up: float) -> None:
         size = self.rng.uniform(0.5, 1.0)
@@ -412,7 +422,7 @@ class _Scene:
         self._upright(across, depth, (0.25, 0.28), up + 0.06 + 0.35 * lit, "sign", colour)
 
     def _bonnet(self) -> None:
-        """Paint the own car's bonnet, in most scenes, and remember its outline."""
+        """Paint the bonnet of the camera's car, in most scenes, and store its outline."""
         x = (np.arange(self.width) / self.width - 0.5) / 0.6
         share = self.rng.uniform(0.04, 0.12) if self.rng.random() < 0.6 else 0.0
         self.bonnet = self.height * (1 - share * (1 - x**2).clip(0))
@@ -438,9 +448,9 @@ class _Scene:
         cast = rng.uniform(0.9, 1.1, 3).astype(np.float32)
         image = image * light[None, :, None] * (gain * cast)
         image += rng.normal(0, rng.uniform(0.01, 0.05), (*size, 3)).astype(np.float32)
-        picture = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
+        sharp = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
         blur = rng.uniform(0, 0.7) * self.width / 240
-        return np.array(picture.filter(ImageFilter.GaussianBlur(blur)))
+        return np.array(sharp.filter(ImageFilter.GaussianBlur(blur)))
 
     def _blobs(self, cell: int) -> np.ndarray:
         """Return smooth noise with blobs of about ``cell`` pixels."""
@@ -451,7 +461,7 @@ class _Scene:
         return np.asarray(smooth)
 
     def _mark_void(self, label: np.ndarray) -> None:
-        """Leave the own car's bonnet and the frame's edge unlabelled, as real data sets do."""
+        """Mark the bonnet and the edge of the frame as void, as real data sets do."""
         edge = self.width // 80
         label[:, :edge] = label[:, self.width - edge :] = IGNORE
         label[np.arange(self.height)[:, None] >= self.bonnet[None]] = IGNORE

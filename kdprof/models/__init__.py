@@ -1,4 +1,7 @@
-"""Segmentation networks by name: ``pspnet-r18``, ``segformer-b0``, ``./mine.py:build``, ..."""
+"""Segmentation networks by name (``pspnet-r18``, ``segformer-b0``, ...), and their weights.
+
+Here a name becomes a network with taps. Nothing here knows data sets, objectives or training.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ __all__ = [
 
 
 AnyNetwork = SegmentationNetwork | AdaptedNetwork
+"""A network of kdprof's own, or an adapted one."""
 
 
 def build(
@@ -27,16 +31,16 @@ def build(
 ) -> AnyNetwork:
     """Return the network called ``name`` on the default device, in training mode.
 
-    Names are :func:`~kdprof.models.names.parse_name`'s and
-    :func:`~kdprof.models.adapted.build_adapted`'s.
+    The valid names are those of :func:`~kdprof.models.names.parse_name` and of
+    :func:`~kdprof.models.adapted.build_adapted`.
 
     ``backbone_weights`` is ``none`` (random, reproducible under ``torch.manual_seed``),
     ``imagenet`` (downloaded at first use), or the path of a timm state dict (.pth or .safetensors)
     that must hold all of the backbone. The heads are always random.
 
     Raises:
-        UserError: unknown name, a backbone that timm cannot dilate to stride 8, or weights that
-            are unavailable or do not fit.
+        UserError: the name is unknown, timm cannot build the backbone at the output stride of the
+            name, or the weights are unavailable or do not fit.
     """
     if isinstance(name, str) and is_adapted(name):
         return build_adapted(name, num_classes, backbone_weights)

@@ -1,4 +1,4 @@
-"""Networks that are not kdprof's own: one's own file, SegFormer, segmentation_models.pytorch."""
+"""Networks that are not kdprof's: a user's file, SegFormer, segmentation_models.pytorch."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from kdprof.user_files import import_function
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 PROBE = 128
-"""Height and width of the picture that channels and strides are read from."""
+"""Height and width of the image with which channels and strides are determined."""
 
 Maps = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
-"""From a network and normalised pictures (N, 3, H, W) to its taps, each (N, C, h, w)."""
+"""A function that returns the taps of a network, each (N, C, h, w), for normalised images (N, 3, H,
+W)."""
 
 
 class AdaptedNetwork(nn.Module):
-    """Any network, with what kdprof reads of one.
+    """Any network, with the attributes that kdprof needs.
 
     Attributes:
-        multiple: 1; it is taken at its word for every size.
+        multiple: 1; kdprof assumes that the network accepts images of every size.
 
     Args:
         module: the network.
-        maps: what it computes, by tap: ``logits`` at least; ``head`` (input of the classifier),
-            ``aux`` (auxiliary logits) and ``c2`` to ``c5`` where it has them. All are computed at
-            every step, whichever a method reads.
+        maps: returns its taps: at least ``logits``; also ``head`` (input of the classifier),
+            ``aux`` (auxiliary logits) and ``c2`` to ``c5`` if it has them. All are computed in
+            every step, even if the method reads only some of them.
         num_classes: channels of the logits.
-        mean, std: of its pictures, per RGB channel in 0..255.
-        align_corners: how its logits are resized.
-        name: what records call it.
+        mean, std: normalisation of its images, per RGB channel in 0..255.
+        align_corners: bilinear mode in which its logits are resized.
+        name: its name in records.
 
     Raises:
-        UserError: a tap that no network has, no logits, or logits of other classes.
+        UserError: ``maps`` returns an unknown tap, no logits, or logits with another number of
+            classes.
     """
 
     multiple = 1
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -61,13 +65,13 @@ class AdaptedNetwork(nn.Module):
         self.preprocessing = Preprocessing(mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.info = self._looked_at(name, num_classes)
+        self.info = self._inspect(name, num_classes)
 
     def forward(self, images: Tensor, taps: Collection[str]) -> Taps:
-        """Return exactly what ``taps`` names; ``images`` are RGB (N, 3, H, W) in 0..255.
+        """Return exactly the taps in ``taps``; ``images`` are RGB (N, 3, H, W) in 0..255.
 
         Raises:
-            UserError: a tap that this network lacks.
+            UserError: the network does not have one of these taps.
         """
         found = self.maps(self.module, (images - self.mean) / self.std)
         for tap in taps:
@@ -78,12 +82,12 @@ class AdaptedNetwork(nn.Module):
         return Taps(**{tap: found[tap] for tap in taps})
 
     def check_input(self, batch: int, crop: tuple[int, int], training: bool) -> str | None:
-        """Return None: what such a network cannot take, its first step says."""
+        """Return None. If such a network cannot take the input, its first step fails."""
         return None
 
     @torch.no_grad()
-    def _looked_at(self, name: str, num_classes: int) -> NetworkInfo:
-        """Return channels and strides, from one small picture."""
+    def _inspect(self, name: str, num_classes: int) -> NetworkInfo:
+        """Return channels and strides, which are read from the maps of one small image."""
         training = self.module.training
         found = self.maps(self.module.eval(), torch.zeros(1, 3, PROBE, PROBE))
         self.module.train(training)
@@ -103,27 +107,27 @@ class AdaptedNetwork(nn.Module):
 
 
 def is_adapted(name: str) -> bool:
-    """Return whether a name is of such a network."""
+    """Return whether a name belongs to an adapted network."""
     return ".py:" in name or name.startswith(("segformer-", "smp-"))
 
 
 def build_adapted(name: str, num_classes: int, weights: str = "none") -> AdaptedNetwork:
-    """Return such a network: ``FILE.py:FUNCTION``, ``segformer-b0`` to ``b5``, or
+    """Return an adapted network: ``FILE.py:FUNCTION``, ``segformer-b0`` to ``b5``, or
     ``smp-ARCHITECTURE-ENCODER``.
 
     Args:
-        weights: ``none`` or ``imagenet``, of the encoder; the file of one's own knows its own.
+        weights: ``none`` or ``imagenet``, for the encoder; a user's file loads its weights itself.
 
     Raises:
-        UserError: there is no such network, or what it needs is not installed.
+        UserError: the network does not exist, or a package that it needs is not installed.
     """
     if ".py:" in name:
-        return _own(name, num_classes)
+        return _from_file(name, num_classes)
     kind, _, rest = name.partition("-")
     return (_segformer if kind == "segformer" else _smp)(name, rest, num_classes, weights)
 
 
-def _own(name: str, num_classes: int) -> AdaptedNetwork:
+def _from_file(name: str, num_classes: int) -> AdaptedNetwork:
     path, _, function = name.rpartition(":")
     file = Path(path).expanduser()
     if not file.is_file():
@@ -159,11 +163,9 @@ def _segformer(name: str, size: str, num_classes: int, weights: str) -> AdaptedN
         ) from error
     depths, widths, decoder = _MIT[size]
     config = SegformerConfig(
-        depths=list(depths),
-        hidden_sizes=list(widths),
-        decoder_hidden_size=decoder,
-        num_labels=num_classes,
+        depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=decoder
     )
+    config.num_labels = num_classes
     if weights == "none":
         network = SegformerForSemanticSegmentation(config)
     else:
@@ -172,21 +174,22 @@ def _segformer(name: str, size: str, num_classes: int, weights: str) -> AdaptedN
             network = SegformerForSemanticSegmentation.from_pretrained(source, config=config)
         except Exception as error:  # the hub's errors share no narrower base class
             raise UserError(
-                f"the weights {source} could not be had ({type(error).__name__}); bring the folder "
-                f"huggingface.co/{source} and give its path as backbone weights"
+                f"the weights {source} could not be loaded ({type(error).__name__}); get the "
+                f"folder huggingface.co/{source} and give its path as backbone weights"
             ) from error
     return AdaptedNetwork(network, _maps_of_segformer, num_classes, name=name)
 
 
-def _maps_of_segformer(network: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+def _maps_of_segformer(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         found["head"] = given[0]
 
-    hook = network.decode_head.classifier.register_forward_pre_hook(keep)
+    classifier = network.get_submodule("decode_head.classifier")
+    hook = classifier.register_forward_pre_hook(keep)
     try:
-        out = network(pictures, output_hidden_states=True)
+        out = network(images, output_hidden_states=True)
     finally:
         hook.remove()
     stages = dict(zip(("c2", "c3", "c4", "c5"), out.hidden_states, strict=True))
@@ -213,18 +216,21 @@ def _smp(name: str, rest: str, num_classes: int, weights: str) -> AdaptedNetwork
             classes=num_classes,
         )
     except Exception as error:  # by encoder: KeyError, ValueError, the hub's errors
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"segmentation_models_pytorch cannot build {name}: {told}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"segmentation_models_pytorch cannot build {name}: {reason}") from error
     return AdaptedNetwork(network, _maps_of_smp, num_classes, name=name)
 
 
-def _maps_of_smp(network: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
-    features = network.encoder(pictures)
-    head = network.decoder(features)
+def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    encoder, decoder, classifier = (
+        network.get_submodule(part) for part in ("encoder", "decoder", "segmentation_head")
+    )
+    features = encoder(images)
+    head = decoder(features)
     stages = dict(zip(("c2", "c3", "c4", "c5"), features[-4:], strict=False))
-    return {"logits": network.segmentation_head(head), "head": head, **stages}
+    return {"logits": classifier(head), "head": head, **stages}
 
 
 def source_of(name: str) -> str | None:
-    """Return the source file of one's own network; None of the others."""
+    """Return the source file of a user's network; None for other networks."""
     return re.sub(r":[^:]*$", "", name) if ".py:" in name else None

@@ -1,15 +1,15 @@
-"""Backbones from timm: four stages c2..c5, the stride they end at, whose weights they have."""
+"""Backbones from timm: their four stages c2..c5, output stride and pretrained weights."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
@@ -18,13 +18,13 @@ from kdprof.errors import UserError, unknown
 
 STAGES = ("c2", "c3", "c4", "c5")
 OUTPUT_STRIDE = 8
-"""Input pixels per position of c5 where the network's name does not say otherwise."""
+"""Input pixels per position of c5, unless the network's name gives another stride."""
 OUTPUT_STRIDES = (8, 16, 32)
 _PROBES = ((136, 200), (128, 192))
-"""Height and width of the pictures that tell what a backbone's maps are like; the first is of no
-multiples of 16."""
+"""Height and width of images with which a backbone's maps are inspected; the sides of the first are
+no multiples of 16."""
 
-MEND = "take another, such as resnet18c, resnet50c or mobilenetv2_100"
+FIX = "take another, such as resnet18c, resnet50c or mobilenetv2_100"
 
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18c": ("resnet18", {"stem_type": "deep", "stem_width": 32}),
@@ -32,14 +32,15 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18s": ("resnet18", {"stem_type": "deep", "stem_width": 64}),
     "resnet34s": ("resnet34", {"stem_type": "deep", "stem_width": 64}),
 }
-"""Backbones timm can build but has no name for: our name -> timm name and arguments. As timm has
-it for bottlenecks: c = mmsegmentation's ResNetV1c, s = the stem of twice the width, CIRKD's."""
+"""Backbones that timm can build but has no name for: kdprof's name -> timm's name and arguments. As
+in timm's names of bottleneck networks, c is mmsegmentation's ResNetV1c and s is CIRKD's stem of
+twice the width."""
 
 
 OPENMMLAB = {
     "resnet18c": "https://download.openmmlab.com/pretrain/third_party/resnet18_v1c-b5776b93.pth",
 }
-"""ImageNet weights that timm lacks, mmsegmentation's own starting point; the digest is checked."""
+"""ImageNet weights that timm lacks; mmsegmentation starts from them. Their digest is checked."""
 _STEMS = {
     "stem.7.weight": (("stem.7.", "bn1."), ("stem.", "conv1.")),
     "conv3.weight": (
@@ -51,21 +52,21 @@ _STEMS = {
         ("bn3.", "bn1."),
     ),
 }
-"""Deep stems as mmsegmentation's and CIRKD's ImageNet files name them: a key that tells them, and
-how their keys begin in timm."""
+"""Names of deep stems in mmsegmentation's and CIRKD's ImageNet files: a key that only such a file
+has -> the beginnings of its keys, and the same beginnings in timm."""
 DILATED_TWICE = ("resnet18s", "resnet34s")
-"""Basic blocks whose second 3x3 is dilated as well: CIRKD's, and timm's own."""
+"""Backbones with basic blocks whose second 3x3 is dilated too, as in CIRKD and in timm itself."""
 
 
 class Backbone(nn.Module):
-    """A timm backbone read at its last four stages.
+    """A timm backbone that returns the maps of its last four stages.
 
     Attributes:
         channels: channels of each stage c2..c5.
         stride: input pixels per position of each stage c2..c5 (4, 8, 8, 8 for a ResNet at output
             stride 8).
-        multiple: of which the sides of a picture must be multiples; 1 = it takes every size.
-        mean, std: of timm's weights, per RGB channel in 0..255.
+        multiple: the sides of an image must be multiples of this number; 1 = every size.
+        mean, std: normalisation of timm's weights, per RGB channel in 0..255.
     """
 
     def __init__(self, name: str, weights: str = "none", output_stride: int = OUTPUT_STRIDE):
@@ -77,21 +78,24 @@ class Backbone(nn.Module):
             _undilate_second_convolutions(self.net)
         if weights not in ("none", "imagenet"):
             _load(self.net, name, Path(weights))
-        info = self.net.feature_info
+        info, configuration = _feature_info(self.net), _pretrained_cfg(self.net)
         self.mean, self.std = (
-            [255 * value for value in self.net.pretrained_cfg[key]] for key in ("mean", "std")
+            [255 * value for value in configuration[key]] for key in ("mean", "std")
         )
         self.channels = dict(zip(STAGES, info.channels(), strict=True))
         self.stride = dict(zip(STAGES, info.reduction(), strict=True))
         self.multiple, self._channels_last = 1, False
-        if not hasattr(self.net, "layer4"):
-            self._look_at_maps(name)
+        if hasattr(self.net, "layer4"):
+            layers = cast("dict[str, str]", self.net.return_layers)
+            self._stage_of = dict(zip(layers, STAGES, strict=True))
+        else:
+            self._inspect_maps(name)
 
     def forward(self, x: Tensor, stages: Collection[str]) -> dict[str, Tensor]:
-        """Return the maps of ``stages``, from a normalised (N, 3, H, W) picture.
+        """Return the maps of ``stages`` of normalised images, (N, 3, H, W).
 
-        A ResNet is run no further than the deepest stage asked for; other backbones are run whole,
-        because timm gives no common way to stop them.
+        A ResNet is run no further than the deepest stage in ``stages``. Other backbones are run
+        whole, because timm has no common way to stop them.
         """
         if not hasattr(self.net, "layer4"):
             maps = dict(zip(STAGES, self.net(x), strict=True))
@@ -99,21 +103,22 @@ class Backbone(nn.Module):
             if self._channels_last:
                 return {stage: value.permute(0, 3, 1, 2) for stage, value in found.items()}
             return found
-        maps, stage_of = {}, dict(zip(self.net.return_layers, STAGES, strict=True))
+        maps = {}
         for name, module in self.net.named_children():
             if len(maps) == len(set(stages)):
                 break
             x = module(x)
-            if stage_of.get(name) in stages:
-                maps[stage_of[name]] = x
+            if self._stage_of.get(name) in stages:
+                maps[self._stage_of[name]] = x
         return maps
 
     @torch.no_grad()
-    def _look_at_maps(self, name: str) -> None:
-        """Read from a picture what timm does not tell, and check what it tells.
+    def _inspect_maps(self, name: str) -> None:
+        """Set what timm does not say from the maps of one image, and check what it says.
 
         Raises:
-            UserError: the maps have other channels or strides than timm says.
+            UserError: the backbone takes neither size of image, or the maps have other channels or
+                strides than timm says.
         """
         training = self.net.training
         for size in _PROBES:
@@ -123,8 +128,8 @@ class Backbone(nn.Module):
             except Exception as error:  # by backbone: RuntimeError, AssertionError, ValueError
                 self.multiple, refused = self.stride["c5"], error
         else:
-            told = " ".join(str(refused).split())[:120]
-            raise UserError(f"backbone '{name}' takes pictures of some sizes only ({told}); {MEND}")
+            reason = " ".join(str(refused).split())[:120]
+            raise UserError(f"backbone '{name}' takes images of some sizes only ({reason}); {FIX}")
         self.net.train(training)
         strides, widths = self.stride.values(), self.channels.values()
         shapes = [tuple(value.shape[1:]) for value in maps]
@@ -135,14 +140,28 @@ class Backbone(nn.Module):
             height, wide = (abs(size[i] - stride * shape[1 + i]) < stride for i in (0, 1))
             if shape[0] != width or not (height and wide):
                 raise UserError(
-                    f"backbone '{name}' gives a map of {shape} for a picture of "
+                    f"backbone '{name}' gives a map of {shape} for an image of "
                     f"{size[0]}x{size[1]}, where timm says {width} channels at stride {stride}; "
-                    f"{MEND}"
+                    f"{FIX}"
                 )
 
 
+def _feature_info(net: nn.Module) -> FeatureInfo:
+    """Return what timm says about the maps of an extractor."""
+    return cast("FeatureInfo", net.feature_info)
+
+
+def _pretrained_cfg(net: nn.Module) -> dict[str, Any]:
+    """Return timm's configuration of an extractor's weights."""
+    return cast("dict[str, Any]", net.pretrained_cfg)
+
+
 def check_name(name: str) -> None:
-    """Raise UserError, with the nearest valid name, unless ``name`` is a backbone that exists."""
+    """Check that a backbone exists.
+
+    Raises:
+        UserError: it does not. The message names the nearest valid name.
+    """
     names = [*OWN, *timm.list_models()]
     if name in names:
         return
@@ -161,41 +180,43 @@ def _timm_net(name: str, **arguments: Any) -> nn.Module:
 
 
 def _create(name: str, output_stride: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the timm feature extractor that ends at a stride, and the arguments that make it.
+    """Return the timm feature extractor with an output stride, and its constructor's arguments.
 
     Raises:
-        UserError: timm cannot build it so; names the stride that it ends at.
+        UserError: timm cannot build the backbone at this stride. It names the possible stride.
     """
     found = _built(name, output_stride=output_stride) or _built(name)
     if found is None:
-        raise UserError(f"timm cannot build backbone '{name}' with its stages apart; {MEND}")
-    if found[0].pretrained_cfg.get("fixed_input_size"):
+        raise UserError(f"timm cannot build backbone '{name}' as a feature extractor; {FIX}")
+    if _pretrained_cfg(found[0]).get("fixed_input_size"):
         found = _built(name, strict_img_size=False)
     if found is None:
-        raise UserError(f"backbone '{name}' takes pictures of one size only; {MEND}")
-    ends = found[0].feature_info.reduction()[-1]
+        raise UserError(f"backbone '{name}' takes images of one size only; {FIX}")
+    ends = _feature_info(found[0]).reduction()[-1]
     if ends == output_stride:
         return found
-    mend = f"append -os{ends} to the network's name, or {MEND}" if ends in OUTPUT_STRIDES else MEND
+    fix = f"append -os{ends} to the network's name, or {FIX}" if ends in OUTPUT_STRIDES else FIX
     raise UserError(
         f"timm cannot build backbone '{name}' at output stride {output_stride}: it ends at {ends}; "
-        f"{mend}"
+        f"{fix}"
     )
 
 
 def _built(name: str, **arguments: Any) -> tuple[nn.Module, dict[str, Any]] | None:
-    """Return the extractor with its arguments; None where it has no such argument."""
+    """Return the extractor with its arguments; None if timm refuses these arguments."""
     try:
         return _timm_net(name, **arguments), arguments
     except IndexError as error:
-        raise UserError(f"backbone '{name}' has fewer than four stages; {MEND}") from error
+        raise UserError(f"backbone '{name}' has fewer than four stages; {FIX}") from error
     except (TypeError, AssertionError, ValueError, RuntimeError):
         return None
 
 
 def _create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Return the extractor with ImageNet weights, timm's or mmsegmentation's. Called once the name
-    is known to build with these arguments."""
+    """Return the extractor with ImageNet weights, timm's or mmsegmentation's.
+
+    The caller has already built the backbone with these arguments.
+    """
     if name in OPENMMLAB:
         return _create_openmmlab(name, arguments)
     if name in OWN or not timm.is_model_pretrained(name):
@@ -207,10 +228,11 @@ def _create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
         return _timm_net(name, pretrained=True, **arguments)
     except Exception as error:  # the hub's network errors share no narrower base class
         source = timm.get_pretrained_cfg(name)
+        assert source is not None, "timm.is_model_pretrained has found it"
         place = f"huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
         raise UserError(
             f"the ImageNet weights of '{name}' could not be downloaded "
-            f"({type(error).__name__}); bring the .safetensors or .pth file of {place} "
+            f"({type(error).__name__}); get the .safetensors or .pth file of {place} "
             "and give its path as backbone weights"
         ) from error
 
@@ -224,7 +246,7 @@ def _create_openmmlab(name: str, arguments: dict[str, Any]) -> nn.Module:
     except Exception as error:  # the network's errors share no narrower base class
         raise UserError(
             f"the ImageNet weights of '{name}' could not be downloaded ({type(error).__name__}); "
-            f"bring the file {url} and give its path as backbone weights"
+            f"get the file {url} and give its path as backbone weights"
         ) from error
     net = _timm_net(name, **arguments)
     _fill(net, name, state.get("state_dict", state), Path(url).name)
@@ -234,7 +256,8 @@ def _create_openmmlab(name: str, arguments: dict[str, Any]) -> nn.Module:
 def _undilate_second_convolutions(net: nn.Module) -> None:
     """Undo timm's dilation of the second 3x3 of basic blocks, which mmsegmentation never dilates.
 
-    Without this a ResNet-18 loads mmsegmentation's weights without complaint and is wrong by half.
+    Without this a ResNet-18 loads mmsegmentation's weights without an error, but its maps are wrong
+    by half.
     """
     for module in net.modules():
         if isinstance(module, BasicBlock):
@@ -242,7 +265,11 @@ def _undilate_second_convolutions(net: nn.Module) -> None:
 
 
 def _load(net: nn.Module, name: str, path: Path) -> None:
-    """Load a timm state dict into ``net``, strictly but for the classifier that ``net`` lacks."""
+    """Load a timm state dict into ``net``, strictly except for the classifier, which ``net`` lacks.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or does not fit the backbone.
+    """
     if not path.is_file():
         raise UserError(
             f"no backbone weights at '{path}'; give 'none', 'imagenet' or the path of a .pth or "
@@ -271,9 +298,9 @@ def _fill(net: nn.Module, name: str, state: dict[str, Tensor], path: Path | str)
 
 
 def _in_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a backbone's state with its stem named as in timm."""
-    for told_by, beginnings in _STEMS.items():
-        if told_by in state:
+    """Return a backbone's state with the names of its stem as in timm."""
+    for typical, beginnings in _STEMS.items():
+        if typical in state:
             return {_begun_like(key, beginnings): value for key, value in state.items()}
     return state
 
@@ -284,13 +311,13 @@ def _begun_like(key: str, beginnings: Iterable[tuple[str, str]]) -> str:
 
 
 def _extractor_key(key: str, target: Collection[str]) -> str:
-    """Return timm's extractor name of a key: ``stages.0.x`` is ``stages_0.x`` in some of them."""
+    """Return the name of a key in timm's extractor: some have ``stages_0.x`` for ``stages.0.x``."""
     flat = key.replace(".", "_", 1)
     return flat if key not in target and flat in target else key
 
 
 def _differences(state: dict[str, Tensor], target: dict[str, Tensor], name: str) -> list[str]:
-    """Say what keeps ``state`` from being the state of ``target``; the classifier may be there."""
+    """Return how ``state`` differs from ``target``; it may have the classifier in addition."""
     timm_name, arguments = OWN.get(name, (name, {}))
     whole = timm.create_model(timm_name, **arguments).state_dict()
     found = {

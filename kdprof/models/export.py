@@ -1,4 +1,4 @@
-"""A trained network as a file that others read: safetensors, mmsegmentation's names, ONNX."""
+"""A trained network as a file for other programs: safetensors, mmsegmentation's names, ONNX."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from torch import Tensor, nn
 
 from kdprof.errors import UserError
 from kdprof.hardware.device import installed_version
-from kdprof.models import AdaptedNetwork, SegmentationNetwork
+from kdprof.models import AdaptedNetwork, AnyNetwork
 from kdprof.store import write_atomic
 
 FORMATS = (".safetensors", ".pth", ".onnx")
 ONNX_TOLERANCE = 1e-4
-"""Relative L2 between torch's logits and ONNX Runtime's. Rounding makes about 1e-6."""
+"""Allowed relative L2 between torch's logits and ONNX Runtime's. Rounding causes about 1e-6."""
 _MMSEG = (
     (r"^backbone\.net\.conv1\.(\d)", r"backbone.stem.\1"),
     (r"^backbone\.net\.bn1\.", "backbone.stem.7."),
     (r"^backbone\.net\.", "backbone."),
 )
 _MMSEG_PLAIN = ((r"^backbone\.net\.", "backbone."),)
-"""Without a deep stem."""
+"""The same rules for a backbone without a deep stem."""
 
 
 def export(
-    network: SegmentationNetwork | AdaptedNetwork,
+    network: AnyNetwork,
     path: Path,
     classes: Sequence[str],
     crop: tuple[int, int],
 ) -> str:
-    """Write a network; what kind of file is told by its ending. Returns what was written, in words.
+    """Write a network in the format of the path's suffix; return what was written, in words.
 
     Args:
-        classes: names in order; they are written into the file.
-        crop: height and width of the picture that an ONNX file is traced and checked with.
+        classes: names of the classes in order, which are written into the file.
+        crop: height and width of the image with which an ONNX file is traced and checked.
 
     Raises:
-        UserError: an unknown ending, a layout that has no such form, or a package is missing.
+        UserError: the suffix is unknown, the format does not exist for this network, or a package
+            is missing.
     """
     network = network.eval().cpu()
     if path.suffix == ".safetensors":
@@ -55,28 +56,31 @@ def export(
         return "mmsegmentation's names"
     if path.suffix == ".onnx":
         found = _onnx(network, path, crop)
-        return f"ONNX, uint8 RGB in, logits at the picture's size out; {found}"
+        return f"ONNX, uint8 RGB in, logits at the image's size out; {found}"
     raise UserError(f"{path}: export writes {', '.join(FORMATS)}, not '{path.suffix}'")
 
 
-def _state(network: SegmentationNetwork | AdaptedNetwork) -> dict[str, Tensor]:
+def _state(network: AnyNetwork) -> dict[str, Tensor]:
     module = network.module if isinstance(network, AdaptedNetwork) else network
     return {key: value.detach().contiguous() for key, value in module.state_dict().items()}
 
 
-def _safetensors(network: SegmentationNetwork | AdaptedNetwork, classes: Sequence[str]) -> bytes:
-    told = {
+def _safetensors(network: AnyNetwork, classes: Sequence[str]) -> bytes:
+    header = {
         "format": "pt",
         "network": network.info.name,
         "classes": "\n".join(classes),
         "preprocessing": json.dumps(vars(network.preprocessing)),
     }
-    return safetensors_bytes(_state(network), told)
+    return safetensors_bytes(_state(network), header)
 
 
-def _mmsegmentation(network: SegmentationNetwork, classes: Sequence[str]) -> bytes:
-    own = isinstance(network, AdaptedNetwork) or network.name.layout != "mmseg"
-    if own or not hasattr(network.backbone.net, "layer4"):
+def _mmsegmentation(network: AnyNetwork, classes: Sequence[str]) -> bytes:
+    if (
+        isinstance(network, AdaptedNetwork)
+        or network.name.layout != "mmseg"
+        or not hasattr(network.backbone.net, "layer4")
+    ):
         raise UserError(
             f"mmsegmentation has no {network.info.name} with these keys; export .safetensors "
             "instead"
@@ -102,10 +106,10 @@ def _renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
     return key
 
 
-class _WholePicture(nn.Module):
-    """(N, 3, H, W) uint8 RGB -> logits (N, C, H, W)."""
+class _WholeImage(nn.Module):
+    """A network that maps (N, 3, H, W) uint8 RGB to logits (N, C, H, W)."""
 
-    def __init__(self, network: SegmentationNetwork):
+    def __init__(self, network: AnyNetwork):
         super().__init__()
         self.network = network
 
@@ -115,8 +119,8 @@ class _WholePicture(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=align)
 
 
-def _onnx(network: SegmentationNetwork | AdaptedNetwork, path: Path, crop: tuple[int, int]) -> str:
-    """Write an ONNX file, run it beside the network and return how far they are apart.
+def _onnx(network: AnyNetwork, path: Path, crop: tuple[int, int]) -> str:
+    """Write an ONNX file, run it and the network on one image, and return how much they differ.
 
     Raises:
         UserError: onnx or onnxruntime is not installed, or the two differ.
@@ -126,7 +130,7 @@ def _onnx(network: SegmentationNetwork | AdaptedNetwork, path: Path, crop: tuple
         raise UserError(f"ONNX export needs {' and '.join(missing)}; pip install 'kdprof[onnx]'")
     import onnxruntime
 
-    whole, file = _WholePicture(network).eval(), io.BytesIO()
+    whole, file = _WholeImage(network).eval(), io.BytesIO()
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1, 3, *crop), generator=draw).to(torch.uint8)
     with warnings.catch_warnings():
@@ -134,7 +138,7 @@ def _onnx(network: SegmentationNetwork | AdaptedNetwork, path: Path, crop: tuple
         torch.onnx.export(
             whole,
             (images,),
-            file,
+            file,  # type: ignore[arg-type]  # the exporter without dynamo writes to a buffer too
             input_names=["images"],
             output_names=["logits"],
             dynamo=False,  # one file, of any size
@@ -148,7 +152,7 @@ def _onnx(network: SegmentationNetwork | AdaptedNetwork, path: Path, crop: tuple
     apart = float((torch.from_numpy(found) - expected).norm() / expected.norm())
     if not apart <= ONNX_TOLERANCE:
         raise UserError(
-            f"ONNX Runtime computes something else than torch (relative L2 {apart:.1g}); the file "
+            f"ONNX Runtime does not compute the same as torch (relative L2 {apart:.1g}); the file "
             "was not written"
         )
     write_atomic(path, content)

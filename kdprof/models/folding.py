@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolutions before it, for a network that is never trained again."""
+"""Batch norm folded into the convolutions before it, for a network that is not trained any more."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from kdprof.method import NETWORK_TAPS, Taps
 from kdprof.models.network import SegmentationNetwork
 
 TRIED_SIZE = 64
-"""Height and width of the picture that the two networks are compared on."""
+"""Height and width of the image on which the two networks are compared."""
 TOLERANCE = 1e-3
-"""Relative L2 between a tap of the two. Rounding makes up to 1e-5, a wrong fold tenths."""
+"""Allowed relative L2 between a tap of both. Rounding causes up to 1e-5, a wrong fold tenths."""
 
 
 @torch.no_grad()
 def folded(network: SegmentationNetwork) -> SegmentationNetwork:
-    """Return a copy in evaluation mode whose convolutions do their batch norms' work.
+    """Return a copy in evaluation mode whose batch norms are folded into the convolutions.
 
-    Folded is every batch norm that reads a convolution's output and nothing else; running
-    statistics and affine parameters become weight and bias (Jacob et al. 2018, arXiv:1712.05877,
-    eq. 14). The rest stays. The copy has other state names: it is for reading only.
+    A batch norm is folded if it is called once, on the output of a convolution that is called once:
+    its running statistics and affine parameters become weight and bias (Jacob et al. 2018,
+    arXiv:1712.05877, eq. 14). Other layers stay. The copy is for evaluation only, because its state
+    has other names.
 
     Raises:
-        KdprofError: the copy computes something else, because a convolution's output is also read
-            elsewhere.
+        KdprofError: the copy does not compute the same as the network, because another layer also
+            reads the output of a folded convolution.
     """
     network = copy.deepcopy(network).eval()
-    images = _picture(network)
+    images = _random_image(network)
     expected, pairs = _watched(network, images)
     for convolution, norm in pairs:
         _replace(network, convolution, fuse_conv_bn_eval(convolution, norm))
@@ -41,7 +42,7 @@ def folded(network: SegmentationNetwork) -> SegmentationNetwork:
     return network
 
 
-def _picture(network: SegmentationNetwork) -> Tensor:
+def _random_image(network: SegmentationNetwork) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1, 3, TRIED_SIZE, TRIED_SIZE), generator=draw)
     return images.to(torch.uint8).to(network.mean.device)
@@ -50,16 +51,16 @@ def _picture(network: SegmentationNetwork) -> Tensor:
 def _watched(
     network: SegmentationNetwork, images: Tensor
 ) -> tuple[Taps, list[tuple[nn.Conv2d, nn.BatchNorm2d]]]:
-    """Return what the network computes, and its convolutions with the batch norm after each."""
+    """Return the network's taps, and its convolutions with the batch norm after each."""
     calls: Counter[nn.Module] = Counter()
-    made: list[tuple[Tensor, nn.Conv2d]] = []  # alive, or another tensor could get an address
+    made: list[tuple[Tensor, nn.Conv2d]] = []  # kept alive, so that no address is reused
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def watch(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
         calls[module] += 1
         if isinstance(module, nn.Conv2d):
             made.append((out, module))
-        else:
+        elif isinstance(module, nn.BatchNorm2d):
             pairs.extend((conv, module) for tensor, conv in made if tensor is given[0])
 
     watched = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
@@ -71,9 +72,9 @@ def _watched(
 
 
 def _what_follows(norm: nn.BatchNorm2d) -> nn.Module:
-    """Return what is left of a batch norm: timm's hold their activation."""
+    """Return what remains of a folded batch norm: timm's batch norms contain the activation."""
     if hasattr(norm, "act"):
-        return nn.Sequential(norm.drop, norm.act)
+        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
     return nn.Identity()
 
 
@@ -90,5 +91,5 @@ def _compare(expected: Taps, found: Taps, name: str) -> None:
         if difference > TOLERANCE:
             raise KdprofError(
                 f"{name}: with folded batch norm its '{tap}' differs by {difference:.1g}, because "
-                "a convolution is read beside its batch norm; set step.fold_teacher = false"
+                "another layer also reads a convolution's output; set step.fold_teacher = false"
             )

@@ -1,9 +1,9 @@
-"""Segmentation heads: PSP, ASPP and the auxiliary FCN head, as mmsegmentation, CIRKD and
-torchvision have them.
+"""Segmentation heads: PSP, ASPP and the auxiliary FCN head, as in mmsegmentation, CIRKD and
+torchvision.
 
 Attribute names follow mmsegmentation's state dict (``psp_modules.0.1.conv.weight``,
 ``conv_seg.bias``, ...), so that a published checkpoint is imported by renaming keys. All
-convolutions but the 1x1 classifiers are without bias and followed by batch norm and ReLU.
+convolutions except the 1x1 classifiers have no bias and are followed by batch norm and ReLU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ASPP_RATES = (12, 24, 36)
 
 
 class ConvModule(nn.Module):
-    """Convolution without bias, batch norm, ReLU; keeps the map's size.
+    """Convolution without bias, batch norm, ReLU. The map keeps its size.
 
     Initialised like mmcv's layer of that name (Kaiming normal, fan out).
     """
@@ -41,9 +41,9 @@ class ConvModule(nn.Module):
 class BinPool(nn.Module):
     """Average pooling to ``bins`` x ``bins`` cells.
 
-    PyTorch has no deterministic backward for adaptive pooling on CUDA and raises where
-    deterministic algorithms are demanded, and ONNX has no such pooling; only there the same
-    averages are taken as two matrix products.
+    PyTorch's adaptive pooling has no deterministic backward on CUDA and raises if deterministic
+    algorithms are required, and ONNX has no such pooling. Only in these two cases the same averages
+    are computed as two matrix products.
     """
 
     def __init__(self, bins: int):
@@ -58,7 +58,7 @@ class BinPool(nn.Module):
         return F.adaptive_avg_pool2d(x, self.bins)
 
     def deterministic(self, x: Tensor) -> Tensor:
-        """Return the same averages by matrix products, accumulated in float32."""
+        """Return the same averages from matrix products, accumulated in float32."""
         with torch.autocast(x.device.type, enabled=False):
             rows = _averaging(self.bins, int(x.shape[-2]), x.device)
             columns = _averaging(self.bins, int(x.shape[-1]), x.device)
@@ -76,12 +76,19 @@ def _averaging(bins: int, size: int, device: torch.device) -> Tensor:
 
 def _classifier(width: int, num_classes: int) -> nn.Conv2d:
     conv = nn.Conv2d(width, num_classes, 1)
+    assert conv.bias is not None  # nn.Conv2d has one by default
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
     return conv
 
 
-class PSPHead(nn.Module):
+class DecodeHead(nn.Module):
+    """A head that returns the input of its classifier ``conv_seg``; the network calls that."""
+
+    conv_seg: nn.Conv2d
+
+
+class PSPHead(DecodeHead):
     """Pyramid pooling head (Zhao et al., CVPR 2017, arXiv:1612.01105).
 
     [map, bins 1, 2, 3, 6] -> 3x3 convolution -> dropout per channel -> ``conv_seg``.
@@ -117,7 +124,7 @@ class PSPHead(nn.Module):
 
 
 class CirkdPSPHead(PSPHead):
-    """The same in CIRKD: branches of a quarter of the map's channels, dropout per element."""
+    """CIRKD's form of the PSP head: branches of a quarter of the channels, dropout per element."""
 
     dropout_kind = nn.Dropout
 
@@ -127,12 +134,12 @@ class CirkdPSPHead(PSPHead):
         return channels // 4
 
 
-class ASPPHead(nn.Module):
+class ASPPHead(DecodeHead):
     """Atrous spatial pyramid pooling head of DeepLabV3 (Chen et al. 2017, arXiv:1706.05587).
 
-    [picture average, 1x1, 3x3 at rates 12, 24, 36] -> 3x3 convolution -> dropout per channel ->
-    ``conv_seg``. ``align_corners`` is taken for symmetry of the two heads and changes nothing
-    here: the only map that is resized has one position.
+    [image average, 1x1, 3x3 at rates 12, 24, 36] -> 3x3 convolution -> dropout per channel ->
+    ``conv_seg``. ``align_corners`` is an argument of all heads and changes nothing here, because
+    the only map that is resized has one position.
     """
 
     def __init__(self, channels: int, width: int, num_classes: int, align_corners: bool):
@@ -150,17 +157,17 @@ class ASPPHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the (N, width, h, w) input of the classifier, after its dropout."""
-        picture = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
+        average = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
         branches = [branch(x) for branch in self.aspp_modules]
-        return self.dropout(self.bottleneck(torch.cat([picture, *branches], dim=1)))
+        return self.dropout(self.bottleneck(torch.cat([average, *branches], dim=1)))
 
 
-class ProjectedASPPHead(nn.Module):
-    """The ASPP head of CIRKD and torchvision: [1x1, 3x3 at rates 12, 24, 36, picture average] ->
+class ProjectedASPPHead(DecodeHead):
+    """The ASPP head of CIRKD and torchvision: [1x1, 3x3 at rates 12, 24, 36, image average] ->
     1x1 convolution -> dropout per element -> 3x3 convolution -> dropout -> ``conv_seg``.
 
     Args:
-        dropout: before the classifier; torchvision's has none there.
+        dropout: probability of the dropout before the classifier; torchvision has none there.
     """
 
     def __init__(
@@ -187,14 +194,14 @@ class ProjectedASPPHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the (N, width, h, w) input of the classifier, after its dropout."""
-        picture = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
+        average = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
         branches = [branch(x) for branch in self.aspp_modules]
-        projected = self.project_dropout(self.project(torch.cat([*branches, picture], dim=1)))
+        projected = self.project_dropout(self.project(torch.cat([*branches, average], dim=1)))
         return self.dropout(self.bottleneck(projected))
 
 
 class TorchvisionASPPHead(ProjectedASPPHead):
-    """Without dropout before the classifier."""
+    """torchvision's form of the ASPP head, without dropout before the classifier."""
 
     def __init__(self, channels: int, width: int, num_classes: int, align_corners: bool):
         super().__init__(channels, width, num_classes, align_corners, dropout=0.0)
@@ -204,7 +211,7 @@ class FCNHead(nn.Module):
     """Auxiliary head: 3x3 convolution -> dropout -> ``conv_seg``.
 
     Args:
-        per_channel: dropout of whole channels, as in mmsegmentation, or of elements.
+        per_channel: True for dropout of whole channels, as in mmsegmentation; False for elements.
     """
 
     def __init__(self, channels: int, width: int, num_classes: int, per_channel: bool = True):

@@ -14,7 +14,7 @@ LAYOUTS: Mapping[str, Mapping[str, str]] = {
     "cirkd": {"r18": "resnet18s", "r50": "resnet50s", "r101": "resnet101s"},
     "torchvision": {"r50": "resnet50", "r101": "resnet101"},
 }
-"""Whose details a network has, and the backbones that its short names stand for."""
+"""The projects whose details a network can have, and the backbones of their short names."""
 DEFAULT_LAYOUT = "mmseg"
 HEADS = {
     "mmseg": ("pspnet", "deeplabv3"),
@@ -25,15 +25,16 @@ HEADS = {
 
 @dataclass(frozen=True)
 class NetworkName:
-    """What a name says.
+    """The parts of a network's name.
 
     Attributes:
-        layout: of :data:`LAYOUTS`.
-        backbone: as :mod:`kdprof.models.backbone` knows it, aliases resolved.
-        width: channels of the map before the classifier; None = the layout's own.
+        layout: one of :data:`LAYOUTS`.
+        backbone: full name in :mod:`kdprof.models.backbone`, not an alias.
+        width: channels of the map before the classifier; None = the default of the layout.
         aligned: whether every resize of maps has ``align_corners=True``, as in mmsegmentation's
             configurations of 769x769; CIRKD's layout always has it.
-        output_stride: input pixels per position of the backbone's last map. Weights fit at any.
+        output_stride: input pixels per position of the backbone's last map. The same weights fit
+            every stride.
     """
 
     head: str
@@ -44,7 +45,7 @@ class NetworkName:
     output_stride: int = OUTPUT_STRIDE
 
     def __str__(self) -> str:
-        """Return the name that :func:`parse_name` reads back."""
+        """Return the name from which :func:`parse_name` makes an equal object."""
         parts = [] if self.layout == DEFAULT_LAYOUT else [self.layout]
         parts += [self.head, self.backbone]
         parts += [f"w{self.width}"] if self.width else []
@@ -53,14 +54,15 @@ class NetworkName:
 
 
 def parse_name(name: str) -> NetworkName:
-    """Read ``[LAYOUT-]HEAD-BACKBONE[-wWIDTH][-osSTRIDE][-aligned]``.
+    """Return the parts of ``[LAYOUT-]HEAD-BACKBONE[-wWIDTH][-osSTRIDE][-aligned]``.
 
-    Layouts: mmseg (if none is given), cirkd, torchvision. Heads: pspnet, deeplabv3. Backbones:
-    every timm name, ``resnet18c``, ``resnet18s``, ..., and the aliases r18, r50 and r101, which
-    are the layout's own. Output strides: 8 (if none is given), 16, 32.
+    Layouts: mmseg (the default), cirkd, torchvision. Heads: pspnet, deeplabv3. Backbones: every
+    timm name, ``resnet18c``, ``resnet18s``, ..., and the aliases r18, r50 and r101, whose meaning
+    depends on the layout. Output strides: 8 (the default), 16, 32.
 
     Raises:
-        UserError: there is no such layout, head or backbone; names the nearest that there is.
+        UserError: the layout, head or backbone does not exist, with the nearest name that does; or
+            the layout does not have the option.
     """
     layout, _, rest = name.partition("-")
     if layout not in LAYOUTS:
@@ -74,7 +76,7 @@ def parse_name(name: str) -> NetworkName:
     if layout == "cirkd" and aligned:
         raise UserError(f"network '{name}': CIRKD's layout is always aligned; leave '-aligned' out")
     if layout == "torchvision" and aligned:
-        raise UserError(f"network '{name}': torchvision's never is; leave '-aligned' out")
+        raise UserError(f"network '{name}': torchvision's is never aligned; leave '-aligned' out")
     if output_stride not in (None, *OUTPUT_STRIDES):
         raise UserError(f"network '{name}': there is no -os{output_stride}; use -os8, -os16, -os32")
     backbone = LAYOUTS[layout].get(rest, rest)
@@ -85,7 +87,7 @@ def parse_name(name: str) -> NetworkName:
 def published_name(name: str) -> str:
     """Return a network's name as papers write it, in lower case: ``pspnet-r18``.
 
-    Layout, width and stride are left out; a network that is not kdprof's own keeps its name.
+    Layout, width and stride are left out. An adapted network keeps its name.
     """
     try:
         found = parse_name(name)
@@ -96,14 +98,14 @@ def published_name(name: str) -> str:
 
 
 def published_pair(teacher: str | None, student: str) -> str:
-    """Return ``teacher -> student`` as papers write it, in lower case; the student alone where no
-    teacher is read."""
+    """Return ``teacher -> student`` as papers write it, in lower case; without a teacher, only the
+    student."""
     names = [published_name(name) for name in (teacher, student) if name]
     return " -> ".join(names)
 
 
 def _number_after(letters: str, name: str) -> tuple[str, int | None]:
-    """Return a name without ``-<letters>N`` at its end, and N."""
+    """Return a name without ``-<letters>N`` at its end, and N; None if it has no such end."""
     found = re.search(rf"-{letters}(\d+)$", name)
     return (name[: found.start()], int(found.group(1))) if found else (name, None)
 

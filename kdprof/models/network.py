@@ -1,8 +1,8 @@
-"""A segmentation network: preprocessing, a timm backbone, a head, and the taps methods read."""
+"""A segmentation network: preprocessing, a timm backbone, heads, and the taps for methods."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from kdprof.models.backbone import Backbone
 from kdprof.models.heads import (
     ASPPHead,
     CirkdPSPHead,
+    DecodeHead,
     FCNHead,
     ProjectedASPPHead,
     PSPHead,
@@ -21,7 +22,7 @@ from kdprof.models.heads import (
 )
 from kdprof.models.names import NetworkName
 
-HEADS = {
+HEADS: Mapping[tuple[str, str], type[DecodeHead]] = {
     ("mmseg", "pspnet"): PSPHead,
     ("mmseg", "deeplabv3"): ASPPHead,
     ("cirkd", "pspnet"): CirkdPSPHead,
@@ -32,10 +33,10 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network does to a picture first. It belongs to the weights.
+    """The normalisation of images before the backbone. It belongs to the weights.
 
     Attributes:
-        mean, std: per channel in 0..255, in the network's own order.
+        mean, std: per channel in 0..255, in the order of the network's channels.
         bgr: whether that order is blue, green, red.
     """
 
@@ -45,11 +46,11 @@ class Preprocessing:
 
 
 CIRKD_PREPROCESSING = Preprocessing((104.00698793, 116.66876762, 122.67891434), (1, 1, 1), bgr=True)
-"""CIRKD's data sets: Caffe's means, no division."""
+"""The preprocessing in CIRKD's code: Caffe's means, no division."""
 
 
 def width_of(name: NetworkName, channels: int) -> int:
-    """Return the width of the decode head: the name's, or the layout's own.
+    """Return the width of the decode head: that in the name, or the default of the layout.
 
     mmsegmentation: 128 on a c5 of at most 512 channels, else 512. CIRKD as of 2025: 512 for
     DeepLabV3, 128 and 256 for PSPNet. torchvision: 256.
@@ -72,13 +73,16 @@ class SegmentationNetwork(nn.Module):
     """A backbone with a decode head on c5 and an auxiliary FCN head on c4.
 
     Attributes:
-        name: its name.
-        preprocessing: what pictures are normalised with: the layout's, or the backbone's.
+        name: the parts of its name.
+        preprocessing: the normalisation of images, of the layout or of the backbone.
         info: name, classes, and the channels and stride of each tap.
-        multiple: of which the sides of a picture must be multiples; 1 = it takes every size.
+        multiple: the sides of an image must be multiples of this number; 1 = every size.
         align_corners: bilinear mode of every resize of this network's maps; the task loss and the
             evaluation resize the logits with it.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, name: NetworkName, num_classes: int, backbone_weights: str = "none"):
         super().__init__()
@@ -107,25 +111,26 @@ class SegmentationNetwork(nn.Module):
         )
 
     def forward(self, images: Tensor, taps: Collection[str]) -> Taps:
-        """Return exactly what ``taps`` names (of :data:`kdprof.method.NETWORK_TAPS`).
+        """Return exactly the taps in ``taps`` (of :data:`kdprof.method.NETWORK_TAPS`).
 
         ``images`` are RGB, (N, 3, H, W), uint8 or float in 0..255. Each map is (N, C, h, w) with C
-        and the stride as in :attr:`info`; logits are not resized. No head, and no later stage of a
-        ResNet, is computed that no tap reads (other backbones are run whole).
+        and the stride as in :attr:`info`; logits are not resized. Heads and later stages of a
+        ResNet that no tap needs are not computed (other backbones are run whole).
 
         Raises:
-            ValueError: a tap that no network has.
+            ValueError: a tap does not exist.
         """
         for tap in taps:
             if tap not in NETWORK_TAPS:
                 raise ValueError(unknown("tap", tap, NETWORK_TAPS))
-        pictures = images.flip(1) if self.preprocessing.bgr else images
-        return self.read((pictures - self.mean) / self.std, taps)
+        if self.preprocessing.bgr:
+            images = images.flip(1)
+        return self.read((images - self.mean) / self.std, taps)
 
-    def read(self, pictures: Tensor, taps: Collection[str]) -> Taps:
-        """Return what :meth:`forward` does, of normalised pictures in the network's own order."""
+    def read(self, normalised: Tensor, taps: Collection[str]) -> Taps:
+        """Return the taps like :meth:`forward`, for images that are normalised already."""
         stages = {READ_BY.get(tap, tap) for tap in taps if tap != "classifier"}
-        maps = self.backbone(pictures, stages)
+        maps = self.backbone(normalised, stages)
         found = {tap: maps[tap] for tap in taps if tap in maps}
         if "aux" in taps:
             found["aux"] = self.auxiliary_head(maps["c4"])
@@ -141,10 +146,10 @@ class SegmentationNetwork(nn.Module):
 
     @torch.no_grad()
     def inherit(self, smaller: SegmentationNetwork, *, background: bool) -> None:
-        """Become a network of the same architecture that knows only this one's first classes.
+        """Take the weights of a network of the same architecture that has only the first classes.
 
-        The classes it lacks start as its background, class 0, where it has one (they were part of
-        it until now); else they stay as they are.
+        The weights of the other classes are copied from its background, class 0, if it has one,
+        because these classes were part of it until now. Otherwise they stay as they are.
         """
         theirs = smaller.state_dict()
         for name, mine in self.state_dict().items():
@@ -157,11 +162,11 @@ class SegmentationNetwork(nn.Module):
                 mine[len(known) :] = known[:1]
 
     def check_input(self, batch: int, crop: tuple[int, int], training: bool) -> str | None:
-        """Say in one line what keeps this network from taking such a batch; None if nothing does.
+        """Return in one line why this network cannot take such a batch; None if it can.
 
-        ``batch`` is per device, ``crop`` is (H, W) in pixels. Both heads average the whole picture
-        to one position, and batch norm cannot train on the single value per channel that a batch of
-        one leaves there, however large the crop.
+        ``batch`` is per device, ``crop`` is (H, W) in pixels. Both heads average the whole image to
+        one position, where a batch of one has a single value per channel. Batch norm cannot train
+        on that, whatever the size of the crop.
         """
         position = self.info.stride["head"]
         if min(crop) < position:
@@ -171,12 +176,12 @@ class SegmentationNetwork(nn.Module):
             )
         if any(side % self.multiple for side in crop):
             return (
-                f"{self.info.name} takes pictures whose sides are multiples of "
-                f"{self.multiple}, not {crop[0]}x{crop[1]}; take another size or network"
+                f"{self.info.name} takes images whose sides are multiples of "
+                f"{self.multiple}, not {crop[0]}x{crop[1]}; use another size or network"
             )
         if training and batch == 1:
             return (
-                f"{self.info.name} cannot train on batch 1: its pooling over the whole picture "
-                "leaves batch norm one value per channel; use at least 2 pictures per device"
+                f"{self.info.name} cannot train on batch 1: its pooling over the whole image "
+                "leaves batch norm one value per channel; use at least 2 images per device"
             )
         return None

@@ -1,6 +1,6 @@
-"""Files of weights: what a file holds is read from its content, and every key is accounted for.
+"""Files of weights. The content of a file shows what it is, and no key is ignored silently.
 
-Nothing in a file is ever run: a pickle with anything but tensors and plain values is refused.
+No code in a file is run: a pickle with anything except tensors and plain values is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kdprof.models.network import SegmentationNetwork, width_of
 
 OURS, MMSEG, CIRKD, TORCHVISION, TIMM = "kdprof", "mmsegmentation", "CIRKD", "torchvision", "timm"
 ADAPTED = "the network's own"
-"""Whose names an adapted network's file has."""
+"""The source of an adapted network's file: its keys are the network's own names."""
 AUXILIARY = "auxiliary_head."
 BLOCKS = {
     (2, 2, 2, 2, False): "r18",
@@ -31,7 +31,7 @@ BLOCKS = {
     (3, 4, 6, 3, True): "r50",
     (3, 4, 23, 3, True): "r101",
 }
-"""Blocks per stage and whether they are bottlenecks, by the short name of the ResNet."""
+"""Blocks per stage and whether they are bottlenecks -> the short name of the ResNet."""
 
 _MMSEG = (
     (r"^backbone\.stem\.7\.", "backbone.net.bn1."),
@@ -79,7 +79,7 @@ _PAIRS = (
     (r"^(decode_head\.(?:psp_modules\.\d\.1|image_pool\.1|aspp_modules\.\d|project|bottleneck)|"
      r"auxiliary_head\.convs\.0)\.1\.", r"\1.bn."),
 )  # fmt: skip
-"""A convolution and its batch norm are numbered in CIRKD and torchvision, named in ours."""
+"""CIRKD and torchvision number a convolution and its batch norm, kdprof names them."""
 _RULES = {
     OURS: (),
     MMSEG: _MMSEG,
@@ -91,14 +91,14 @@ _LAYOUT_OF = {MMSEG: "mmseg", CIRKD: "cirkd", TORCHVISION: "torchvision"}
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds, under the names of :class:`SegmentationNetwork`'s state; for an adapted
-    network, under those of its module's.
+    """The weights in a file, with the keys of :class:`SegmentationNetwork`'s state; for an adapted
+    network, with the keys of its module's state.
 
     Attributes:
-        source: whose names the file has.
-        name: of the network; None where the file does not tell (a run of kdprof's own).
-        renamed: by our key, the file's.
-        classes: names in the file's order; None where it does not tell.
+        source: the project whose keys the file has.
+        renamed: the file's key for each key of ``state``.
+        name: the network; None if the file does not say (a checkpoint of kdprof's own).
+        classes: names in the file's order; None if the file does not say.
     """
 
     path: Path
@@ -110,24 +110,23 @@ class Weights:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the decode head tells apart; None of an adapted network."""
-        found = self.state.get("decode_head.conv_seg.weight")
-        return None if self.source == ADAPTED else len(found)
+        """The number of classes of the decode head; None for an adapted network."""
+        return None if self.source == ADAPTED else len(self.state["decode_head.conv_seg.weight"])
 
     @property
     def has_auxiliary(self) -> bool:
-        """Whether an auxiliary head is in it, where the network has one."""
+        """Whether the file has the auxiliary head; True for an adapted network."""
         return self.source == ADAPTED or any(key.startswith(AUXILIARY) for key in self.state)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of every key.
+    """The result of loading a file, key by key.
 
     Attributes:
         matched: keys of the network that were set.
         missing: keys of the network that the file lacks; only of an auxiliary head.
-        left: keys of the file that the network has no place for; only of an auxiliary head.
+        left: keys of the file that the network lacks; only of an auxiliary head.
     """
 
     matched: list[str]
@@ -135,31 +134,31 @@ class Loaded:
     left: list[str]
 
     def summary(self) -> str:
-        """Return it in one line."""
-        told = f"{len(self.matched)} entries loaded"
+        """Return the result in one line."""
+        line = f"{len(self.matched)} entries loaded"
         if self.missing:
-            told += f", the auxiliary head is not in the file ({len(self.missing)} stay random)"
+            line += f", the auxiliary head is not in the file ({len(self.missing)} stay random)"
         if self.left:
-            told += f", the file's auxiliary head is left out ({len(self.left)})"
-        return told
+            line += f", the file's auxiliary head is left out ({len(self.left)})"
+        return line
 
 
 def read_weights(path: Path, *, adapted: bool = False) -> Weights:
     """Read a file of a segmentation network's weights.
 
     Args:
-        adapted: whether they are for an :class:`AdaptedNetwork`, whose entries are never renamed.
+        adapted: whether they are for an :class:`AdaptedNetwork`, whose keys are never renamed.
 
-    Known are mmsegmentation's (``state_dict`` beside ``meta``), CIRKD's bare state dicts, those of
-    torchvision's ``deeplabv3_resnet50/101``, and kdprof's own checkpoints and exports; each as
-    torch writes it or as safetensors.
+    These files can be read, as torch writes them or as safetensors: mmsegmentation's checkpoints
+    (``state_dict`` and ``meta``), CIRKD's bare state dicts, those of torchvision's
+    ``deeplabv3_resnet50/101``, and kdprof's own checkpoints and exports.
 
     Raises:
-        UserError: no such file, one that is damaged or holds anything but tensors and plain
-            values, or that is none of these.
+        UserError: the file does not exist, is damaged, holds anything except tensors and plain
+            values, or is none of these.
     """
-    content, told = _content(path)
-    state, classes = _state_of(content, path), _classes_of(content, told)
+    content, header = _content(path)
+    state, classes = _state_of(content, path), _classes_of(content, header)
     if adapted:
         return Weights(path, ADAPTED, state, {key: key for key in state}, None, classes)
     source = _source_of(state, path)
@@ -167,25 +166,26 @@ def read_weights(path: Path, *, adapted: bool = False) -> Weights:
     ours = {key: state[theirs] for key, theirs in renamed.items()}
     if "decode_head.conv_seg.weight" not in ours:
         raise UserError(
-            f"{path} is {source}'s, but has no classifier of a pspnet or deeplabv3 head; its keys "
-            f"are like {_some(state)}"
+            f"{path} has {source}'s keys, but no classifier of a pspnet or deeplabv3 head; its "
+            f"keys are like {_some(state)}"
         )
-    named = told.get("network")
+    named = header.get("network")
     name = parse_name(named) if named else _name_of(ours, source, content)
     return Weights(path, source, ours, renamed, name, classes)
 
 
 def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> NetworkName | str:
-    """Return the full name of the network that a file holds, if it is the wanted one.
+    """Return the full name of the network in a file, if it is the wanted one.
 
-    Of an adapted network only :func:`load_weights` can tell.
+    The architecture of an adapted network is checked only by :func:`load_weights`.
 
     Args:
-        wanted: a network's name; without a layout, the file's layout and width are taken.
-        classes: of the data, in order.
+        wanted: a network's name; if it has no layout, the file's layout and width are used.
+        classes: the classes of the data, in order.
 
     Raises:
-        UserError: another network, another number of classes, or another order of them.
+        UserError: the file holds another network, another number of classes, or another order of
+            the classes.
     """
     problems = _class_problems(weights, classes)
     if is_adapted(wanted):
@@ -201,32 +201,32 @@ def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> Ne
         )
     if problems:
         raise UserError(*problems)
-    # A file tells neither for sure.
+    # No file states these two for certain.
     aligned = asked.aligned or found.aligned
     return replace(found, aligned=aligned, output_stride=asked.output_stride)
 
 
 def _class_problems(weights: Weights, classes: tuple[str, ...]) -> list[str]:
-    mend = "bring weights that were trained on it"
+    fix = "use weights that were trained on it"
     count = weights.num_classes or len(weights.classes or classes)
     if count != len(classes):
-        return [f"{weights.path} tells {count} classes apart, the data has {len(classes)}; {mend}"]
+        return [f"{weights.path} has {count} classes, the data has {len(classes)}; {fix}"]
     if weights.classes is None or _plain(weights.classes) == _plain(classes):
         return []
     pairs = enumerate(zip(weights.classes, classes, strict=True))
     index, (theirs, ours) = next(p for p in pairs if _plain(p[1][:1]) != _plain(p[1][1:]))
     return [
         f"{weights.path} has its classes in another order: class {index} is '{theirs}' there, "
-        f"'{ours}' in the data; {mend}"
+        f"'{ours}' in the data; {fix}"
     ]
 
 
 def load_weights(network: SegmentationNetwork | AdaptedNetwork, weights: Weights) -> Loaded:
-    """Set a network's state from a file, strictly but for an auxiliary head.
+    """Set a network's state from a file, strictly except for an auxiliary head.
 
     Raises:
-        UserError: an entry of the network is not in the file, the file has one more, or their
-            shapes differ; every problem at once.
+        UserError: an entry of the network is missing in the file, the file has an entry that the
+            network lacks, or shapes differ. It names every problem.
     """
     module = network.module if isinstance(network, AdaptedNetwork) else network
     target, state = module.state_dict(), weights.state
@@ -243,18 +243,18 @@ def load_weights(network: SegmentationNetwork | AdaptedNetwork, weights: Weights
             if target[k].shape != state[k].shape
         ],
     }
-    told = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
-    if told:
-        raise UserError(f"{weights.path} does not fit {network.info.name}: {'; '.join(told)}")
+    listed = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
+    if listed:
+        raise UserError(f"{weights.path} does not fit {network.info.name}: {'; '.join(listed)}")
     module.load_state_dict({**target, **{key: state[key] for key in matched}})
     return Loaded(matched, missing, left)
 
 
-# What is in a file
+# The content of a file
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what a file holds, and what its header tells."""
+    """Return the content of a file, and the text in its header (safetensors only)."""
     if not path.is_file():
         raise UserError(f"no file {path}; give the path of a checkpoint")
     if path.suffix == ".safetensors":
@@ -265,7 +265,7 @@ def _content(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if bad is not None:
             raise UserError(f"{path} is damaged ({bad} does not match its checksum); get it again")
     except zipfile.BadZipFile:
-        pass  # torch's format before 1.6 is no zip; what is truncated is told below
+        pass  # torch's format before 1.6 is no zip; a truncated file fails below
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and end-of-file errors share no narrower base
@@ -284,22 +284,22 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    told = " ".join(str(error).split())
-    if found := re.search(r"GLOBAL ([\w.]+)", told) or re.search(r"global ([\w.]+)", told):
+    reason = " ".join(str(error).split())
+    if found := re.search(r"GLOBAL ([\w.]+)", reason) or re.search(r"global ([\w.]+)", reason):
         return (
             f"{path} holds more than tensors ({found.group(1)}), and kdprof runs no code from "
-            "files; where you trust it, save its state_dict alone again with torch.save"
+            "files; if you trust it, save only its state_dict again with torch.save"
         )
-    if "Weights only" in told or "Unsupported" in told:
+    if "Weights only" in reason or "Unsupported" in reason:
         return (
-            f"{path} holds more than tensors, and kdprof runs no code from files; where you trust "
-            "it, save its state_dict alone again with torch.save"
+            f"{path} holds more than tensors, and kdprof runs no code from files; if you trust "
+            "it, save only its state_dict again with torch.save"
         )
-    return f"{path} is damaged, half downloaded or no checkpoint ({told[:200]}); get it again"
+    return f"{path} is damaged, half downloaded or no checkpoint ({reason[:200]}); get it again"
 
 
 def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the state dict in what a file holds, without the prefix of data-parallel training."""
+    """Return the state dict in a file's content, without the prefix of data-parallel training."""
     found = content
     for keys in (("step", "student"), ("state_dict",), ("model",), ("model_state",)):
         inner: Any = content
@@ -332,17 +332,17 @@ def _source_of(state: Mapping[str, Tensor], path: Path) -> str:
             return source
     if any(re.match(r"(conv1|layer1|stem|blocks|stages|conv_stem)[._]", key) for key in state):
         raise UserError(
-            f"{path} holds a backbone alone ({TIMM}'s names); give it as --backbone-weights, or as "
+            f"{path} holds only a backbone ({TIMM}'s names); give it as --backbone-weights, or as "
             "teacher_backbone_weights in the study"
         )
     raise UserError(
-        f"{path} is no segmentation network's that kdprof knows ({MMSEG}, {CIRKD}, {TORCHVISION} "
+        f"{path} has no segmentation network that kdprof knows ({MMSEG}, {CIRKD}, {TORCHVISION} "
         f"or its own); its keys are like {_some(state)}"
     )
 
 
 def _renamed(state: Mapping[str, Tensor], source: str, path: Path) -> dict[str, str]:
-    """Return the file's keys by ours."""
+    """Return the file's key for each key of kdprof."""
     found: dict[str, str] = {}
     for theirs in state:
         key = theirs
@@ -355,7 +355,7 @@ def _renamed(state: Mapping[str, Tensor], source: str, path: Path) -> dict[str, 
 
 
 def _name_of(state: Mapping[str, Tensor], source: str, content: Any) -> NetworkName | None:
-    """Return which network a state is of, from its keys and shapes."""
+    """Return the network that a state belongs to, from its keys and shapes."""
     if source == OURS:
         return None
     layout = _LAYOUT_OF[source]
@@ -363,7 +363,7 @@ def _name_of(state: Mapping[str, Tensor], source: str, content: Any) -> NetworkN
     short = _resnet(state)
     deep = "backbone.net.conv1.0.weight" in state
     aliases = LAYOUTS[layout] if deep else LAYOUTS["torchvision"]
-    aligned = layout == "mmseg" and _told_aligned(content)
+    aligned = layout == "mmseg" and _says_aligned(content)
     name = NetworkName(head, aliases.get(short, short), layout, aligned=aligned)
     branch = "psp_modules.0.1" if head == "pspnet" else "aspp_modules.0"
     width = len(state["decode_head.bottleneck.conv.weight"])
@@ -378,16 +378,16 @@ def _resnet(state: Mapping[str, Tensor]) -> str:
     return BLOCKS.get((*blocks, bottleneck), f"resnet with {blocks} blocks")
 
 
-def _told_aligned(content: Mapping[str, Any]) -> bool:
-    """Return what the configuration inside mmsegmentation's file says of align_corners."""
+def _says_aligned(content: Mapping[str, Any]) -> bool:
+    """Return align_corners in the configuration inside mmsegmentation's file."""
     meta = content.get("meta")
     config = meta.get("config", meta.get("cfg", "")) if isinstance(meta, Mapping) else ""
     return re.search(r"align_corners['\"]?\s*[=:]\s*True", str(config)) is not None
 
 
-def _classes_of(content: Mapping[str, Any], told: Mapping[str, str]) -> tuple[str, ...] | None:
-    if "classes" in told:
-        return tuple(told["classes"].split("\n"))
+def _classes_of(content: Mapping[str, Any], header: Mapping[str, str]) -> tuple[str, ...] | None:
+    if "classes" in header:
+        return tuple(header["classes"].split("\n"))
     meta = content.get("meta")
     if not isinstance(meta, Mapping):
         return None
@@ -397,7 +397,7 @@ def _classes_of(content: Mapping[str, Any], told: Mapping[str, str]) -> tuple[st
 
 
 def _agrees(asked: NetworkName, found: NetworkName, wanted: str) -> bool:
-    """Return whether a file's network is the one asked for; a short name leaves the layout open."""
+    """Return whether a file's network is the one asked for. A short name fits any layout."""
     if asked.head != found.head or (asked.width and asked.width != found.width):
         return False
     if asked.layout == found.layout:

@@ -1,4 +1,4 @@
-"""Published checkpoints by the digest in their file names, with what was reported of them."""
+"""Published checkpoints by the digest in their file names, with their reported mIoU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MMSEG_SOURCE = "mmsegmentation, configs/{head}/metafile.yaml"
 
 @dataclass(frozen=True)
 class Reported:
-    """What was published of a checkpoint: mIoU in percent, whole images.
+    """The published mIoU of a checkpoint, in percent, on whole images.
 
     Attributes:
-        flipped: at several scales with flipping; None = not published.
+        flipped: mIoU at several scales with flipping; None = not published.
     """
 
     file: str
@@ -53,11 +53,11 @@ _CITYSCAPES = {
     "46040cef": ("deeplabv3_r18b-d8_512x1024_80k", 76.26, 77.88),
     "ec368954": ("deeplabv3_r50b-d8_512x1024_80k", 79.63, 80.98),
 }
-"""mmsegmentation's, Cityscapes val, by the first eight digits of the file's SHA-256."""
+"""mmsegmentation's checkpoints on Cityscapes val, by the first eight digits of the SHA-256."""
 
 
 def reported(path: Path) -> Reported | None:
-    """Return what was published of a file, by its content; None where it is not known."""
+    """Return the published mIoU of a file, by its content; None if it is unknown."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
