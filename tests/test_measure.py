@@ -351,7 +351,7 @@ def test_a_chrome_trace_is_written(capsys, monkeypatch, tmp_path):
         capsys, monkeypatch, "measure", *options, "--memory-timeline", tmp_path / "m.pickle"
     )
     assert code == 2
-    assert "a CPU has none" in err
+    assert "a CPU does not have" in err
 
 
 def test_one_reference_cost_per_folder(capsys, monkeypatch, tmp_path):

@@ -56,7 +56,7 @@ class _ElsewhereError(Exception):
 
 
 def taps(bench: Bench) -> list[str]:
-    """Every declared tap is read, and no other tap is."""
+    """Check that every declared tap is read, and no other tap."""
     method, inputs = bench.method(), bench.draw()
     student, teacher = (_Recorded(bench, who, getattr(inputs, who)) for who in _NETWORKS)
     try:
@@ -142,8 +142,8 @@ def _ignores_labels(bench: Bench, inputs: Inputs) -> bool:
 
 
 def gradient(bench: Bench) -> list[str]:
-    """Terms are finite scalars with weights; their gradient reaches the student and every extra
-    parameter, and nothing of the teacher."""
+    """Check that terms are finite scalars with weights, and that their gradient reaches the student
+    and every extra parameter, but nothing of the teacher."""
     method, inputs = bench.method(), bench.draw()
     parameters = set(trained(method))
     teacher = Taps(**{tap: value.clone() for tap, value in vars(inputs.teacher).items()})
@@ -222,7 +222,7 @@ def _not_finite(outcome: Outcome, when: str = "", fix: str = GUARD) -> list[str]
 
 
 def determinism(bench: Bench) -> list[str]:
-    """With the same seed of torch's generator, every run is the same to the last bit."""
+    """Check that runs with one seed of torch's generator are the same to the last bit."""
     inputs, first = bench.draw(), bench.plain
     if first.seed != RUN_SEED:
         return ["it seeds torch's generator, which only the step may do: remove that"]
@@ -247,7 +247,7 @@ def _differing(one: Outcome, other: Outcome) -> str | None:
 
 
 def resume(bench: Bench) -> list[str]:
-    """A run that is saved after two of four steps and continued elsewhere stays the same run."""
+    """Check that a run saved after two of four steps and continued elsewhere stays the same."""
     _needs_terms(bench)
     straight, resumed = bench.step(), bench.step(seed=2)
     for i in range(STEPS // 2):
@@ -286,7 +286,7 @@ def _differing_state(one: dict[str, Any], other: dict[str, Any], fix: str) -> li
 
 
 def void(bench: Bench) -> list[str]:
-    """If every label is to be ignored, terms and gradients are finite."""
+    """Check that terms and gradients are finite if every label is to be ignored."""
     if "labels" not in bench.cls.taps:
         raise NotApplicable("it reads no labels")
     outcome = bench.run(bench.draw(void=True))
@@ -295,7 +295,7 @@ def void(bench: Bench) -> list[str]:
 
 
 def batch_1(bench: Bench) -> list[str]:
-    """A batch of one image works, unless batch norm or the method itself refuses it."""
+    """Check that a batch of one image works, unless batch norm or the method itself refuses it."""
     try:
         return _of_shape(bench, "one image", images=1)
     except ValueError as error:
@@ -305,7 +305,7 @@ def batch_1(bench: Bench) -> list[str]:
 
 
 def shapes(bench: Bench) -> list[str]:
-    """Grids need not be square or even, and need not divide the crop."""
+    """Check that grids need not be square or even, and need not divide the crop."""
     for h, w in ((4, 11), (13, 5)):
         problems = _of_shape(bench, f"a grid of {h}x{w}", grid=(h, w), ragged=True)
         if problems:
@@ -314,7 +314,7 @@ def shapes(bench: Bench) -> list[str]:
 
 
 def grids(bench: Bench) -> list[str]:
-    """Student and teacher may have grids of different size."""
+    """Check that student and teacher may have grids of different size."""
     _needs_terms(bench)
     if not bench.cls.needs_teacher():
         raise NotApplicable("it reads no teacher")
@@ -340,7 +340,7 @@ def _of_shape(bench: Bench, name: str, **shape: Any) -> list[str]:
 
 
 def bf16(bench: Bench) -> list[str]:
-    """Under bf16 autocast, on bf16 taps, terms are finite and close to those of float32."""
+    """Check that under bf16 autocast, on bf16 taps, terms are finite and close to float32's."""
     _needs_terms(bench)
     half, whole = _rounded(bench.draw())
     exact, rough = bench.run(whole), bench.run(half, bf16=True)
@@ -374,7 +374,7 @@ def _rounded(inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 
 def compiled(bench: Bench) -> list[str]:
-    """torch.compile traces the whole objective, and the traced code computes the same."""
+    """Check that torch.compile traces the whole objective, and that the result is the same."""
     _needs_terms(bench)
     if bench.cls.graph_breaks:
         raise NotApplicable(bench.cls.graph_breaks)
@@ -414,7 +414,7 @@ def _traced_line(error: BaseException) -> str:
 
 
 def synchronisation(bench: Bench) -> list[str]:
-    """Nothing makes the host wait for a GPU, which would then become idle."""
+    """Check that nothing makes the host wait for a GPU, which would then become idle."""
     from kdprof.measure.trace import StepTrace
 
     _needs_terms(bench)
@@ -430,7 +430,7 @@ def synchronisation(bench: Bench) -> list[str]:
 
 
 def ddp(bench: Bench) -> list[str]:
-    """In two processes, wrapped in DistributedDataParallel, extras and state stay equal."""
+    """Check that extras and state stay equal in two processes under DistributedDataParallel."""
     _needs_terms(bench)
     one, other = bench.ranks["0"], bench.ranks["1"]
     unable = one.get("unable") or other.get("unable")
