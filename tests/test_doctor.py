@@ -79,7 +79,7 @@ def test_each_missing_reading_has_its_reason_and_its_cost():
     assert "joules" in rows["energy"].costs
     rows = look(replayed("no_permission"))
     assert "Insufficient Permissions" in rows["other_processes"].found
-    assert "strangers" in rows["other_processes"].costs
+    assert "other processes" in rows["other_processes"].costs
 
 
 def test_a_driver_that_is_not_loaded_takes_one_row():
@@ -149,30 +149,34 @@ def rates(**changes) -> Feeding:
 @pytest.mark.parametrize(
     ("found", "verdict"),
     [
-        (rates(loader=640), "the loader feeds 3.2 x the step"),
+        (rates(loader=640), "the loader delivers 3.2 x what the step uses"),
         (
             rates(loader=640, augmentation=800, on_cpu=True),
-            "the loader feeds 3.2 x the step; on a CPU augmentation adds 25% to it",
+            "the loader delivers 3.2 x what the step uses; on a CPU augmentation adds 25% "
+            "to the step",
         ),
-        (rates(), 'the loader feeds 0.4 x the step; set data_settings.cache = "disk"'),
+        (
+            rates(),
+            'the loader delivers 0.4 x what the step uses; set data_settings.cache = "disk"',
+        ),
         (
             rates(workers=0, step=2000),
-            'the loader feeds 0.04 x the step; set data_settings.cache = "disk" and '
-            "data_settings.workers = 3",
+            "the loader delivers 0.04 x what the step uses; set data_settings.cache = "
+            '"disk" and data_settings.workers = 3',
         ),
         (
             rates(lookup_cached=81),
-            "the loader feeds 0.4 x the step; set data_settings.workers = 3",
+            "the loader delivers 0.4 x what the step uses; set data_settings.workers = 3",
         ),
         (
             rates(lookup=900, cache="disk", step=30_000),
-            "the loader feeds 0.0027 x the step; set data_settings.workers = 16, which is all of "
-            "16 cores and less than needed",
+            "the loader delivers 0.0027 x what the step uses; set "
+            "data_settings.workers = 16, which are all 16 cores and still too few",
         ),
         (
             rates(lookup=900, cache="memory", workers=8, augmentation=150, loader=149),
-            "the loader feeds 0.74 x the step; augmentation alone makes 150 images/s; nothing to "
-            "set",
+            "the loader delivers 0.74 x what the step uses; augmentation alone makes "
+            "150 images/s; no setting helps",
         ),
     ],
 )

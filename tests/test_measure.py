@@ -184,7 +184,9 @@ def test_bad_steps_are_reported_and_spoil_nothing(tmp_path):
 
 def test_what_is_paid_for_nothing_and_what_waits_is_found(tmp_path):
     (cost,) = measured(tmp_path, "Peeks").costs
-    paid = [w for w in cost.warnings if w.startswith("paid but weight 0: term 'idle'")]
+    paid = [
+        w for w in cost.warnings if w.startswith("computed although its weight is 0: term 'idle'")
+    ]
     waits = [w for w in cost.warnings if w.startswith("synchronises the device")]
     assert len(paid) == 1
     (line,) = waits
@@ -293,7 +295,7 @@ def test_steps_of_files(capsys, monkeypatch, tmp_path):
     for step, message in (
         ("mine.py:larg", "did you mean 'large'?"),
         ("mine.py", "write FILE.py:FUNCTION"),
-        ("no.py:x", "there is no file"),
+        ("no.py:x", "no.py does not exist"),
         ("mine.py:empty", "must return a callable"),
     ):
         code, _, err = run_here(capsys, monkeypatch, "measure", "--step", tmp_path / step, *options)
@@ -350,7 +352,7 @@ def test_a_chrome_trace_is_written(capsys, monkeypatch, tmp_path):
         capsys, monkeypatch, "measure", *options, "--memory-timeline", tmp_path / "m.pickle"
     )
     assert code == 2
-    assert "a CPU has none" in err
+    assert "a CPU does not have" in err
 
 
 def test_one_reference_cost_per_folder(capsys, monkeypatch, tmp_path):

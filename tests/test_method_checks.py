@@ -72,7 +72,7 @@ BROKEN = {
     "Undeclared": ("taps", r"student\.head is read but not declared: add 'head' to taps"),
     "UndeclaredOfTeacher": ("taps", r"teacher\.c2 is read but not declared: add .* teacher_taps"),
     "UndeclaredLabels": ("taps", r"labels are read in .*broken\.py:\d+ .* add 'labels' to taps"),
-    "Unread": ("taps", r"tap 'head' is declared but not read.*: take it out of taps"),
+    "Unread": ("taps", r"tap 'head' is declared but not read.*: remove it from taps"),
     "UnreadOfTeacher": ("taps", r"teacher\.head is declared but not read.*in teacher_taps"),
     "UnreadLabels": ("taps", r"labels are declared but change no term"),
     "NoWeight": ("gradient", r"term 'more' has no weight: add it to weights"),
@@ -96,7 +96,7 @@ BROKEN = {
     "OneGrid": ("grids", r"with a coarser student it stops in .*; resize one network's maps"),
     "RoundedAway": ("bf16", r"under bf16 autocast term 'kd' is .* instead of .*float32"),
     "Overflows": ("bf16", r"under bf16 autocast term 'kd' is inf"),
-    "GraphBreak": ("compile", r"torch.compile cannot trace it whole \(.* at broken\.py:\d+\)"),
+    "GraphBreak": ("compile", r"torch.compile cannot trace all of it \(.* at broken\.py:\d+\)"),
     "Traced": ("compile", r"compiled, term 'kd' differs from that of the plain objective"),
     "Waits": ("synchronisation", r"aten\._local_scalar_dense in broken\.py:\d+ in change makes"),
     "Inverts": ("synchronisation", r"aten\._linalg_check_errors in broken\.py:\d+ in change"),
@@ -388,7 +388,7 @@ def test_a_method_that_cannot_be_built_fails_once(users):
 def test_what_is_wrong_first_is_said_once(users):
     """An undeclared tap stops every other check, too."""
     verdicts = by_check(users["Undeclared"])
-    assert verdicts["gradient"].message.startswith("mend what failed above first: AttributeError")
+    assert verdicts["gradient"].message.startswith("fix what failed above first: AttributeError")
     alone = by_check(users["Undeclared"], ["gradient"])["gradient"]
     assert alone.outcome == "failed"
     assert "'head' was read but not declared" in alone.message

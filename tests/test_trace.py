@@ -468,7 +468,7 @@ def test_without_torchs_private_function_the_backward_is_shared_like_the_forward
     assert found["b"].backward_flop == pytest.approx(ratio * found["a"].backward_flop)
     total = sum(term.backward_flop for term in found.values())
     assert total == pytest.approx(trace.matrix_flop()["objective_backward"])
-    assert "shared out like" in trace.note
+    assert "divided like" in trace.note
 
 
 def test_no_terms_without_a_method_that_returns_any():

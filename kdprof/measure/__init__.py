@@ -1,6 +1,7 @@
-"""From a resolved study to Costs: what one step of each method costs on this device.
+"""Measuring: from a resolved study to Costs, which say what each method's step costs here.
 
-Here steps are timed, traced and counted; nothing here trains, converts or writes a results folder.
+Steps are timed, traced and counted here; nothing here trains, converts budgets or writes a results
+folder.
 """
 
 from __future__ import annotations
@@ -30,21 +31,20 @@ def measure(
     files: Files | None = None,
     keep: Callable[[Cost], object] | None = None,
 ) -> Measured:
-    """Measure the step of each named method, each in a process of its own in turn with the
-    reference's.
+    """Measure the step of each named method in a separate process, interleaved with the reference.
 
-    A method whose step fails, or cannot fit into memory, is among the failures and does not keep
-    the others from being measured.
+    A method whose step fails or cannot fit into memory is listed among the failures; the others
+    are still measured.
 
     Args:
-        keep: called with each Cost as soon as it is there.
+        keep: called with each Cost as soon as it is measured.
 
     Raises:
         UserError: no step fits into the device's memory, or an image is damaged.
     """
     measured = Measured(failures=too_large(study, names, progress))
     if study.data_settings.cache == "disk":
-        study.data.decoded("train")  # here, with a bar; the methods' processes find it made
+        study.data.decoded("train")  # here, with a progress bar; the child processes find it
     for name in (name for name in names if name not in measured.failures):
         own = files.of(name) if files and len(names) > 1 else files or Files()
         try:
@@ -76,7 +76,7 @@ def _measure_one(study: ResolvedStudy, name: str, files: Files, on_round: OnRoun
 
 @contextmanager
 def _bar(study: ResolvedStudy, name: str, progress: Progress) -> Iterator[OnRound]:
-    """Show the seconds that a method's rounds take, of those they may take."""
+    """Show how many of its allowed seconds a method's rounds have taken."""
     limit = round(study.measure.max_time_s)
     with progress.task(f"{name} (seconds at most)", limit) as advance:
         began, shown = None, 0

@@ -1,4 +1,4 @@
-"""A process that measures one step, or is another rank of it; see kdprof.measure.isolation."""
+"""The process that measures one step, or is another rank of it; see kdprof.measure.isolation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdprof.measure.user_step import measure_file
 from kdprof.processes import read_request, send
 from kdprof.records import Cost
 
-# kdprof's networks and data are imported where they are used: a user's own step needs neither.
+# kdprof's networks and data are imported where they are used: a user's step needs neither.
 
 
 def _on_round(done: int, width: float | None) -> None:
@@ -23,7 +23,8 @@ def _on_round(done: int, width: float | None) -> None:
 
 def _measure(request: Mapping[str, Any], place: Place) -> Cost:
     if request["kind"] == "method":
-        return _measure_method(**request["arguments"], ranks=_ranks(request, place))
+        ranks = _ranks(request, place) if place.size > 1 else None
+        return _measure_method(**request["arguments"], ranks=ranks)
     return measure_file(**request["arguments"], on_round=_on_round)
 
 
@@ -46,9 +47,7 @@ def _measure_method(
     return cost
 
 
-def _ranks(request: Mapping[str, Any], place: Place) -> Ranks | None:
-    if place.size == 1:
-        return None
+def _ranks(request: Mapping[str, Any], place: Place) -> Ranks:
     return Ranks(place, find_device(request["arguments"]["study"]["device"]).type)
 
 
@@ -63,7 +62,7 @@ def _follow_rank_0(request: Mapping[str, Any], place: Place) -> None:
 
 
 def main() -> None:
-    """Measure what the request asks for and write the result; a rank other than 0 follows."""
+    """Measure what the request asks for and write the result; other ranks follow rank 0."""
     asked = read_request()
     request, rendezvous = asked.content, f"file://{asked.folder / 'rendezvous'}"
     place = Place(asked.rank, request["ranks"], rendezvous)
@@ -72,7 +71,7 @@ def main() -> None:
         return
     try:
         cost = guarded(lambda: _measure(request, place))
-        result = {"cost": cost.model_dump(mode="json", by_alias=True)}
+        result: dict[str, Any] = {"cost": cost.model_dump(mode="json", by_alias=True)}
     except UserError as error:
         result = {"refused": error.problems}
     except Failure as failure:

@@ -1,4 +1,4 @@
-"""A fixed kernel timed between the blocks: it tells what the machine itself did meanwhile."""
+"""A fixed kernel timed between the blocks: it shows changes of the machine's own speed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ REPEATS = 5
 
 
 class CanaryKernel:
-    """A matrix product that no study changes: on a GPU in half precision, because switches for TF32
-    come with a study's precision.
+    """A matrix product that is the same in every study.
 
-    Long enough to feel a clock or a neighbour (about 2 ms), short enough not to matter.
+    On a GPU it runs in half precision, because a study's precision sets the TF32 switches. It takes
+    about 2 ms: long enough to show a change of clock or load, short enough not to disturb.
     """
 
     def __init__(self, device: torch.device, clock: Clock):
@@ -26,12 +26,12 @@ class CanaryKernel:
         self._clock = clock
 
     def warm_up(self) -> None:
-        """Run until its own caches are warm."""
+        """Run until the caches are warm for this kernel."""
         self.seconds()
         self.seconds()
 
     def seconds(self) -> float:
-        """Return the median seconds of a few products, now. Waits for the device."""
+        """Time a few products now and return their median seconds; wait for the device."""
         stamps = [self._clock.stamp()]
         for _ in range(REPEATS):
             torch.mm(self._matrix, self._matrix)

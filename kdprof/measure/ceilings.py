@@ -1,6 +1,6 @@
-"""Ceilings of the device, measured in place: what a phase could reach at best, and what bounds it.
+"""Ceilings of the device, measured here: the best rates a phase could reach, and what bounds it.
 
-Beside them the vendor's published peaks, which model FLOP utilisation is by custom relative to.
+Also the vendor's published peaks: by convention, model FLOP utilisation is relative to them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kdprof.records import Ceilings, PhaseBound
 
 REPEATS = 20
 ENOUGH_S = 0.3
-"""Repeats stop after this time; there are always three."""
+"""Repeats stop after this time, but at least three are made."""
 OVERHEAD_SHARE = 1 / 3
-"""A phase for which the roofline explains less than a third of its time is bound by neither of its
-ceilings: launches, small kernels, waiting."""
+"""If the roofline explains less than this share of a phase's time, neither ceiling bounds the
+phase: launches, small kernels or waiting do."""
 
 _MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 _COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
-"""Larger than any cache, or the copy would measure that."""
+"""Larger than any cache: a smaller copy would measure the cache."""
 
 PUBLISHED_PEAKS: dict[str, dict[str, float]] = {
     # NVIDIA V100 datasheet (2020). No bf16 before Ampere.
@@ -50,20 +50,20 @@ PUBLISHED_PEAKS: dict[str, dict[str, float]] = {
     r"L4": {"fp32": 30.3e12, "bf16": 121e12, "fp16": 121e12},
     r"L40": {"fp32": 90.5e12, "bf16": 181.05e12, "fp16": 181.05e12},
     r"L40S": {"fp32": 91.6e12, "bf16": 362.05e12, "fp16": 362.05e12},
-    # NVIDIA H100 Tensor Core GPU Architecture whitepaper (2023): SXM5 calls itself by its memory.
+    # NVIDIA H100 Tensor Core GPU Architecture whitepaper (2023): SXM5's name has its memory type.
     r"H100 80GB HBM3": {"fp32": 66.9e12, "bf16": 989.4e12, "fp16": 989.4e12},
     r"H100 PCIe": {"fp32": 51.2e12, "bf16": 756e12, "fp16": 756e12},
     # NVIDIA H200 datasheet (2024), the SXM one; halved from the figures with sparsity (1979).
     r"H200$": {"fp32": 67e12, "bf16": 989.5e12, "fp16": 989.5e12},
 }
 """Dense FLOP/s by a pattern of whole words in CUDA's device name and by precision: fp32 without
-tensor cores, bf16 and fp16 on them. A device that is not here has none that we could name."""
+tensor cores, bf16 and fp16 with them. The peak of any other device is not known."""
 
 
 def published_peak(device_name: str, precision: str) -> float | None:
-    """Return the vendor's dense peak in FLOP/s; None where none is known.
+    """Return the vendor's dense peak in FLOP/s; None if it is not known.
 
-    A MIG slice has none: its share of the GPU is not in the table.
+    It is not known for a MIG slice: its share of the GPU is not in the table.
     """
     if "MIG" in device_name:
         return None
@@ -76,14 +76,14 @@ def published_peak(device_name: str, precision: str) -> float | None:
 def measure_ceilings(device: torch.device, precision: str) -> Ceilings:
     """Time a large matrix product and a large copy on the device.
 
-    A ceiling is a maximum, so the best of the repeats counts: whatever disturbs one only adds
-    time. Takes a second and 2 GiB of a GPU's memory, which is given back.
+    A ceiling is a maximum, so the best repeat counts: any disturbance only adds time. It takes a
+    second and 2 GiB of a GPU's memory, which is freed afterwards.
 
     Args:
         precision: fp32 (without TF32), bf16 or fp16.
     """
     clock = clock_of(device)
-    with backends_kept():  # those of the step that is measured may be other people's
+    with backends_kept():  # the measured step may be a user's, with its own switches
         configure_backends(device, precision)
         flop_per_s = _matmul_flop_per_s(device, clock, DTYPES[precision])
         bytes_per_s = _copy_bytes_per_s(device, clock)
@@ -93,8 +93,8 @@ def measure_ceilings(device: torch.device, precision: str) -> Ceilings:
 
 
 def higher(one: Ceilings, other: Ceilings) -> Ceilings:
-    """Return the higher of two readings of each ceiling: what slows a reading down is no limit of
-    the device."""
+    """Return the higher of two readings of each ceiling: a disturbance that slows one reading down
+    is no limit of the device."""
     return Ceilings(
         matmul_flop_per_s=max(one.matmul_flop_per_s, other.matmul_flop_per_s),
         copy_bytes_per_s=max(one.copy_bytes_per_s, other.copy_bytes_per_s),
@@ -110,17 +110,18 @@ def _matmul_flop_per_s(device: torch.device, clock: Clock, dtype: torch.dtype) -
 
 
 def _copy_bytes_per_s(device: torch.device, clock: Clock) -> float:
-    # Ones, not empty: pages that nobody wrote to are all the same one page.
+    # Ones, not empty: pages that were never written all map to one page.
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return 2 * source.numel() / _best_s(clock, lambda: target.copy_(source))
 
 
 def _best_s(clock: Clock, work: Callable[[], object]) -> float:
-    """Return the shortest of several times of ``work``, after one untimed."""
+    """Return the shortest of several timed runs of ``work``, after one untimed run."""
     work()
     clock.synchronize()
-    began, times = clock.now(), []
+    began = clock.now()
+    times: list[float] = []
     while len(times) < 3 or (len(times) < REPEATS and clock.now() - began < ENOUGH_S):
         before = clock.stamp()
         work()
@@ -133,10 +134,10 @@ def _best_s(clock: Clock, work: Callable[[], object]) -> float:
 def phase_bound(
     matrix_flop: float, bytes_moved: float, seconds: float, ceilings: Ceilings
 ) -> PhaseBound:
-    """Return what bounds a phase of this work and these measured seconds, by the roofline.
+    """Return what bounds a phase with this work and these measured seconds, by the roofline.
 
     Raises:
-        ValueError: the phase took no time.
+        ValueError: ``seconds`` is not positive.
     """
     if seconds <= 0:
         raise ValueError(f"a phase of {seconds} s has no bound")

@@ -1,4 +1,4 @@
-"""Clocks: stamps taken while steps are queued, read afterwards. Taking one never synchronises."""
+"""Clocks: time stamps, taken while steps are queued and read later; none synchronises."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, Protocol
 import torch
 
 Stamps = list[tuple[str, Any]]
-"""Stamps with what each one ends; the first ends nothing."""
+"""Stamps, each with the name of what it ends; the first one ends nothing."""
 
 
 class Clock(Protocol):
-    """What steps are timed with."""
+    """A timer of steps on one device."""
 
     name: str
 
     def stamp(self) -> Any:
-        """Return a mark in the device's time."""
+        """Return a time stamp of the device."""
 
     def between(self, before: Any, after: Any) -> float:
-        """Return the seconds between two stamps that the device has passed."""
+        """Return the seconds between two stamps that the device has reached."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that it was given."""
+        """Wait until the device has finished all queued work."""
 
     def now(self) -> float:
         """Return the host's monotonic seconds."""
@@ -67,7 +67,7 @@ class CudaClock:
         return event
 
     def between(self, before: torch.cuda.Event, after: torch.cuda.Event) -> float:
-        """Return the seconds between two events that have happened."""
+        """Return the seconds between two events that the device has reached."""
         return before.elapsed_time(after) / 1e3
 
     def synchronize(self) -> None:
@@ -80,7 +80,7 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """Return the clock that times what runs on a device."""
+    """Return the clock that times work on a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 

@@ -1,6 +1,6 @@
-"""The one builder of Costs: from what a session read of a step, or from what was counted of it.
+"""The only builder of Costs: from a session's readings of a step, or from its counts.
 
-Pure functions of readings: nothing here runs a step or asks a device.
+These are pure functions of readings: nothing here runs a step or queries a device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdprof.hardware.device import versions
 from kdprof.measure.ceilings import phase_bound, published_peak
 from kdprof.measure.latency import COLLECTED
 from kdprof.measure.session import Readings
-from kdprof.measure.traced import Traced, watched_seconds
+from kdprof.measure.traced import Traced, timed_s, watched_seconds
 from kdprof.records import (
     Canary,
     Ceilings,
@@ -40,22 +40,22 @@ PARTS = {
     "backward": ("task_loss", "objective_backward", "student_backward"),
     "auxiliary": ("auxiliary",),
 }
-"""Parts of a step's FLOP, and the phases that do them."""
+"""Parts of a step's FLOP, and the phases that belong to each."""
 LOADER_BOUND = 0.02
-"""An iteration this much longer than its step is bound by the loader."""
+"""An end-to-end iteration that takes this share longer than its step is bound by the loader."""
 COUNTED = "counted, not run (--count-only)"
 CALLABLE = "a callable step is one phase"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a Cost is the Cost of.
+    """What identifies a Cost.
 
     Attributes:
-        method: or the name of a user's step.
-        gpus: devices that make the step together.
+        method: the method's name, or that of a user's step.
+        gpus: devices that run the step together.
         key: hash of everything that changes the cost.
-        settings: what the key is made of.
+        settings: the values that the key is made from.
     """
 
     method: str
@@ -70,8 +70,8 @@ def measured_cost(
     """Return the Cost of a step that was measured.
 
     Args:
-        reference: the method, or step, that it was interleaved with.
-        warnings: what else the reader must know; none of it makes the Cost unreliable.
+        reference: name of the method or step that it was interleaved with.
+        warnings: further warnings, which do not make the Cost unreliable.
     """
     timed = _timed(readings, reference)
     canary = _canary(readings)
@@ -119,14 +119,14 @@ def counted_cost(
     terms: Mapping[str, TermCost],
     modules_flop: dict[str, dict[str, float]] | None,
 ) -> CountedCost:
-    """Return the Cost of a step that was counted and not run; no basis for a budget."""
+    """Return the Cost of a step that was counted, not run; no budget can be converted with it."""
     run_only = (
         "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary", "phases_s",
         "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
     )  # fmt: skip
     unavailable = dict.fromkeys((*run_only, "memory_bytes"), COUNTED)
     if modules_flop is None:
-        unavailable["modules_flop"] = "not asked for (--modules)"
+        unavailable["modules_flop"] = "not requested (--modules)"
     return CountedCost(
         method=identity.method,
         gpus=identity.gpus,
@@ -195,15 +195,16 @@ def _canary(readings: Readings) -> Canary:
 
 
 def _doubts(readings: Readings, canary: Canary) -> list[str]:
-    """Return what the session itself saw that makes its numbers doubtful."""
+    """Return why the session's own readings make the Cost unreliable."""
     own, reference, found = readings.timed.own, readings.timed.reference, []
     if own.unsettled is not None:
-        found.append(f"never settled before it was timed: {own.unsettled}")
+        found.append(f"did not settle before it was timed: {own.unsettled}")
     if reference is not own and reference.unsettled is not None:
-        found.append(f"the reference never settled before it was timed: {reference.unsettled}")
+        found.append(f"the reference did not settle before it was timed: {reference.unsettled}")
     if not canary.steady:
         found.append(
-            f"the machine itself drifted by {canary.drift:.1%} while measuring (a fixed kernel did)"
+            f"the machine's own speed drifted by {canary.drift:.1%} while measuring (seen in a "
+            "fixed kernel)"
         )
     if leaked_bytes := readings.memory.leaked_bytes:
         found.append(f"leaks {leaked_bytes / 2**20:.2g} MiB with every step")
@@ -231,10 +232,10 @@ def _counted(readings: Readings, timed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaled(operations: list[Operation], seconds: Mapping[str, float]) -> list[Operation]:
-    """Share out each phase's seconds over its operators, in proportion to their own."""
+    """Divide each phase's seconds among its operators, in proportion to their own seconds."""
     watched = watched_seconds(operations)
     return [
-        o.model_copy(update={"seconds": o.seconds * seconds[o.phase] / watched[o.phase]})
+        o.model_copy(update={"seconds": timed_s(o.seconds) * seconds[o.phase] / watched[o.phase]})
         for o in operations
         if watched[o.phase] and o.phase in seconds
     ]
@@ -245,8 +246,8 @@ def _scaled_terms(traced: Traced, phases: Mapping[str, float]) -> dict[str, Term
     return {
         name: term.model_copy(
             update={
-                "forward_s": term.forward_s * forward,
-                "backward_s": term.backward_s * backward,
+                "forward_s": timed_s(term.forward_s) * forward,
+                "backward_s": timed_s(term.backward_s) * backward,
             }
         )
         for name, term in traced.terms.items()
@@ -264,7 +265,7 @@ def bytes_moved(operations: Iterable[Operation]) -> float:
 
 
 def flop_of(operations: Sequence[Operation]) -> Flop:
-    """Return the matrix FLOP of a step's operators, by part where they tell the parts."""
+    """Return the matrix FLOP of a step's operators, by part if every operator has a known phase."""
     total = total_flop(operations)
     parts = {
         part: total_flop(o for o in operations if o.phase in phases)
@@ -277,9 +278,9 @@ def flop_of(operations: Sequence[Operation]) -> Flop:
 def hidden_cost(flop: float, reference_flop: float, ratio: float) -> float | None:
     """Return the share of a step's time that its matrix FLOP do not explain.
 
-    Explained is what they would take at the reference's seconds per FLOP: a step of r times the
-    reference's time and f times its FLOP has 1 - f / r hidden. Matching FLOP instead of time would
-    give it 1 / (1 - index) times the time of the reference.
+    The FLOP explain the time that they would take at the reference's seconds per FLOP: of a step
+    with r times the reference's time and f times its FLOP, 1 - f / r is hidden. A budget that
+    matches FLOP instead of time would give it 1 / (1 - index) times the time of the reference.
     """
     if reference_flop == 0:
         return None
@@ -313,15 +314,15 @@ def _loader_warnings(timed: Mapping[str, Any]) -> list[str]:
     if excess <= LOADER_BOUND or whole.low <= step.median:
         return []
     return [
-        f"LOADER-BOUND: an iteration with the loader takes {excess:.0%} longer than its step; "
-        "part of the comparison is about loading data ('kdprof doctor --study' says what to set)"
+        f"LOADER-BOUND: an end-to-end iteration takes {excess:.0%} longer than its step; part of "
+        "the comparison is about loading data ('kdprof doctor --study' says what to set)"
     ]
 
 
 def _trace_warnings(terms: Mapping[str, TermCost] | None, traced: Traced) -> list[str]:
     found = [
-        f"paid but weight 0: term '{name}' takes "
-        f"{1e3 * (term.forward_s + term.backward_s):.3g} ms of every step"
+        f"computed although its weight is 0: term '{name}' takes "
+        f"{1e3 * (timed_s(term.forward_s) + timed_s(term.backward_s)):.3g} ms of every step"
         for name, term in (terms or {}).items()
         if term.weight == 0
     ]
@@ -372,8 +373,8 @@ def _timing(readings: Readings, ratio: Ratio) -> dict[str, Any]:
 
 
 def _seen(during: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the range of every number read while the steps ran, and how often which reason held
-    the clock down."""
+    """Return the range of every number read while the steps ran, and how often each reason
+    throttled the clock."""
     numbers: dict[str, list[float]] = {}
     reasons = Counter(r for reading in during for r in reading.get("throttle_reasons") or ())
     for reading in during:

@@ -1,4 +1,4 @@
-"""What a step does and must hold, counted under FakeTensorMode: no GPU, no memory needed."""
+"""A step's work and least memory, counted under FakeTensorMode: needs neither GPU nor memory."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ from kdprof.records import Flop, Operation, TermCost
 from kdprof.step import TrainStep
 
 REFUSED_BY_FAKES = ("FakeTensor", "tensor subclasses")
-"""Words of torch where code reaches for a tensor's memory: ``.numpy()``, ``.data_ptr()``."""
+"""Words in torch's errors about code that needs real memory: ``.numpy()``, ``.data_ptr()``."""
 
 
 class Uncountable(KdprofError):
-    """A step that fake tensors cannot take; it can be run, and counted then."""
+    """A step cannot run on fake tensors; it is counted when it runs on real ones."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a step does, whatever the device."""
+    """The work of a step, which does not depend on the device."""
 
     operations: list[Operation]
     """Without seconds: nothing ran."""
     terms: dict[str, TermCost]
     synchronisations: list[Synchronisation]
     least_memory_bytes: int
-    """A lower bound: parameters, momentum, teacher, and what backward keeps or the gradients."""
+    """A lower bound: parameters, momentum, teacher, and the larger of the gradients and what is
+    saved for backward."""
 
     @property
     def flop(self) -> Flop:
@@ -53,14 +54,14 @@ class Count:
 
 
 class _Held:
-    """A saved tensor, for as long as the graph keeps it."""
+    """A saved tensor, which lives as long as the graph keeps it."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
 class SavedForBackward:
-    """Adds up what the graphs of a step keep for their backward, parameters left out."""
+    """The bytes that the graphs of a step save for backward, without parameters."""
 
     def __init__(self, step: TrainStep):
         parts = (step.student, step.method)
@@ -70,7 +71,7 @@ class SavedForBackward:
         self.peak_bytes = 0
 
     def pack(self, tensor: Tensor) -> _Held:
-        """Note a tensor that is being saved; views of one storage count once."""
+        """Count a tensor that is being saved; views of one storage count once."""
         held, key = _Held(tensor), storage_key(tensor)
         if key in self._parameters:
             return held
@@ -83,7 +84,7 @@ class SavedForBackward:
         return held
 
     def unpack(self, held: _Held) -> Tensor:
-        """Hand a saved tensor back to the graph."""
+        """Return a saved tensor to the graph."""
         return held.tensor
 
     def _release(self, key: int, size: int) -> None:
@@ -99,16 +100,16 @@ def _is_fused_optimizer(func: Any) -> bool:
 
 
 class _Fakes(FakeTensorMode):
-    """Fake tensors whose fused optimisers cost nothing, too.
+    """A fake-tensor mode that does not run fused optimisers.
 
-    torch has no fake kernel for those, and falls back to running the real one on zeros of the
-    parameters' full size: memory, and seconds. They return nothing that could be missed.
+    torch has no fake kernel for them and would run the real one on zeros of the parameters' full
+    size, which takes memory and seconds. They return nothing, so no result is missing.
     """
 
     def dispatch(
         self, func: Any, types: Any, args: Sequence[object] = (), kwargs: Any = None
     ) -> object:
-        """Answer an operator with fakes."""
+        """Run one operator on fakes."""
         if _is_fused_optimizer(func):
             return None
         return super().dispatch(func, types, args, kwargs or {})
@@ -122,8 +123,8 @@ def fake_tensors() -> FakeTensorMode:
 def count_step(step: TrainStep, mode: FakeTensorMode) -> Count:
     """Count one step of the study's batch and crop.
 
-    ``step`` lies on the CPU; its tensors are replaced by fakes, so it cannot run afterwards.
-    Networks built under ``mode`` are fakes already, which spares their initialisation.
+    ``step`` is on the CPU; its tensors are replaced by fakes, so it cannot run afterwards.
+    Networks built under ``mode`` consist of fakes already, which saves their initialisation.
 
     Raises:
         Uncountable: the method asks for a value or a shape that only real tensors have.
@@ -152,20 +153,20 @@ def _run(step: TrainStep, images: Tensor, labels: Tensor, trace: StepTrace) -> N
     try:
         step(images, labels, 0, trace.mark)
     except Exception as error:
-        asked, where = _asked_of_fakes(error), location_of(error)
-        if asked is None:
+        refused, where = _refused_by_fakes(error), location_of(error)
+        if refused is None:
             raise
         # A boolean index fails deep within torch; the trace saw the operator that the line calls.
-        asked = next((s.operator for s in trace.synchronisations() if s.where == where), asked)
+        refused = next((s.operator for s in trace.synchronisations() if s.where == where), refused)
         raise Uncountable(
-            f"method '{step.method.name}' cannot be counted without running it: {asked} at "
+            f"method '{step.method.name}' cannot be counted without running it: {refused} at "
             f"{where} needs real values; it is counted when it runs"
         ) from error
 
 
-def _asked_of_fakes(error: Exception) -> str | None:
-    """Return what the step asked of a fake tensor that only a real one has; None where the error
-    is another one, which a real step would raise too."""
+def _refused_by_fakes(error: Exception) -> str | None:
+    """Return which operation of the step needs a real tensor; None for any other error, which a
+    real step would raise too."""
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         return operator_of(error.func).name
     if isinstance(error, UnsupportedOperatorException):
@@ -182,13 +183,14 @@ def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
             if value is not None and not isinstance(value, FakeTensor):
                 fake = nn.Parameter(mode.from_tensor(value.detach()), value.requires_grad)
                 part._parameters[name] = fake
-        for name, value in part._buffers.items():
-            if value is not None and not isinstance(value, FakeTensor):
-                part._buffers[name] = mode.from_tensor(value)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):
+                part._buffers[name] = mode.from_tensor(buffer)
 
 
 def _least_bytes(step: TrainStep, saved_bytes: int) -> int:
-    """Return what a step holds at least: gradients come as what backward kept goes."""
+    """Return the least memory of a step: what is saved for backward is freed as gradients appear,
+    so only the larger of the two counts."""
     trained = [*step.student.parameters(), *step.method.parameters()]
     kept = list(step.teacher.parameters()) if step.teacher is not None else []
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731

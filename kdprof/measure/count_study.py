@@ -1,4 +1,4 @@
-"""Steps of a study counted without running them: their work, and whether they can fit."""
+"""Steps of a study, counted without running them: their work, and whether they fit in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kdprof.resolve.factory import Factory
 
 @dataclass
 class Measured:
-    """The Costs of several methods, and those that could not be had."""
+    """The Costs of several methods, and the methods that failed."""
 
     costs: list[Cost] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -41,10 +41,10 @@ def count_costs(
 ) -> Measured:
     """Count each named method's step without running it: no device is needed.
 
-    The Costs have no latency and no memory, with the reason; they are no basis for a budget.
+    The Costs have no latency and no memory, but the reason; no budget can be converted with them.
 
     Args:
-        modules: count the networks' modules with fvcore, too; takes seconds.
+        modules: also count the networks' modules with fvcore, which takes seconds.
     """
     measured = Measured()
     by_module = _modules_of(study) if modules else None
@@ -67,7 +67,7 @@ def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
 
 
 def _counting_factory(study: ResolvedStudy) -> Factory:
-    """Return what makes steps to be counted: with random weights, in this process alone."""
+    """Return a factory of steps that are only counted: random weights, in this process alone."""
     return Factory(study, weights=False, ranks=None)
 
 
@@ -75,14 +75,15 @@ def _counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Count | Failure]]:
     factory = _counting_factory(study)
-    # One of each network for all methods: counting changes neither, and making them takes seconds.
+    # All methods share one teacher and one student: counting changes neither, and building them
+    # takes seconds.
     mode, teacher, student = fake_tensors(), factory.frozen(factory.teacher()), None
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
             step = factory.step(name, teacher, device=torch.device("cpu"), student=student)
             student = step.student
             try:
-                # What a user's method prints belongs beside the records, not among them.
+                # Only records go to standard output; what a user's method prints does not.
                 with redirect_stdout(sys.stderr):
                     made: Count | Failure = count_step(step, mode)
             except (Exception, SystemExit) as error:
@@ -92,12 +93,12 @@ def _counts(
 
 
 def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) -> dict[str, str]:
-    """Return the methods whose steps cannot fit into memory, found before any of them runs.
+    """Return the methods whose steps cannot fit into memory, with the reason, before any runs.
 
-    A step that cannot be counted on fake tensors is let through: it will be seen when it runs.
+    A step that cannot be counted on fake tensors is let through: running it will show.
 
     Raises:
-        UserError: none fits, so that the study's sizes are to blame.
+        UserError: no method's step fits into memory, so the study's sizes are the cause.
     """
     step, free = study.step, available_bytes(study.device)
     if free is None:

@@ -1,4 +1,4 @@
-"""What this machine has, and what each missing thing costs the user."""
+"""What this machine has, and the consequence of each thing that is missing."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from kdprof.measure.memory import available_bytes
 
 PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
 LEAST_SHARED_BYTES = 512 * 2**20
-"""Eight batches of 16 images of 512 x 1024 with labels are 256 MiB; containers often get 64."""
+"""Eight batches of 16 images of 512 x 1024 with labels are 256 MiB; containers often get 64 MiB."""
 LEAST_OPEN_FILES = 1024
 """Loader processes pass each tensor through an open file."""
 FIELD_COSTS = {
-    "sm_clock_mhz": "a wandering clock is not noticed",
+    "sm_clock_mhz": "changes of the clock are not noticed",
     "throttle_reasons": "throttling is not noticed: a throttled measurement counts as reliable",
-    "other_processes": "strangers on the GPU are not noticed",
+    "other_processes": "other processes on the GPU are not noticed",
     "power_w": "the energy of a step has no cross-check",
     "cpu_busy_s": "other processes' work is not noticed",
     "own_cpu_s": "other processes' work is not noticed",
 }
-"""What a reading is for. Those that are not here are recorded only."""
+"""What is lost without a reading. Readings that are not listed here are only recorded."""
 RECORDED_ONLY = "missing from the record"
 NOT_SHOWN = {"time_s", "other_process_count", "memory_available_bytes", "unavailable"}
 COUNTERS = {"cpu_busy_s", "own_cpu_s"}
-"""Not shown: the hour, what another row tells; and counters, unless they are missing."""
+"""Not shown: the time, and what another row shows; counters are shown only if missing."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for. ``costs`` says what its absence takes away; empty where it is there."""
+    """One thing that was looked for. ``costs`` is the consequence if it is missing, else empty."""
 
     what: str
     found: str
@@ -47,11 +47,11 @@ class Finding:
 
 
 def findings(device: torch.device, hardware: Hardware) -> list[Finding]:
-    """Look at this machine.
+    """Return what this machine has and lacks.
 
     Args:
-        device: the one that ``--device auto`` means.
-        hardware: of that device.
+        device: the one that ``--device auto`` selects.
+        hardware: the hardware of that device.
     """
     packages = {**versions(), **{name: installed_version(name) for name in PACKAGES}}
     return [
@@ -78,11 +78,12 @@ def _gpu(device: torch.device) -> Finding:
         count = torch.cuda.device_count()
         return Finding("GPU", f"compute capability {major}.{minor}, {count} in this machine")
     reason = "torch is built without CUDA" if torch.version.cuda is None else "no driver or no GPU"
-    return Finding("GPU", f"none: {reason}", "times are a CPU's; methods may rank otherwise on one")
+    cost = "times are a CPU's; methods may rank differently on a GPU"
+    return Finding("GPU", f"none: {reason}", cost)
 
 
 def _readings(state: dict[str, Any]) -> list[Finding]:
-    """Return one row for each reading; one for all where not a single one could be had."""
+    """Return one row for each reading, or a single row if no reading is available."""
     reasons = state.get("unavailable", {})
     shown = [
         name
@@ -90,7 +91,7 @@ def _readings(state: dict[str, Any]) -> list[Finding]:
         if name not in NOT_SHOWN and (value is None or name not in COUNTERS)
     ]
     if all(name in reasons for name in shown):
-        cost = "throttling, clocks, strangers and energy are not seen"
+        cost = "throttling, clocks, other processes and energy are not noticed"
         return [Finding("state of the device", f"none: {reasons[shown[0]]}", cost)]
     return [
         Finding(name, f"none: {reasons[name]}", FIELD_COSTS.get(name, RECORDED_ONLY))
@@ -131,7 +132,7 @@ def _allocator(device: torch.device) -> Finding:
 def _process_peak() -> Finding:
     if os.access("/proc/self/clear_refs", os.W_OK):
         return Finding("peak of the process", "can be reset for each phase")
-    cost = "no memory of a step on a CPU"
+    cost = "the memory of a step on a CPU is not measured"
     return Finding("peak of the process", "cannot be reset on this system", cost)
 
 
@@ -143,11 +144,11 @@ def _free_memory(device: torch.device) -> Finding:
 
 
 def _shared_memory(folder: Path) -> Finding:
-    """Look at what loader processes hand their batches over in."""
+    """Check the shared memory through which loader processes pass their batches."""
     if not folder.exists():
         return Finding(str(folder), "not on this system")
     free = shutil.disk_usage(folder).free
-    cost = "loader processes may die; data_settings.workers = 0, or docker run --shm-size=2g"
+    cost = "loader processes may die; set data_settings.workers = 0 or docker run --shm-size=2g"
     found = f"{free / 2**20:.0f} MiB free"
     return Finding(str(folder), found, cost if free < LEAST_SHARED_BYTES else "")
 
@@ -163,8 +164,8 @@ def _open_files() -> Finding:
 def _resume(device: torch.device) -> Finding:
     if device.type == "cpu":
         return Finding("resumed training", "the same as an uninterrupted one")
-    cost = "a resumed run is another of the same distribution, not the same numbers"
-    return Finding("resumed training", "differs by rounding: CUDA adds in any order", cost)
+    cost = "a resumed run has the same distribution, but not the same numbers"
+    return Finding("resumed training", "differs by rounding: CUDA adds in varying order", cost)
 
 
 def _compiler() -> Finding:
@@ -178,6 +179,6 @@ def _compiler() -> Finding:
 
 
 def findings_here() -> list[Finding]:
-    """Look at this machine and at the device that ``--device auto`` means."""
+    """Return the findings for this machine and the device that ``--device auto`` selects."""
     device = find_device("auto")
     return findings(device, hardware_of(device))

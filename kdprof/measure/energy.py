@@ -1,4 +1,4 @@
-"""Energy of a step, by the device's own counter over a window that is long for that counter."""
+"""Energy of a step, by the device's own counter, over many periods of that counter."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from kdprof.hardware.base import EnergyMeter
 from kdprof.records import Energy
 
 IDLE_SETTLE_S = 1.0
-"""Since Ampere NVML's power is the mean of the last second, which shall hold no step."""
+"""Since Ampere, NVML's power is the mean of the last second, in which no step may run."""
 IDLE_S = 0.5
 POLL_S = 0.001
 LOADED_S = 1.0
-"""Steps before the window: as long as NVML's mean of power reaches back."""
+"""How long steps run before the window: as long as NVML's mean of power reaches back."""
 CHANGES = 5
-"""Changes of the counter that its period is taken from."""
+"""Changes of the counter from which its period is estimated."""
 CHANGES_MOST_S = 5.0
-"""How long changes are waited for."""
+"""The longest wait for changes of the counter."""
 WINDOW_PERIODS = 10
 WINDOW_LEAST_S = 0.5
 SAMPLE_S = 0.02
-"""Between two samples of power, unless one step takes longer."""
+"""Time between two samples of power, unless one step takes longer."""
 
 Change = tuple[float, float]
 """When a change of the counter was seen, and the joules it then showed."""
@@ -39,7 +39,7 @@ class EnergyReading(NamedTuple):
 
 
 class _NoReadingError(Exception):
-    """The counter cannot be read any more, or cannot be right."""
+    """The counter can no longer be read, or its values cannot be right."""
 
 
 class _Steps:
@@ -62,7 +62,7 @@ class _Steps:
 
 
 class _Counter:
-    """A meter read against a clock."""
+    """An energy meter that is read together with a clock."""
 
     def __init__(self, meter: EnergyMeter, clock: Callable[[], float]):
         self.meter, self.clock = meter, clock
@@ -76,8 +76,8 @@ class _Counter:
     def changes(
         self, between: Callable[[], None], count: int, least_s: float = 0.0, most_s: float = 0.0
     ) -> list[Change]:
-        """Return the counter's changes while ``between`` is done again and again: for at least
-        ``least_s``, then until there are ``count`` or ``most_s`` have passed."""
+        """Call ``between`` repeatedly and return the counter's changes: for at least ``least_s``,
+        then until there are ``count`` changes or ``most_s`` has passed."""
         began, last = self.clock(), self.read_j()
         found: list[Change] = []
         while (passed := self.clock() - began) < least_s or (
@@ -107,15 +107,15 @@ def measure_energy(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EnergyReading:
-    """Return the joules of one step, what the device draws at rest included.
+    """Return the joules of one step, including what the device draws when idle.
 
-    The window begins and ends at a change of the counter, both seen the same way after a finished
-    step, so that what the counter lags behind cancels.
+    The window begins and ends at a change of the counter, both seen in the same way after a
+    finished step, so that the counter's delay cancels.
 
     Args:
-        run_steps: queues so many steps.
+        run_steps: queues the given number of steps.
         synchronize: waits until they are done.
-        clock, sleep: monotonic seconds and a pause in seconds.
+        clock, sleep: return monotonic seconds, and pause for the given seconds.
     """
     if meter.reason is not None:
         return EnergyReading(None, None, meter.reason)
@@ -136,7 +136,7 @@ def _measure(
     began = counter.clock()
     loaded = counter.changes(steps.one, CHANGES, least_s=LOADED_S, most_s=CHANGES_MOST_S)
     step_s = (counter.clock() - began) / steps.done
-    # A step longer than the counter's period hides it; at rest the counter may move less often.
+    # A step longer than the counter's period hides it; an idle counter may move less often.
     periods = [period for period in (_period_s(idle), _period_s(loaded)) if period is not None]
     if not periods:
         raise _NoReadingError("the energy counter moves too rarely to be measured with")
@@ -162,8 +162,8 @@ def _window(
     """Run steps from one change of the counter to the first one after ``window_s``.
 
     Returns:
-        Both changes, the steps between them, and power in watts with the moments it was read, all
-        while steps ran.
+        Both changes, the number of steps between them, and the samples of power in watts with
+        their times, all taken while steps ran.
     """
     chunk = max(1, round(SAMPLE_S / step_s))
     first = counter.next_change(steps.one)
@@ -179,7 +179,7 @@ def _window(
 
 
 def _period_s(changes: list[Change]) -> float | None:
-    """Return the usual time between changes; None where fewer than two were seen."""
+    """Return the median time between changes; None if there are fewer than two."""
     gaps = [late - early for (early, _), (late, _) in pairwise(changes)]
     return statistics.median(gaps) if gaps else None
 
@@ -193,11 +193,12 @@ def _power_w(changes: list[Change]) -> float | None:
 
 
 def _sampled_w(samples: list[tuple[float, float | None]]) -> float | None:
-    """Return the mean power by the trapezoidal rule; None where a sample is missing."""
-    if any(watts is None for _, watts in samples):
+    """Return the mean power by the trapezoidal rule; None if a sample is missing."""
+    read = [(moment, watts) for moment, watts in samples if watts is not None]
+    if len(read) < len(samples):
         return None
-    span_s = samples[-1][0] - samples[0][0]
+    span_s = read[-1][0] - read[0][0]
     if not span_s:
-        return samples[0][1]
-    areas = ((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(samples))
+        return read[0][1]
+    areas = ((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(read))
     return sum(areas) / span_s

@@ -1,4 +1,4 @@
-"""Whether the loader keeps up with the step: how fast each part of the input is on this machine."""
+"""How fast each part of the input pipeline is here, and whether the loader keeps up with a step."""
 
 from __future__ import annotations
 
@@ -33,51 +33,52 @@ SAMPLE = 32
 """Images that the trial cache is made of."""
 TIMED_STEPS = 5
 ENOUGH = 1.1
-"""A loader that is this many times as fast as the step keeps up with it in spite of hiccups."""
+"""A loader that is this many times as fast as the step keeps up with it despite short delays."""
 WORTH_CACHING = 1.5
-"""How much faster reading from a cache must be than decoding to be recommended."""
+"""A cache is recommended if reading from it is this many times as fast as decoding."""
 ENDLESS = 1 << 40
-"""More batches than are asked for."""
+"""More batches than are ever taken."""
 
 
 @dataclass(frozen=True)
 class Feeding:
-    """Images per second of every part of the input, and of the step that it feeds."""
+    """Images per second of every part of the input pipeline, and of the step that uses them."""
 
     decoding: float
-    """Of one core."""
+    """Decoding files, on one core."""
     reading: float
-    """A cache from its disk, checked, with all cores."""
+    """Reading a cache from its disk and verifying it, with all cores."""
     lookup: float
-    """What one loader process makes with this study's cache setting."""
+    """One loader process, with this study's cache setting."""
     lookup_cached: float
-    """The same with a cache that is in memory already."""
+    """The same, with a cache that is in memory already."""
     augmentation: float
     """On the step's device."""
     loader: float
-    """All of it together, as in training."""
+    """The whole pipeline, as in training."""
     step: float
-    """Of the reference method, the one that is hardest to feed."""
+    """The reference's step, which needs the most images per second of all methods."""
     cache: str
     workers: int
-    """The study's settings."""
+    """Loader processes; this and ``cache`` are the study's settings."""
     cores: int
     on_cpu: bool
-    """Whether augmentation shares the processor with the step, instead of hiding behind it."""
+    """True if augmentation shares the processor with the step instead of overlapping with it."""
 
     @property
     def times_the_step(self) -> float:
-        """How many times the images that the step takes are delivered."""
+        """Images that the loader delivers for each image that the step uses."""
         return self.loader / self.step
 
     def verdict(self) -> str:
-        """Return whether the loader keeps up, and what to set where it does not."""
-        told = f"the loader feeds {self.times_the_step:.2g} x the step"
+        """Return whether the loader keeps up, and what to set if it does not."""
+        text = f"the loader delivers {self.times_the_step:.2g} x what the step uses"
         if self.on_cpu:
-            told += f"; on a CPU augmentation adds {self.step / self.augmentation:.0%} to it"
-        return told if self.times_the_step >= ENOUGH else f"{told}; {self._mend()}"
+            share = self.step / self.augmentation
+            text += f"; on a CPU augmentation adds {share:.0%} to the step"
+        return text if self.times_the_step >= ENOUGH else f"{text}; {self._fix()}"
 
-    def _mend(self) -> str:
+    def _fix(self) -> str:
         needed = ENOUGH * self.step
         caching = self.cache == "none" and self.lookup_cached > WORTH_CACHING * self.lookup
         workers = max(1, math.ceil(needed / (self.lookup_cached if caching else self.lookup)))
@@ -85,18 +86,18 @@ class Feeding:
         if workers > self.workers:
             found.append(f"data_settings.workers = {min(workers, self.cores)}")
         if not found:
-            return f"augmentation alone makes {self.augmentation:.4g} images/s; nothing to set"
-        less = f", which is all of {self.cores} cores and less than needed"
+            return f"augmentation alone makes {self.augmentation:.4g} images/s; no setting helps"
+        less = f", which are all {self.cores} cores and still too few"
         return "set " + " and ".join(found) + (less if workers > self.cores else "")
 
 
 def measure_study_feeding(
     source: str | None, overrides: Mapping[str, Any], progress: Progress
 ) -> Feeding:
-    """Measure the input of a study that a preset or file, with ``overrides``, describes.
+    """Measure the input pipeline of a study, given as a preset or file with ``overrides``.
 
     Raises:
-        UserError: what is wrong with the study, or see :func:`measure_feeding`.
+        UserError: the study is not valid, or see :func:`measure_feeding`.
     """
     return measure_feeding(
         ResolvedStudy(load_study(source, overrides), progress=progress), progress
@@ -104,18 +105,20 @@ def measure_study_feeding(
 
 
 def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
-    """Measure a study's input on this machine; takes some seconds, and twice a cache of 32 images.
+    """Measure a study's input pipeline on this machine.
+
+    It takes some seconds, and the space of a cache of 32 images on disk and in memory.
 
     Raises:
-        UserError: files that cannot be used, a cache folder that cannot be written, or a step that
-            several GPUs share.
+        UserError: the data set's files cannot be used, the cache folder cannot be written, or
+            several GPUs share the step.
     """
     require_files(study.plain.data)
     step = study.step
     if step.gpus > 1:
         raise UserError(
-            f"the input is measured with one GPU, this step is shared by {step.gpus}; add --set "
-            f"step.gpus=1 --set step.batch={step.share} for the share of one"
+            f"the input is measured with one GPU, but {step.gpus} share this step; add --set "
+            f"step.gpus=1 --set step.batch={step.share} to measure the share of one"
         )
     raw, settings = study.data.files["train"], study.data_settings
     batches = study.factory.batches(seed=0)
@@ -148,7 +151,7 @@ def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:
 
 
 def _per_second(work: Callable[[int], Any], wait: Callable[[], None] = lambda: None) -> float:
-    """Return how often ``work`` of 0, 1, ... is done per second, after one untimed turn."""
+    """Return how many calls of ``work`` with 0, 1, ... finish per second, after an untimed one."""
     work(0)
     wait()
     began, turns = time.perf_counter(), 0
@@ -160,7 +163,7 @@ def _per_second(work: Callable[[int], Any], wait: Callable[[], None] = lambda: N
 
 
 class _Sample(DataOnDisk):
-    """A few images of a data set, from all over it."""
+    """A few images of a data set, evenly spaced over it."""
 
     def __init__(self, data: DataOnDisk):
         super().__init__(data.name, data.split, data.classes)
@@ -184,7 +187,7 @@ class _Sample(DataOnDisk):
 
 
 def _trial_cache(sample: _Sample, study: ResolvedStudy, batches: Batches) -> tuple[float, float]:
-    """Return the images per second of a cache's file, and of lookups in what was read."""
+    """Return the images per second of reading a cache file, and of lookups in what was read."""
     with writing(study.data.cache_folder()):
         study.data.cache_folder().mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=study.data.cache_folder())
@@ -201,7 +204,7 @@ def _trial_cache(sample: _Sample, study: ResolvedStudy, batches: Batches) -> tup
 
 
 def _forget(path: Path) -> None:
-    """Have the system read a file from its disk again, where it can."""
+    """Drop a file from the page cache, if the system can, so that it is read from disk again."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -215,7 +218,7 @@ def _augmentation(study: ResolvedStudy, batches: Batches) -> float:
 
 
 def _loader(study: ResolvedStudy, batches: Batches) -> float:
-    """Return the images per second of the training's feeder, with nothing to feed.
+    """Return the images per second of training's feeder alone, without a step.
 
     Loader processes begin with a full queue, which is drained first, and deliver in bunches.
     """

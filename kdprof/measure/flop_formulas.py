@@ -1,7 +1,7 @@
 """FLOP formulas: the kind and the arithmetic of every torch operator that is counted.
 
-Everything follows from shapes, so that fake tensors tell as much as real ones. The table here is
-the one that docs/measuring.md prints. 1 multiply-add = 2 FLOP.
+Everything follows from shapes, so fake tensors give the same counts as real ones. docs/measuring.md
+prints the table of this module. 1 multiply-add = 2 FLOP.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def convolution_flop(
     """Return the FLOP of a convolution: 2 per multiply-add.
 
     ``w_shape`` is (out, in / groups, *kernel), or (in, out / groups, *kernel) when transposed: the
-    weight already holds the division by groups.
+    weight's shape already includes the division by groups.
     """
     positions = math.prod(x_shape[2:] if transposed else out_shape[2:])
     return 2 * x_shape[0] * positions * math.prod(w_shape)
@@ -43,10 +43,10 @@ def _backward_flop(
     transposed: bool, output_padding: Any, groups: int, output_mask: Any,
     *rest: Any, out_shape: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """Each gradient asked for (input, weight) costs as much as the forward.
+    """Return the FLOP of a convolution's backward: as the forward for each requested gradient.
 
-    torch's own formula leaves ``groups`` out of the weight gradient: a depthwise convolution then
-    counts as many times too much as it has channels.
+    The gradients are those of input and weight. torch's own formula ignores ``groups`` in the
+    weight gradient, which overcounts a depthwise convolution by a factor of its channels.
     """
     return convolution_flop(x, w, grad, groups, transposed) * sum(map(bool, output_mask[:2]))
 
@@ -56,7 +56,7 @@ CONVOLUTION_FORMULAS = {
     aten._convolution: _forward_flop,
     aten.convolution_backward: _backward_flop,
 }
-"""Over shapes, as FlopCounterMode's ``custom_mapping`` takes them."""
+"""Formulas over shapes, as FlopCounterMode's ``custom_mapping`` takes them."""
 _CONVOLUTIONS = {packet: shape_wrapper(formula) for packet, formula in CONVOLUTION_FORMULAS.items()}
 
 
@@ -72,7 +72,7 @@ class OperatorCall(NamedTuple):
         return next(tensors_in(self.args))
 
     def made(self) -> int:
-        """Return the elements of the outputs, or of the first argument where there is none."""
+        """Return the elements of the outputs, or of the first argument if there is no output."""
         made = list(tensors_in(self.out)) or tensors_in(self.args[:1])
         return sum(t.numel() for t in made)
 
@@ -103,12 +103,12 @@ def _per_input(multiple: float) -> Formula:
 
 
 def _per_row_of_products(multiple: float) -> Formula:
-    """``multiple`` per output element and per component of the vectors compared for it."""
+    """Return the formula of ``multiple`` per output element and component of its vectors."""
     return lambda call: multiple * call.made() * call.first().shape[-1]
 
 
 def _per_window(call: OperatorCall) -> float:
-    """One per element of the pooling window of each output (or output gradient)."""
+    """Return one FLOP per element of the pooling window of each output."""
     outputs = next(tensors_in(call.out)).numel()
     kernel = call.args[1]
     dims = call.args[0].dim() - 2
@@ -121,23 +121,26 @@ def _per_window_backward(call: OperatorCall) -> float:
 
 
 def per_source(call: OperatorCall) -> float:
-    """One per element of the largest tensor that goes into the target."""
+    """Return the elements of the largest tensor that goes into the target."""
     return max((t.numel() for t in tensors_in(call.args[1:])), default=0)
 
 
 def _per_accumulated(call: OperatorCall) -> float:
-    """Assigning is no arithmetic, adding up is."""
+    """Return one FLOP per accumulated element; assigning is no arithmetic."""
     accumulates = any(call.args[3:4]) or call.kwargs.get("accumulate", False)
     return per_source(call) if accumulates else 0
 
 
 def per_target(call: OperatorCall) -> float:
-    """One per label (the negative log-likelihood's)."""
+    """Return the number of labels (of the negative log-likelihood)."""
     return call.args[1].numel()
 
 
 def _normalise(training: float, inference: float, always: bool | None = None) -> Formula:
-    """Multiples per input element; the operator's own flag says which, unless ``always`` does."""
+    """Return the formula of ``training`` or ``inference`` FLOP per input element.
+
+    The operator's own flag selects one of them, unless ``always`` does.
+    """
 
     def formula(call: OperatorCall) -> float:
         flags = [a for a in call.args if isinstance(a, bool)]
@@ -148,7 +151,7 @@ def _normalise(training: float, inference: float, always: bool | None = None) ->
 
 
 def _sgd(call: OperatorCall) -> float:
-    """Step; momentum's and weight decay's multiply-add where they are not zero."""
+    """Return the FLOP of one multiply-add for the step, and for momentum and decay if not zero."""
     extras = sum(call.kwargs.get(key, 0) != 0 for key in ("momentum", "weight_decay"))
     return 2 * (1 + extras) * sum(t.numel() for t in tensors_in(call.args[0]))
 
@@ -261,6 +264,6 @@ TABLE: dict[str, tuple[OperationKind, Formula]] = {
 
 
 def matrix_formula(packet: Any) -> Callable[..., int] | None:
-    """Return the matrix FLOP of an operator over its arguments and ``out_val``; None where it does
-    no matrix work that is known."""
+    """Return the function of an operator's arguments and ``out_val`` that gives its matrix FLOP;
+    None if the operator has no known matrix work."""
     return _CONVOLUTIONS.get(packet) or flop_registry.get(packet)

@@ -1,4 +1,4 @@
-"""One process per method: a crash, a leak or a full memory costs one method, not the others."""
+"""One process per method: a crash, a leak or full memory affects one method, not the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from kdprof.records import Cost
 
 
 class Failure(KdprofError):
-    """A step that could not be measured, with the reason, and the Costs of those that could."""
+    """A step could not be measured; the message is the reason.
+
+    Attributes:
+        costs: of the steps that could be measured.
+    """
 
     def __init__(self, message: str, costs: dict[str, Cost] | None = None):
         super().__init__(message)
@@ -27,21 +31,21 @@ class Failure(KdprofError):
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    """What a child is asked to measure."""
+    """A request to child processes to measure one step."""
 
     kind: str
-    """``method`` of a study, or ``step`` that a file makes."""
+    """``method``: one of a study; ``step``: one that a file makes."""
     arguments: dict[str, Any]
-    """What to measure, JSON-able."""
+    """What to measure, JSON-serialisable."""
     ranks: int = 1
-    """Processes that make the step together."""
+    """Processes that run the step together."""
 
 
 def run_isolated(request: MeasureRequest, on_round: OnRound) -> Cost:
     """Measure in a separate process.
 
     Raises:
-        Failure: the step raised, is no step, or its process died.
+        Failure: the step raised an error, its loss is not finite, or its process died.
         UserError: a cause that every method of the study shares, such as a damaged image.
     """
     with request_folder(asdict(request)) as folder, ExitStack() as running:
@@ -65,14 +69,14 @@ def run_isolated(request: MeasureRequest, on_round: OnRound) -> Cost:
 
 
 def _end_together(other: Child, child: Child) -> None:
-    """Stop the child when another of its ranks dies: it would wait for that one for long."""
+    """Stop the child when another rank of its step dies: it would wait for it for a long time."""
     if other.wait():
         child.stop()
 
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Leave on SIGTERM as on Ctrl-C, so that no child is left behind on the device."""
+    """Handle SIGTERM like Ctrl-C, so that no child process stays on the device."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -85,10 +89,10 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def guarded(measure: Callable[[], Cost]) -> Cost:
-    """Measure in this process and turn whatever goes wrong with the step into a Failure.
+    """Measure in this process and turn any error of the step into a Failure.
 
     Raises:
-        Failure: the step raised or is no step.
+        Failure: the step raised an error, or its loss is not finite.
         UserError: a cause that every method of the study shares, such as a damaged image.
     """
     try:

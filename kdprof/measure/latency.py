@@ -1,7 +1,7 @@
 """Step and end-to-end latency of several steps, in interleaved rounds of random order.
 
-Drift of the machine (clocks, neighbours, temperature) hits every step of a round alike, so ratios
-are formed round by round.
+Drift of the machine (clocks, load, temperature) affects every step of a round alike, so ratios are
+formed round by round.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ WARMUP_MOST_S = 60.0
 SETTLED = 0.03
 """Warm-up ends when the median of a window of steps is within 3 % of the window's before."""
 CHECK_GROWTH = 1.2
-"""The interval is looked at again after this many times more rounds: a stop that is tested at
-every round would pick the luckiest of them."""
+"""The interval is checked again when the rounds have grown by this factor: a check after every
+round would stop at the luckiest of them."""
 LOOKS_IN_A_ROW = 2
-"""An interval must be found narrow enough this often: once may be luck."""
+"""The interval must be narrow enough in this many checks in a row: once may be luck."""
 COLLECTED = "off inside blocks, run between rounds"
-"""What is done about Python's garbage collector."""
+"""How Python's garbage collector is handled, as records state it."""
 
 OnRound = Callable[[int, float | None], None]
 """Called after each round with the rounds done and the relative width of the widest interval, None
@@ -48,7 +48,7 @@ def ignore_round(done: int, width: float | None) -> None:
 
 @dataclass
 class Block:
-    """Steps of one subject queued one after the other."""
+    """Steps of one subject that were queued one after the other."""
 
     step_s: list[float]
     phases_s: list[dict[str, float]]
@@ -61,16 +61,16 @@ class Block:
 
 @dataclass
 class Samples:
-    """What was timed of one subject, one entry per round."""
+    """Timings of one subject, one entry per round."""
 
     blocks: list[Block] = field(default_factory=list)
     end_to_end_s: list[float] = field(default_factory=list)
-    """Seconds per iteration with the loader; empty where there is no loader."""
+    """Seconds per end-to-end iteration; empty if there is no loader."""
     waited_s: list[float] = field(default_factory=list)
     """The part of these spent waiting for batches."""
     warmup_steps: int = 0
     unsettled: str | None = None
-    """Why the latency had not settled before it was timed; None where it had."""
+    """Why the latency had not settled before it was timed; None if it had."""
 
     @property
     def rounds(self) -> list[list[float]]:
@@ -87,7 +87,7 @@ class Samples:
         return {name: latency_s * statistics.fmean(s[name] for s in shares) for name in shares[0]}
 
     def outliers(self, hardware: Hardware) -> list[Outlier]:
-        """Return the samples far above the others, each with its cause where one was seen."""
+        """Return the samples far above the others, each with its cause if one was seen."""
         found = [
             Outlier(
                 of="step",
@@ -113,7 +113,7 @@ class Samples:
         ]
 
     def _cause_of_iteration(self, number: int) -> str:
-        """A data stall is when most of what an iteration took too long was spent waiting."""
+        """Return ``data stall`` if most of the iteration's excess time was spent waiting."""
         excess = self.end_to_end_s[number] - statistics.median(self.end_to_end_s)
         waited = self.waited_s[number] - statistics.median(self.waited_s)
         return "data stall" if waited > excess / 2 else "unknown"
@@ -127,7 +127,7 @@ def _cause(block: Block, hardware: Hardware) -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """Samples of the compared subjects, taken in turn."""
+    """Interleaved samples of the compared subjects."""
 
     samples: list[Samples]
     """In the order of the subjects."""
@@ -163,8 +163,8 @@ class Stopwatch:
         return stamps
 
     def warm_up(self) -> None:
-        """Step until the latency and the allocator have settled, or the limits say that they will
-        not, and check the result."""
+        """Step until latency and allocator have settled or a limit is reached, then check the
+        result."""
         times: list[float] = []
         reserved: list[int] = []
         began = self.clock.now()
@@ -184,16 +184,16 @@ class Stopwatch:
         return self.clock.between(stamps[0][1], stamps[-1][1])
 
     def time_block(self, count: int) -> None:
-        """Time ``count`` steps after one untimed step that brings caches back to this subject.
+        """Time ``count`` steps after one untimed step that warms the caches for this subject.
 
         The steps are queued without waiting in between, as in training: on a GPU the host runs
-        ahead and its launches are hidden.
+        ahead, which hides its launches.
         """
         self._queue()
         before = self.hardware.during()
         with collector_off() as runs:
             steps = [self._queue() for _ in range(count)]
-            # Before the wait: a GPU is read while it works, not when it has fallen idle.
+            # Before the wait: a GPU must be read while it works, not when it is idle.
             after = self.hardware.during()
             self.clock.synchronize()
         self.subject.check(self._result)
@@ -212,7 +212,7 @@ class Stopwatch:
         return phase_seconds(self.clock, stamps, phases) if phases else {}
 
     def time_end_to_end(self, count: int, first: int) -> None:
-        """Time a block of iterations with the loader, where there is one."""
+        """Time a block of end-to-end iterations, if the subject has a loader."""
         found = self.subject.run_end_to_end(count, first)
         if found is not None:
             self.samples.end_to_end_s.append(found.seconds)
@@ -220,12 +220,12 @@ class Stopwatch:
 
 
 def _reserved_bytes() -> int:
-    """Return what the CUDA allocator holds; 0 where there is none, which never grows."""
+    """Return the bytes that the CUDA allocator holds; always 0 without CUDA."""
     return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
 
 
 def _unsettled(times: Sequence[float], reserved: Sequence[int]) -> str | None:
-    """Return what still changes from step to step, None once nothing does."""
+    """Return what still changes from step to step; None if nothing does."""
     if len(times) < 2 * WARMUP_WINDOW:
         return f"only {len(times)} warm-up steps fitted into {WARMUP_MOST_S:.0f} s"
     last = statistics.median(times[-WARMUP_WINDOW:])
@@ -239,8 +239,8 @@ def _unsettled(times: Sequence[float], reserved: Sequence[int]) -> str | None:
 
 @contextmanager
 def collector_off() -> Iterator[list[int]]:
-    """Keep Python's garbage collector from running on its own; yields the generations of the
-    runs that happened all the same, because the step asked for them."""
+    """Switch Python's automatic garbage collection off; yield a list that collects the generation
+    of every run that the step itself starts."""
     runs: list[int] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
@@ -269,9 +269,9 @@ def time_interleaved(
 ) -> Session:
     """Warm every subject up, then time interleaved rounds in random order.
 
-    The last subject is the reference. Rounds go on until each ratio's 95 % interval (of a single
+    The last subject is the reference. Rounds continue until each ratio's 95 % interval (of a single
     subject: its latency's) is narrower than ``settings.precision_target``, or
-    ``settings.max_time_s`` is up.
+    ``settings.max_time_s`` has passed.
 
     Raises:
         BadStep: a loss is not finite.
@@ -289,7 +289,7 @@ def time_interleaved(
         for watch in order:
             watch.time_block(settings.steps)
             watch.time_end_to_end(settings.steps, done * settings.steps)
-        gc.collect(0)  # what the blocks left, not all that torch ever made
+        gc.collect(0)  # what the blocks left, not every object of torch
         done += 1
         width = _widest(watches) if done >= look else None
         if width is not None:
@@ -302,7 +302,7 @@ def time_interleaved(
 
 
 def _widest(watches: Sequence[Stopwatch]) -> float:
-    """Return the relative width of the widest interval there is to narrow."""
+    """Return the relative width of the widest interval that rounds are to narrow."""
     *compared, reference = [watch.samples.rounds for watch in watches]
     if not compared:
         return relative_width(median_interval(reference))

@@ -1,5 +1,5 @@
 """Peak memory of a step, phase by phase: the CUDA allocator's, or the process's resident set on a
-CPU. Taken with nothing but this step resident."""
+CPU. It is read while only this step is resident."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from kdprof.measure.subject import Subject
 from kdprof.records import Memory
 from kdprof.step import ignore_phase
 
-NO_ALLOCATOR = "the CPU has no caching allocator to ask; see memory_bytes.process"
+NO_ALLOCATOR = "the CPU has no caching allocator; see memory_bytes.process"
 NO_RESET = "this system cannot reset a process's peak memory"
 SETTLING_STEPS = 2
 """Steps before the peaks are read: cuDNN's search for kernels and the optimiser's first allocation
 are not part of a step."""
 LEAK_STEPS = 6
 LEAST_LEAK_BYTES = {"cuda": 1, "cpu": 2**18}
-"""Growth per step that counts: the CUDA allocator is exact, a resident set is not."""
+"""Least growth per step that is a leak: the CUDA allocator is exact, a resident set is not."""
 
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """What one step needs, and whether it gives it back."""
+    """The memory that one step needs, and whether it frees it."""
 
     memory: Memory
     unavailable: dict[str, str]
     leaked_bytes: int
-    """Kept by every further step, on average; 0 where memory is given back."""
+    """Kept by every further step, on average; 0 if the step frees its memory."""
 
 
 class _Peaks(NamedTuple):
-    """Bytes by phase, and what every step kept."""
+    """Bytes by phase, and the bytes that every step kept."""
 
     phases: dict[str, int]
     reserved: dict[str, int]
@@ -46,7 +46,7 @@ class _Peaks(NamedTuple):
 
 
 class _CudaPeaks:
-    """The allocator's peaks. Host-side counters: reading them waits for nothing."""
+    """The allocator's peaks. They are counters on the host: reading them does not synchronise."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -65,7 +65,7 @@ class _CudaPeaks:
 
 
 class _ResidentPeaks:
-    """The kernel's book of the process's resident set (Linux)."""
+    """The process's resident set, as the Linux kernel reports it."""
 
     def reset(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -74,7 +74,7 @@ class _ResidentPeaks:
         return _status_bytes("VmHWM")
 
     def reserved_bytes(self) -> int:
-        return 0  # nothing is reserved without an allocator of our own
+        return 0  # a CPU has no caching allocator that could reserve
 
     def held_bytes(self) -> int:
         return _status_bytes("VmRSS")
@@ -111,7 +111,7 @@ def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> M
 
 def _cuda_reading(subject: Subject, device: torch.device, hardware: Hardware) -> MemoryReading:
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()  # the workspaces that cuDNN's search left behind
+    torch.cuda.empty_cache()  # workspaces left from cuDNN's search
     torch.cuda.reset_peak_memory_stats(device)
     peaks = _peaks_by_phase(subject, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"])
     torch.cuda.synchronize(device)
@@ -148,7 +148,7 @@ def _peaks_by_phase(
             mark("step")
         subject.check(result)
         del result
-        gc.collect()  # cycles are freed in their own time; they are no leak
+        gc.collect()  # reference cycles are freed late, but are no leak
         held.append(peaks.held_bytes())
     grown = [after - before for before, after in itertools.pairwise(held)]
     leaks = min(grown) >= least_leak
@@ -171,7 +171,7 @@ def _status_bytes(key: str) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return how much memory a step can still take on the device; None where nobody can say."""
+    """Return how much memory a step can still take on the device; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -181,7 +181,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _page_cache_bytes() -> int:
-    """Return what the kernel would give back from its page cache."""
+    """Return the bytes that the kernel could free from its page cache."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("Cached:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Forward matrix FLOP of a network by module, counted by fvcore: code that shares nothing with the
+"""Forward matrix FLOP of a network by module, counted by fvcore, which shares no code with the
 step's own count."""
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def modules_flop(
     """Return the matrix FLOP of one forward of a batch, by module name; 1 multiply-add = 2 FLOP.
 
     fvcore traces with torch.jit, which takes no fake tensors: one image really runs, in evaluation
-    mode, and its count is multiplied by ``batch``, because no layer mixes images. That costs
-    seconds for a large network; its weights, statistics and mode stay as they were.
+    mode, and its count is multiplied by ``batch``, because no layer mixes images. That takes
+    seconds for a large network; its weights, statistics and mode do not change.
 
     Args:
         network: with real parameters, called with images and the taps to compute.
         crop: (H, W) in pixels.
-        depth: how many names deep: 1 is ``backbone``, 2 also ``decode_head.bottleneck``.
-        taps: the maps that are computed: logits, and aux for a student, which trains with it.
+        depth: of module names: 1 is ``backbone``, 2 also ``decode_head.bottleneck``.
+        taps: the maps to compute: logits, and aux for a student, which trains with it.
 
     Modules without matrix products are left out; ``total`` is the whole network.
     """

@@ -1,6 +1,6 @@
 """What one call of a torch operator does: its kind, FLOP, the bytes it moves, whether it waits.
 
-Everything follows from shapes, so that fake tensors tell as much as real ones.
+Everything follows from shapes, so fake tensors give the same results as real ones.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def stored_elements(tensor: Tensor) -> int:
-    """Return the elements of memory that a tensor stands for: an expanded dimension (stride 0) is
-    stored once, and overlapping windows no more often than their storage has elements."""
+    """Return how many elements a tensor has in memory: an expanded dimension (stride 0) is stored
+    once, and overlapping windows have no more elements than their storage."""
     elements = tensor.numel()
     if elements == 0 or tensor.layout != torch.strided or tensor.is_contiguous():
         return elements
@@ -57,13 +57,13 @@ _FREE = _names(
     "sym_storage_offset set_data _efficientzerotensor _has_compatible_shallow_copy_type "
     "_assert_async _assert_tensor_metadata is_contiguous size stride numel dim"
 )
-"""Launch nothing and move nothing; views are recognised by their schema."""
+"""Operators that launch no kernel and move no bytes; views are recognised by their schema."""
 
 _OVERWRITTEN = _names(
     "copy_ fill_ zero_ bernoulli_ uniform_ normal_ random_ exponential_ geometric_ log_normal_ "
     "cauchy_ _foreach_copy_ _foreach_zero_"
 )
-"""In-place operators that never look at what they replace."""
+"""In-place operators that do not read the values that they replace."""
 
 _FIRST_FOR_SHAPE = _names(
     "zeros_like ones_like full_like rand_like randn_like randint_like new_zeros new_ones new_full"
@@ -73,7 +73,7 @@ _SECOND_FOR_SHAPE = _names(
     "_adaptive_avg_pool2d_backward adaptive_max_pool2d_backward nll_loss_backward "
     "nll_loss2d_backward"
 )
-"""Operators whose first or second argument gives a shape: its values are not read."""
+"""Operators whose first or second argument only gives a shape: its values are not read."""
 
 _SELECTS_OF_SOURCE = _names("index _unsafe_index index_select gather take embedding masked_select")
 _UPDATES_IN_PLACE = _names(
@@ -84,7 +84,8 @@ _LABELLED = {"nll_loss_forward", "nll_loss2d_forward"}
 
 
 def _touched(name: str) -> Formula | None:
-    """Return how many elements of its first argument an operator that picks some touches."""
+    """Return the formula of how many elements of its first argument an operator touches; None for
+    an operator that does not select elements."""
     if name in _SELECTS_OF_SOURCE:
         return OperatorCall.made
     if name in _UPDATES_IN_PLACE:
@@ -105,8 +106,8 @@ def _on_device(value: Any) -> bool:
 
 
 def _mask_waits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """A boolean mask becomes a list of positions, whose length the host must know. Only assigning
-    one host scalar under one mask is a masked fill, which need not."""
+    """Return whether indexing waits: a boolean mask becomes a list of positions, whose length the
+    host must know. Assigning one host scalar under one mask is a masked fill, which does not."""
     given = [index for index in args[1] if index is not None]
     masks = [index for index in given if index.dtype in (torch.bool, torch.uint8)]
     if not masks:
@@ -117,7 +118,7 @@ def _mask_waits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _transfer_waits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """A blocking copy between host and device."""
+    """Return whether a call is a blocking copy between host and device."""
     if kwargs.get("non_blocking") or any(args[2:3]):
         return False
     if len(args) > 1:
@@ -127,8 +128,8 @@ def _transfer_waits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _waits(func: Any, name: str) -> Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None:
-    """Return what decides whether a call makes the host wait for a CUDA device; None: it never
-    does."""
+    """Return the function that decides whether a call makes the host wait for a CUDA device; None
+    if no call does."""
     if name in _MASKED:
         return _mask_waits
     if name in _TRANSFERS:
@@ -142,7 +143,7 @@ def _waits(func: Any, name: str) -> Callable[[tuple[Any, ...], Mapping[str, Any]
 
 
 class Work(NamedTuple):
-    """What one call does. FLOP and bytes; ``other_flop`` None: no formula knows."""
+    """The FLOP and bytes of one call; ``other_flop`` is None if there is no formula for it."""
 
     matrix_flop: float
     other_flop: float | None
@@ -152,30 +153,30 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operator:
-    """All that is known of an operator before it is called."""
+    """What is known of an operator before it is called."""
 
     name: str
     """``aten.convolution``."""
     kind: OperationKind | None
-    """None: a view, an allocation or a question; no operation at all."""
+    """None for a view, an allocation or a query of metadata, which are no operations."""
     composite: bool = False
-    """Made of other operators, which are what is to be watched."""
+    """True if it consists of other operators, which are traced in its place."""
     matrix: Callable[..., int] | None = None
     other: Formula | None = None
     unread: frozenset[int | str] = frozenset()
     written: frozenset[int | str] = frozenset()
-    """Arguments, by position or keyword."""
+    """Arguments that are not read, or are written, by position or keyword."""
     makes: bool = True
-    """Whether the result is new memory and not an argument handed back."""
+    """True if the result is new memory and not one of the arguments."""
     mask: int | None = None
-    """Where the argument is that says which results are wanted; fakes deliver them all."""
+    """Position of the argument that selects the results; fake tensors give all of them."""
     touched: Formula | None = None
     waits: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
     transfers: bool = False
-    """Copies, perhaps from one device to another."""
+    """True if it copies, possibly from one device to another."""
 
     def work(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Work:
-        """Return what a call with these arguments and this result did."""
+        """Return the work of a call with these arguments and this result."""
         call = OperatorCall(args, kwargs, out)
         read, written = self._bytes(call)
         matrix = 0 if self.matrix is None else self.matrix(*args, **kwargs, out_val=out)
@@ -202,13 +203,14 @@ class Operator:
         return [made for made, wanted in zip(call.out, call.args[self.mask], strict=True) if wanted]
 
     def _leaves_gradients(self, call: OperatorCall) -> bool:
-        """A fused optimiser writes gradients back only where it unscales them."""
+        """Return whether gradients stay as they are: a fused optimiser writes them only if it
+        unscales them."""
         return self.name.startswith("aten._fused_") and call.kwargs.get("grad_scale") is None
 
 
 @functools.cache
 def operator_of(func: Any) -> Operator:
-    """Return what is known of an operator (an OpOverload, or torch's higher-order ones)."""
+    """Return what is known of an operator (an OpOverload or a higher-order operator)."""
     if not isinstance(func, torch._ops.OpOverload):
         return Operator(str(func), "uncounted")
     name = f"{func.namespace}.{func._opname}"
@@ -247,9 +249,11 @@ def _is_free(func: Any) -> bool:
 
 
 def _is_composite(func: Any) -> bool:
-    """Say whether torch's own kernel calls other operators. It mostly has done so before a mode
-    sees anything; not in inference mode. (``func.decompose`` would also take decompositions that
-    exist for compilers and that no eager step runs.)"""
+    """Return whether torch's own kernel calls other operators.
+
+    Except in inference mode, it has usually called them before a dispatch mode sees any operator.
+    (``func.decompose`` would also use decompositions for compilers, which no eager step runs.)
+    """
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
@@ -258,7 +262,7 @@ def _is_written(argument: Any) -> bool:
 
 
 def _classified(func: Any, name: str) -> tuple[OperationKind, Formula | None]:
-    """Return kind and arithmetic: by the table, else by torch's tags, else by family."""
+    """Return kind and arithmetic: by the table, else by torch's tags, else by the name's prefix."""
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     binary = func._overloadname == "other"
     if base in TABLE and not (binary and base in ("max", "min")):

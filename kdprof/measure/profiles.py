@@ -1,4 +1,4 @@
-"""Files for other people's viewers: a Chrome trace, and the CUDA allocator's history."""
+"""Files for external viewers: a Chrome trace, and the CUDA allocator's history."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdprof.store import replace_durably, slug
 
 @dataclass(frozen=True)
 class Files:
-    """What else a session writes, where it was asked for."""
+    """Files that a session also writes; None for those that were not requested."""
 
     trace: Path | None = None
     """A Chrome trace of two steps."""
@@ -25,42 +25,43 @@ class Files:
     """The CUDA allocator's history of two steps, for torch's viewer."""
 
     def to_json(self) -> dict[str, str]:
-        """Return the files that were asked for."""
+        """Return the requested files, JSON-serialisable."""
         return {key: str(path) for key, path in vars(self).items() if path is not None}
 
     @classmethod
     def from_json(cls, files: Mapping[str, str]) -> Files:
-        """Return what :meth:`to_json` was made of."""
+        """Return the Files that :meth:`to_json` describes."""
         return cls(**{key: Path(path) for key, path in files.items()})
 
     def of(self, name: str) -> Files:
-        """Return the files of one of several steps: its name is put in."""
+        """Return the files of one of several steps, with its name in theirs."""
         return Files(
             *(path and path.with_stem(f"{path.stem}.{slug(name)}") for path in vars(self).values())
         )
 
 
 def check_files(files: Files, device: torch.device) -> None:
-    """Refuse files that cannot be made on this device.
+    """Refuse files that cannot be written for this device.
 
     Raises:
-        UserError: a CUDA allocator's history on a CPU, or a folder that does not exist.
+        UserError: the CUDA allocator's history is requested on a CPU, or a folder does not exist.
     """
     problems = [
-        f"no folder {path.parent} for {path.name}; make it first"
+        f"the folder {path.parent} for {path.name} does not exist; create it first"
         for path in vars(files).values()
         if isinstance(path, Path) and not path.parent.is_dir()
     ]
     if files.memory_timeline is not None and device.type != "cuda":
         problems.append(
-            "--memory-timeline is the CUDA allocator's history; a CPU has none, leave it out"
+            "--memory-timeline writes the CUDA allocator's history, which a CPU does not have; "
+            "leave it out"
         )
     if problems:
         raise UserError(*problems)
 
 
 def write_files(subject: Subject, files: Files) -> None:
-    """Write what was asked for, after the timing: profilers slow down what runs after them."""
+    """Write the requested files. Call it after the timing: profilers slow down later steps."""
     for path, write in ((files.trace, _write_trace), (files.memory_timeline, _write_timeline)):
         if path is not None:
             unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,6 +1,6 @@
-"""One measuring session: everything read of one step, in one process, next to the reference.
+"""One measuring session: all readings of one step, in one process, together with the reference.
 
-First the step alone, so that memory, energy and the operators' times are its own; then the
+The step first runs alone, so that memory, energy and the operators' times are its own; then the
 reference is built as well, and both are timed in interleaved rounds.
 """
 
@@ -32,15 +32,15 @@ TRACED_STEPS = 3
 
 @dataclass(frozen=True)
 class Readings:
-    """Everything that a session read of one step.
+    """All readings of one step in a session.
 
     Attributes:
         device: the hardware's name.
         clock: the timer's name.
-        memory, traced, energy: with nothing else resident.
-        reference: the operators of the reference's step, or of this one where it is that.
-        before, during, after: what the hardware said around and between the timed blocks.
-        distrust: why the hardware's state makes the times doubtful.
+        memory, traced, energy: read with nothing else resident.
+        reference: the operators of the reference's step, which may be this step.
+        before, during, after: states of the hardware around and between the timed blocks.
+        distrust: why the hardware's state makes the Cost unreliable.
     """
 
     device: str
@@ -74,8 +74,8 @@ def run_session(
     """Measure one step.
 
     Args:
-        build_reference: makes the reference's step; None for the reference itself.
-        precision: which ceilings the step is compared with; those of fp32 where it is None.
+        build_reference: builds the reference's step; None if ``subject`` is the reference.
+        precision: of the ceilings that the step is compared with; None = fp32.
 
     Raises:
         BadStep: a loss is not finite.
@@ -93,7 +93,7 @@ def run_session(
     subjects = [subject] if build_reference is None else [subject, build_reference()]
     reference = trace_steps(subjects[-1], device, 1).operations
     canary = CanaryKernel(device, clock)
-    gc.collect()  # what the passes above left
+    gc.collect()  # what the readings above left
     timed = time_interleaved(
         subjects, settings, clock=clock, canary=canary, hardware=hardware, on_round=on_round
     )

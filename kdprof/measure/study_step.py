@@ -20,11 +20,11 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.key import cost_key, cost_settings
 from kdprof.step import PHASES, Mark
 
-PLACEHOLDERS = "random images stood for the data set's files: loading them is not in these times"
+PLACEHOLDERS = "placeholder images replaced the data set's files: loading is not in these times"
 
 
 class StudySubject:
-    """A TrainStep of a study, with its resident batch and the loader that feeds it in training."""
+    """A TrainStep of a study, with its resident batch and the loader that it has in training."""
 
     phases = PHASES
 
@@ -45,25 +45,25 @@ class StudySubject:
         """Refuse losses that are not finite.
 
         Raises:
-            BadStep: names the terms.
+            BadStep: a term is not finite; the message names the terms.
         """
         values = {name: value.item() for name, value in result.items()}
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if wrong:
-            told = ", ".join(f"{name} = {value}" for name, value in wrong.items())
+            terms = ", ".join(f"{name} = {value}" for name, value in wrong.items())
             raise BadStep(
-                f"the loss is not finite after {self._iteration} steps ({told}); lower "
+                f"the loss is not finite after {self._iteration} steps ({terms}); lower "
                 "step.learning_rate, or look for a division by zero in the method"
             )
 
     def run_end_to_end(self, count: int, first: int) -> EndToEnd:
-        """Run iterations with the real loader in steady state, as one block.
+        """Run end-to-end iterations in steady state, as one block.
 
-        Loader processes have a full queue when the block begins; it is drained untimed. They
-        deliver in bunches, so the block is whole bunches long, and the stream goes on past its
-        end, or they would stop working inside it. The block is timed in the device's time from
-        step to step, without waiting in between: loading, copying, augmentation and computing
-        overlap, as in training, whose feed this is.
+        Loader processes begin with a full queue, which is drained untimed. They deliver in bunches
+        of one batch each, so the block is a whole number of bunches, and the stream continues past
+        its end: otherwise processes would stop working inside the block. The block is timed in the
+        device's time from step to step, without waiting in between: loading, copying, augmentation
+        and computation overlap, as they do in training.
         """
         workers = self._feed.batches.workers
         queued = PREFETCHED * workers
@@ -93,7 +93,7 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, on_round: OnRoun
     factory = study.factory
     batches = factory.batches(seed=0)
     resident = batches.batch(0, study.device)
-    # The reference reads no teacher: only a method that does may have one in its memory.
+    # The reference reads no teacher. One is built only for a method that does: it takes memory.
     reads_teacher = study.methods[name].cls.needs_teacher()
     teacher = factory.frozen(factory.placed_teacher()) if reads_teacher else None
     step = factory.step(name, teacher)
@@ -117,7 +117,7 @@ def measure_here(study: ResolvedStudy, name: str, files: Files, on_round: OnRoun
 
 
 def identity_of(study: ResolvedStudy, name: str) -> Identity:
-    """Return what the Cost of a method of a study is the Cost of."""
+    """Return what identifies the Cost of a study's method."""
     return Identity(
         method=name,
         gpus=study.step.gpus,

@@ -1,4 +1,4 @@
-"""What is timed: a step that can be repeated, with or without a loader behind it."""
+"""The interface of what is timed: a step that can be repeated, with or without a loader."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kdprof.step import Mark, TrainStep
 
 
 class BadStep(KdprofError):
-    """A step that runs but cannot be trained with: its loss is not finite."""
+    """A step runs, but its loss is not finite, so that it cannot train."""
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """Iterations with the real loader."""
+    """Timing of end-to-end iterations."""
 
     seconds: float
     """Per iteration."""
@@ -26,17 +26,27 @@ class EndToEnd:
 class Subject(Protocol):
     """A step that can be repeated."""
 
-    name: str
-    phases: tuple[str, ...]
-    """What it marks while it runs; empty where it marks nothing."""
-    traced: TrainStep | None
-    """The step whose phases and terms a trace can tell apart; None where it is one phase."""
+    @property
+    def name(self) -> str:
+        """What records call it."""
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that it marks while it runs; empty if it marks none."""
+
+    @property
+    def traced(self) -> TrainStep | None:
+        """The step whose phases and terms a trace can separate; None if it is a single phase."""
 
     def run(self, mark: Mark) -> Any:
         """Queue one step; ``mark`` is called at the end of each phase."""
 
     def check(self, result: Any) -> None:
-        """Refuse what :meth:`run` returned where it is no result; waits for the device."""
+        """Refuse a result of :meth:`run` that is not finite; wait for the device.
+
+        Raises:
+            BadStep: the result is not finite.
+        """
 
     def run_end_to_end(self, count: int, first: int) -> EndToEnd | None:
-        """Run about ``count`` iterations with the loader; None where there is none."""
+        """Run about ``count`` end-to-end iterations; return None if there is no loader."""

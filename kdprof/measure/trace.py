@@ -1,6 +1,6 @@
 """StepTrace: what every operator of one step does, which loss term needs it, and where it waits.
 
-The trace only watches: the step it sees is the step that trains, on real tensors or fake ones.
+A trace only observes: the traced step is the step that trains, on real tensors or fake ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ from kdprof.records import Operation, OperationKind, TermCost
 from kdprof.step import PHASES, TrainStep
 
 WHOLE = "step"
-"""The only phase of a step that marks none."""
+"""The only phase of a step that marks no phases."""
 FORWARD, BACKWARD = "objective", "objective_backward"
-"""The phases that are shared out among the terms."""
+"""The phases whose work is divided among the terms."""
 NO_NODES = (
-    "this torch does not tell which backward node runs: the terms' backward is shared out like "
+    "this torch does not report which backward node runs: the terms' backward is divided like "
     "their forward"
 )
 
@@ -64,7 +64,7 @@ class Synchronisation:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One call of an operator. FLOP, bytes; ``took`` in seconds or as a pair of CUDA events."""
+    """One call of an operator: FLOP, bytes; ``took`` in seconds or as a pair of CUDA events."""
 
     name: str
     kind: OperationKind
@@ -75,19 +75,19 @@ class _Call:
     took: float | Events | None
     reads: frozenset[int] = frozenset()
     writes: frozenset[int] = frozenset()
-    """Storages, where the data flow is followed."""
+    """Storages; empty unless the data flow is followed."""
     terms: tuple[str, ...] = ()
 
     def seconds(self) -> float:
-        """Return what it took; 0 where nothing was timed."""
+        """Return the seconds that it took; 0 if it was not timed."""
         if isinstance(self.took, tuple):
             return self.took[0].elapsed_time(self.took[1]) / 1e3
         return self.took or 0.0
 
 
 class _Flow:
-    """Numbers storages. An operator's new output gets a fresh number even where the allocator
-    hands out an old address; views and in-place writes keep theirs."""
+    """The numbers of storages. A new output gets a fresh number even if the allocator reuses an
+    address; views and in-place writes keep the number of their storage."""
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
@@ -105,7 +105,7 @@ class _Flow:
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Return the storages that a call read and wrote."""
         given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
-        # A constant enters the graph by this operator: its address may be an old one too.
+        # This operator brings a constant into the graph: its address may be reused, too.
         known = set() if operator.name == "aten.lift_fresh" else {storage_key(t) for t in given}
         reads = frozenset(self.number(t) for t in given)
         made = list(tensors_in(out))
@@ -118,7 +118,7 @@ class _Flow:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Return what identifies a tensor's storage while it lives; fakes have no address."""
+    """Return a key of a tensor's storage, unique while it lives; fakes have no address."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a sparse tensor has none
@@ -148,23 +148,23 @@ def _untimed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
 
 
 class StepTrace(TorchDispatchMode):
-    """Watches one step: ``with StepTrace(step) as trace: step(images, labels, i, trace.mark)``.
+    """Traces one step: ``with StepTrace(step) as trace: step(images, labels, i, trace.mark)``.
 
     Args:
-        step: a TrainStep; any other callable is one phase, :data:`WHOLE`, without terms.
+        step: a TrainStep; any other callable (or None) is one phase, :data:`WHOLE`, without terms.
         timed: time every operator, with the host's clock or, on ``device`` CUDA, with events that
             are read after the step.
-        device: where the step runs; a TrainStep's own, else the CPU.
+        device: where the step runs; if not given, a TrainStep's own device or else the CPU.
 
-    Views, allocations and questions about shapes launch nothing and move nothing: they are no
-    operations. Operators that torch composes of others are watched as those.
+    Views, allocations and shape queries launch no kernel and move no bytes, so they are no
+    operations. Operators that torch composes of others are traced as those others.
     """
 
     supports_higher_order_operators = True
 
     def __init__(
         self,
-        step: Callable[..., Any],
+        step: Callable[..., Any] | None,
         *,
         timed: bool = False,
         device: torch.device | None = None,
@@ -172,7 +172,8 @@ class StepTrace(TorchDispatchMode):
         super().__init__()
         self._method = step.method if isinstance(step, TrainStep) else None
         self._timed = timed
-        self._device = device or getattr(step, "device", torch.device("cpu"))
+        home = step.device if isinstance(step, TrainStep) else torch.device("cpu")
+        self._device = device or home
         clock = _timed_on_stream if self._device.type == "cuda" else _timed_on_host
         self._run = clock if timed else _untimed
         self._phase = PHASES[0] if self._method is not None else WHOLE
@@ -196,10 +197,10 @@ class StepTrace(TorchDispatchMode):
         for handle in (before, after):
             self._exit.callback(handle.remove)
         if self._method is not None:
-            handle = self._method.register_forward_hook(self._note_terms)
+            handle = self._method.register_forward_hook(self._record_terms)
             self._exit.callback(handle.remove)
-            self._exit.enter_context(self._watching_saves())
-        # torch.compile has no operators to watch: its kernels do the work of several of these.
+            self._exit.enter_context(self._recording_saves())
+        # A compiled kernel does the work of several operators, so it could not be traced.
         self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()
         return self
@@ -216,8 +217,8 @@ class StepTrace(TorchDispatchMode):
         self._forget_graph()
 
     @contextmanager
-    def _watching_inside(self) -> Iterator[None]:
-        """Watch what an operator is made of, too: torch switches a mode off within itself."""
+    def _tracing_inside(self) -> Iterator[None]:
+        """Trace inside an operator, too: torch disables a mode while it dispatches."""
         super().__enter__()
         try:
             yield
@@ -225,29 +226,30 @@ class StepTrace(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     @contextmanager
-    def _watching_saves(self) -> Iterator[None]:
-        """Note the storages that the objective's custom autograd Functions save for backward.
+    def _recording_saves(self) -> Iterator[None]:
+        """Record the storages that the objective's custom autograd Functions save for backward.
 
-        They are noted when ``save_for_backward`` is called. Reading them from the graph later would
-        call the hooks of :class:`torch.autograd.graph.saved_tensors_hooks`, and those of activation
-        checkpointing compute the forward again.
+        They are recorded when ``save_for_backward`` is called. Reading them from the graph later
+        would call the hooks of :class:`torch.autograd.graph.saved_tensors_hooks`, and those of
+        activation checkpointing compute the forward again.
         """
         save = FunctionCtx.save_for_backward
 
-        def save_and_note(ctx: FunctionCtx, *tensors: Tensor | None) -> None:
-            save(ctx, *tensors)
+        def save_and_record(ctx: FunctionCtx, *tensors: Tensor | None) -> None:
+            save(ctx, *tensors)  # type: ignore[arg-type]  # torch's stub lacks None
             if self._phase == FORWARD:
                 numbers = (self._flow.number(t) for t in tensors if t is not None)
                 self._saved[ctx] = frozenset(numbers)
 
-        FunctionCtx.save_for_backward = save_and_note
+        # torch has no hook for this.
+        FunctionCtx.save_for_backward = save_and_record  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            FunctionCtx.save_for_backward = save
+            FunctionCtx.save_for_backward = save  # type: ignore[method-assign]
 
     def mark(self, phase: str) -> None:
-        """End a phase: what the step takes to say where it is."""
+        """End a phase; the step takes this method as its ``mark``."""
         self._close(phase)
         if phase == BACKWARD:
             self._forget_graph()
@@ -267,7 +269,7 @@ class StepTrace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run one operator and note what it did."""
+        """Run one operator and record its work."""
         kwargs = kwargs or {}
         operator = operator_of(func)
         if operator.kind is None:
@@ -276,15 +278,15 @@ class StepTrace(TorchDispatchMode):
                 self._flow.through(operator, args, kwargs, out)
             return out
         if operator.composite:
-            with self._watching_inside():
+            with self._tracing_inside():
                 return func._op_dk(COMPOSITE, *args, **kwargs)
         if operator.waits is not None:
-            self._note_wait(operator, args, kwargs)
+            self._record_wait(operator, args, kwargs)
         out, took = self._run(func, args, kwargs)
-        self._note(operator, args, kwargs, out, took)
+        self._record(operator, args, kwargs, out, took)
         return out
 
-    def _note(
+    def _record(
         self,
         operator: Operator,
         args: tuple[Any, ...],
@@ -302,7 +304,8 @@ class StepTrace(TorchDispatchMode):
         self._pending.append(call)
 
     def _kind(self, kind: OperationKind) -> OperationKind:
-        """An optimiser's step is the optimiser's whatever it is made of, matrix products apart."""
+        """Return ``optimizer`` for any operator of an optimiser's step but those of matrix products
+        and those without a formula; else the operator's kind."""
         if self._optimizer is None or kind in ("matrix", "uncounted"):
             return kind
         return "optimizer"
@@ -313,7 +316,7 @@ class StepTrace(TorchDispatchMode):
     def _leave_optimizer(self, *_: Any) -> None:
         self._optimizer = None
 
-    def _note_wait(
+    def _record_wait(
         self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         assert operator.waits is not None
@@ -324,14 +327,14 @@ class StepTrace(TorchDispatchMode):
         self._pending_waits.append((operator.name, _location(sys._getframe())))
 
     def _on_host(self, args: tuple[Any, ...]) -> bool:
-        """Say whether a tensor lies on the host even where the step runs on a device."""
+        """Return whether a call only uses host memory, even if the step runs on a device."""
         if self._optimizer is not None and _is_step_count(self._optimizer, args[0]):
             return True
         on_device = self._device.type != "cpu"
         return on_device and all(t.device.type == "cpu" for t in tensors_in(args))
 
-    def _note_terms(self, method: Any, args: Any, terms: Any) -> None:
-        """Note each term's storages and the nodes of its graph, when the method returns them.
+    def _record_terms(self, method: Any, args: Any, terms: Any) -> None:
+        """Record each term's storages and the nodes of its graph, when the method returns them.
 
         The storages are the term's own and those that the Functions of its graph saved for
         backward: a Function may compute its gradient in the forward.
@@ -346,7 +349,7 @@ class StepTrace(TorchDispatchMode):
             functions = [node for node in nodes if isinstance(node, FunctionCtx)]
             saved = (self._saved.get(function, frozenset()) for function in functions)
             self._term_storages[name] = frozenset({self._flow.number(term)}.union(*saved))
-            self._nodes += nodes  # keeps them alive, so that their ids stay theirs
+            self._nodes += nodes  # kept alive, so that their ids stay unique
             for node in nodes:
                 owners.setdefault(id(node), []).append(name)
         self._node_terms = {node: tuple(names) for node, names in owners.items()}
@@ -357,8 +360,9 @@ class StepTrace(TorchDispatchMode):
     def _terms_of_node(self) -> tuple[str, ...]:
         """Return the terms whose graph holds the running backward node.
 
-        A node that no term knows belongs to a graph run inside a known one (reentrant
-        checkpointing), or to the engine's weighted sum, which comes before any known one.
+        A node that is in no term's graph belongs to a graph that runs inside a known node
+        (reentrant checkpointing), or to the weighted sum of the terms, which precedes any known
+        node.
         """
         node = _current_node() if _current_node is not None else None
         if node is None:
@@ -367,7 +371,7 @@ class StepTrace(TorchDispatchMode):
         return self._running_terms
 
     def _share_out(self) -> None:
-        """Give every call of the objective the terms it belongs to, once."""
+        """Assign the calls of the objective to their terms, on the first call only."""
         if self._shared:
             return
         self._shared = True
@@ -381,7 +385,7 @@ class StepTrace(TorchDispatchMode):
 
     @property
     def note(self) -> str | None:
-        """What limits the terms' shares with this torch; None where nothing does."""
+        """What limits the accuracy of the terms' shares with this torch; None if nothing does."""
         return NO_NODES if _current_node is None and self._term_storages else None
 
     def matrix_flop(self) -> dict[str, float]:
@@ -389,8 +393,8 @@ class StepTrace(TorchDispatchMode):
         return {p: sum(c.matrix_flop for c in calls) for p, calls in self._calls.items()}
 
     def operations(self) -> list[Operation]:
-        """Return what was done, one entry per phase, operator and kind (an operator is of another
-        kind inside an optimiser's step), in order of first appearance.
+        """Return the operations, one per phase, operator and kind (an operator has another kind
+        inside an optimiser's step), in order of first appearance.
 
         ``seconds`` are the operators' own, by the clock of this trace; None unless it was timed.
         """
@@ -418,12 +422,12 @@ class StepTrace(TorchDispatchMode):
         )
 
     def terms(self, weights: Mapping[str, float]) -> dict[str, TermCost]:
-        """Return what each term that the method returned costs, unweighted or not.
+        """Return the cost of each term that the method returned, whatever its weight.
 
         A term's forward is every operator of the objective that computed the term or a tensor
         that a custom autograd Function of its graph saved for backward; its backward is every
         operator that ran for its graph, down to the student's outputs. Operators of several terms
-        are shared equally. Empty where the step has no method.
+        are divided equally. The result is empty if the step has no method.
         """
         self._share_out()
         self._wait_for_events()
@@ -444,8 +448,8 @@ class StepTrace(TorchDispatchMode):
         }
 
     def synchronisations(self) -> list[Synchronisation]:
-        """Return the operators that make the host wait for a CUDA device, by operator: those of a
-        CPU step too, except copies between host and device, which only a device can show."""
+        """Return the operators that make the host wait for a CUDA device. A step on a CPU shows
+        them too, except copies between host and device."""
         pending = [(name, self._phase, where) for name, where in self._pending_waits]
         found = Counter(self._waits + pending)
         return [Synchronisation(*key, calls) for key, calls in found.items()]
@@ -456,12 +460,12 @@ class StepTrace(TorchDispatchMode):
 
 
 class _Shares:
-    """FLOP, bytes and seconds of calls by term; a call of several counts equally for each."""
+    """FLOP, bytes and seconds of calls by term; a call of several terms is divided equally."""
 
     def __init__(self, calls: Iterable[_Call]):
-        self.flop: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.flop: dict[str, float] = defaultdict(float)
+        self.bytes: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
         self.totals = [0.0, 0.0, 0.0]
         for call in calls:
             amounts = call.matrix_flop, call.bytes_read + call.bytes_written, call.seconds()
@@ -474,16 +478,19 @@ class _Shares:
             counter[name] += amount
 
     def like(self, other: _Shares, names: Iterable[str]) -> _Shares:
-        """Return these totals shared out in proportion to another's shares."""
+        """Return these totals divided in proportion to another's shares."""
         made, names = _Shares(()), list(names)
         for name in names:
-            parts = [c[name] / c.total() if c.total() else 1 / len(names) for c in other.counters()]
+            given = (other.flop, other.bytes, other.seconds)
+            parts = [_part(shares, name, len(names)) for shares in given]
             made._add(name, [part * total for part, total in zip(parts, self.totals, strict=True)])
         return made
 
-    def counters(self) -> tuple[Counter[str], ...]:
-        """Return the three quantities by term."""
-        return self.flop, self.bytes, self.seconds
+
+def _part(shares: Mapping[str, float], name: str, terms: int) -> float:
+    """Return the fraction of a term; the same for each term if all shares are 0."""
+    total = sum(shares.values())
+    return shares[name] / total if total else 1 / terms
 
 
 def _slice(calls: list[_Call], storages: frozenset[int]) -> list[_Call]:
@@ -510,19 +517,19 @@ def _reachable(root: Any) -> list[Any]:
 
 
 def _is_step_count(optimizer: Optimizer, tensor: Any) -> bool:
-    """Say whether this is the step count that torch keeps on the host for an optimiser that is
-    neither fused nor capturable: reading it waits for nothing, though it looks like any scalar."""
+    """Return whether this is the step count that torch keeps on the host for an optimiser that is
+    neither fused nor capturable: reading it does not wait, though it looks like any scalar."""
     on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
     return not on_device and any(s.get("step") is tensor for s in optimizer.state.values())
 
 
 def _location(frame: FrameType | None) -> str:
-    """Return ``file.py:12 in function`` of the innermost frame that is the user's."""
+    """Return ``file.py:12 in function`` of the innermost frame outside torch and kdprof.measure."""
     while frame is not None and frame.f_code.co_filename.startswith(_ROOTS):
         frame = frame.f_back
     if frame is not None:
         return _line(frame.f_code, frame.f_lineno)
-    # A device's backward runs in a thread of the engine's own.
+    # The backward of a device runs in a separate thread of autograd.
     node = _current_node() if _current_node is not None else None
     return f"backward of {node.name()}" if node is not None else "unknown"
 

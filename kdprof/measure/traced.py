@@ -13,10 +13,10 @@ from kdprof.measure.trace import StepTrace, Synchronisation
 from kdprof.records import Operation, TermCost
 
 HEAD_START_CYCLES = 2_000_000_000
-"""About a second of a GPU."""
+"""About one second on a GPU."""
 COMPILED = (
-    "the step is compiled: its operators are those of the step that is not, and share out the "
-    "compiled phases' seconds like those of the other"
+    "the step is compiled: its operators are those of the step before compilation, and the "
+    "compiled phases' seconds are divided among them as before compilation"
 )
 
 
@@ -29,27 +29,28 @@ class Traced:
     """Their seconds are shares of the operators' in their phase."""
     synchronisations: list[Synchronisation]
     notes: list[str]
-    """What could not be told apart."""
+    """What limits the accuracy of these numbers."""
 
 
 def trace_steps(subject: Subject, device: torch.device, steps: int) -> Traced:
     """Time the operators of a few steps one by one; the median of each counts.
 
-    Watching every operator slows the step, so these seconds only share out those of the phases.
+    Tracing every operator slows the step down, so these seconds are only used to divide the
+    phases' seconds among the operators.
     """
     step = subject.traced
     traces = []
     for _ in range(steps):
         if device.type == "cuda":
-            # The watched host is slower than the device: it gets a head start, or every operator
-            # would be timed with the gap before it.
+            # The traced host is slower than the device. Without a head start, the time of every
+            # operator would include the gap before it.
             torch.cuda._sleep(HEAD_START_CYCLES)
         with StepTrace(step, timed=True, device=device) as trace:
             subject.run(trace.mark)
         traces.append(trace)
     weights = step.method.weights if step is not None else {}
     operations = [
-        same[0].model_copy(update={"seconds": statistics.median(o.seconds for o in same)})
+        same[0].model_copy(update={"seconds": statistics.median(timed_s(o.seconds) for o in same)})
         for same in _grouped(trace.operations() for trace in traces)
     ]
     last = traces[-1]
@@ -66,7 +67,7 @@ def _shares_of_terms(traces: list[StepTrace], weights: Mapping[str, float]) -> d
         watched = watched_seconds(trace.operations())
         forward, backward = (watched.get(p) or 1.0 for p in ("objective", "objective_backward"))
         for name, term in trace.terms(weights).items():
-            own = (term.forward_s / forward, term.backward_s / backward)
+            own = (timed_s(term.forward_s) / forward, timed_s(term.backward_s) / backward)
             shares.setdefault(name, []).append(own)
     return {
         name: term.model_copy(
@@ -80,18 +81,24 @@ def _shares_of_terms(traces: list[StepTrace], weights: Mapping[str, float]) -> d
 
 
 def _grouped(traces: Iterable[list[Operation]]) -> list[list[Operation]]:
-    """Return the operations of several traces, each with its like in the others."""
+    """Return the operations of several traces, grouped by phase, operator and kind."""
     found: dict[tuple[str, str, str], list[Operation]] = {}
     for operations in traces:
         for operation in operations:
-            like = (operation.phase, operation.name, operation.kind)
-            found.setdefault(like, []).append(operation)
+            key = (operation.phase, operation.name, operation.kind)
+            found.setdefault(key, []).append(operation)
     return list(found.values())
+
+
+def timed_s(seconds: float | None) -> float:
+    """Return the seconds of an operation or term from a trace that timed its operators."""
+    assert seconds is not None, "the trace was timed"
+    return seconds
 
 
 def watched_seconds(operations: Iterable[Operation]) -> dict[str, float]:
     """Return the operators' own seconds, as a trace timed them, by phase."""
     found: dict[str, float] = {}
     for operation in operations:
-        found[operation.phase] = found.get(operation.phase, 0.0) + operation.seconds
+        found[operation.phase] = found.get(operation.phase, 0.0) + timed_s(operation.seconds)
     return found

@@ -1,4 +1,4 @@
-"""Anybody's training step, measured like a method's: a callable that makes one whole step."""
+"""A user's training step, measured like a method's: a callable that runs one whole step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Step = Callable[[], Any]
 
 
 class CallableSubject:
-    """Anybody's step: a callable of no arguments that makes one whole training step."""
+    """A user's step: a callable of no arguments that runs one whole training step."""
 
     phases = ()
     traced = None
@@ -42,7 +43,7 @@ class CallableSubject:
         self.name, self._step = name, step
 
     def run(self, mark: Mark) -> Any:
-        """Make one step."""
+        """Run one step."""
         return self._step()
 
     def check(self, result: Any) -> None:
@@ -59,19 +60,19 @@ class CallableSubject:
             raise BadStep("the step returned a loss that is not finite")
 
     def run_end_to_end(self, count: int, first: int) -> None:
-        """Return None: whatever loads data is inside the step."""
+        """Return None: the step loads its data itself."""
 
 
 @dataclass(frozen=True)
 class StepSource:
-    """Where a step comes from: a function of a file that makes it."""
+    """The source of a step: a function in a file that makes it."""
 
     path: str
     function: str
 
     @property
     def name(self) -> str:
-        """The name its Cost goes by: ``mine.make_step``."""
+        """The step's name in its Cost: ``mine.make_step``."""
         return f"{Path(self.path).stem}.{self.function}"
 
     @classmethod
@@ -79,13 +80,13 @@ class StepSource:
         """Read ``FILE.py:function``.
 
         Raises:
-            UserError: another form, or no such file.
+            UserError: ``spec`` has another form, or the file does not exist.
         """
         path, _, function = spec.rpartition(":")
         if not path.endswith(".py") or not function:
             raise UserError(f"--step {spec}: write FILE.py:FUNCTION, such as ./mine.py:make_step")
         if not Path(path).is_file():
-            raise UserError(f"--step {spec}: there is no file {path}")
+            raise UserError(f"--step {spec}: the file {path} does not exist")
         return cls(str(Path(path).resolve()), function)
 
     def make(self) -> Step:
@@ -99,7 +100,7 @@ class StepSource:
         if not callable(step):
             raise UserError(
                 f"{self.name} returned {type(step).__name__}; it must return a callable of no "
-                "arguments that makes one training step"
+                "arguments that runs one training step"
             )
         return step
 
@@ -113,33 +114,34 @@ def measure_steps(
     precision_target: float = 0.01,
     max_time_s: float = 60.0,
 ) -> dict[str, Cost]:
-    """Measure callables, each of which makes one whole training step, in this process.
+    """Measure callables, each of which runs one whole training step, in this process.
 
-    The same statistics as for kdprof's own methods: interleaved rounds with the reference in
-    random order, block-bootstrap intervals, operators, memory, energy, the state of the device.
-    The switches of torch stay as they are found.
+    The statistics are the same as for kdprof's own methods: interleaved rounds with the reference
+    in random order, block-bootstrap intervals, operators, memory, energy, the state of the device.
+    The switches of torch are not changed.
 
     Args:
-        steps: by name. A step that returns its loss (a tensor or number) has it checked.
-        reference: name that ratios are formed against; the first one if not given.
+        steps: by name. If a step returns its loss (a tensor or number), the loss is checked.
+        reference: name of the step that ratios are to; the first one if not given.
         device: auto, cpu, cuda or cuda:N; where the steps run.
-        precision: fp32, bf16 or fp16: which of the device's published peaks MFU is a share of, and
-            which ceilings the steps are compared with. None: no MFU, the ceilings of fp32.
+        precision: fp32, bf16 or fp16: selects the published peak that MFU is a share of, and the
+            ceilings that the steps are compared with. None: no MFU, the ceilings of fp32.
         precision_target: stop when the ratio's 95 % interval is this narrow, relative to it.
-        max_time_s: and no later than this, for each step.
+        max_time_s: stop each step's measurement no later than this.
 
     Returns:
         A Cost per step. All steps are resident at once, so the memory of each includes the others'.
 
     Raises:
-        UserError: no steps, or no such reference or device.
-        Failure: a step raised, or its loss is not finite; ``costs`` has those of the others.
+        UserError: ``steps`` is empty, or the reference or the device does not exist.
+        Failure: a step raised an error, or its loss is not finite; ``costs`` has those of the
+            others.
     """
     if not steps:
         raise UserError("no steps given; measure_steps({'mine': step}) takes at least one")
     reference = reference if reference is not None else next(iter(steps))
     if reference not in steps:
-        raise UserError(f"reference '{reference}' is no step; {nearest(reference, steps)}")
+        raise UserError(f"reference '{reference}' is not a step; {nearest(reference, steps)}")
     settings = MeasureSettings(
         precision_target=precision_target, max_time_s=max_time_s, in_process=True
     )
@@ -156,12 +158,12 @@ def measure_steps(
     costs, failures = {}, {}
     for name in steps:
         try:
-            costs[name] = guarded(lambda name=name: measure_one(name))
+            costs[name] = guarded(partial(measure_one, name))
         except Failure as failure:
             failures[name] = str(failure)
     if len(steps) > 1:
         for cost in costs.values():
-            cost.warnings.append("memory includes the other steps, which were resident, too")
+            cost.warnings.append("memory includes the other steps, which were also resident")
     if failures:
         summary = "\n".join(f"step '{name}': {why}" for name, why in failures.items())
         raise Failure(summary, costs)
@@ -170,11 +172,11 @@ def measure_steps(
 
 @dataclass(frozen=True)
 class _Conditions:
-    """Under what steps are measured.
+    """The conditions under which steps are measured.
 
     Attributes:
-        reference: name of the step that ratios are formed against.
-        parent: the process that asked, which does not count as foreign on the device.
+        reference: name of the step that ratios are to.
+        parent: the process that started this one; it is not one of the device's other processes.
     """
 
     device: torch.device
@@ -199,11 +201,11 @@ def _measure(
     """Measure one step in this process.
 
     Args:
-        source: what the step was made from, part of the Cost's settings.
+        source: the file that the step was made from; part of the Cost's settings.
     """
     device = conditions.device
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and the allocator's statistics are the current one's
+        torch.cuda.set_device(device)  # events and allocator statistics are the current device's
     hardware = hardware_of(device, conditions.own_pids())
     readings = run_session(
         subject,
@@ -236,7 +238,7 @@ def measure_files(
         The Costs, and the steps that could not be measured with the reason.
 
     Raises:
-        UserError: two steps have one name.
+        UserError: two steps have the same name.
     """
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -244,7 +246,7 @@ def measure_files(
     costs, failures = [], {}
     for source in sources:
         progress.say(f"measuring {source.name}")
-        arguments = {
+        arguments: dict[str, Any] = {
             "source": vars(source),
             "reference": vars(sources[0]),
             "device": device,
@@ -255,7 +257,7 @@ def measure_files(
         }
         try:
             if settings.in_process:
-                cost = guarded(lambda a=arguments: measure_file(**a, on_round=ignore_round))
+                cost = guarded(partial(measure_file, **arguments, on_round=ignore_round))
             else:
                 cost = run_isolated(MeasureRequest("step", arguments), ignore_round)
         except Failure as failure:
@@ -275,7 +277,10 @@ def measure_file(
     parent: int | None,
     on_round: OnRound,
 ) -> Cost:
-    """Measure a step that a file makes, in this process. All but ``on_round`` are JSON-able."""
+    """Measure a step that a file makes, in this process.
+
+    All arguments but ``on_round`` are JSON-serialisable.
+    """
     own, compared = StepSource(**source), StepSource(**reference)
     content = Path(own.path).read_bytes()
     return _measure(

@@ -1,8 +1,6 @@
-"""What every distillation method must hold to, checked on any method, a user's own too.
+"""Method checks: whether a method, built-in or a user's, keeps what the Method class promises.
 
-A check runs the objective on random maps of small networks, on the CPU; nothing of a study, a data
-set or a GPU is needed. What only a GPU shows (copies between host and device, operators without a
-deterministic kernel) is no part of it.
+Nothing here needs a study, a data set or a GPU, and nothing here checks what only a GPU shows.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ __all__ = ["CHECKS", "Verdict", "check_method", "check_methods"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found of a method."""
+    """The result of one check of a method."""
 
     name: str
-    """The check's."""
+    """The check's name."""
     outcome: Literal["ok", "failed", "skipped"]
     message: str = ""
-    """Problems, a line each, with cause and mend; or why it was skipped."""
+    """The problems, one per line with cause and fix; or why the check was skipped."""
 
 
 def check_method(found: MethodEntry, names: Iterable[str] | None = None) -> list[Verdict]:
@@ -42,15 +40,18 @@ def check_methods(
 ) -> Iterator[tuple[MethodEntry, list[Verdict]]]:
     """Check methods and yield the verdicts of each, in the order of :data:`CHECKS`.
 
-    Global state (random generators, threads, deterministic mode) is left as it was, but for the
-    cache of torch.compile, which is emptied. The two processes of the check ``ddp`` are started
-    once for all methods, before the first is yielded.
+    A check runs the objective on random maps of small networks, on the CPU. What only a GPU shows
+    (copies between host and device, operators without a deterministic kernel) is not checked.
+
+    Global state (random generators, threads, deterministic mode) is restored, but the cache of
+    torch.compile is emptied. The two processes of the check ``ddp`` are started once for all
+    methods, before the first is yielded.
 
     Args:
-        names: of checks; None: all.
+        names: of checks; None = all.
 
     Raises:
-        UserError: no such check.
+        UserError: ``names`` contains an unknown check.
     """
     methods, wanted = list(methods), set(CHECKS if names is None else names)
     problems = [unknown("check", name, CHECKS) for name in sorted(wanted - CHECKS.keys())]
@@ -71,8 +72,8 @@ def _verdicts(bench: Bench, names: Iterable[str]) -> list[Verdict]:
 
 
 def _verdict(bench: Bench, name: str, broken: bool) -> Verdict:
-    """Run one check. One that cannot be run has failed, unless an earlier one did (``broken``):
-    that one has the cause."""
+    """Run one check. A check that cannot run has failed, unless an earlier check failed
+    (``broken``), which then has the cause."""
     try:
         with left_alone():
             problems = CHECKS[name](bench)
@@ -80,6 +81,6 @@ def _verdict(bench: Bench, name: str, broken: bool) -> Verdict:
         return Verdict(name, "skipped", f"not applicable: {why}")
     except Exception as error:  # whatever a method raises is a finding
         if broken:
-            return Verdict(name, "skipped", f"mend what failed above first: {reason(error)}")
+            return Verdict(name, "skipped", f"fix what failed above first: {reason(error)}")
         return Verdict(name, "failed", reason(error))
     return Verdict(name, "failed" if problems else "ok", "\n".join(problems))

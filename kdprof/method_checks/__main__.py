@@ -21,9 +21,9 @@ from kdprof.method_checks.two_ranks import WORLD, RankReport
 from kdprof.processes import read_request, send
 
 PATIENCE_S = 30
-"""How long one process waits for the other in a collective."""
+"""How long one process waits for the other in a collective operation."""
 RUNS = 2
-"""A parameter that backward did not reach is only noticed by the next forward."""
+"""Only the next forward reports a parameter that backward did not reach."""
 
 
 def _report(spec: str, rank: int) -> RankReport:
@@ -52,7 +52,7 @@ def _report(spec: str, rank: int) -> RankReport:
 
 
 def _shared_state(method: Method) -> dict[str, Tensor]:
-    """Return the buffers but those of norms, which are each process's own in such training."""
+    """Return the buffers except those of norms, which differ between processes in training."""
     own = {
         f"{place}.{name}" if place else name
         for place, module in method.named_modules()
@@ -69,7 +69,7 @@ def _digest(value: Tensor | None) -> str:
 
 
 def _meet(folder: Path, number: int, rank: int) -> None:
-    """Wait until the other process is here, too: it may be in a collective that must time out."""
+    """Wait for the other process, which may be in a collective operation that must time out."""
     (folder / f"ready-{number}-{rank}").touch()
     deadline = time.monotonic() + 4 * PATIENCE_S
     while time.monotonic() < deadline:
@@ -80,7 +80,7 @@ def _meet(folder: Path, number: int, rank: int) -> None:
 
 
 def _one_method(spec: str, rank: int, folder: Path, number: int) -> RankReport:
-    """Run a method in a process group of its own, so that one that fails spoils no other."""
+    """Run a method in a separate process group, so that its failure does not affect others."""
     _meet(folder, number, rank)
     try:
         dist.init_process_group(
@@ -101,7 +101,7 @@ def _one_method(spec: str, rank: int, folder: Path, number: int) -> RankReport:
 
 
 def main() -> None:
-    """Run each method and send what was found of it."""
+    """Run each method and send its report."""
     torch.set_num_threads(1)
     asked = read_request()
     for number, spec in enumerate(asked.content["specs"]):

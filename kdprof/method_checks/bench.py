@@ -1,7 +1,7 @@
-"""Small networks, random taps, and runs of one method on them: what the checks are made of.
+"""Small networks, random taps, and runs of one method on them: the parts of the checks.
 
-Nothing here depends on a data set or on a network of kdprof's; all of it runs on the CPU in
-milliseconds. Student and teacher differ in width, and c2 is at stride 4, the others at 8.
+Nothing here depends on a data set or on kdprof's networks; everything runs on the CPU in
+milliseconds. Student and teacher differ in width; c2 has stride 4, the other maps have stride 8.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from kdprof.step import TrainStep
 
 CLASSES, OLD_CLASSES = 5, 3
-"""Of every network, and of the teacher of an incremental method."""
+"""Classes of every network, and of the teacher of an incremental method."""
 CROP, BATCH = (64, 64), 2
 GRID = (8, 8)
-"""Height x width of the maps at stride 8. Harmless, as what is not has checks of its own."""
+"""Height x width of the maps at stride 8: a harmless size, since separate checks use others."""
 BUILD_SEED, RUN_SEED = 1, 3
 
 
@@ -48,21 +48,22 @@ class SmallNetwork(nn.Module):
     def __init__(self, info: NetworkInfo):
         super().__init__()
         self.info, c = info, info.channels
-        self.c2 = self._stage(3, c["c2"], kernel_size=5, stride=4, padding=2)
-        self.c3 = self._stage(c["c2"], c["c3"], kernel_size=3, stride=2, padding=1)
-        self.c4 = self._stage(c["c3"], c["c4"], kernel_size=1)
-        self.c5 = self._stage(c["c4"], c["c5"], kernel_size=1)
-        self.head = self._stage(c["c5"], c["head"], kernel_size=1)
+        self.c2 = self._stage(3, c["c2"], kernel=5, stride=4)
+        self.c3 = self._stage(c["c2"], c["c3"], kernel=3, stride=2)
+        self.c4 = self._stage(c["c3"], c["c4"])
+        self.c5 = self._stage(c["c4"], c["c5"])
+        self.head = self._stage(c["c5"], c["head"])
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(c["head"], info.num_classes, 1)
         self.auxiliary_head = nn.Conv2d(c["c4"], info.num_classes, 1)
 
     @staticmethod
-    def _stage(before: int, after: int, **shape: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(before, after, **shape), nn.BatchNorm2d(after), nn.ReLU())
+    def _stage(before: int, after: int, *, kernel: int = 1, stride: int = 1) -> nn.Sequential:
+        convolution = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2)
+        return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
 
     def forward(self, images: Tensor, taps: Iterable[str]) -> Taps:
-        """Return what ``taps`` names."""
+        """Return the tensors that ``taps`` names."""
         made = {"c2": self.c2((images.float() - 128) / 64)}
         for stage, before in (("c3", "c2"), ("c4", "c3"), ("c5", "c4")):
             made[stage] = getattr(self, stage)(made[before])
@@ -74,7 +75,7 @@ class SmallNetwork(nn.Module):
 
 
 class Inputs(NamedTuple):
-    """What an objective is given."""
+    """The arguments of an objective."""
 
     student: Taps
     teacher: Taps
@@ -83,21 +84,21 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What one run of an objective came to. Gradients are None where backward reached nothing."""
+    """The result of one run of an objective. A gradient is None if backward did not reach it."""
 
     terms: dict[str, Tensor]
     auxiliary: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
     state: dict[str, Any]
     seed: int
-    """Of torch's generator at the end."""
+    """The seed of torch's generator at the end."""
 
     def all_terms(self) -> dict[str, Tensor]:
         """Return the student's and the auxiliary module's terms."""
         return {**self.terms, **self.auxiliary}
 
     def values(self) -> dict[str, Any]:
-        """Return everything that two equal runs agree on, by what it is called in a message."""
+        """Return everything that two equal runs agree on, by its name in messages."""
         found: dict[str, Any] = {f"term '{k}'": v for k, v in self.all_terms().items()}
         found |= {f"the gradient of {k}": v for k, v in self.gradients.items()}
         return found | {f"the state '{k}'": v for k, v in self.state.items()}
@@ -108,7 +109,7 @@ class Bench:
 
     Args:
         found: the method.
-        ranks: what two processes found of it; None: they are started when asked for.
+        ranks: its reports from two processes, by rank; None: the processes start when needed.
     """
 
     def __init__(self, found: MethodEntry, ranks: Mapping[str, Any] | None = None):
@@ -117,25 +118,25 @@ class Bench:
 
     @cached_property
     def student(self) -> NetworkInfo:
-        """What the method is told of the student."""
+        """The NetworkInfo of the student."""
         return _info("student", 8, CLASSES, self.cls.incremental)
 
     @cached_property
     def teacher(self) -> NetworkInfo:
-        """What the method is told of the teacher: of fewer classes if it reads which."""
+        """The NetworkInfo of the teacher, with fewer classes if the method is incremental."""
         classes = OLD_CLASSES if self.cls.incremental else CLASSES
         return _info("teacher", 16, classes, self.cls.incremental)
 
     @property
     def ranks(self) -> Mapping[str, Any]:
-        """What the two processes of :mod:`kdprof.method_checks.two_ranks` found."""
+        """The reports of the two processes of :mod:`kdprof.method_checks.two_ranks`, by rank."""
         if self._ranks is None:
             self._ranks = in_two_processes([self.found])[self.cls.name]
         return self._ranks
 
     @cached_property
     def plain(self) -> Outcome:
-        """What a run on harmless inputs comes to."""
+        """The result of a run on harmless inputs."""
         return self.run(self.draw())
 
     def method(self, seed: int = BUILD_SEED) -> Method:
@@ -157,26 +158,26 @@ class Bench:
         void: bool = False,
         seed: int = 0,
     ) -> Inputs:
-        """Return random taps and labels: of both networks what the method declares.
+        """Return random taps and labels: those that the method declares, of both networks.
 
         Args:
-            grid: of the maps at stride 8.
-            teacher_grid: the teacher's, where it differs.
+            grid: height and width of the maps at stride 8.
+            teacher_grid: the teacher's grid, if it differs.
             ragged: the crop is 5 pixels short of a multiple of 8, and c2 has odd sides.
             void: every label is :data:`IGNORE`, instead of a fifth of them.
         """
         generator = torch.Generator().manual_seed(seed)
         sides = {"student": grid, "teacher": teacher_grid or grid}
         taps = {"student": self.cls.student_taps(), "teacher": self.cls.read_of_teacher()}
-        drawn = [
+        student, teacher = (
             random_taps(getattr(self, who), taps[who], images, sides[who], generator, ragged)
             for who in ("student", "teacher")
-        ]
+        )
         size = (images, *(8 * side - 5 * ragged for side in grid))
         labels = torch.randint(0, CLASSES, size, generator=generator)
         ignored = torch.rand(size, generator=generator) < (1.0 if void else 0.2)
         labels = labels.masked_fill(ignored, IGNORE)
-        return Inputs(*drawn, labels if "labels" in self.cls.taps else None)
+        return Inputs(student, teacher, labels if "labels" in self.cls.taps else None)
 
     def run(
         self,
@@ -191,9 +192,9 @@ class Bench:
         """Run an objective forward and backward, its auxiliary module too, under fixed seeds.
 
         Args:
-            method: None: a fresh one.
-            call: what to call in the place of the method.
-            bf16: under autocast.
+            method: None = a fresh one.
+            call: what to call instead of the method.
+            bf16: run under bf16 autocast.
             of_python, of_numpy: seeds of generators that no method should draw from.
         """
         seed_others(of_python, of_numpy)
@@ -219,7 +220,7 @@ class Bench:
 
     def step(self, seed: int = BUILD_SEED) -> TrainStep:
         """Return a training step of the method on small networks."""
-        # Imported here: the two processes make no step, and start in half the time without.
+        # Imported here: the two processes make no step, and start in half the time without it.
         from kdprof.step import TrainStep
         from kdprof.study import StepSettings
 
@@ -265,25 +266,25 @@ def random_batch(index: int) -> tuple[Tensor, Tensor]:
 
 
 def seed_others(of_python: int, of_numpy: int) -> None:
-    """Seed the generators that a step does not seed: one check alone is to notice their use."""
+    """Seed the generators that a step does not seed: only one check must notice their use."""
     random.seed(of_python)
     np.random.seed(of_numpy)
 
 
 def trained(method: Method) -> dict[str, nn.Parameter]:
-    """Return the parameters that an optimiser is given: those that ask for a gradient."""
+    """Return the parameters that an optimiser gets: those that require a gradient."""
     return {name: p for name, p in method.named_parameters() if p.requires_grad}
 
 
 def backward(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-    """Differentiate the weighted sum; a term without a weight counts once, another check's case."""
+    """Differentiate the weighted sum; a term without a weight (another check's problem) has 1."""
     scalars = [weights.get(k, 1.0) * t.mean() for k, t in terms.items() if t.requires_grad]
     if scalars:
         torch.stack(scalars).sum().backward()
 
 
 def same(a: Any, b: Any) -> bool:
-    """Say whether two values are the same to the last bit; NaN is the same as NaN."""
+    """Return whether two values are the same to the last bit; NaN equals NaN here."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a is b or bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -292,7 +293,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    """Return the length of a - b; infinite where shapes differ or a number is not finite."""
+    """Return the length of a - b; infinite if shapes differ or a number is not finite."""
     if a.shape != b.shape:
         return math.inf
     length = (a.double() - b.double()).norm().item()

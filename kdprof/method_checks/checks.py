@@ -1,4 +1,4 @@
-"""The checks: each returns what is wrong with a method, one line per problem, cause and mend."""
+"""The checks: each returns the problems of a method, one per line, with cause and fix."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ STEPS = 4
 BF16_RELATIVE = 0.02
 """Eight binary digits: one rounding is up to 0.4 %, and an objective is a few of them deep."""
 BF16_FLOOR = 1e-3
-"""Of a weighted term. Two maps that agree but for rounding leave a term of rounding alone, which
-no relative bound can hold; this much is lost beside a cross-entropy, which is of order 1."""
+"""Of a weighted term. If two maps agree except for rounding, their term is rounding alone, for
+which no relative bound holds; this much is negligible next to a cross-entropy (of order 1)."""
 COMPILED_RELATIVE = 1e-4
 COMPILED_FLOOR = 1e-7
 OBJECTIVE_PHASES = ("objective", "objective_backward", "auxiliary")
@@ -48,15 +48,15 @@ _NETWORKS = ("student", "teacher")
 
 
 class NotApplicable(Exception):
-    """Why a check says nothing about a method."""
+    """A check does not apply to a method; the message is the reason."""
 
 
 class _ElsewhereError(Exception):
-    """What a method raised in another process, in one line."""
+    """A method raised an error in another process; the message is one line."""
 
 
 def taps(bench: Bench) -> list[str]:
-    """Every declared tap is read, and no other."""
+    """Check that every declared tap is read, and no other tap."""
     method, inputs = bench.method(), bench.draw()
     student, teacher = (_Recorded(bench, who, getattr(inputs, who)) for who in _NETWORKS)
     try:
@@ -69,8 +69,8 @@ def taps(bench: Bench) -> list[str]:
         return [f"labels are read in {_location(error)} but not declared: add 'labels' to taps"]
     problems = _undeclared(bench.cls, student.read, teacher.read)
     problems += _unread(bench.cls, student.read, teacher.read)
-    if "labels" in bench.cls.taps and terms and not problems and _deaf_to_labels(bench, inputs):
-        problems.append("labels are declared but change no term: take them out of taps")
+    if terms and not problems and _ignores_labels(bench, inputs):
+        problems.append("labels are declared but change no term: remove them from taps")
     return problems
 
 
@@ -88,23 +88,28 @@ def _undeclared(cls: type[Method], student: set[str], teacher: set[str]) -> list
 
 def _unread(cls: type[Method], student: set[str], teacher: set[str]) -> list[str]:
     ours, theirs = set(cls.student_taps()) - student, set(cls.read_of_teacher()) - teacher
-    paid = "is declared but not read, so every step pays for it"
+    problem = "is declared but not read, although every step computes it"
     if cls.teacher_taps is None:
-        mends = [(ours & theirs, "tap '{}'", "take it out of taps")]
-        mends += [(ours - theirs, "student.{}", "move it from taps to teacher_taps")]
-        mends += [(theirs - ours, "teacher.{}", "name what is read in teacher_taps")]
+        fixes = [(ours & theirs, "tap '{}'", "remove it from taps")]
+        fixes += [(ours - theirs, "student.{}", "move it from taps to teacher_taps")]
+        fixes += [(theirs - ours, "teacher.{}", "list only what is read in teacher_taps")]
     else:
-        mends = [(ours, "student.{}", "take it out of taps")]
-        mends += [(theirs, "teacher.{}", "take it out of teacher_taps")]
+        fixes = [(ours, "student.{}", "remove it from taps")]
+        fixes += [(theirs, "teacher.{}", "remove it from teacher_taps")]
     return [
-        f"{which.format(tap)} {paid}: {mend}"
-        for unread, which, mend in mends
+        f"{which.format(tap)} {problem}: {fix}"
+        for unread, which, fix in fixes
         for tap in sorted(unread)
     ]
 
 
 class _Recorded(Taps):
-    """Taps that remember what was read of them, and have every tap there is."""
+    """Taps that record which of them are read; every tap exists."""
+
+    read: set[str]
+    """Names of the taps that were read."""
+    _maps: dict[str, Tensor]
+    _origin: tuple[Bench, str]
 
     def __init__(self, bench: Bench, who: str, given: Taps, read: set[str] | None = None):
         generator = torch.Generator().manual_seed(1)
@@ -113,7 +118,7 @@ class _Recorded(Taps):
         self.__dict__.update(
             _maps={**vars(every), **vars(given)},
             read=set() if read is None else read,
-            _again=(bench, who),
+            _origin=(bench, who),
         )
 
     def __getattr__(self, name: str) -> Tensor:
@@ -124,18 +129,21 @@ class _Recorded(Taps):
         return maps[name]
 
     def detach(self) -> Taps:
-        return _Recorded(*self._again, Taps(**self._maps).detach(), self.read)
+        return _Recorded(*self._origin, Taps(**self._maps).detach(), self.read)
 
 
-def _deaf_to_labels(bench: Bench, inputs: Inputs) -> bool:
+def _ignores_labels(bench: Bench, inputs: Inputs) -> bool:
+    """Return whether labels are declared but other labels give the same terms."""
+    if inputs.labels is None:
+        return False
     others = inputs._replace(labels=torch.zeros_like(inputs.labels))
     first, second = bench.plain.all_terms(), bench.run(others).all_terms()
     return all(same(first[name], second[name]) for name in first)
 
 
 def gradient(bench: Bench) -> list[str]:
-    """Terms are finite scalars with weights; their gradient reaches the student and every extra,
-    and nothing of the teacher."""
+    """Check that terms are finite scalars with weights, and that their gradient reaches the student
+    and every extra parameter, but nothing of the teacher."""
     method, inputs = bench.method(), bench.draw()
     parameters = set(trained(method))
     teacher = Taps(**{tap: value.clone() for tap, value in vars(inputs.teacher).items()})
@@ -151,7 +159,7 @@ def gradient(bench: Bench) -> list[str]:
     ]
     for tap, value in vars(teacher).items():
         if value.requires_grad:
-            problems.append(f"gradient flows to teacher.{tap}: never ask it for a gradient")
+            problems.append(f"gradient flows to teacher.{tap}: never let it require a gradient")
         if not same(value.detach(), getattr(inputs.teacher, tap)):
             problems.append(f"teacher.{tap} is changed in place: clone it first")
     if labels is not None and not same(labels, inputs.labels):
@@ -162,7 +170,7 @@ def gradient(bench: Bench) -> list[str]:
 def _unweighted(where: str, terms: dict[str, Tensor], weights: Any) -> list[str]:
     problems = [f"term '{k}' has no weight: add it to {where}" for k in terms if k not in weights]
     return problems + [
-        f"{where} has '{k}', which is never returned: return it or take it out"
+        f"{where} has '{k}', which is never returned: return it or remove it"
         for k in weights
         if k not in terms
     ]
@@ -183,7 +191,7 @@ def _unreached(outcome: Outcome) -> list[str]:
     problems = []
     if student and all(g is None or not g.any() for g in student.values()):
         problems.append(
-            "no gradient reaches a student tap: take a term of one, without detach or no_grad"
+            "no gradient reaches a student tap: compute a term from one, without detach or no_grad"
         )
     return problems + [
         f"no gradient reaches {name}: use it in a term, or make it a buffer"
@@ -192,36 +200,36 @@ def _unreached(outcome: Outcome) -> list[str]:
     ]
 
 
-def _newly_infinite(bench: Bench, outcome: Outcome, when: str, mend: str = GUARD) -> list[str]:
-    """Say what is not finite though it is on harmless inputs."""
+def _newly_infinite(bench: Bench, outcome: Outcome, when: str, fix: str = GUARD) -> list[str]:
+    """Return the problems of values that are not finite here but are on harmless inputs."""
     if _not_finite(bench.plain):
         raise NotApplicable("it is not finite on harmless inputs either")
-    return _not_finite(outcome, when, mend)
+    return _not_finite(outcome, when, fix)
 
 
-def _not_finite(outcome: Outcome, when: str = "", mend: str = GUARD) -> list[str]:
-    """Say which terms are not finite, or else which gradients."""
+def _not_finite(outcome: Outcome, when: str = "", fix: str = GUARD) -> list[str]:
+    """Return a problem for each term that is not finite, or else for each such gradient."""
     problems = [
-        f"{when}term '{name}' is {term.item() if not term.shape else 'not finite'}: {mend}"
+        f"{when}term '{name}' is {term.item() if not term.shape else 'not finite'}: {fix}"
         for name, term in outcome.all_terms().items()
         if not term.isfinite().all()
     ]
     return problems or [
-        f"{when}the gradient of {name} is not finite: {mend}"
+        f"{when}the gradient of {name} is not finite: {fix}"
         for name, g in outcome.gradients.items()
         if g is not None and not g.isfinite().all()
     ]
 
 
 def determinism(bench: Bench) -> list[str]:
-    """Under one seed of torch's generator every run is the same to the last bit."""
+    """Check that runs with one seed of torch's generator are the same to the last bit."""
     inputs, first = bench.draw(), bench.plain
     if first.seed != RUN_SEED:
-        return ["it seeds torch's generator, which is the step's to do: take that out"]
+        return ["it seeds torch's generator, which only the step may do: remove that"]
     if _differing(first, bench.run(inputs, of_python=1, of_numpy=1)) is None:
         return []
     causes = {
-        (0, 0): "draws from a clock, the system or what other runs left behind",
+        (0, 0): "draws from a clock, the system or the state that other runs left",
         (1, 0): "draws from Python's random, which no run seeds",
         (0, 1): "draws from NumPy, which no run seeds",
     }
@@ -239,7 +247,7 @@ def _differing(one: Outcome, other: Outcome) -> str | None:
 
 
 def resume(bench: Bench) -> list[str]:
-    """A run that is saved after two of four steps and goes on elsewhere stays the same run."""
+    """Check that a run saved after two of four steps and continued elsewhere stays the same."""
     _needs_terms(bench)
     straight, resumed = bench.step(), bench.step(seed=2)
     for i in range(STEPS // 2):
@@ -247,19 +255,19 @@ def resume(bench: Bench) -> list[str]:
     file = io.BytesIO()
     torch.save(straight.state_dict(), file)
     file.seek(0)
-    mend = "keep what must outlive a step in parameters or buffers, all made in build"
+    fix = "keep what must outlive a step in parameters or buffers, all made in build"
     try:
         resumed.load_state_dict(torch.load(file, weights_only=True))
     except Exception as error:
-        return [f"its checkpoint cannot be loaded ({_first_line(error)}): {mend}"]
+        return [f"its checkpoint cannot be loaded ({_first_line(error)}): {fix}"]
     for i in range(STEPS // 2, STEPS):
         one, other = _take(straight, i), _take(resumed, i)
         differing = [name for name in one if not same(one[name], other[name])]
         if differing and determinism(bench):
             raise NotApplicable("no two runs of it agree")
         if differing:
-            return [f"resumed from a checkpoint, term '{differing[0]}' differs: {mend}"]
-    return _differing_state(straight.state_dict(), resumed.state_dict(), mend)
+            return [f"resumed from a checkpoint, term '{differing[0]}' differs: {fix}"]
+    return _differing_state(straight.state_dict(), resumed.state_dict(), fix)
 
 
 def _take(step: TrainStep, iteration: int) -> dict[str, Tensor]:
@@ -267,27 +275,27 @@ def _take(step: TrainStep, iteration: int) -> dict[str, Tensor]:
     return step(*random_batch(iteration), iteration)
 
 
-def _differing_state(one: dict[str, Any], other: dict[str, Any], mend: str) -> list[str]:
+def _differing_state(one: dict[str, Any], other: dict[str, Any], fix: str) -> list[str]:
     differing = [
         f"{part} '{name}'"
         for part in ("method", "student")
         for name, value in one[part].items()
         if not same(value, other[part][name])
     ]
-    return [f"resumed from a checkpoint, {name} differs: {mend}" for name in differing[:1]]
+    return [f"resumed from a checkpoint, {name} differs: {fix}" for name in differing[:1]]
 
 
 def void(bench: Bench) -> list[str]:
-    """Where every label is to be ignored, terms and gradients are finite."""
+    """Check that terms and gradients are finite if every label is to be ignored."""
     if "labels" not in bench.cls.taps:
         raise NotApplicable("it reads no labels")
     outcome = bench.run(bench.draw(void=True))
-    mend = "divide by the number of valid pixels clamped to at least 1"
-    return _newly_infinite(bench, outcome, f"where every label is {IGNORE}, ", mend)
+    fix = "divide by the number of valid pixels clamped to at least 1"
+    return _newly_infinite(bench, outcome, f"where every label is {IGNORE}, ", fix)
 
 
 def batch_1(bench: Bench) -> list[str]:
-    """A batch of one image works, unless batch norm or the method itself refuses it."""
+    """Check that a batch of one image works, unless batch norm or the method itself refuses it."""
     try:
         return _of_shape(bench, "one image", images=1)
     except ValueError as error:
@@ -297,7 +305,7 @@ def batch_1(bench: Bench) -> list[str]:
 
 
 def shapes(bench: Bench) -> list[str]:
-    """Grids need be neither square nor even, nor divide the crop."""
+    """Check that grids need not be square or even, and need not divide the crop."""
     for h, w in ((4, 11), (13, 5)):
         problems = _of_shape(bench, f"a grid of {h}x{w}", grid=(h, w), ragged=True)
         if problems:
@@ -306,7 +314,7 @@ def shapes(bench: Bench) -> list[str]:
 
 
 def grids(bench: Bench) -> list[str]:
-    """Student and teacher may have grids of different size."""
+    """Check that student and teacher may have grids of different size."""
     _needs_terms(bench)
     if not bench.cls.needs_teacher():
         raise NotApplicable("it reads no teacher")
@@ -319,26 +327,26 @@ def grids(bench: Bench) -> list[str]:
 
 
 def _of_shape(bench: Bench, name: str, **shape: Any) -> list[str]:
-    """Return what is wrong for inputs of some shape; a method may refuse them by a UserError."""
+    """Return the problems on inputs of some shape; a method may refuse them with a UserError."""
     _needs_terms(bench)
     try:
         return _newly_infinite(bench, bench.run(bench.draw(**shape)), f"with {name}, ")
     except UserError as error:
         raise NotApplicable(f"it refuses {name}: {_first_line(error)}") from None
     except RuntimeError as error:
-        mend = "resize one network's maps to the other's" if "teacher_grid" in shape else ""
-        mend = mend or "take sizes from the tensors"
-        return [f"with {name} it stops in {_location(error)}: {_first_line(error)}; {mend}"]
+        fix = "resize one network's maps to the other's" if "teacher_grid" in shape else ""
+        fix = fix or "take sizes from the tensors"
+        return [f"with {name} it stops in {_location(error)}: {_first_line(error)}; {fix}"]
 
 
 def bf16(bench: Bench) -> list[str]:
-    """Under bf16 autocast, on bf16 taps, terms are finite and near those of float32."""
+    """Check that under bf16 autocast, on bf16 taps, terms are finite and close to float32's."""
     _needs_terms(bench)
     half, whole = _rounded(bench.draw())
     exact, rough = bench.run(whole), bench.run(half, bf16=True)
     weights = {**bench.method().weights, **bench.method().auxiliary_weights}
-    mend = "take this part in float32"
-    problems = _newly_infinite(bench, rough, "under bf16 autocast ", mend)
+    fix = "compute this part in float32"
+    problems = _newly_infinite(bench, rough, "under bf16 autocast ", fix)
     if problems:
         return problems
     for name, term in exact.all_terms().items():
@@ -346,7 +354,7 @@ def bf16(bench: Bench) -> list[str]:
         weight = abs(weights.get(name, 1.0))
         if weight * abs(found - value) > BF16_RELATIVE * weight * abs(value) + BF16_FLOOR:
             problems.append(
-                f"under bf16 autocast term '{name}' is {found:.4g} instead of {value:.4g}: take "
+                f"under bf16 autocast term '{name}' is {found:.4g} instead of {value:.4g}: compute "
                 "sums and differences in float32 (.float(), or autocast off)"
             )
     return problems
@@ -354,7 +362,7 @@ def bf16(bench: Bench) -> list[str]:
 
 def _rounded(inputs: Inputs) -> tuple[Inputs, Inputs]:
     """Return the inputs as bf16, which a network under autocast returns, and the same numbers as
-    float32: the objective's own rounding is compared, not that of its inputs."""
+    float32: so only the objective's own rounding is compared, not that of its inputs."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         student, teacher = (
@@ -366,7 +374,7 @@ def _rounded(inputs: Inputs) -> tuple[Inputs, Inputs]:
 
 
 def compiled(bench: Bench) -> list[str]:
-    """torch.compile traces the objective whole, and what it traced computes the same."""
+    """Check that torch.compile traces the whole objective, and that the result is the same."""
     _needs_terms(bench)
     if bench.cls.graph_breaks:
         raise NotApplicable(bench.cls.graph_breaks)
@@ -378,15 +386,15 @@ def compiled(bench: Bench) -> list[str]:
         traced = bench.run(inputs, method, call=call)
     except torch._dynamo.exc.TorchDynamoException as error:
         return [
-            f"torch.compile cannot trace it whole ({_first_line(error)}{_traced_line(error)}): "
-            "write it without, or say why it must be so in graph_breaks"
+            f"torch.compile cannot trace all of it ({_first_line(error)}{_traced_line(error)}): "
+            "rewrite that part, or give the reason for it in graph_breaks"
         ]
     finally:
         torch._dynamo.reset()
     values = traced.values()
     differing = [name for name, value in eager.values().items() if not _near(value, values[name])]
     return [
-        f"compiled, {name} differs from that of the plain objective: keep Python state out of it"
+        f"compiled, {name} differs from that of the plain objective: do not keep state in Python"
         for name in differing[:1]
     ]
 
@@ -399,14 +407,14 @@ def _near(value: Any, other: Any) -> bool:
 
 
 def _traced_line(error: BaseException) -> str:
-    """Return `` at file.py:12`` of the innermost user's line that torch.compile names."""
+    """Return `` at file.py:12``, the innermost line outside torch that torch.compile names."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
     own = [(Path(file), line) for file, line in lines if "torch" not in Path(file).parts]
     return f" at {own[-1][0].name}:{own[-1][1]}" if own else ""
 
 
 def synchronisation(bench: Bench) -> list[str]:
-    """Nothing makes the host wait for a GPU, which would then run dry."""
+    """Check that nothing makes the host wait for a GPU, which would then become idle."""
     from kdprof.measure.trace import StepTrace
 
     _needs_terms(bench)
@@ -422,19 +430,19 @@ def synchronisation(bench: Bench) -> list[str]:
 
 
 def ddp(bench: Bench) -> list[str]:
-    """In two processes, wrapped in DistributedDataParallel, extras and state stay equal."""
+    """Check that extras and state stay equal in two processes under DistributedDataParallel."""
     _needs_terms(bench)
     one, other = bench.ranks["0"], bench.ranks["1"]
     unable = one.get("unable") or other.get("unable")
     if unable:
-        raise NotApplicable(f"two processes cannot meet here ({unable})")
+        raise NotApplicable(f"two processes cannot connect here ({unable})")
     failed = [report["error"] for report in (one, other) if "error" in report]
     if failed:
-        # Where one process fails the other waits for it in vain.
+        # If one process fails, the other waits for it in vain.
         cause = min(failed, key=lambda text: "Timed out" in text)
         raise _ElsewhereError(f"in one of two processes: {cause}")
     problems = [
-        f"the gradient of {name} differs between processes: average it over them"
+        f"the gradient of {name} differs between processes: average it over the processes"
         for name, value in one["gradients"].items()
         if value != other["gradients"][name]
     ]
@@ -442,7 +450,7 @@ def ddp(bench: Bench) -> list[str]:
     if differing:
         problems.append(
             f"the state of {', '.join(differing)} differs between processes: where "
-            "torch.distributed is initialised, gather what is written to it over all of them"
+            "torch.distributed is initialised, gather what is written to it over all processes"
         )
     return problems
 
@@ -461,7 +469,7 @@ CHECKS: dict[str, Callable[[Bench], list[str]]] = {
     "synchronisation": synchronisation,
     "ddp": ddp,
 }
-"""All checks, in the order in which they run: what others build on comes first."""
+"""All checks, in the order in which they run: a check comes after those that it builds on."""
 
 
 def _needs_terms(bench: Bench) -> None:
@@ -470,7 +478,7 @@ def _needs_terms(bench: Bench) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's text, or its type if it has no text."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -485,7 +493,7 @@ def reason(error: BaseException) -> str:
 
 
 def _location(error: BaseException) -> str:
-    # Imported where it is needed: it takes the two processes longer than all they do.
+    # Imported here: for the two processes, the import takes longer than all their work.
     from kdprof.measure.trace import location_of
 
     return location_of(error)
@@ -493,7 +501,7 @@ def _location(error: BaseException) -> str:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Put everything global that a check or a method under it may change back as it was."""
+    """Restore all global state that a check or the checked method may change."""
     states = random.getstate(), np.random.get_state()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

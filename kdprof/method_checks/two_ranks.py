@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,11 +22,11 @@ LIMIT_S = 600
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 RankReport = dict[str, Any]
-"""Of one method in one process: terms, digests of gradients and state, or an error."""
+"""The report of one method in one process: terms, digests of gradients and state; or an error."""
 
 
 def in_two_processes(methods: Iterable[MethodEntry]) -> dict[str, dict[str, RankReport]]:
-    """Run methods in two processes; return by method and rank ("0", "1") what each found."""
+    """Run methods in two processes and return each report, by method and rank ("0", "1")."""
     methods = list(methods)
     if not dist.is_available():
         unable = {"unable": "this torch has no torch.distributed"}
@@ -43,11 +43,11 @@ def in_two_processes(methods: Iterable[MethodEntry]) -> dict[str, dict[str, Rank
             )
             for rank in range(WORLD)
         ]
-        read = [threads.submit(lambda child=child: list(child.messages())) for child in children]
+        read = [threads.submit(_sent_reports, child) for child in children]
         _end_in_time(children)
         reports = [
-            _reports(child, [report for _, report in found.result()])
-            for child, found in zip(children, read, strict=True)
+            _all_reports(child, sent.result(), len(methods))
+            for child, sent in zip(children, read, strict=True)
         ]
     return {
         found.cls.name: {str(rank): reports[rank][number] for rank in range(WORLD)}
@@ -79,19 +79,18 @@ def _end_in_time(children: Sequence[Child]) -> None:
             child.kill()
 
 
-class _Missing(dict):
-    """The reports of a process that may have ended before it sent them all."""
-
-    def __missing__(self, number: int) -> RankReport:
-        return {"error": self["why"]}
+def _sent_reports(child: Child) -> list[RankReport]:
+    return [report for _, report in child.messages()]
 
 
-def _reports(child: Child, found: Sequence[RankReport]) -> Mapping[Any, RankReport]:
-    return _Missing(enumerate(found), why=child.last_words())
+def _all_reports(child: Child, sent: list[RankReport], count: int) -> list[RankReport]:
+    """Return a report for each method: an error where the process ended before it sent one."""
+    missing = {"error": child.last_words()}
+    return sent + [missing] * (count - len(sent))
 
 
 def _spec(found: MethodEntry) -> str:
-    """Return what names a method in another process."""
+    """Return the name by which another process finds a method."""
     if found.origin.endswith(".py"):
         return f"{Path(found.origin).resolve()}:{found.cls.__name__}"
     return found.cls.name

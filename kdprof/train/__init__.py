@@ -1,4 +1,4 @@
-"""Matched-budget training: every (method, budget, seed) of a study, the teacher first.
+"""Matched-budget training: every (method, budget, seed) of a study, after its teacher.
 
-Here runs are prepared, planned and trained; nothing here measures a step or makes a report.
+Runs are prepared, planned and trained here; nothing here times a step or writes a report.
 """

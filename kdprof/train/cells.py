@@ -1,4 +1,4 @@
-"""Cells: what a study comes down to, one training per (method, budget, seed)."""
+"""Cells: the trainings that a study consists of, one per (method, budget, seed)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kdprof.train.trunk import TrunkPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One training to be made.
+    """One planned training.
 
     Attributes:
-        kind: a run of a method, the teacher's own, or the trunk of several runs.
-        method: of a run or trunk; what the teacher is trained with.
-        budget: empty where the kind is no run.
-        iterations: what it makes; ``low`` and ``high`` are the ends of the 95 % interval that
+        kind: a run of a method, the teacher's training, or the trunk of several runs.
+        method: of a run or trunk; for the teacher, the objective that it is trained with.
+        budget: empty unless the kind is ``run``.
+        iterations: planned length; ``low`` and ``high`` are the ends of its 95 % interval, which
             follows from the measurement's.
         span: iterations that its learning-rate schedule spans.
-        planned_s: forecast wall-clock; None where nothing is forecast.
+        planned_s: forecast wall-clock; None if nothing is forecast.
     """
 
     kind: RunKind = "run"
@@ -42,13 +42,19 @@ class Cell:
 
     @classmethod
     def teacher(cls, method: str, iterations: int) -> Cell:
-        """Return the teacher's own training; 0 iterations where it comes with its weights."""
-        ends = dict.fromkeys(("iterations", "low", "high", "span"), iterations)
-        return cls(kind="teacher", method=method, **ends)
+        """Return the teacher's own training; 0 iterations if its weights are given."""
+        return cls(
+            kind="teacher",
+            method=method,
+            iterations=iterations,
+            low=iterations,
+            high=iterations,
+            span=iterations,
+        )
 
     @classmethod
     def trunk(cls, plan: TrunkPlan) -> Cell:
-        """Return the trunk of a plan; it is forecast at the pace of the longest run."""
+        """Return the trunk of a plan; its forecast uses the longest run's pace."""
         longest, end = plan.longest, max(plan.marks.values())
         planned_s = longest.planned_s
         return cls(
@@ -63,11 +69,11 @@ class Cell:
         )
 
     def label(self) -> str:
-        """Return what messages call it."""
+        """Return its name in messages."""
         return run_label(self.kind, self.method, self.budget, self.seed)
 
     def folder(self, store: Store) -> RunFolder:
-        """Return where its files are."""
+        """Return the folder of its files."""
         if self.kind == "teacher":
             return store.teacher_folder()
         if self.kind == "trunk":
@@ -75,7 +81,7 @@ class Cell:
         return store.run_folder(self.method, self.budget, self.seed)
 
     def is_finished(self, store: Store) -> bool:
-        """Return whether it was trained to its end."""
+        """Return whether it has been trained to its end."""
         run = self.folder(store).read_run()
         return run is not None and run.finished
 
@@ -83,13 +89,13 @@ class Cell:
 def cells_of(
     study: ResolvedStudy, store: Store, names: Sequence[str], costs: Mapping[str, Cost]
 ) -> list[Cell]:
-    """Return the cells of the named methods, budget by budget, seed by seed.
+    """Return the cells of the named methods, ordered by budget, then by seed.
 
     Raises:
-        UserError: a budget buys less than an iteration of a method, or a schedule has no span.
+        UserError: a budget is less than one iteration of a method, or a schedule has no span.
     """
     cells = []
-    # Other seeds of a run must be as long, even where its method was measured again since.
+    # All seeds of a run must have one length, even if its method was measured again since.
     before = {(run.method, run.budget): run for run in store.runs()}
     for text in study.budgets:
         budget = parse_budget(text)
@@ -132,14 +138,14 @@ def _span(study: ResolvedStudy, method: str, iterations: int) -> int:
         return published_iterations(cls, study.data.name, networks, study.step)
     if training.schedule_iterations is None:
         raise UserError(
-            "training.schedule_span = 'truncate' needs training.schedule_iterations: what the "
-            "schedule spans before it is cut"
+            "training.schedule_span = 'truncate' needs training.schedule_iterations: the length "
+            "of the schedule before it is cut"
         )
     return training.schedule_iterations
 
 
 def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
-    """Return the record of a run that has not begun."""
+    """Return the record of a run that has not started."""
     training = study.training
     return Run(
         kind=cell.kind,

@@ -1,6 +1,6 @@
-"""Checkpoints: whole on disk or not at all, verified before use, and the one before kept.
+"""Checkpoints: written completely or not at all, verified before use; the previous one is kept.
 
-The file is torch's own zip format, so ``torch.load(..., weights_only=True)`` opens it; its CRC-32
+The file has torch's own zip format, so ``torch.load(..., weights_only=True)`` opens it. Its CRC-32
 per entry, which torch does not verify, is verified here.
 """
 
@@ -18,9 +18,9 @@ from kdprof.store import RunFolder, replace_durably
 
 
 def save(folder: RunFolder, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before stays as ``checkpoint.previous.pt``.
+    """Write a checkpoint; the previous one stays as ``checkpoint.previous.pt``.
 
-    A crash at any moment leaves at least one whole checkpoint, once there was one.
+    After the first one, a crash at any moment leaves at least one whole checkpoint.
     """
     temporary = _written(folder.checkpoint, state)
     if folder.checkpoint.exists():
@@ -29,7 +29,7 @@ def save(folder: RunFolder, state: dict[str, Any]) -> None:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write a single checkpoint file, whole or not at all."""
+    """Write a single checkpoint file, completely or not at all."""
     replace_durably(_written(path, state), path)
 
 
@@ -47,8 +47,8 @@ def _written(path: Path, state: dict[str, Any]) -> Path:
 
 
 def recover(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
-    """Do what :func:`load` does, and put a whole previous checkpoint in the damaged one's place,
-    or the next save would move the damaged one over it."""
+    """Do what :func:`load` does, and replace a damaged checkpoint by the whole previous one:
+    otherwise the next save would move the damaged one over it."""
     state, damage = load(folder)
     if damage is not None:
         replace_durably(folder.previous_checkpoint, folder.checkpoint)
@@ -59,10 +59,10 @@ def load(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
     """Return the newest whole checkpoint of a run, on the CPU, and what was wrong with a newer one.
 
     Returns:
-        (None, None) where nothing was saved yet.
+        (None, None) if nothing was saved yet.
 
     Raises:
-        KdprofError: every checkpoint there is is damaged.
+        KdprofError: checkpoints exist, but all of them are damaged.
     """
     damaged = []
     for path in (folder.checkpoint, folder.previous_checkpoint):
@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read one checkpoint file. Never runs code from it.
 
     Raises:
-        KdprofError: the file is truncated or changed.
+        KdprofError: the file is damaged: truncated or changed.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,8 +1,8 @@
-"""What a run's compute went to: useful work, overheads off the clock, and work that was lost."""
+"""What a run's compute was used for: useful work, overheads that do not count, and lost work."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from kdprof.records import LedgerEntry
 from kdprof.store import append_line, read_lines, write_atomic
 
 USEFUL = ("train", "trunk")
-"""Kinds of entries that are the run's price."""
+"""Kinds of entries that count as the run's cost."""
 
 
 class Ledger:
@@ -26,7 +26,7 @@ class Ledger:
         self._add_up()
 
     def _add_up(self) -> None:
-        self.spent_s: Counter[str] = Counter()
+        self.spent_s: dict[str, float] = defaultdict(float)
         for entry in self._entries:
             self.spent_s[entry.kind] += entry.seconds
 
@@ -40,20 +40,21 @@ class Ledger:
         self.spent_s[kind] += seconds
 
     def useful_s(self) -> float:
-        """Return the seconds that are the run's price so far."""
+        """Return the seconds that count as the run's cost so far."""
         return sum(self.spent_s[kind] for kind in USEFUL)
 
     def energy_j(self) -> float | None:
-        """Return the joules of the training; None where a part of it was not metered."""
-        found = [entry.energy_j for entry in self._entries if entry.kind in USEFUL]
-        return None if None in found or not found else sum(found)
+        """Return the joules of the training; None if a part of it was not metered."""
+        useful = [entry.energy_j for entry in self._entries if entry.kind in USEFUL]
+        metered = [joules for joules in useful if joules is not None]
+        return sum(metered) if metered and len(metered) == len(useful) else None
 
     def rewind(self, iteration: int, evaluated: Collection[int]) -> None:
-        """Turn what was spent after a checkpoint into lost work: it is done again.
+        """Turn what was spent after a checkpoint into lost work, because it is done again.
 
         Args:
-            iteration: of the checkpoint; 0 where there is none.
-            evaluated: iterations whose evaluation the checkpoint knows.
+            iteration: of the checkpoint; 0 if there is no checkpoint.
+            evaluated: iterations whose evaluation the checkpoint contains.
         """
         if not self.path.exists():
             return

@@ -1,10 +1,10 @@
-"""Other people's dashboards, fed with what the run's own log.jsonl and curve.jsonl get."""
+"""External dashboards, which get the same scalars as a run's log.jsonl and curve.jsonl."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -13,10 +13,10 @@ from kdprof.errors import UserError
 
 
 class Logger(Protocol):
-    """Takes a run's scalars."""
+    """A receiver of a run's scalars."""
 
     def add(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        """Note scalars of one iteration."""
+        """Log scalars of one iteration."""
 
     def close(self) -> None:
         """Write what is left."""
@@ -28,7 +28,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, label: str, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process wrote after its checkpoint is made again.
+        # What a killed process wrote after its checkpoint will be written again.
         again = iteration + 1 if iteration else None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=again)
 
@@ -41,8 +41,8 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A Weights & Biases run in ``wandb/`` of the run's folder, offline unless WANDB_MODE says
-    otherwise; ``wandb sync`` uploads it."""
+    """A Weights & Biases run in ``wandb/`` of the run's folder; offline, unless WANDB_MODE is set.
+    ``wandb sync`` uploads it."""
 
     def __init__(self, folder: Path, label: str, iteration: int):
         import wandb
@@ -51,10 +51,10 @@ class _WeightsAndBiases:
             project="kdprof",
             name=label,
             dir=str(folder),
-            # One per results folder and run, so that a continued run is the same there.
+            # One id per results folder and run, so that a continued run stays one run there.
             id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],
             resume="allow",
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=None if "WANDB_MODE" in os.environ else "offline",  # None: wandb reads it
             reinit="create_new",
         )
 
@@ -65,15 +65,18 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
-LOGGERS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
-"""By the name of their package, which is also the extra that brings it."""
+LOGGERS: dict[str, Callable[[Path, str, int], Logger]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+}
+"""Loggers by the name of their package, which is also the extra that installs it."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
     """Refuse loggers whose package is not installed.
 
     Raises:
-        UserError: names them all.
+        UserError: a logger's package is not installed; the message names them all.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
@@ -86,10 +89,10 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(names: Sequence[str], folder: Path, label: str, iteration: int) -> list[Logger]:
-    """Return loggers of one run.
+    """Return the loggers of one run.
 
     Args:
-        folder: the run's.
-        iteration: where it begins or continues.
+        folder: the run's folder.
+        iteration: where the run begins or continues.
     """
     return [LOGGERS[name](folder, label, iteration) for name in names]

@@ -1,4 +1,4 @@
-"""One run: the loop, its ledger, its log, its curve, its checkpoints."""
+"""One run: the training loop with its ledger, log, curve and checkpoints."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from kdprof.train.pace import Spending, pace_of
 from kdprof.train.trunk import Trunk
 
 STARTUP_ITERATIONS = 2
-"""First steps of a process, in which it compiles and searches for algorithms."""
+"""The first steps of a process, in which torch compiles and searches for algorithms."""
 STEPS_AHEAD = 2
-"""Steps that the host may be ahead of the device where the clock ends the run."""
+"""Steps that the host may be ahead of the device if the clock ends the run."""
 ENDLESS = 1 << 40
-"""More batches than any run asks for."""
+"""More batches than any run takes."""
 AnyLine = TypeVar("AnyLine", CurvePoint, LogLine)
 
 
 class Interrupted(KdprofError):
-    """The user or the system asked the run to stop; it was saved."""
+    """The user or the system stopped the run; it was saved."""
 
     exit_code = 130
 
@@ -59,7 +59,7 @@ class NotFinite(KdprofError):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps."""
+    """A flag that SIGINT and SIGTERM set and that the loop reads between steps."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -81,10 +81,11 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run is scored on, and how often.
+    """The data that a run is scored on, and how often.
 
     Attributes:
-        class_groups: groups of classes that mIoU is reported over, in addition to all classes.
+        points: evaluations per run.
+        class_groups: groups of classes over which mIoU is also reported.
     """
 
     data: SegmentationData
@@ -95,7 +96,7 @@ class Validation:
 
     @classmethod
     def of(cls, study: ResolvedStudy, role: Role) -> Validation:
-        """Return how a study scores one of its networks."""
+        """Return the validation of one of a study's networks."""
         evaluation, groups = study.evaluation, {}
         if role == "student" and study.scenario:
             groups = study.scenario.groups()
@@ -105,17 +106,17 @@ class Validation:
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """One training of a step to its end, from wherever its folder says it got to.
+    """One training of a step to its end, from the state that its folder has.
 
     Attributes:
-        run: the record; its plan is followed, its results are filled in.
+        run: the record, which has the plan; the results are added to it.
         validation: None for a trunk, which is never scored.
         cost: of the run's method; None for the teacher.
         meter: the device's energy counter.
         trunk: where the run begins if its folder is empty.
         marks: iterations at which the state is kept for branches; only a trunk has them.
         done: iterations made.
-        losses: unweighted terms of the last step that was waited for.
+        losses: unweighted terms of the last step that the host has waited for.
     """
 
     folder: RunFolder
@@ -134,7 +135,7 @@ class TrainingRun:
         self._marks = set(self.marks)
         self._evaluated: set[int] = set()
         self._reached = 0
-        """The last stop that was dealt with, in planned iterations."""
+        """The last stop that was processed, in planned iterations."""
         self._waited_s = 0.0
         self._loggers: list[Logger] = []
         self._stop = StopSignal()
@@ -145,11 +146,11 @@ class TrainingRun:
         """Train to the end and return the finished record.
 
         Args:
-            label: what lines and the bar call it.
-            left: what the bar adds about the runs that follow.
+            label: its name in messages and in the progress bar.
+            left: what the progress bar adds about the runs that follow.
 
         Raises:
-            Interrupted: a signal came; everything is saved.
+            Interrupted: a signal was received; everything is saved.
             NotFinite: a loss is no longer finite.
             KdprofError: no checkpoint can be read.
         """
@@ -161,7 +162,7 @@ class TrainingRun:
         ):
             self._save_record()
             self._open_loggers()
-            # Or a run that is over the plan would have no more batches.
+            # Endless: a run that exceeds its plan would otherwise run out of batches.
             last = self.run.iterations if self.pace.is_counted else ENDLESS
             self.feed.begin(self.done, last)
             try:
@@ -185,7 +186,7 @@ class TrainingRun:
         return self.run
 
     def _stops(self) -> list[int]:
-        """Return where training pauses, in planned iterations, from where the run is."""
+        """Return the stops that are left, where training pauses, in planned iterations."""
         stops = self._marks | {self.run.iterations}
         if self.validation is not None:
             points = self.validation.points
@@ -195,18 +196,18 @@ class TrainingRun:
     def _at_stop(self, stop: int, progress: Progress, label: str) -> None:
         if self.validation is not None:
             point = self._evaluate(self.validation)
-            progress.detail(f"{label}: {_told(point)}")
+            progress.detail(f"{label}: {_summary(point)}")
         self._reached = stop
         self._checkpoint()
         if self.done in self._marks:
             checkpoint.write(self.folder.mark(self.done), self._state())
 
-    # From where it got to
+    # Resuming
 
     def _resume(self, progress: Progress) -> None:
         state, damage = checkpoint.recover(self.folder)
         if damage is not None:
-            progress.say(f"{damage}; continuing from the one before")
+            progress.say(f"{damage}; continuing from the previous checkpoint")
         if state is not None:
             self._restore(state)
             planned = self.run
@@ -221,7 +222,7 @@ class TrainingRun:
             self._evaluated, self._reached = set(state["evaluated"]), state["reached"]
         self.ledger = Ledger(self.folder.ledger)
         self.ledger.rewind(self.done, self._evaluated)
-        # A score that the checkpoint does not know is not in the record: it is made again.
+        # A score that is not in the checkpoint is not in the record either: it is computed again.
         self._keep(self.folder.curve, CurvePoint, lambda p: p.iteration in self._evaluated)
         self._keep(self.folder.log, LogLine, lambda line: line.iteration <= self.done)
         if state is None and self.trunk is not None:
@@ -236,13 +237,13 @@ class TrainingRun:
         state = checkpoint.read(trunk.state)
         self._restore(state)
         self._reached = self.done
-        if not self.ledger.spent_s["trunk"]:  # else a crash came between this and a checkpoint
+        if not self.ledger.spent_s["trunk"]:  # booked already before a crash
             spent = Run.model_validate(state["run"])
             self.ledger.book("trunk", 0, spent.train_s.actual, spent.energy_j)
 
     @staticmethod
     def _keep(path: Path, kind: type[AnyLine], wanted: Any) -> None:
-        """Drop the lines that are written again."""
+        """Keep the wanted lines of a file; the others will be written again."""
         lines = read_lines(path, kind)
         kept = [line for line in lines if wanted(line)]
         if path.exists():
@@ -253,7 +254,7 @@ class TrainingRun:
 
     def _train_until(self, stop: int, advance: Advance) -> None:
         """Train to a stop; the log, checkpoints and the stop signal interrupt between steps."""
-        nearby = None if self.pace.is_counted else _Nearby(self.step.device)
+        throttle = None if self.pace.is_counted else _Throttle(self.step.device)
         synchronize(self.step.device)
         self._stretch.begin()
         saved_at = time.perf_counter()
@@ -263,8 +264,8 @@ class TrainingRun:
             waiting.append(self.feed.advance(self.done, position=position))
             self.done += 1
             advance(1)
-            if nearby is not None:
-                nearby.wait()
+            if throttle is not None:
+                throttle.wait()
             if self._startup_ends() or len(waiting) == self.settings.log_every:
                 self._book_training(waiting)
             due = time.perf_counter() - saved_at > self.settings.checkpoint_every_s
@@ -282,9 +283,9 @@ class TrainingRun:
         return self._fresh == 0
 
     def _book_training(self, waiting: list[dict[str, Tensor]]) -> None:
-        """Book what was trained since the last time, and write a line of the log.
+        """Book the training since the last call, and write a line of the log.
 
-        The only place where the host waits for the device.
+        This is the only place where the host waits for the device.
         """
         if not waiting:
             return
@@ -300,7 +301,7 @@ class TrainingRun:
         self._stretch.begin()
 
     def _startup_s(self, seconds: float, iterations: int) -> float:
-        """Return what the first steps of this process took beyond the planned."""
+        """Return by how much the first steps of this process exceeded their planned seconds."""
         planned, first = self.run.train_s.planned, self._fresh >= 0
         if self._fresh == 0:
             self._fresh = -1
@@ -312,7 +313,7 @@ class TrainingRun:
         """Return the last step's terms.
 
         Raises:
-            NotFinite: a term of any step since the last time is not.
+            NotFinite: a term of any waiting step is not finite.
         """
         names = list(waiting[-1])
         rows = torch.stack([torch.stack([step[name] for name in names]) for step in waiting])
@@ -336,7 +337,7 @@ class TrainingRun:
     def _spent_j(self) -> float:
         return (self.ledger.energy_j() or 0.0) + (self._stretch.joules() or 0.0)
 
-    # What is off the clock
+    # Work that does not count as training time
 
     @contextmanager
     def _booked(self, kind: str) -> Iterator[None]:
@@ -353,7 +354,7 @@ class TrainingRun:
         for logger in self._loggers:
             logger.close()
 
-    def _tell_loggers(self, scalars: Mapping[str, float]) -> None:
+    def _send_to_loggers(self, scalars: Mapping[str, float]) -> None:
         for logger in self._loggers:
             logger.add(self.done, scalars)
 
@@ -368,7 +369,7 @@ class TrainingRun:
             append_line(self.folder.log, line)
             losses = {f"loss/{name}": value for name, value in self.losses.items()}
             rest = {"learning_rate": line.learning_rate, "train_s": line.train_s}
-            self._tell_loggers(losses | rest)
+            self._send_to_loggers(losses | rest)
             self.folder.renew_lease()
 
     def _learning_rate(self) -> float:
@@ -401,7 +402,7 @@ class TrainingRun:
             )
             append_line(self.folder.curve, point)
         with self._booked("logging"):
-            self._tell_loggers({"miou": found.miou})
+            self._send_to_loggers({"miou": found.miou})
         self._evaluated.add(self.done)
         per_class = dict(zip(validation.data.class_names, found.per_class, strict=True))
         self.run = self.run.model_copy(
@@ -429,7 +430,7 @@ class TrainingRun:
         }
 
     def _checkpoint(self) -> None:
-        """Save everything, then the record; the time it takes is booked apart."""
+        """Save everything, then the record; its time is booked separately."""
         with self._booked("checkpoint"):
             checkpoint.save(self.folder, self._state())
         self._save_record()
@@ -465,29 +466,32 @@ class TrainingRun:
         write_record(self.folder.record, self.run)
 
     def _fail(self, error: Exception) -> None:
-        """Write into the record why the run ended; the checkpoint stays as it is."""
+        """Write into the record why the run ended; the checkpoint does not change."""
         saved = None
         with suppress(KdprofError):
             state, _ = checkpoint.load(self.folder)
             saved = state and state["iteration"]
-        found = isinstance(error, NotFinite)
+        iteration, term = self.done, None
+        if isinstance(error, NotFinite):
+            iteration, term = error.iteration, error.term
         failure = Failure(
-            iteration=error.iteration if found else self.done,
-            term=error.term if found else None,
+            iteration=iteration,
+            term=term,
             reason=" ".join(str(error).split()) or type(error).__name__,
             checkpoint_iteration=saved,
         )
         self.run = self._record().model_copy(update={"failure": failure})
-        with suppress(OSError):  # a full disk may be the reason; the error itself is still told
+        with suppress(OSError):  # a full disk may be the reason; the error itself is still raised
             write_record(self.folder.record, self.run)
 
 
 class _Stretch:
-    """A stretch of training on the clock and on the device's energy counter."""
+    """A stretch of training, measured by the clock and by the device's energy counter."""
 
     def __init__(self, meter: EnergyMeter | None):
         self.meter = meter
-        self.pause()
+        self._began: float | None = None
+        self._joules: float | None = None
 
     def begin(self) -> None:
         self._joules = self.meter.read_j() if self.meter else None
@@ -504,15 +508,15 @@ class _Stretch:
         return None if now is None or self._joules is None else now - self._joules
 
 
-class _Nearby:
-    """Keeps the host within a few steps of the device, without draining it."""
+class _Throttle:
+    """Keeps the host at most a few steps ahead of the device, without draining the device."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._events: deque[torch.cuda.Event] = deque()
 
     def wait(self) -> None:
-        """Note a step that was queued; wait for the one :data:`STEPS_AHEAD` before it."""
+        """Record a step that was queued; wait for the one :data:`STEPS_AHEAD` before it."""
         if not self._cuda:
             return
         event = torch.cuda.Event()
@@ -526,16 +530,16 @@ def _most(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else max(one, other)
 
 
-def _told(point: CurvePoint) -> str:
+def _summary(point: CurvePoint) -> str:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in point.losses.items())
     return f"iteration {point.iteration}: mIoU {100 * point.miou:.2f} %; {losses}"
 
 
 def outcome(run: Run) -> str:
-    """Return what a finished run reached and spent, in one line."""
+    """Return the score and the time of a finished run, in one line."""
     drift = run.train_s.drift()
-    told = "" if drift is None else f" ({drift:+.1%} of plan)"
+    deviation = "" if drift is None else f" ({drift:+.1%} of plan)"
     return (
         f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations_done} iterations, "
-        f"{run.train_s.actual:.1f} s{told}"
+        f"{run.train_s.actual:.1f} s{deviation}"
     )

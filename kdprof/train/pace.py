@@ -1,4 +1,4 @@
-"""Pace: how much of its budget a run has spent, and so where in its schedule it is."""
+"""Pace: how much of its budget a run has spent, and so its position in the schedule."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Pace:
 
     iterations: int
     is_counted: ClassVar[bool] = True
-    """Whether the run ends after its planned iterations, not when something else is spent."""
+    """True if the run ends after its planned iterations, False if another quantity ends it."""
 
     def position(self, done: int) -> float:
-        """Return where the run is, from 0 to ``iterations``, after ``done`` iterations."""
+        """Return the run's position, from 0 to ``iterations``, after ``done`` iterations."""
         return done
 
     def reached(self, mark: int, done: int) -> bool:
-        """Return whether the run is as far as ``mark`` of its planned iterations."""
+        """Return whether the run has reached ``mark`` of its planned iterations."""
         return self.position(done) >= mark
 
 
@@ -37,14 +37,14 @@ class Enforced(Pace):
     """Progress of a run by the share of its budget that it has spent.
 
     Attributes:
-        amount: what the budget is worth, in the unit of ``spent``.
-        spent: what was spent so far; must not wait for the device.
+        amount: the budget in the unit of ``spent``.
+        spent: returns the amount spent so far; must not wait for the device.
     """
 
     is_counted: ClassVar[bool] = False
     amount: float
     spent: Callable[[int], float]
-    """Of the iterations done."""
+    """A function of the iterations done."""
 
     def position(self, done: int) -> float:
         """Return the spent share of the budget, in planned iterations."""
@@ -53,7 +53,7 @@ class Enforced(Pace):
 
 @dataclass(frozen=True)
 class Spending:
-    """Live readings of a run, that :func:`pace_of` chooses from."""
+    """Live readings of a run, from which :func:`pace_of` chooses one."""
 
     seconds: Callable[[], float]
     joules: Callable[[], float]
@@ -63,7 +63,7 @@ def pace_of(run: Run, cost: Cost | None, spending: Spending) -> Pace:
     """Return the pace that a run's record asks for.
 
     Raises:
-        UserError: its Cost lacks what is to be enforced.
+        UserError: the run or its Cost lacks the quantity to be enforced.
     """
     if run.enforce == "iterations":
         return Pace(run.iterations)

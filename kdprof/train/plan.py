@@ -1,4 +1,4 @@
-"""Plan: what a study will cost, before anything of it is trained."""
+"""Plan: what a study will cost, known before any of it is trained."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the runs of a method under a budget will cost, seeds together."""
+    """What the runs of a method under a budget will cost, all seeds together."""
 
     method: str
     budget: str
     runs: int
     finished: int
     iterations: int
-    """Of each run; ``low`` and ``high`` are the ends of the 95 % interval of what the budget buys,
-    equal to it where a run was begun."""
+    """Of each run; ``low`` and ``high`` are the ends of the conversion's 95 % interval, equal to it
+    if a run has started."""
     low: int
     high: int
     seconds: float
-    """Of the runs that are not finished; ``seconds_low`` and ``seconds_high`` follow from the
-    interval of the seconds per iteration. Evaluation is not in it."""
+    """Of the runs that are not finished, without evaluation; ``seconds_low`` and ``seconds_high``
+    follow from the interval of the seconds per iteration."""
     seconds_low: float
     seconds_high: float
     saved_s: float
-    """What sharing a trunk with larger budgets saves of ``seconds`` (wsd), not yet taken off."""
+    """Seconds that sharing a trunk with larger budgets saves (wsd); ``seconds`` includes them."""
     energy_j: float | None
-    """Of the same runs; None where the device has no counter."""
+    """Of the same runs; None if the device has no counter."""
     disk_bytes: int
     unreliable: bool
     """True if the underlying Cost is unreliable."""
@@ -49,10 +49,10 @@ class Forecast:
 def forecast(
     study: ResolvedStudy, store: Store, names: Sequence[str], costs: Mapping[str, Cost]
 ) -> list[Forecast]:
-    """Return the forecast of every (method, budget) of a study, budget by budget.
+    """Return the forecast of every (method, budget) of a study, ordered by budget.
 
     Raises:
-        UserError: the study has no budget, or one that buys nothing.
+        UserError: the study has no budget, or one that is less than an iteration of a method.
     """
     if not study.budgets:
         raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
@@ -95,7 +95,7 @@ def _forecast(
 
 
 def _shared_iterations(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> int:
-    """Return the iterations of a cell's trunk that a larger budget's trunk has anyway."""
+    """Return the iterations of a cell's trunk that a larger budget needs in any case."""
     plan = trunk_plan(study, cells, cell)
     if plan is None or plan.longest.budget == cell.budget:
         return 0

@@ -1,8 +1,8 @@
-"""What training needs before it begins: the Costs, and a folder made under the same conditions."""
+"""What training needs before it starts: Costs, and a folder with runs under the same conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kdprof.errors import KdprofError, UserError
@@ -16,7 +16,7 @@ from kdprof.train.loggers import check_loggers
 
 
 class Prepared(NamedTuple):
-    """What training needs to know before it begins."""
+    """What training needs to know before it starts."""
 
     costs: dict[str, Cost]
     failures: list[str]
@@ -24,56 +24,64 @@ class Prepared(NamedTuple):
 
 
 def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Progress) -> Prepared:
-    """Return the Cost of every named method, of those that budgets name and of the reference,
-    measuring what is missing and no more, and which could not be measured.
+    """Return the Costs of the named methods, of those that budgets name and of the reference.
+
+    Only missing Costs are measured.
 
     Raises:
         UserError: a step cannot fit into the device's memory, a logger is not installed, or the
-            folder's runs were made under other conditions than this study would make.
-        KdprofError: no Cost of a method that a budget is measured in.
+            folder has runs that were trained under other conditions than this study's.
+        KdprofError: the reference or a method that a budget names could not be measured.
     """
     check_loggers(study.training.loggers)
     check_runs(study, store, names)
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
-    found = {name: store.read_cost(name, cost_key(study, name)) for name in wanted}
-    missing = [name for name, cost in found.items() if cost is None]
+    costs, missing = _read_costs(study, store, wanted)
     if not missing:
-        return Prepared(found, [])
+        return Prepared(costs, [])
     progress.say(f"measuring {', '.join(missing)}")
     measured = measure(study, missing, progress, keep=store.write_cost)
-    found |= {cost.method: cost for cost in measured.costs}
     if lost := [name for name in (REFERENCE, *named) if name in measured.failures]:
         raise KdprofError(
-            f"nothing can be converted without {', '.join(lost)}\n{measured.summary()}"
+            f"no budget can be converted without {', '.join(lost)}\n{measured.summary()}"
         )
-    costs = {name: cost for name, cost in found.items() if cost is not None}
+    costs |= {cost.method: cost for cost in measured.costs}
+    costs = {name: costs[name] for name in wanted if name in costs}
     return Prepared(costs, measured.summary().splitlines())
 
 
+def _read_costs(
+    study: ResolvedStudy, store: Store, names: Iterable[str]
+) -> tuple[dict[str, Cost], list[str]]:
+    """Return the stored Costs of methods, and the methods that have none."""
+    found = {name: store.read_cost(name, cost_key(study, name)) for name in names}
+    costs = {name: cost for name, cost in found.items() if cost is not None}
+    return costs, [name for name in found if name not in costs]
+
+
 def stored_costs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> dict[str, Cost]:
-    """Return what :func:`prepare` would, measuring nothing.
+    """Return the Costs that :func:`prepare` would return, without measuring any.
 
     Raises:
         UserError: a Cost is missing, or was measured on another device.
     """
     wanted = dict.fromkeys([REFERENCE, *names, *study.budget_methods()])
-    found = {name: store.read_cost(name, cost_key(study, name)) for name in wanted}
+    costs, missing = _read_costs(study, store, wanted)
     here = study.hardware.name
     elsewhere = {cost.method: cost.device for cost in store.costs() if cost.device != here}
     problems = [
         f"'{name}' has no cost under this study on {here}"
         + (f", but on {elsewhere[name]}: train there" if name in elsewhere else "; measure it here")
-        for name, cost in found.items()
-        if cost is None
+        for name in missing
     ]
     if problems:
         raise UserError(*problems)
-    return found
+    return costs
 
 
 def check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
-    """Refuse a folder whose runs were made under other conditions than this study would make.
+    """Refuse a folder whose runs were trained under other conditions than this study's.
 
     Raises:
         UserError: runs of the named methods had other settings, another device or other versions.

@@ -1,4 +1,4 @@
-"""The runs of a study, one after the other: what is left of it, or a few named ones."""
+"""Train the runs of a study one after the other: all that are left, or a few named ones."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from kdprof.train.trunk import Trunk, TrunkPlan, trunk_plan
 
 @dataclass
 class Summary:
-    """What a call of :func:`train` did."""
+    """The result of a call of :func:`train`."""
 
     finished: list[Run] = field(default_factory=list)
     skipped: int = 0
     """Runs that were finished before."""
     elsewhere: list[str] = field(default_factory=list)
-    """Runs that other processes are training, as messages call them."""
+    """Runs that other processes are training, by their names in messages."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -46,15 +46,15 @@ def train(
 ) -> Summary:
     """Measure what is missing, train the teacher, then every cell of the study.
 
-    A finished run is left alone, an interrupted one continues, one that another process holds is
-    left to it. A run that fails does not keep the others from being made.
+    A finished run is skipped, an interrupted run continues, and a run that another process holds
+    is left to that process. If a run fails, the others are still trained.
 
     Args:
-        prepared: what :func:`prepare` returned for these methods, where it was called before.
+        prepared: the result of :func:`prepare` for these methods, if it was called before.
 
     Raises:
-        UserError: a budget buys less than an iteration of a method, or a step does not fit.
-        Interrupted: a signal came; everything is saved.
+        UserError: a budget is less than one iteration of a method, or a step does not fit.
+        Interrupted: a signal was received; everything is saved.
     """
     require_files(study.plain.data)
     names = study.method_names(control=control)
@@ -78,7 +78,7 @@ def train_named(
     *,
     concurrent_runs: int | None = 0,
 ) -> Summary:
-    """Train the cells of a method, a seed and some of the study's budgets, whose Costs are there.
+    """Train the cells of a method, a seed and some of the study's budgets; Costs must be stored.
 
     Args:
         concurrent_runs: runs that other processes train on this machine at the same time; None =
@@ -86,7 +86,7 @@ def train_named(
 
     Raises:
         UserError: a Cost that is needed was not measured on this device.
-        Interrupted: a signal came; everything is saved.
+        Interrupted: a signal was received; everything is saved.
     """
     check_runs(study, store, [method])
     costs = stored_costs(study, store, [method])
@@ -109,23 +109,23 @@ def _train_waiting(
     summary: Summary,
     concurrent_runs: int | None = 0,
 ) -> None:
-    """Train the waiting ones of a study's cells, after the teacher."""
+    """Train the teacher if needed, then the waiting cells."""
     if study.ranks and study.ranks.restarts:
         waiting = _without_failed(store, waiting, summary)
     elif study.step.gpus > 1 and not study.ranks:
-        raise UserError(f"step.gpus = {study.step.gpus}: a run of several needs torchrun")
+        raise UserError(f"step.gpus = {study.step.gpus}: a run on several GPUs needs torchrun")
     teacher = None
     if needs_teacher(study, {cell.method for cell in waiting}):
         teacher = trained_teacher(study, store, progress)
     work = _Work(study, store, costs, teacher, progress, cells, concurrent_runs)
     held = _train_cells(work, waiting, summary)
-    # By now the holder may be through with them, or dead.
+    # By now their holders may have finished them or died.
     held = _train_cells(work, held, summary) if held else []
     summary.elsewhere = [cell.label() for cell in held]
 
 
 def _without_failed(store: Store, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
-    """Leave out the cells whose failure had the group started again: they would fail once more."""
+    """Leave out the cells whose failure restarted the group: they would fail again."""
     runs = [(cell, cell.folder(store).read_run()) for cell in cells]
     failed = [(cell, run.failure) for cell, run in runs if run is not None and run.failure]
     summary.failures += [f"{cell.label()}: {failure.reason}" for cell, failure in failed]
@@ -148,9 +148,9 @@ def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[C
             held.append(cell)
             continue
         except Exception as error:
-            # Out of memory, a mistake in a user's method: the other runs are still wanted.
-            own = isinstance(error, KdprofError)  # names its run itself
-            failure = f"{'' if own else cell.label() + ': '}{explain(error)}"
+            # For example out of memory or a mistake in a user's method: the other runs go on.
+            names_run = isinstance(error, KdprofError)
+            failure = f"{'' if names_run else cell.label() + ': '}{explain(error)}"
             summary.failures.append(failure)
             work.progress.say(f"{count}failed: {failure}")
             continue
@@ -160,8 +160,8 @@ def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[C
 
 
 def _left(cells: Sequence[Cell], done: int, elapsed_s: float) -> str:
-    """Return what a bar says of the cells after the first ``done``: as long as was planned, times
-    what the others took, all told, of their plan."""
+    """Return what the progress bar says about the cells after the first ``done``: their planned
+    time, times the ratio of actual to planned time of the cells before."""
     planned = [cell.planned_s or 0.0 for cell in cells]
     pace = elapsed_s / sum(planned[:done]) if sum(planned[:done]) else 1.0
     return f" ({timedelta(seconds=round(pace * sum(planned[done:])))} for all)"
@@ -169,7 +169,7 @@ def _left(cells: Sequence[Cell], done: int, elapsed_s: float) -> str:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the cells of a study have in common."""
+    """What all cells of a study share."""
 
     study: ResolvedStudy
     store: Store
@@ -180,18 +180,19 @@ class _Work:
     concurrent_runs: int | None
 
     def train(self, cell: Cell, label: str, left: str) -> Run:
-        """Train a cell, and before it the trunk that it branches off from.
+        """Train a cell, and first the trunk from which it branches off.
 
         Args:
-            label: what lines and the bar call it.
-            left: what the bar adds about the runs that follow.
+            label: its name in messages and in the progress bar.
+            left: what the progress bar adds about the runs that follow.
         """
         plan = trunk_plan(self.study, self.cells, cell)
         trunk = self._trunk(plan, cell, left) if plan else None
         return self._train(cell, label, left, trunk=trunk)
 
     def _trunk(self, plan: TrunkPlan, cell: Cell, left: str) -> Trunk | None:
-        """Train the trunk as far as its branches need; return where a cell branches off."""
+        """Train the trunk as far as its branches need, and return where the cell branches off; None
+        if the trunk no longer has that state."""
         state = self.store.trunk_folder(plan.method, plan.seed).mark(plan.marks[cell.budget])
         if not state.exists():
             trunk = Cell.trunk(plan)
@@ -202,8 +203,8 @@ class _Work:
         if state.exists():
             return Trunk(state)
         self.progress.say(
-            f"{cell.label()}: its trunk went past iteration {plan.marks[cell.budget]} before this "
-            "budget was known; trained alone"
+            f"{cell.label()}: its trunk passed iteration {plan.marks[cell.budget]} before this "
+            "budget was added; it is trained alone"
         )
         return None
 
@@ -222,7 +223,7 @@ class _Work:
             # An interrupted run keeps its length: its learning rates were set for it.
             made = None if is_trunk else folder.read_run()
             if made is not None and made.finished:
-                return made  # by another process, since this one looked
+                return made  # another process finished it meanwhile
             run = made or new_run(study, cell, cost)
             run = run.model_copy(update={"concurrent_runs": self.concurrent_runs})
             study.factory.forget_steps()

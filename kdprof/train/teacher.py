@@ -25,17 +25,20 @@ def needs_teacher(study: ResolvedStudy, names: Iterable[str]) -> bool:
 
 
 def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> AnyNetwork:
-    """Return the study's teacher as steps read it; trained on the first call, read later.
+    """Return the study's teacher as steps read it: trained on the first call, loaded later.
 
-    Its cost is in its own record and in no method's budget.
+    Its cost is in its own record and counts in no method's budget.
+
+    Raises:
+        KdprofError: its training failed before the processes restarted, or its weights are damaged.
     """
     folder = store.teacher_folder()
     if (published := study.factory.published_teacher()) is not None:
-        network, told = published
+        network, loaded = published
         if not _is_finished(folder.read_run()):
             with folder.lock():
-                _score_teacher(study, folder, network)
-            progress.say(f"teacher: {told}; mIoU {100 * folder.read_run().miou:.2f} %")
+                miou = _score_teacher(study, folder, network)
+            progress.say(f"teacher: {loaded}; mIoU {100 * miou:.2f} %")
         return study.factory.frozen(network)
     if not _is_finished(folder.read_run()):
         with folder.lock():
@@ -69,11 +72,12 @@ def _train_teacher(
         meter=study.hardware.energy_meter(),
     )
     progress.say(f"teacher: {outcome(training.train(progress, 'teacher'))}")
+    assert isinstance(step.student, AnyNetwork), "the factory built it"
     return step.student
 
 
-def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork) -> None:
-    """Write the record of a teacher that came with its weights."""
+def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork) -> float:
+    """Write the record of a teacher whose weights were given, and return its mIoU."""
     began, data = time.monotonic(), study.data.val("teacher")
     found = evaluate(
         network,
@@ -92,16 +96,19 @@ def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork)
         "finished": True,
     }
     write_record(folder.record, run.model_copy(update=scores))
+    return found.miou
 
 
 def _read_teacher(study: ResolvedStudy, folder: RunFolder) -> AnyNetwork:
     """Return the trained teacher.
 
     Raises:
-        KdprofError: its weights are damaged or of another iteration.
+        KdprofError: its weights are missing, damaged or of another iteration.
     """
     state, damage = checkpoint.load(folder)
-    if damage is not None or state is None or state["iteration"] != folder.read_run().iterations:
+    run = folder.read_run()
+    iterations = None if run is None else run.iterations
+    if damage is not None or state is None or state["iteration"] != iterations:
         raise KdprofError(
             f"{damage or 'the teacher has no checkpoint'}; delete {folder.path} to train it again"
         )

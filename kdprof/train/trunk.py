@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trunk:
-    """The state that runs of several budgets share, where a run begins instead of at 0."""
+    """The state from which a run begins instead of from iteration 0; several budgets share it."""
 
     state: Path
     """A checkpoint of the trunk at the iteration where this run's decay begins."""
@@ -25,10 +25,11 @@ class Trunk:
 
 @dataclass(frozen=True)
 class TrunkPlan:
-    """What several budgets of a method and seed share under wsd: training before any decay.
+    """The plan of the training before any decay that several budgets of a method and seed share.
 
     Attributes:
-        marks: by budget, the iteration at which its decay begins; the longest ends the trunk.
+        marks: by budget, the iteration at which its decay begins; the largest one ends the trunk.
+        longest: the cell with the most iterations.
     """
 
     method: str
@@ -38,16 +39,16 @@ class TrunkPlan:
 
 
 def shares_trunks(study: Study) -> bool:
-    """Return whether a method and seed is trained once until its budgets' decays begin."""
+    """Return whether a method is trained once per seed until its budgets' decays begin."""
     training = study.training
     shared = training.enforce == "iterations" and training.schedule_span == "stretch"
     return study.step.schedule == "wsd" and shared
 
 
 def trunk_plan(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> TrunkPlan | None:
-    """Return the trunk that a cell branches off from; None where it is trained alone.
+    """Return the trunk from which a cell branches off; None if it is trained alone.
 
-    Runs share a trunk where the learning rate does not know their length before the decay.
+    Runs share a trunk if the learning rate before the decay does not depend on their length.
     """
     if not shares_trunks(study.plain):
         return None
