@@ -29,3 +29,15 @@ def _same_start():
 @pytest.fixture
 def repo() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def camvid(tmp_path) -> Path:
+    """A good CamVid tree of three pairs."""
+    from data_cases import image_of_noise, indices, png
+
+    root = tmp_path / "camvid"
+    for stem in ("c", "a", "b"):
+        png(root / "train" / f"{stem}.png", image_of_noise())
+        png(root / "trainannot" / f"{stem}.png", indices())
+    return root
