@@ -10,6 +10,22 @@ from kdprof.study import StepSettings
 
 CLASSES = 3
 
+MY_METHOD = '''
+import torch.nn.functional as F
+from kdprof.method import Method
+
+
+class MyKD(Method):
+    """Mean squared error between logits."""
+
+    taps = ("logits",)
+    weights = {"mse": 1.0}
+
+    def forward(self, student, teacher, labels):
+        return {"mse": F.mse_loss(student.logits, teacher.logits)}
+'''
+"""The method of README.md, in a user's file."""
+
 
 class TinyNet(nn.Module):
     """A network with the interface of kdprof's own and all that a step can trip over: batch

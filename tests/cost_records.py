@@ -1,6 +1,7 @@
 """Costs for tests: plain ones with every sample alike, and a set as a GPU would give it."""
 
 import random
+from math import exp
 
 from kdprof.records import (
     Canary,
@@ -246,3 +247,8 @@ def outlier(cause: str) -> Outlier:
 def counted(cost: Cost, modules: dict[str, dict[str, float]] | None = None) -> CountedCost:
     """The same Cost as one that was counted, with these FLOP by module."""
     return CountedCost(**cost.model_dump(), modules_flop=modules)
+
+
+def ratio(median: float, error: float = 0.0) -> Ratio:
+    """A ratio to none whose interval is ``error`` wide to each side on the log scale."""
+    return Ratio(median=median, low=median * exp(-error), high=median * exp(error), to="none")

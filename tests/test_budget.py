@@ -1,13 +1,12 @@
 from math import exp
 
 import pytest
-from cost_records import make_cost
+from cost_records import make_cost, ratio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdprof.budget import convert, parse_budget
 from kdprof.errors import UserError
-from kdprof.records import Ratio
 
 
 @pytest.mark.parametrize(
@@ -76,11 +75,6 @@ def test_seconds_flop_and_plain_iterations_by_hand():
     }
     assert {m: c.iterations for m, c in by_method("7k", costs).items()} == {"a": 7000, "b": 7000}
     assert by_method("7k", costs)["a"].seconds == pytest.approx(3500)
-
-
-def ratio(median: float, error: float = 0.0) -> Ratio:
-    """A ratio to none whose interval is ``error`` wide to each side on the log scale."""
-    return Ratio(median=median, low=median * exp(-error), high=median * exp(error), to="none")
 
 
 def test_only_ratios_compare_methods():

@@ -1,17 +1,17 @@
 """Runs that keep to their budgets: pace, trunks and branches, ledger, plan and status."""
 
-import os
-import signal
+import json
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from small_study import small_study, train_small
+from step_observer import observing, signal_at
 
 from kdprof.errors import UserError
 from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.schedule import decay_start
-from kdprof.step import TrainStep
 from kdprof.store import Held, RunFolder, Store, append_line, write_record
 from kdprof.train import checkpoint
 from kdprof.train.cells import Cell
@@ -85,26 +85,22 @@ def test_flop_are_enforced_exactly(tmp_path):
 # Schedules
 
 
-def rates_of(out, monkeypatch, **changes):
+def rates_of(out, **changes):
     rates = []
-    real = TrainStep.__call__
 
-    def noted(self, *arguments, **keywords):
-        losses = real(self, *arguments, **keywords)
-        if self.method.name == "kd":
-            rates.append(self._optimizer.param_groups[0]["lr"])
-        return losses
+    def record(step, iteration):
+        if step.method.name == "kd":
+            rates.append(step._optimizer.param_groups[0]["lr"])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", noted)
+    with observing(after=record):
         train_small(out, methods=["kd"], budgets=["4"], **changes)
     return rates[-4:]
 
 
-def test_a_truncated_schedule_is_cut_where_the_budget_ends(tmp_path, monkeypatch):
-    whole = rates_of(tmp_path / "a", monkeypatch)
+def test_a_truncated_schedule_is_cut_where_the_budget_ends(tmp_path):
+    whole = rates_of(tmp_path / "a")
     cut = rates_of(
-        tmp_path / "b", monkeypatch, training__schedule_span="truncate",
+        tmp_path / "b", training__schedule_span="truncate",
         training__schedule_iterations=8,
     )  # fmt: skip
     power, floor = 0.9, 1e-4
@@ -182,19 +178,15 @@ def test_work_after_the_checkpoint_is_lost(tmp_path):
     assert ledger.spent_s["lost"] == 24.0
 
 
-def test_a_stopped_run_books_what_it_lost(tmp_path, monkeypatch):
+def test_a_stopped_run_books_what_it_lost(tmp_path):
     """The process dies after the log was written and before the next checkpoint."""
-    real = TrainStep.__call__
 
-    def die(self, images, labels, iteration, *rest, **keywords):
-        if self.iterations == 6 and iteration == 5 and not (tmp_path / "died").exists():
-            (tmp_path / "died").touch()
+    def die(step, iteration):
+        if iteration == 5:
             raise KeyboardInterrupt  # as a kill: nothing of ours runs
-        return real(self, images, labels, iteration, *rest, **keywords)
 
-    monkeypatch.setattr(TrainStep, "__call__", die)
     settings = {"methods": ["kd"], "training__log_every": 1}
-    with pytest.raises(KeyboardInterrupt):
+    with observing(6, before=die), pytest.raises(KeyboardInterrupt):
         train_small(tmp_path / "out", **settings)
     train_small(tmp_path / "out", **settings)
     run = Store(tmp_path / "out").run_folder("kd", "6", 0).read_run()
@@ -205,21 +197,16 @@ def test_a_stopped_run_books_what_it_lost(tmp_path, monkeypatch):
     assert run.train_s.actual == pytest.approx(sum(e.seconds for e in entries if e.kind == "train"))
 
 
-def test_start_up_is_apart_or_counted(tmp_path, monkeypatch):
+def test_start_up_is_apart_or_counted(tmp_path):
     """A first step that compiles for half a second."""
-    import time
 
-    real = TrainStep.__call__
-
-    def slow_start(self, images, labels, iteration, *rest, **keywords):
-        if self.iterations == 6 and iteration == 0:
+    def compile_slowly(step, iteration):
+        if iteration == 0:
             time.sleep(0.5)
-        return real(self, images, labels, iteration, *rest, **keywords)
 
     found = {}
     for mode in ("apart", "counted"):
-        with monkeypatch.context() as patch:
-            patch.setattr(TrainStep, "__call__", slow_start)
+        with observing(6, before=compile_slowly):
             train_small(tmp_path / mode, methods=["none"], training__startup=mode)
         found[mode] = Store(tmp_path / mode).run_folder("none", "6", 0).read_run()
         assert found[mode].startup == mode
@@ -228,23 +215,12 @@ def test_start_up_is_apart_or_counted(tmp_path, monkeypatch):
     assert found["counted"].train_s.actual >= 0.5
 
 
-def test_the_log_has_every_term_and_its_lines_once(tmp_path, monkeypatch):
-    real = TrainStep.__call__
-
-    def stop(self, images, labels, iteration, *rest, **keywords):
-        if self.iterations == 6 and iteration == 4 and not (tmp_path / "stopped").exists():
-            (tmp_path / "stopped").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, images, labels, iteration, *rest, **keywords)
-
-    monkeypatch.setattr(TrainStep, "__call__", stop)
+def test_the_log_has_every_term_and_its_lines_once(tmp_path):
     settings = {"methods": ["kd"], "training__log_every": 1}
-    with pytest.raises(Interrupted):
+    with observing(6, before=signal_at(4)), pytest.raises(Interrupted):
         train_small(tmp_path / "out", **settings)
     train_small(tmp_path / "out", **settings)
     lines = Store(tmp_path / "out").run_folder("kd", "6", 0).log.read_text().splitlines()
-    import json
-
     found = [json.loads(line) for line in lines]
     assert [line["iteration"] for line in found] == [1, 2, 3, 4, 5, 6]
     assert set(found[0]["losses"]) == {"task", "task_aux", "kd"}

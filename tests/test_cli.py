@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import MY_METHOD
 from click.testing import CliRunner
 from cost_records import make_cost
 from PIL import Image
@@ -191,22 +192,6 @@ def test_damaged_image_met_in_training_is_one_line(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "2.png cannot be read" in done.stderr.splitlines()[-1]
-
-
-MY_METHOD = '''
-import torch.nn.functional as F
-from kdprof.method import Method
-
-
-class MyKD(Method):
-    """Mean squared error between logits."""
-
-    taps = ("logits",)
-    weights = {"mse": 1.0}
-
-    def forward(self, student, teacher, labels):
-        return {"mse": F.mse_loss(student.logits, teacher.logits)}
-'''
 
 
 def test_readme_example_is_this_method(repo):

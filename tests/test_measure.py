@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import MY_METHOD
 from processes import kdprof
 from small_study import small_study, small_toml
-from test_cli import MY_METHOD
 
 import kdprof as package
 from kdprof import cli

@@ -6,11 +6,10 @@ from io import StringIO
 from math import exp
 
 import pytest
-from cost_records import make_cost
+from cost_records import make_cost, ratio
 from processes import kdprof
 from rich.console import Console
 from small_study import small_study
-from test_budget import ratio
 
 from kdprof.errors import UserError
 from kdprof.method import Method, Recipe

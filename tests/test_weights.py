@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from parity_models_case import FILES, regenerated
 from safetensors.torch import save_file
 from small_study import small_study, train_small
 
@@ -166,7 +167,6 @@ def test_names_of_classes_may_be_written_otherwise(published):
 
 
 def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
-    from test_parity_models import FILES, regenerated
 
     path = next((f for f in FILES if f.stem == "cirkd2022_deeplabv3_resnet18"), None)
     if path is None:

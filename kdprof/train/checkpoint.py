@@ -7,6 +7,7 @@ per entry, which torch does not verify, is verified here.
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -91,5 +92,8 @@ def read(path: Path) -> dict[str, Any]:
         if bad is not None:
             raise KdprofError(f"{path} is damaged ({bad} does not match its checksum)")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        held = "it holds more than tensors and plain values"
+        raise KdprofError(f"{path} is damaged ({held})") from None
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise KdprofError(f"{path} is damaged ({error})") from None
