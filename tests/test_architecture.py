@@ -69,6 +69,13 @@ MAY_IMPORT = {
 }  # fmt: skip
 """Who may import whom, by the first name below kdprof. Nothing imports cli; cli imports all."""
 
+LAYERS = [
+    line.split()
+    for line in (ROOT / "docs" / "architecture.md").read_text().split("```")[3].splitlines()
+    if line
+]
+"""The rooms as docs/architecture.md draws them, from the top."""
+
 HEAVY = {"torch", "timm", "torchvision", "fvcore"}
 
 
@@ -106,6 +113,16 @@ def test_imports_go_one_way(module, path):
     known = {*MAY_IMPORT, "cli"}
     others = {part(name) for name in names} & known - {me}
     assert others <= MAY_IMPORT[me], f"{module} imports {others - MAY_IMPORT[me]}"
+
+
+def test_the_drawn_rooms_are_those_there_are_and_import_downwards_only():
+    """So there is no circle of imports, either."""
+    level = {room: -number for number, rooms in enumerate(LAYERS) for room in rooms}
+    assert level.keys() == MAY_IMPORT.keys() | {"cli"}
+    there = {part(module) for module, _ in sources()} - {"__init__", "__main__"}
+    assert there == level.keys()
+    for room, others in MAY_IMPORT.items():
+        assert all(level[other] < level[room] for other in others), room
 
 
 @pytest.mark.parametrize(("module", "path"), list(sources()), ids=lambda value: str(value))
