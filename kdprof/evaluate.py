@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.data import SegmentationData, evaluation_batches, fitted_size
-from kdprof.hardware.device import autocast, configure_backends
-from kdprof.method import IGNORE
-from kdprof.models import SegmentationNetwork, build, is_adapted
+from kdprof.hardware.device import autocast, configure_backends, placed
+from kdprof.method import IGNORE, Network
+from kdprof.models import build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.progress import Progress
@@ -83,25 +83,32 @@ def scores(confusion: Tensor) -> Scores:
     return Scores(float(iou[present].mean()), per_class, float(recall.mean()), float(accuracy))
 
 
-def predict(network: SegmentationNetwork, images: Tensor, views: Views = WHOLE) -> Tensor:
+def predict(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
     """Return scores (N, C, H, W) at the images' size: logits, or with several views the sum of
     their softmax.
 
     Args:
         images: (N, 3, H, W) RGB in 0..255.
     """
-    size = images.shape[-2:]
+    size = _size_of(images)
     if views.scales == (1.0,) and not views.flip:
         fitted = _rescaled(images, fitted_size(size, views.fit))
         return _resized(_logits(network, fitted, views), size, network)
-    total = 0
+    total: Tensor | None = None
     for scale in views.scales:
         scaled = _rescaled(images, fitted_size(size, views.fit, scale))
         for mirrored in (False, True) if views.flip else (False,):
             found = _logits(network, scaled.flip(-1) if mirrored else scaled, views)
             found = _resized(found.flip(-1) if mirrored else found, size, network)
-            total = total + found.softmax(1)
+            probabilities = found.softmax(1)
+            total = probabilities if total is None else total + probabilities
+    assert total is not None, "views have at least one scale"
     return total
+
+
+def _size_of(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return height, width
 
 
 def _rescaled(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -110,27 +117,29 @@ def _rescaled(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images.float(), size, mode="bilinear")
 
 
-def _resized(logits: Tensor, size: tuple[int, int], network: SegmentationNetwork) -> Tensor:
+def _resized(logits: Tensor, size: tuple[int, int], network: Network) -> Tensor:
     if logits.shape[-2:] == size:
         return logits.float()
     align = network.align_corners
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align)
 
 
-def _logits(network: SegmentationNetwork, images: Tensor, views: Views) -> Tensor:
+def _logits(network: Network, images: Tensor, views: Views) -> Tensor:
     """Return logits at the images' size; of windows, the mean of those that see a pixel."""
-    size = images.shape[-2:]
+    size = _size_of(images)
     if views.window is None:
         return _resized(network(images, ["logits"]).logits, size, network)
-    total, seen = 0.0, torch.zeros(size, device=images.device)
+    total: Tensor | None = None
+    seen = torch.zeros(size, device=images.device)
     for rows in _places(size[0], views.window[0], (views.stride or views.window)[0]):
         for columns in _places(size[1], views.window[1], (views.stride or views.window)[1]):
             part = images[..., rows, columns]
-            found = _resized(network(part, ["logits"]).logits, part.shape[-2:], network)
-            if isinstance(total, float):
+            found = _resized(network(part, ["logits"]).logits, _size_of(part), network)
+            if total is None:
                 total = found.new_zeros(*found.shape[:2], *size)
             total[..., rows, columns] += found
             seen[rows, columns] += 1
+    assert total is not None, "an image has at least one window"
     return total / seen
 
 
@@ -149,7 +158,7 @@ def mean_iou(per_class: Iterable[float | None]) -> float | None:
 
 @torch.no_grad()
 def evaluate(
-    network: SegmentationNetwork,
+    network: Network,
     data: SegmentationData,
     device: torch.device,
     *,
@@ -230,7 +239,7 @@ def evaluate_file(
     network = build(name, data.num_classes)
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
-    network.to(device, memory_format=torch.channels_last)
+    placed(network, device, channels_last=True)
     with progress.task("images", len(data)) as advance:
         began = time.perf_counter()
         found = evaluate(

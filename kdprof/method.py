@@ -67,6 +67,18 @@ class NetworkInfo:
     other classes do not claim."""
 
 
+class Network(nn.Module):
+    """What a training step and an evaluation need of a network.
+
+    Called as ``network(images, taps)``, with RGB images (N, 3, H, W) in 0..255, it returns exactly
+    the tensors that ``taps`` names, as :class:`Taps`.
+    """
+
+    info: NetworkInfo
+    align_corners: bool
+    """How its logits are resized."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A published training schedule and what it was reported to reach. None = not published."""

@@ -161,40 +161,34 @@ def _convert(one: ConvertedSchedule, costs: Mapping[str, Cost]) -> ConvertedSche
     if not {"batch", "crop"} <= step.keys():
         return replace(one, reason="its cost does not say of which batch and crop it is")
     scale = one.batch * one.crop[0] * one.crop[1] / (step["batch"] * _pixels(step["crop"]))
-    seconds, low, high = (
+    seconds, seconds_low, seconds_high = (
         one.iterations * scale * value for value in seconds_per_iteration(cost, costs)
     )
-    return replace(
+    converted = replace(
         one,
         seconds=seconds,
-        seconds_low=low,
-        seconds_high=high,
+        seconds_low=seconds_low,
+        seconds_high=seconds_high,
         device_hours=seconds / 3600,
         scale=scale,
         differs=_differs(one, cost.settings),
         unreliable=_unreliable(cost, costs),
-        **_in_control(one.iterations, scale, cost, costs),
+    )
+    if CONTROL not in costs:
+        return converted
+    ratio, low, high = cost_ratio(cost, costs[CONTROL])
+    return replace(
+        converted,
+        kd_iterations=round(one.iterations * ratio),
+        kd_iterations_low=round(one.iterations * low),
+        kd_iterations_high=round(one.iterations * high),
+        kd_iterations_measured_step=round(one.iterations * ratio * scale),
     )
 
 
 def _pixels(crop: Iterable[int]) -> int:
     height, width = crop
     return height * width
-
-
-def _in_control(
-    iterations: int, scale: float, cost: Cost, costs: Mapping[str, Cost]
-) -> dict[str, int]:
-    """Return the iterations of the control; nothing where it was not measured."""
-    if CONTROL not in costs:
-        return {}
-    ratio, low, high = cost_ratio(cost, costs[CONTROL])
-    return {
-        "kd_iterations": round(iterations * ratio),
-        "kd_iterations_low": round(iterations * low),
-        "kd_iterations_high": round(iterations * high),
-        "kd_iterations_measured_step": round(iterations * ratio * scale),
-    }
 
 
 def _differs(one: ConvertedSchedule, settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ through everything, but each part can be timed and counted by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from kdprof.distributed.data_parallel import (
 from kdprof.distributed.ranks import Lead, Ranks
 from kdprof.errors import KdprofError, unknown
 from kdprof.hardware.device import autocast
-from kdprof.method import IGNORE, Method, Taps
+from kdprof.method import IGNORE, Method, Network, Taps
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -100,7 +100,7 @@ def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.
     return optimizer
 
 
-def _shared_classes(student: nn.Module, teacher: nn.Module | None, method: Method) -> int | None:
+def _shared_classes(student: Network, teacher: Network | None, method: Method) -> int | None:
     """Return how many classes a method is shown; None = all of the student's."""
     if teacher is None or method.incremental:
         return None
@@ -123,8 +123,8 @@ class TrainStep:
     def __init__(
         self,
         *,
-        student: nn.Module,
-        teacher: nn.Module | None,
+        student: Network,
+        teacher: Network | None,
         method: Method,
         settings: StepSettings,
         iterations: int,
@@ -159,7 +159,7 @@ class TrainStep:
         self._run_student = self._compiled(student)
         self._run_method = self._compiled(method)
         self._run_frozen = self._compiled(self.teacher) if self.teacher is not None else None
-        self._run_auxiliary = method.auxiliary_forward
+        self._run_auxiliary: Callable[..., Any] = method.auxiliary_forward
         if ranks:
             self._run_student = data_parallel(
                 CallableModule(self._run_student), self._read_of_student()
@@ -171,7 +171,7 @@ class TrainStep:
             judge = CallableModule(method, "auxiliary_forward")
             self._run_auxiliary = data_parallel(judge, auxiliary.parameters())
 
-    def _read_of_student(self) -> set[nn.Parameter]:
+    def _read_of_student(self) -> set[Tensor]:
         """Return the parameters that its taps are computed from: no gradient of another is
         waited for."""
         picture = torch.zeros(1, 3, *self.settings.crop, dtype=torch.uint8, device=self.device)
@@ -179,12 +179,13 @@ class TrainStep:
         self.student.train()
         return leaves_of(vars(taps).values())
 
-    def _compiled(self, module: nn.Module) -> Callable[..., Any]:
+    def _compiled(self, module: nn.Module) -> nn.Module:
         """Return a module as the step calls it; the second optimiser's work is never compiled."""
         if self.settings.compile == "none":
             return module
         mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[self.settings.compile]
-        return torch.compile(module, dynamic=False, mode=mode)
+        compiled = torch.compile(module, dynamic=False, mode=mode)
+        return cast(nn.Module, compiled)  # of a module it is one, which torch's stub does not say
 
     def _build_auxiliary(self) -> torch.optim.Optimizer | None:
         auxiliary = self.method.auxiliary()
@@ -272,7 +273,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _run_teacher(self, images: Tensor) -> Taps:
-        if self.teacher is None:
+        if self._run_frozen is None:
             return Taps()
         with self.autocast():
             return self._run_frozen(images, self._teacher_taps)
@@ -293,9 +294,9 @@ class TrainStep:
         return losses
 
     def _objective(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        student, labels = self._shown(cut, labels)
+        student, shown_labels = self._shown(cut, labels)
         with self.autocast():
-            return self._run_method(student, teacher, labels)
+            return self._run_method(student, teacher, shown_labels)
 
     def _shown(self, cut: Taps, labels: Tensor) -> tuple[Taps, Tensor | None]:
         """Return what the method declared; of a teacher with fewer classes the shared ones, unless
@@ -332,9 +333,9 @@ class TrainStep:
     def _auxiliary_step(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         if self._auxiliary_optimizer is None:
             return {}
-        student, labels = self._shown(cut, labels)
+        student, shown_labels = self._shown(cut, labels)
         with self.autocast():
-            terms = self._run_auxiliary(student.detach(), teacher, labels)
+            terms = self._run_auxiliary(student.detach(), teacher, shown_labels)
         weights = self.method.auxiliary_weights
         # Unscaled: a gradient penalty differentiates twice, and the scale would enter squared.
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()

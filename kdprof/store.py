@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -333,6 +333,6 @@ class Store:
         return self.teacher_folder().read_run()
 
 
-def to_json(records: list[Record]) -> str:
+def to_json(records: Sequence[Record]) -> str:
     """Return records as a JSON array."""
     return json.dumps([r.model_dump(mode="json", by_alias=True) for r in records], indent=2)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.main import IncEx
 
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError, nearest, unknown
@@ -269,7 +270,7 @@ class Study(Section):
     def comparable(self) -> dict[str, Any]:
         """Return what must agree for two results to belong to one comparison."""
         aside = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
-        exclude = {
+        exclude: dict[str, IncEx | bool] = {
             **dict.fromkeys(aside, True),
             "data_settings": {"cache_folder"},
             "training": {"loggers"},
@@ -376,7 +377,8 @@ def _fields_at(path: list[str]) -> list[str]:
     model: type[BaseModel] = Study
     for part in path:
         annotation = model.model_fields[part].annotation
-        model = next((t for t in get_args(annotation) if t is not type(None)), annotation)
+        types = [annotation, *get_args(annotation)]  # a section may be optional
+        model = next(t for t in types if isinstance(t, type) and issubclass(t, BaseModel))
     return list(model.model_fields)
 
 

@@ -14,7 +14,7 @@ from kdprof.study import Study, claim_folder, join_study, load_study, with_measu
 if TYPE_CHECKING:
     from kdprof.distributed.ranks import Ranks
     from kdprof.measure import Files, Measured
-    from kdprof.records import Cost
+    from kdprof.records import Cost, CountedCost
     from kdprof.resolve import ResolvedStudy
     from kdprof.train.plan import Forecast
     from kdprof.train.prepare import Prepared
@@ -76,7 +76,7 @@ class Workflow:
         study = with_measuring(self.study, self.measuring)
         return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks)
 
-    def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured:
+    def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured[Cost]:
         """Measure the study's methods, the reference first where its Cost is not there yet.
 
         Args:
@@ -100,7 +100,7 @@ class Workflow:
 
         return measure(resolved, names, self.progress, files, store)
 
-    def count(self, *, modules: bool) -> Measured:
+    def count(self, *, modules: bool) -> Measured[CountedCost]:
         """Count the study's methods and the reference, running and storing nothing."""
         from kdprof.measure.count_study import count_costs
         from kdprof.records import REFERENCE

@@ -38,16 +38,16 @@ class ViewOptions:
         from kdprof.evaluate import Views
 
         problems = Problems()
-        resize = self.resize if self.resize in ("usual", "none") else None
-        resize = resize or problems.attempt(lambda: _size("resize", self.resize), None)
-        window, stride = (
-            problems.attempt(lambda n=name: _size(n, getattr(self, n)), None)
-            for name in ("window", "stride")
-        )
+        resize: str | tuple[int, int] | None = self.resize
+        if resize not in ("usual", "none"):
+            resize = problems.attempt(lambda: _size("resize", self.resize), None)
+        window = problems.attempt(lambda: _size("window", self.window), None)
+        stride = problems.attempt(lambda: _size("stride", self.stride), None)
         if self.stride and not self.window:
             problems.append("--stride is between windows; add --window")
         scales = problems.attempt(self._scales, ())
         problems.refuse()
+        assert resize is not None, "a size that cannot be read is a problem"
         return Views(window, stride, scales, self.flip, fit_of(resize, data.partition(":")[0]))
 
     def _scales(self) -> tuple[float, ...]:

@@ -35,9 +35,10 @@ def grouped(name: str, kind: type, *options: Decorator) -> Decorator:
             own = {field.name: given.pop(field.name) for field in fields(kind)}
             return command(**given, **{name: kind(**own)})
 
+        decorated: Callable[..., Any] = collected
         for option in reversed(options):
-            collected = option(collected)
-        return collected
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,7 +28,7 @@ class CallableModule(nn.Module):
         return getattr(self.module, self.name)(*inputs)
 
 
-def data_parallel(call: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
+def data_parallel(call: nn.Module, parameters: Iterable[Tensor]) -> nn.Module:
     """Return a module whose backward averages the gradients of these of its parameters over the
     ranks; the module itself where it has none of them.
 
@@ -42,10 +43,11 @@ def data_parallel(call: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Mod
     return DistributedDataParallel(call, broadcast_buffers=False)
 
 
-def leaves_of(outputs: Iterable[Tensor]) -> set[nn.Parameter]:
+def leaves_of(outputs: Iterable[Tensor]) -> set[Tensor]:
     """Return the leaves that tensors were computed from and that need a gradient."""
-    found, seen = set(), set()
-    waiting = []
+    found: set[Tensor] = set()
+    seen: set[Node] = set()
+    waiting: list[Node | None] = []
     for output in outputs:
         if output.grad_fn is not None:
             waiting.append(output.grad_fn)
@@ -111,9 +113,17 @@ class _SyncBatchNormOnCpu(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        # Made with running statistics, which torch's stubs do not know.
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        # As torch does: without a momentum, the mean over all batches.
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         return _Mean.apply(values, self.ranks)

@@ -150,6 +150,7 @@ class Ranks:
     def share(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return rank 0's state on every rank, on the CPU. Runs no code from what is sent."""
         if self.leads:
+            assert state is not None, "rank 0 gives the state"
             buffer = io.BytesIO()
             torch.save(state, buffer)
             content = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
@@ -157,8 +158,8 @@ class Ranks:
             self._send(content)
             return dict(state)
         length = int(self._received(1, torch.float64))
-        content = self._received(length, torch.uint8).numpy().tobytes()
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        received = io.BytesIO(self._received(length, torch.uint8).numpy().tobytes())
+        return torch.load(received, map_location="cpu", weights_only=True)
 
     def _send(self, values: Tensor) -> None:
         dist.broadcast(values, 0, group=self._orders)

@@ -19,8 +19,10 @@ class EnergyMeter(Protocol):
 
     source: str
     """The counter, in words."""
-    reason: str | None
-    """Why there is no reading, or no more since the last call; None while there is."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no reading, or no more since the last call; None while there is."""
 
     def read_j(self) -> float | None:
         """Return the joules drawn since some fixed moment, or None."""

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +125,20 @@ class CpuHardware:
 
     def problems(self, before: State, during: Sequence[State], after: State) -> list[str]:
         """Name the work of others on this machine."""
-        readings = [r for r in (before, *during, after) if _others_s(r) is not None]
-        if not readings:
+        work = _others_between([before, *during, after])
+        if work is None:
             return []
-        elapsed_s, others_s = _others_between(readings)
+        elapsed_s, others_s = work
         if others_s <= CPU_OTHERS_CORES * elapsed_s + CPU_TICK_ERROR_S:
             return []
         return [f"other processes used {others_s / elapsed_s:.2f} cores on average"]
 
     def cause(self, before: State, after: State) -> str | None:
         """Return ``another process`` where others worked between two readings."""
-        if _others_s(before) is None or _others_s(after) is None:
+        work = _others_between([before, after])
+        if work is None:
             return None
-        elapsed_s, others_s = _others_between([before, after])
+        elapsed_s, others_s = work
         seen = others_s > CPU_OTHERS_CORES_BLOCK * elapsed_s + CPU_TICK_ERROR_S
         return "another process" if seen else None
 
@@ -207,13 +208,19 @@ def _others_s(reading: Mapping[str, Any]) -> float | None:
     return None if busy_s is None or own_s is None else busy_s - own_s
 
 
-def _others_between(readings: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return the seconds from the first reading to the last and the CPU seconds of others in them.
-
-    All the differences between successive readings add up to that of the outermost two.
+def _others_between(readings: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the seconds between the first and the last reading, and the CPU seconds of other
+    processes in that time. Readings without CPU times are left out; None if no reading has them.
     """
-    first, last = (choose(readings, key=lambda r: r["time_s"]) for choose in (min, max))
-    return last["time_s"] - first["time_s"], _others_s(last) - _others_s(first)
+    known = [(r["time_s"], others_s) for r in readings if (others_s := _others_s(r)) is not None]
+    if not known:
+        return None
+    (begin_s, before_s), (end_s, after_s) = (choose(known, key=_time) for choose in (min, max))
+    return end_s - begin_s, after_s - before_s
+
+
+def _time(reading: tuple[float, float]) -> float:
+    return reading[0]
 
 
 def _fields(file: Path, name: str) -> list[str]:

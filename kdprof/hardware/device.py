@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from kdprof import __version__
 from kdprof.errors import UserError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def find_device(name: str) -> torch.device:
@@ -36,6 +40,13 @@ def find_device(name: str) -> torch.device:
         last = torch.cuda.device_count() - 1
         raise UserError(f"device '{name}': this machine has cuda:0 to cuda:{last}")
     return torch.device("cuda", index)
+
+
+def placed(module: AnyModule, device: torch.device, *, channels_last: bool) -> AnyModule:
+    """Move a module to a device, its weights in the wanted memory layout, and return it."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    # torch's stub of Module.to lacks memory_format.
+    return module.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def synchronize(device: torch.device) -> None:

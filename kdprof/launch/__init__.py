@@ -38,11 +38,11 @@ class Job:
 
 def jobs_of(study: ResolvedStudy, store: Store, names: Sequence[str]) -> list[Job]:
     """Return what is left to train of the named methods, budget by budget, seed by seed."""
-    budgets = [(text,) for text in study.budgets]
+    groups: list[tuple[str, ...]] = [(text,) for text in study.budgets]
     if shares_trunks(study.plain):
-        budgets = [tuple(study.budgets)]
+        groups = [tuple(study.budgets)]
     every = [
-        Job(name, seed, group) for group in budgets for seed in range(study.seeds) for name in names
+        Job(name, seed, group) for group in groups for seed in range(study.seeds) for name in names
     ]
     left = [_unfinished(job, store) for job in every]
     return [job for job in left if job.budgets]

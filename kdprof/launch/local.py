@@ -200,9 +200,11 @@ class _Pool:
         """Start a worker, unless all are to stop."""
         with self._lock:
             worker = None if self._stopping else Worker(request, slot)
-            self._workers |= {worker} - {None}
+            if worker is not None:
+                self._workers.add(worker)
         try:
             yield worker
         finally:
             with self._lock:
-                self._workers.discard(worker)
+                if worker is not None:
+                    self._workers.discard(worker)

@@ -47,13 +47,14 @@ REQUEUED_AT_MOST = 1000
 """Times that one task may reach its time limit."""
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+def parse_options(texts: Sequence[str]) -> dict[str, str | int]:
     """Read ``KEY=VALUE`` texts into submitit's parameters; time is minutes or HH:MM:SS.
 
     Raises:
         UserError: everything that is wrong with them.
     """
-    found, problems = dict(DEFAULTS), []
+    found: dict[str, str | int] = dict(DEFAULTS)
+    problems = []
     for text in texts:
         key, _, value = text.partition("=")
         if key not in OPTIONS:

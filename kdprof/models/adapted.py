@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdprof.errors import UserError, unknown
-from kdprof.method import FEATURE_TAPS, NetworkInfo, Taps
+from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
 from kdprof.user_files import import_function
 
@@ -23,7 +23,7 @@ Maps = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 """From a network and normalised pictures (N, 3, H, W) to its taps, each (N, C, h, w)."""
 
 
-class AdaptedNetwork(nn.Module):
+class AdaptedNetwork(Network):
     """Any network, with what kdprof reads of one.
 
     Attributes:

@@ -11,8 +11,9 @@ from kdprof.data import Batches
 from kdprof.data.scenario import Role
 from kdprof.discovery import find_method
 from kdprof.distributed.ranks import Ranks
-from kdprof.method import Method, NetworkInfo
-from kdprof.models import AnyNetwork, build, folded
+from kdprof.hardware.device import placed
+from kdprof.method import Method, Network, NetworkInfo
+from kdprof.models import AnyNetwork, SegmentationNetwork, build, folded
 from kdprof.models.weights import load_weights
 from kdprof.step import TrainStep
 
@@ -71,12 +72,13 @@ class Factory:
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
         """Return a teacher as steps read it: itself, or a copy with folded batch norm."""
-        return folded(teacher) if self._study.step.fold_teacher else teacher
+        if not self._study.step.fold_teacher:
+            return teacher
+        assert isinstance(teacher, SegmentationNetwork), "step_problems refuses any other"
+        return folded(teacher)
 
     def _placed(self, network: AnyNetwork, device: torch.device) -> AnyNetwork:
-        channels_last = self._study.step.channels_last
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return network.to(device, memory_format=layout)
+        return placed(network, device, channels_last=self._study.step.channels_last)
 
     def method(self, name: str) -> Method:
         """Return a fresh method, built for this study's networks."""
@@ -102,7 +104,7 @@ class Factory:
         seed: int = 0,
         iterations: int = MEASURED_ITERATIONS,
         device: torch.device | None = None,
-        student: AnyNetwork | None = None,
+        student: Network | None = None,
     ) -> TrainStep:
         """Return the step of a method: fresh extras, the given teacher, a fresh student unless one
         is given, on the device already. In a scenario where students start as the teacher, a fresh
@@ -113,9 +115,7 @@ class Factory:
         """
         study, device = self._study, device or self._study.device
         if student is None:
-            student = self._placed(self.student(seed), device)
-            if study.starts_as_teacher and teacher is not None:
-                student.inherit(teacher, background=study.scenario.background)
+            student = self._started_student(seed, teacher, device)
         return TrainStep(
             student=student,
             teacher=teacher if study.methods[name].cls.needs_teacher() else None,
@@ -126,6 +126,17 @@ class Factory:
             device=device,
             ranks=self._ranks,
         )
+
+    def _started_student(
+        self, seed: int, teacher: AnyNetwork | None, device: torch.device
+    ) -> AnyNetwork:
+        """Return a fresh student on the device, grown from the teacher where the scenario says."""
+        student, scenario = self._placed(self.student(seed), device), self._study.scenario
+        if self._study.starts_as_teacher and scenario is not None and teacher is not None:
+            assert isinstance(student, SegmentationNetwork), "step_problems refuses any other"
+            assert isinstance(teacher, SegmentationNetwork), "it has the student's architecture"
+            student.inherit(teacher, background=scenario.background)
+        return student
 
     def teacher_step(self) -> TrainStep:
         """Return the step that trains the teacher itself."""

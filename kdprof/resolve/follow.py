@@ -10,6 +10,7 @@ import torch
 
 from kdprof.distributed.ranks import Ranks, StepOrder
 from kdprof.feed import StepFeed
+from kdprof.method import Network
 from kdprof.models import AnyNetwork
 from kdprof.resolve.factory import MEASURED_ITERATIONS, Factory
 from kdprof.step import TrainStep
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 class LeadingFactory(Factory):
     """Rank 0's factory: whatever it makes, the other ranks are ordered to make as well."""
 
+    def __init__(self, study: ResolvedStudy, *, weights: bool, ranks: Ranks):
+        super().__init__(study, weights=weights, ranks=ranks)
+        self._group = ranks
+
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
         """Return a teacher as steps read it; its weights become every rank's."""
         self._order(do="teacher")
-        self._ranks.share(teacher.state_dict())
+        self._group.share(teacher.state_dict())
         return super().frozen(teacher)
 
     def step(
@@ -35,7 +40,7 @@ class LeadingFactory(Factory):
         seed: int = 0,
         iterations: int = MEASURED_ITERATIONS,
         device: torch.device | None = None,
-        student: AnyNetwork | None = None,
+        student: Network | None = None,
     ) -> TrainStep:
         """Return the step of a method, made on every rank."""
         made = {"name": name, "seed": seed, "iterations": iterations}
@@ -54,7 +59,7 @@ class LeadingFactory(Factory):
         self._order(do="forget")
 
     def _order(self, **order: Any) -> None:
-        self._ranks.send(order)
+        self._group.send(order)
 
 
 def follow(ranks: Ranks, resolve: Callable[[], ResolvedStudy]) -> None:
@@ -89,13 +94,14 @@ class _Follower:
             self._step(order)
             return
         arguments = {key: value for key, value in order.items() if key != "do"}
-        {
+        actions: dict[str, Callable[..., None]] = {
             "make": self._make,
             "teacher": self._receive_teacher,
             "load": self._load,
             "feed": self._feed,
             "forget": self.forget,
-        }[order["do"]](**arguments)
+        }
+        actions[order["do"]](**arguments)
 
     def _make(
         self, name: str | None, seed: int = 0, iterations: int = 0, teacher: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -72,8 +72,7 @@ class ResolvedStudy:
         self._look_up(progress or Progress(None))
         self._check()
         configure_backends(self.device, study.step.precision)
-        leads = ranks is not None and ranks.leads
-        self.factory = (LeadingFactory if leads else Factory)(self, weights=weights, ranks=ranks)
+        self.factory = _factory(self, weights, ranks)
 
     def _look_up(self, progress: Progress) -> None:
         """Find everything that the study names.
@@ -85,7 +84,8 @@ class ResolvedStudy:
         self.device = problems.attempt(self._find_device, torch.device("cpu"))
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
-            problems.attempt(lambda name=network: is_adapted(name) or parse_name(name), None)
+            if not is_adapted(network):
+                problems.attempt(partial(parse_name, network), None)
         self.teacher_weights = problems.attempt(self._read_teacher_weights, None)
         problems.attempt(self._check_teacher_method, None)
         problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
@@ -93,6 +93,8 @@ class ResolvedStudy:
         val = None if problems else problems.attempt(lambda: self._open("val"), None)
         self.scenario = problems.attempt(lambda: scenario_of(study, train), None) if train else None
         problems.refuse()
+        assert train is not None, "a split that cannot be opened is a problem"
+        assert val is not None, "a split that cannot be opened is a problem"
         self.data = StudyData(study, {"train": train, "val": val}, self.scenario, progress)
         self.teacher_name = self._full_teacher_name()
 
@@ -129,7 +131,7 @@ class ResolvedStudy:
         for spec in dict.fromkeys([*CONTROLS, *self.plain.methods]):
             if spec in found:
                 continue
-            entry = problems.attempt(lambda spec=spec: find_method(spec), None)
+            entry = problems.attempt(partial(find_method, spec), None)
             if entry is None:
                 continue
             clash = found.get(entry.cls.name)
@@ -151,7 +153,7 @@ class ResolvedStudy:
                 problems.append(f"budget of '{name}': {unknown('method', name, known)}")
         for name, settings in self.plain.method_settings.items():
             if name in known:
-                problems.attempt(lambda n=name, s=settings: known[n].cls(**s), None)
+                problems.attempt(partial(known[name].cls, **settings), None)
             else:
                 problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
@@ -225,3 +227,9 @@ class ResolvedStudy:
         """Return the methods whose iterations budgets are measured in."""
         budgets = [parse_budget(text) for text in self.budgets]
         return [budget.method for budget in budgets if budget.method]
+
+
+def _factory(study: ResolvedStudy, weights: bool, ranks: Ranks | None) -> Factory:
+    if ranks is not None and ranks.leads:
+        return LeadingFactory(study, weights=weights, ranks=ranks)
+    return Factory(study, weights=weights, ranks=ranks)
