@@ -22,12 +22,12 @@ from kdprof.progress import Progress
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions. None for a class absent from the labels.
+    """Scores as fractions. None for a class absent from the labels.
 
     Attributes:
         miou, per_class: intersection over union.
-        macc: mean over classes of the share of their pixels that is found.
-        pixel_accuracy: share of all valid pixels that is right.
+        macc: mean over classes of the share of a class's pixels that is predicted right.
+        pixel_accuracy: share of all valid pixels that is predicted right.
     """
 
     miou: float
@@ -38,14 +38,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Views:
-    """How a network looks at an image.
+    """How images are given to a network in evaluation.
 
     Attributes:
-        window: height and width that are seen at once; None = the whole image.
-        stride: between windows, pixels; as mmsegmentation places them, the last at the border.
-        scales: sizes that the image is resized to, as factors; softmax is averaged over them.
-        flip: whether each is seen mirrored as well.
-        fit: what the image is resized to fit first, see :func:`kdprof.data.augment.fitting`.
+        window: height and width of a sliding window, pixels; None = the whole image at once.
+        stride: distance between windows, pixels. They lie as in mmsegmentation, the last one at the
+            border.
+        scales: factors that the image is resized by; softmax is averaged over them.
+        flip: True to predict the mirrored image at each scale as well.
+        fit: size that the image is first resized to fit, see :func:`kdprof.data.augment.fitting`.
     """
 
     window: tuple[int, int] | None = None
@@ -84,8 +85,8 @@ def scores(confusion: Tensor) -> Scores:
 
 
 def predict(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
-    """Return scores (N, C, H, W) at the images' size: logits, or with several views the sum of
-    their softmax.
+    """Return scores (N, C, H, W) at the images' size: the logits, or the sum of the softmax over
+    several views.
 
     Args:
         images: (N, 3, H, W) RGB in 0..255.
@@ -125,7 +126,7 @@ def _resized(logits: Tensor, size: tuple[int, int], network: Network) -> Tensor:
 
 
 def _logits(network: Network, images: Tensor, views: Views) -> Tensor:
-    """Return logits at the images' size; of windows, the mean of those that see a pixel."""
+    """Return logits at the images' size: with windows, the mean of those that contain a pixel."""
     size = _size_of(images)
     if views.window is None:
         return _resized(network(images, ["logits"]).logits, size, network)
@@ -144,14 +145,14 @@ def _logits(network: Network, images: Tensor, views: Views) -> Tensor:
 
 
 def _places(length: int, window: int, stride: int) -> list[slice]:
-    """Return where windows lie along a side; the last ends with it."""
+    """Return the positions of windows along a side; the last window ends at the border."""
     count = max(0, length - window + stride - 1) // stride + 1
     ends = [min(length, place * stride + window) for place in range(count)]
     return [slice(max(0, end - window), end) for end in ends]
 
 
 def mean_iou(per_class: Iterable[float | None]) -> float | None:
-    """Return the mean over the classes that the labels show; None where they show none."""
+    """Return the mean over the classes present in the labels; None if no class is present."""
     found = [iou for iou in per_class if iou is not None]
     return sum(found) / len(found) if found else None
 
@@ -168,10 +169,10 @@ def evaluate(
     views: Views = WHOLE,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
-    """Return the scores of a network over images at their own size.
+    """Return the scores of a network on a data set, at the original size of the images.
 
-    ``decide`` turns logits into what the prediction is the argmax of, where that is not the logits;
-    ``advance`` is told the number of images of every batch.
+    ``decide`` maps logits to the scores whose argmax is the prediction, if these are not the logits
+    themselves; ``advance`` is called with the number of images of every batch.
 
     The network is left in training mode, as a run needs it.
     """
@@ -190,15 +191,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate_file` found.
+    """Result of :func:`evaluate_file`.
 
     Attributes:
-        network: the full name of what the file holds.
-        loaded: what became of its entries, in one line.
-        missing, left: entries that the file lacks, and that the network has no place for; of an
-            auxiliary head.
-        images_per_second: reading the images included.
-        reported: what was published of the file; None where it is not a known one.
+        network: full name of the network in the file.
+        loaded: one-line summary of the entries that were loaded.
+        missing: entries of the network's auxiliary head that the file lacks.
+        left: entries of the file's auxiliary head that the network does not have.
+        images_per_second: including the time to read the images.
+        reported: published scores of the file; None if it is not a known file.
     """
 
     network: str
@@ -228,11 +229,11 @@ def evaluate_file(
     """Evaluate a file of weights on a data set.
 
     Args:
-        model: the network's name; without a layout, the file's is taken.
+        model: the network's name; if it names no layout, that of the file is used.
         precision: fp32, bf16 or fp16.
 
     Raises:
-        UserError: the file is no such network's, or of other classes.
+        UserError: the file holds another network, or other classes.
     """
     weights = read_weights(path, adapted=is_adapted(model))
     name = check_weights(weights, model, data.class_names)
