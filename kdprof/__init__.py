@@ -1,4 +1,4 @@
-"""kdprof: what a knowledge-distillation method for semantic segmentation really buys."""
+"""kdprof: what knowledge distillation for semantic segmentation costs, and what it gains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["__version__", "measure_steps"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is asked for: the command line's help does not."""
+    """Import a name that needs torch at its first use: the command line's help needs no torch."""
     if name != "measure_steps":
         raise AttributeError(f"module 'kdprof' has no attribute '{name}'")
     from kdprof.measure.user_step import measure_steps

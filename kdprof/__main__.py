@@ -1,4 +1,4 @@
-"""``python -m kdprof``."""
+"""Run the command line: ``python -m kdprof``."""
 
 from kdprof.cli import main
 

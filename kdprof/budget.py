@@ -1,4 +1,4 @@
-"""Budgets: amounts of compute, how they are written, and how many iterations they buy.
+"""Budgets: amounts of compute, how they are written, and the iterations they convert to.
 
 ``40k@cwd`` (what 40 000 iterations of cwd cost), ``2h``, ``30min``, ``90s``, ``5e17flop``,
 ``1.5kWh``, ``800kJ``, ``40k`` (iterations), ``20epoch``, ``320ksample``; and sums in one unit,
@@ -50,13 +50,17 @@ _UNITS: dict[str, tuple[Unit, float]] = {
 }
 _FORM = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([A-Za-z]*)(?:@(.+))?")
 _SUM = re.compile(r"(?<!e)\+")
-"""A plus, but not that of an exponent."""
+"""A plus sign that is not part of an exponent such as 5e+17."""
 EXAMPLES = "40k@cwd, 40k, 20epoch, 320ksample, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount of compute in one unit; ``method`` where it is that method's iterations."""
+    """An amount of compute in one unit.
+
+    Attributes:
+        method: the method whose iterations are meant, as in 40k@cwd; else None.
+    """
 
     text: str
     amount: float
@@ -65,24 +69,25 @@ class Budget:
 
     @property
     def matches(self) -> Matched:
-        """What is equal among the methods that are given this budget."""
+        """The quantity that is equal for all methods trained with this budget."""
         return "wall-clock" if self.method else _MATCHED[self.unit]
 
     @property
     def is_compute(self) -> bool:
-        """Whether it is an amount of compute; else it is one of work, and compute differs."""
+        """True if this is an amount of compute; False if it is a number of iterations, samples or
+        epochs, for which the methods use different compute."""
         return self.matches in ("wall-clock", "FLOP", "energy")
 
     def __add__(self, other: Budget) -> Budget:
-        """Return both together.
+        """Return the sum of two budgets.
 
         Raises:
-            UserError: they are amounts of different things.
+            UserError: the budgets have different units or methods.
         """
         if (self.unit, self.method) != (other.unit, other.method):
             raise UserError(
-                f"'{self.text}' and '{other.text}' do not add up: one is in {_of(self)}, the other "
-                f"in {_of(other)}; give them as two budgets"
+                f"'{self.text}' and '{other.text}' cannot be added: one is in {_of(self)}, the "
+                f"other in {_of(other)}; give them as two budgets"
             )
         amount, text = self.amount + other.amount, f"{self.text}+{other.text}"
         return Budget(text, amount, self.unit, self.method)
@@ -96,26 +101,26 @@ def _of(budget: Budget) -> str:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a budget buys of one method."""
+    """The iterations of one method that a budget converts to."""
 
     method: str
     iterations: int
     low: int
     high: int
-    """Ends of the 95 % interval that follows from the measurement's."""
+    """Ends of the 95 % interval, which follows from that of the measurement."""
     seconds: float
-    """Forecast wall-clock of these iterations."""
+    """Forecast wall-clock seconds of these iterations."""
     iterations_equal_flop: int | None
-    """Iterations of equal matrix FLOP instead; None where the budget has no FLOP equivalent."""
+    """Iterations that match the budget's matrix FLOP instead; None if it has no FLOP equivalent."""
     unreliable: tuple[str, ...] = ()
-    """Methods whose unreliable Costs this is made of."""
+    """Methods with unreliable Costs that the conversion uses."""
 
 
 def parse_budget(text: str) -> Budget:
     """Read a budget.
 
     Raises:
-        UserError: the text is no budget, buys nothing, or adds up different units.
+        UserError: the text is malformed, is less than one iteration, or adds different units.
     """
     parts = [part.strip() for part in _SUM.split(text.strip())]
     if "" in parts:
@@ -135,7 +140,7 @@ def _parse_term(text: str) -> Budget:
     amount = float(number) * factor
     if method and kind != "iterations":
         raise UserError(
-            f"budget '{text}': only iterations can be taken of a method; write {number}k@{method} "
+            f"budget '{text}': only iterations can be those of a method; write {number}k@{method} "
             f"or {number}{unit}"
         )
     if kind == "iterations" and amount != round(amount):
@@ -148,25 +153,25 @@ def _parse_term(text: str) -> Budget:
 def convert(
     budget: Budget, costs: Mapping[str, Cost], *, epoch_images: int | None = None
 ) -> list[Conversion]:
-    """Return the iterations of every method in ``costs`` that a budget buys.
+    """Convert a budget to iterations of every method in ``costs``.
 
     Args:
-        epoch_images: training images of the study; only epochs need it.
+        epoch_images: number of training images of the study; needed only for epochs.
 
     Raises:
         UserError: the budget's method has no Cost, a Cost lacks what the unit needs, or some
-            method gets less than one iteration; all of them at once.
+            method gets less than one iteration; reports all problems at once.
     """
     if budget.method and budget.method not in costs:
         raise UserError(
-            f"budget '{budget.text}': no cost of '{budget.method}' here; run 'kdprof measure "
-            f"--method {budget.method}' first"
+            f"budget '{budget.text}': the cost of '{budget.method}' is not measured yet; run "
+            f"'kdprof measure --method {budget.method}' first"
         )
     if budget.unit == "epochs":
         if epoch_images is None:
             raise UserError(
-                f"budget '{budget.text}': how long an epoch is depends on the data, which this "
-                "command does not open; give it in samples, such as 320ksample"
+                f"budget '{budget.text}': the length of an epoch depends on the data, which this "
+                "command does not open; give samples, such as 320ksample"
             )
         budget = replace(budget, unit="samples", amount=budget.amount * epoch_images)
     problems: list[str] = []
@@ -203,7 +208,7 @@ def _convert_one(budget: Budget, method: str, cost: Cost, costs: Mapping[str, Co
 
 def _unreliable(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:
     if budget.unit in ("iterations", "samples") and not budget.method:
-        return ()  # plain iterations are made of no Cost
+        return ()  # plain iterations use no Cost
     used = [cost, *(c for m in (budget.method, REFERENCE) if m and (c := costs.get(m)))]
     return tuple(dict.fromkeys(c.method for c in used if not c.reliable))
 
@@ -242,11 +247,12 @@ def _missing(budget: Budget, cost: Cost, field: str) -> str:
 
 
 def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
-    """Return (seconds, low, high) that an iteration takes from a run's clock.
+    """Return (seconds, low, high) of one iteration of a run.
 
-    It is the method's ratio to the reference times the reference's seconds, and those are pooled
-    over the rounds of every session: each method was interleaved with the reference, at its own
-    time, so only ratios compare, and one disturbed session does not set the scale for all.
+    This is the method's ratio to the reference, times the seconds of the reference, which are
+    pooled over the rounds of all sessions. Each method was interleaved with the reference in a
+    separate session, so only ratios are comparable; and thanks to the pooling one disturbed session
+    does not set the scale for all methods.
     """
     ratio = cost.ratio_per_iteration()
     alike = [other for other in costs.values() if other.ratio and other.ratio.to == ratio.to]
@@ -262,8 +268,8 @@ def _numbers(interval: Interval) -> Numbers:
 
 
 def cost_ratio(above: Cost, below: Cost) -> Numbers:
-    """Return seconds per iteration of ``above`` over ``below``, with its interval: the ratio of
-    their ratios to the reference, each paired round by round with its own."""
+    """Return the seconds per iteration of ``above`` divided by those of ``below``, with the
+    interval. It is the quotient of their ratios to the reference, each paired round by round."""
     if above is below:
         return 1.0, 1.0, 1.0
     return ratio_of(_numbers(above.ratio_per_iteration()), _numbers(below.ratio_per_iteration()))

@@ -1,4 +1,4 @@
-"""The main job, end to end, on data that needs no download."""
+"""The demo: measure, convert, train and plot on generated data, without any download."""
 
 from __future__ import annotations
 

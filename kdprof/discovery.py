@@ -1,4 +1,4 @@
-"""Where method names are looked up: built-in files, installed packages, a user's own file."""
+"""Methods by name: from built-in files, installed packages and users' files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MethodEntry:
 
     cls: type[Method]
     origin: str
-    """built-in, an entry point's distribution, or the path of a file."""
+    """``built-in``, the value of an entry point (``package:Class``), or the path of a file."""
     source_sha256: str = field(repr=False, default="")
 
 
@@ -33,7 +33,8 @@ def method_modules() -> list[str]:
 
 
 def builtin_methods() -> dict[str, MethodEntry]:
-    """Import every built-in and installed (entry point ``kdprof.methods``) method, by name."""
+    """Import and return all built-in and installed methods (entry point ``kdprof.methods``), by
+    name."""
     found: dict[str, MethodEntry] = {}
     for module in method_modules():
         for method in _methods_in(importlib.import_module(f"kdprof.methods.{module}"), "built-in"):
@@ -42,8 +43,8 @@ def builtin_methods() -> dict[str, MethodEntry]:
         cls = point.load()
         if cls.name in found:
             raise UserError(
-                f"the installed method '{cls.name}' ({point.value}) has the name of another; "
-                "rename its class attribute 'name'"
+                f"the installed method '{cls.name}' ({point.value}) has the same name as "
+                "another; change its class attribute 'name'"
             )
         found[cls.name] = MethodEntry(cls, point.value, _source_hash(sys.modules[cls.__module__]))
     return found
@@ -53,7 +54,7 @@ def find_method(spec: str) -> MethodEntry:
     """Return the method that ``spec`` names: ``cwd``, ``cwd:feature`` or ``./mine.py:MyKD``.
 
     Raises:
-        UserError: there is no such method, or the file cannot be loaded.
+        UserError: ``spec`` names no method, or the file cannot be loaded.
     """
     path, colon, cls_name = spec.rpartition(":")
     if path.endswith(".py") or spec.endswith(".py"):
@@ -76,9 +77,9 @@ def _methods_in(module: Any, origin: str) -> list[MethodEntry]:
 
 
 def _source_hash(module: Any) -> str:
-    """Return the hash of the code that a method is made of.
+    """Return the hash of a method's code.
 
-    Built-in methods share parts, so all their files count; of any other, its own file.
+    Built-in methods share modules, so all their files are hashed; for any other method, its file.
     """
     path = Path(module.__file__)
     builtin = module.__name__.startswith("kdprof.methods.")
@@ -93,14 +94,14 @@ def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
 
 def _method_from_file(path: Path, cls_name: str) -> MethodEntry:
     if not path.is_file():
-        raise UserError(f"no method file {path}; give FILE.py:ClassName")
+        raise UserError(f"method file {path} does not exist; give FILE.py:ClassName")
     module = import_file(path)
     found = {method.cls.__name__: method for method in _methods_in(module, str(path))}
     if not cls_name and len(found) == 1:
         return next(iter(found.values()))
     if found and not cls_name:
         written = " or ".join(f"{path}:{name}" for name in found)
-        raise UserError(f"{path} has several methods; write {written}")
+        raise UserError(f"{path} holds several methods; write {written}")
     if cls_name not in found:
         raise UserError(f"{path}: {unknown('method class', cls_name, found)}")
     return found[cls_name]

@@ -1,4 +1,4 @@
-"""Errors a user sees: one line with the cause and the mend, and an exit code."""
+"""Errors shown to the user: one line with the cause and the fix, and an exit code."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Default = TypeVar("Default")
 
 
 class KdprofError(Exception):
-    """Work that failed for a reason worth one line instead of a traceback. Exit code 1."""
+    """An expected failure, shown as one line instead of a traceback. Exit code 1."""
 
     exit_code = 1
 
 
 class UserError(KdprofError):
-    """Bad input. The message names the cause and the mend. Exit code 2."""
+    """Bad input. The message names the cause and the fix. Exit code 2."""
 
     exit_code = 2
 
@@ -27,10 +27,10 @@ class UserError(KdprofError):
 
 
 class Problems(list[str]):
-    """Collects what is wrong, so that all of it is told at once."""
+    """Collects problems, so that all of them are reported at once."""
 
     def attempt(self, work: Callable[[], Value], default: Default) -> Value | Default:
-        """Return what ``work`` returns; where it raises UserError, note its problems and return
+        """Return the result of ``work``; if it raises UserError, collect its problems and return
         ``default``."""
         try:
             return work()
@@ -39,7 +39,7 @@ class Problems(list[str]):
             return default
 
     def refuse(self) -> None:
-        """Raise UserError, each problem once, if there are any."""
+        """Raise UserError with each problem once, if there are any."""
         if self:
             raise UserError(*dict.fromkeys(self))
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.data import SegmentationData, evaluation_batches, fitted_size
-from kdprof.hardware.device import autocast, configure_backends
-from kdprof.method import IGNORE
-from kdprof.models import SegmentationNetwork, build, is_adapted
+from kdprof.hardware.device import autocast, configure_backends, placed
+from kdprof.method import IGNORE, Network
+from kdprof.models import build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.progress import Progress
@@ -22,12 +22,12 @@ from kdprof.progress import Progress
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions. None for a class absent from the labels.
+    """Scores as fractions. None for a class absent from the labels.
 
     Attributes:
         miou, per_class: intersection over union.
-        macc: mean over classes of the share of their pixels that is found.
-        pixel_accuracy: share of all valid pixels that is right.
+        macc: mean over classes of the share of a class's pixels that is predicted right.
+        pixel_accuracy: share of all valid pixels that is predicted right.
     """
 
     miou: float
@@ -38,14 +38,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Views:
-    """How a network looks at an image.
+    """How images are given to a network in evaluation.
 
     Attributes:
-        window: height and width that are seen at once; None = the whole image.
-        stride: between windows, pixels; as mmsegmentation places them, the last at the border.
-        scales: sizes that the image is resized to, as factors; softmax is averaged over them.
-        flip: whether each is seen mirrored as well.
-        fit: what the image is resized to fit first, see :func:`kdprof.data.augment.fitting`.
+        window: height and width of a sliding window, pixels; None = the whole image at once.
+        stride: distance between windows, pixels. They lie as in mmsegmentation, the last one at the
+            border.
+        scales: factors that the image is resized by; softmax is averaged over them.
+        flip: True to predict the mirrored image at each scale as well.
+        fit: size that the image is first resized to fit, see :func:`kdprof.data.augment.fitting`.
     """
 
     window: tuple[int, int] | None = None
@@ -83,25 +84,32 @@ def scores(confusion: Tensor) -> Scores:
     return Scores(float(iou[present].mean()), per_class, float(recall.mean()), float(accuracy))
 
 
-def predict(network: SegmentationNetwork, images: Tensor, views: Views = WHOLE) -> Tensor:
-    """Return scores (N, C, H, W) at the images' size: logits, or with several views the sum of
-    their softmax.
+def predict(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
+    """Return scores (N, C, H, W) at the images' size: the logits, or the sum of the softmax over
+    several views.
 
     Args:
         images: (N, 3, H, W) RGB in 0..255.
     """
-    size = images.shape[-2:]
+    size = _size_of(images)
     if views.scales == (1.0,) and not views.flip:
         fitted = _rescaled(images, fitted_size(size, views.fit))
         return _resized(_logits(network, fitted, views), size, network)
-    total = 0
+    total: Tensor | None = None
     for scale in views.scales:
         scaled = _rescaled(images, fitted_size(size, views.fit, scale))
         for mirrored in (False, True) if views.flip else (False,):
             found = _logits(network, scaled.flip(-1) if mirrored else scaled, views)
             found = _resized(found.flip(-1) if mirrored else found, size, network)
-            total = total + found.softmax(1)
+            probabilities = found.softmax(1)
+            total = probabilities if total is None else total + probabilities
+    assert total is not None, "views have at least one scale"
     return total
+
+
+def _size_of(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return height, width
 
 
 def _rescaled(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -110,46 +118,48 @@ def _rescaled(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images.float(), size, mode="bilinear")
 
 
-def _resized(logits: Tensor, size: tuple[int, int], network: SegmentationNetwork) -> Tensor:
+def _resized(logits: Tensor, size: tuple[int, int], network: Network) -> Tensor:
     if logits.shape[-2:] == size:
         return logits.float()
     align = network.align_corners
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=align)
 
 
-def _logits(network: SegmentationNetwork, images: Tensor, views: Views) -> Tensor:
-    """Return logits at the images' size; of windows, the mean of those that see a pixel."""
-    size = images.shape[-2:]
+def _logits(network: Network, images: Tensor, views: Views) -> Tensor:
+    """Return logits at the images' size: with windows, the mean of those that contain a pixel."""
+    size = _size_of(images)
     if views.window is None:
         return _resized(network(images, ["logits"]).logits, size, network)
-    total, seen = 0.0, torch.zeros(size, device=images.device)
+    total: Tensor | None = None
+    seen = torch.zeros(size, device=images.device)
     for rows in _places(size[0], views.window[0], (views.stride or views.window)[0]):
         for columns in _places(size[1], views.window[1], (views.stride or views.window)[1]):
             part = images[..., rows, columns]
-            found = _resized(network(part, ["logits"]).logits, part.shape[-2:], network)
-            if isinstance(total, float):
+            found = _resized(network(part, ["logits"]).logits, _size_of(part), network)
+            if total is None:
                 total = found.new_zeros(*found.shape[:2], *size)
             total[..., rows, columns] += found
             seen[rows, columns] += 1
+    assert total is not None, "an image has at least one window"
     return total / seen
 
 
 def _places(length: int, window: int, stride: int) -> list[slice]:
-    """Return where windows lie along a side; the last ends with it."""
+    """Return the positions of windows along a side; the last window ends at the border."""
     count = max(0, length - window + stride - 1) // stride + 1
     ends = [min(length, place * stride + window) for place in range(count)]
     return [slice(max(0, end - window), end) for end in ends]
 
 
 def mean_iou(per_class: Iterable[float | None]) -> float | None:
-    """Return the mean over the classes that the labels show; None where they show none."""
+    """Return the mean over the classes present in the labels; None if no class is present."""
     found = [iou for iou in per_class if iou is not None]
     return sum(found) / len(found) if found else None
 
 
 @torch.no_grad()
 def evaluate(
-    network: SegmentationNetwork,
+    network: Network,
     data: SegmentationData,
     device: torch.device,
     *,
@@ -159,10 +169,10 @@ def evaluate(
     views: Views = WHOLE,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
-    """Return the scores of a network over images at their own size.
+    """Return the scores of a network on a data set, at the original size of the images.
 
-    ``decide`` turns logits into what the prediction is the argmax of, where that is not the logits;
-    ``advance`` is told the number of images of every batch.
+    ``decide`` maps logits to the scores whose argmax is the prediction, if these are not the logits
+    themselves; ``advance`` is called with the number of images of every batch.
 
     The network is left in training mode, as a run needs it.
     """
@@ -181,15 +191,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate_file` found.
+    """Result of :func:`evaluate_file`.
 
     Attributes:
-        network: the full name of what the file holds.
-        loaded: what became of its entries, in one line.
-        missing, left: entries that the file lacks, and that the network has no place for; of an
-            auxiliary head.
-        images_per_second: reading the images included.
-        reported: what was published of the file; None where it is not a known one.
+        network: full name of the network in the file.
+        loaded: one-line summary of the entries that were loaded.
+        missing: entries of the network's auxiliary head that the file lacks.
+        left: entries of the file's auxiliary head that the network does not have.
+        images_per_second: including the time to read the images.
+        reported: published scores of the file; None if it is not a known file.
     """
 
     network: str
@@ -219,18 +229,18 @@ def evaluate_file(
     """Evaluate a file of weights on a data set.
 
     Args:
-        model: the network's name; without a layout, the file's is taken.
+        model: the network's name; if it names no layout, that of the file is used.
         precision: fp32, bf16 or fp16.
 
     Raises:
-        UserError: the file is no such network's, or of other classes.
+        UserError: the file holds another network, or other classes.
     """
     weights = read_weights(path, adapted=is_adapted(model))
     name = check_weights(weights, model, data.class_names)
     network = build(name, data.num_classes)
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
-    network.to(device, memory_format=torch.channels_last)
+    placed(network, device, channels_last=True)
     with progress.task("images", len(data)) as advance:
         began = time.perf_counter()
         found = evaluate(

@@ -1,4 +1,4 @@
-"""StepFeed: a training step with the batches that it is fed; nothing else pairs the two."""
+"""StepFeed: a training step together with its batches; only this class combines the two."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kdprof.step import Mark, TrainStep, ignore_phase
 
 
 class StepFeed:
-    """A step that advances on the loader's batches, or again and again on one resident batch.
+    """A training step that takes the loader's batches, or repeats one resident batch.
 
-    Where several ranks make the step, a step must be announced before its batch is fetched, so that
-    all ranks fetch theirs at once.
+    If several ranks run the step, rank 0 must announce it before its batch is fetched, so that all
+    ranks fetch their shares at the same time.
 
     Args:
-        batches: the loader that feeds the step in training.
+        batches: the loader's batches.
         resident: the batch to repeat, on the step's device; batch 0 if not given.
     """
 
@@ -26,7 +26,7 @@ class StepFeed:
         self._resident = resident
 
     def begin(self, start: int, stop: int) -> None:
-        """Start the loader at batches ``start`` to ``stop`` - 1, in place of a running one."""
+        """Start the loader for batches ``start`` to ``stop`` - 1; a running loader is stopped."""
         self.close()
         self.step.lead.feed(start, stop)
         self._feeder = Feeder(self.batches, self.step.device, start, stop)
@@ -35,7 +35,7 @@ class StepFeed:
         """Take one step on the loader's next batch and return its loss terms.
 
         Args:
-            position: in the learning-rate schedule; that of the iteration if not given.
+            position: position in the learning-rate schedule; the iteration if not given.
         """
         assert self._feeder is not None, "begin() starts the loader"
         self.step.lead.step(iteration, _position(iteration, position), from_loader=True)
@@ -56,12 +56,12 @@ class StepFeed:
         return self._feeder.waited_s if self._feeder else 0.0
 
     def forget_waits(self) -> None:
-        """Count ``waited_s`` from here."""
+        """Reset ``waited_s`` to 0."""
         if self._feeder:
             self._feeder.forget_waits()
 
     def close(self) -> None:
-        """End the loader processes."""
+        """Stop the loader processes."""
         if self._feeder is not None:
             self._feeder.close()
             self._feeder = None

@@ -1,8 +1,8 @@
 """The contract between the engine and a distillation method.
 
-A method is one class. It declares what it reads (``taps``), its published weights and recipes,
-builds its learnable extras when the network shapes are known, and returns its *unweighted* loss
-terms; the engine weights, logs, times and counts each of them.
+A method is one class. It declares the tensors that it uses (``taps``), its published weights and
+its recipes. It builds its learnable extras when the network shapes are known, and returns its
+*unweighted* loss terms; the engine weights, logs, times and counts each of them.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import Tensor, nn
 from kdprof.errors import UserError, unknown
 
 FEATURE_TAPS = ("logits", "aux", "head", "c2", "c3", "c4", "c5")
-"""What a network can be read at: logits and auxiliary logits at head resolution (before any
-resize), the input of the last 1x1 classifier (after its dropout), and the backbone stages."""
+"""The feature maps of a network that a method can use: logits and auxiliary logits at head
+resolution (before any resize), the input of the last 1x1 classifier (after its dropout), and the
+backbone stages."""
 
 PARAMETER_TAPS = ("classifier",)
-"""Parameters that an objective may read and train through: the (classes, C, 1, 1) weight of the
-1x1 classifier, C the channels of ``head``."""
+"""Parameters that an objective may use and send gradients to: the (classes, C, 1, 1) weight of the
+1x1 classifier, where C is the number of channels of ``head``."""
 
 NETWORK_TAPS = (*FEATURE_TAPS, *PARAMETER_TAPS)
 TAPS = (*NETWORK_TAPS, "labels")
 IGNORE = 255
-"""The label value of pixels that belong to no class, in every data set kdprof reads."""
+"""The label value of pixels of no class (void), in every data set that kdprof reads."""
 
 
 class Taps:
-    """The tensors a method asked for, as attributes: ``student.logits``, ``teacher.head``, ...
+    """The tensors that a method declared, as attributes: ``student.logits``, ``teacher.head``, ...
 
-    Maps are (N, C, h, w), see :data:`PARAMETER_TAPS` for what is no map. Reading a tap that the
-    method did not declare raises, because an undeclared tap would be computed for one method and
-    paid for by nobody.
+    Feature maps are (N, C, h, w); for the other taps see :data:`PARAMETER_TAPS`. Only declared
+    tensors are computed; reading any other raises AttributeError.
     """
 
     def __init__(self, **maps: Tensor):
@@ -48,13 +48,13 @@ class Taps:
         raise AttributeError(f"tap '{name}' was read but not declared: add it to the method's taps")
 
     def detach(self) -> Taps:
-        """Return the same taps cut off from the graph."""
+        """Return the same taps, detached from the autograd graph."""
         return Taps(**{name: value.detach() for name, value in self.__dict__.items()})
 
 
 @dataclass(frozen=True)
 class NetworkInfo:
-    """What a method may know of a network when it builds its extras."""
+    """The description of a network from which a method builds its extras."""
 
     name: str
     num_classes: int
@@ -63,13 +63,25 @@ class NetworkInfo:
     stride: Mapping[str, int]
     """Input pixels per output position, for each tap."""
     background: bool = False
-    """Whether class 0 is the background of a class-incremental scenario: every pixel that the
-    other classes do not claim."""
+    """True if class 0 is the background of a class-incremental scenario: every pixel that belongs
+    to no other class."""
+
+
+class Network(nn.Module):
+    """Base class of the networks that training steps and evaluations use.
+
+    Called as ``network(images, taps)``, with RGB images (N, 3, H, W) in 0..255, it returns exactly
+    the tensors that ``taps`` names, as :class:`Taps`.
+    """
+
+    info: NetworkInfo
+    align_corners: bool
+    """The ``align_corners`` setting with which its logits are resized."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published training schedule and what it was reported to reach. None = not published."""
+    """A published training schedule and its reported results. None = not published."""
 
     dataset: str
     teacher: str | None
@@ -82,18 +94,18 @@ class Recipe:
     optimizer: str
     schedule: str
     source: str
-    """Where the figures are from, and what must be known to quote them."""
+    """The source of the figures, and what a reader must know to quote them."""
     gpus: str | None = None
     student_miou: float | None = None
-    """mIoU of the student alone, percent, as reported beside ``miou``."""
+    """mIoU of the student alone, percent, as reported together with ``miou``."""
     miou: float | None = None
     epochs: int | None = None
-    """Where the length of the training is published in epochs."""
+    """Length of the training, if it is published in epochs."""
     weights: Mapping[str, float] | None = None
-    """Published weights of terms that differ from the class's."""
+    """Published weights of terms, where they differ from those of the class."""
     teacher_miou: float | None = None
     split: str = "val"
-    """Images that the mIoU are of."""
+    """The images that the mIoU values were measured on."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +127,12 @@ def _hyper_parameters(cls: type) -> dict[str, Hyper]:
         for name in inspect.get_annotations(base):
             if typing.get_origin(hints[name]) is ClassVar or not hasattr(base, name):
                 continue
-            if name in contract:  # ``name: str = "mine"``: no setting, however it is annotated
+            if name in contract:  # such as ``name: str = "mine"``: an attribute of every method
                 continue
             if hints[name] not in (bool, float, int, str):
                 raise UserError(
                     f"{cls.__name__}: hyper-parameter '{name}' must be bool, float, int or str, "
-                    f"not {hints[name]}; annotate what no study sets as ClassVar"
+                    f"not {hints[name]}; annotate an attribute that is not a setting as ClassVar"
                 )
             found[name] = Hyper(hints[name], getattr(base, name))
     return {name: Hyper(hyper.type, getattr(cls, name)) for name, hyper in found.items()}
@@ -134,7 +146,7 @@ class Method(nn.Module):
     """
 
     name: ClassVar[str] = ""
-    """The key users type; the lower-cased class name where it is left empty."""
+    """The name that users type; if empty, the class name in lower case."""
     title: ClassVar[str] = ""
     """Full name as published."""
     paper: ClassVar[str] = ""
@@ -142,27 +154,27 @@ class Method(nn.Module):
     family: ClassVar[str] = "custom"
     """control, logit, feature, attention, relational, ..."""
     taps: ClassVar[tuple[str, ...]] = ()
-    """What is read of the student, ``labels`` included."""
+    """Student tensors that the objective uses; ``labels`` is among them if it uses the labels."""
     teacher_taps: ClassVar[tuple[str, ...] | None] = None
-    """What is read of the teacher, where that differs from ``taps``."""
+    """Teacher tensors that the objective uses, if they differ from ``taps``."""
     weights: Mapping[str, float] = {}
     """Published weight of every term that ``forward`` returns."""
     auxiliary_weights: Mapping[str, float] = {}
     """Weight of every term that ``auxiliary_forward`` returns."""
     incremental: ClassVar[bool] = False
-    """Whether the objective reads the classes that a teacher of fewer classes lacks. Any other
-    method sees the shared classes only: the first channels of the student's logits, and labels in
+    """True if the objective uses the new classes, which the teacher does not know. Any other method
+    receives the shared classes only: the first channels of the student's logits, and labels in
     which the new classes are void."""
     replaces_task_loss: ClassVar[bool] = False
-    """Whether the terms take the place of the cross-entropy of the student's logits."""
+    """True if the terms replace the cross-entropy of the student's logits."""
     auxiliary_decays: ClassVar[bool] = False
-    """Whether the auxiliary optimiser's learning rate follows the student's schedule."""
+    """True if the auxiliary optimiser's learning rate follows the student's schedule."""
     equation: ClassVar[str] = ""
-    """The terms in plain text, a line or two; the docstring says what each symbol is."""
+    """The terms in plain text, one or two lines; the docstring defines each symbol."""
     cost_drivers: ClassVar[str] = ""
-    """What makes a step dear, a line or two."""
+    """What makes a step expensive, one or two lines."""
     graph_breaks: ClassVar[str] = ""
-    """Why torch.compile cannot trace the objective whole; empty: it can."""
+    """Why torch.compile cannot trace the whole objective; empty if it can."""
     recipes: ClassVar[tuple[Recipe, ...]] = ()
     hyper: ClassVar[dict[str, Hyper]] = {}
 
@@ -195,11 +207,11 @@ class Method(nn.Module):
             raise UserError(*problems)
         self.weights = {**type(self).weights, **(weights or {})}
         self.notes: list[str] = []
-        """What the user must know of this method under these shapes; printed with its Cost."""
+        """What the user must know about this method with these shapes; printed with its Cost."""
 
     @classmethod
     def _wrong_weights(cls, weights: Any) -> Iterator[str]:
-        """Yield what is wrong with the weights that a study sets."""
+        """Yield the problems of the weights that a study sets."""
         if not isinstance(weights or {}, Mapping):
             yield f"weights must be a table of numbers, not {weights!r}"
             return
@@ -212,7 +224,7 @@ class Method(nn.Module):
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None) -> None:
         """Create learnable extras (adaptors, projectors, banks). Called once, before any step.
 
-        ``teacher`` is None only for a method that reads nothing of a teacher.
+        ``teacher`` is None only for a method that uses no teacher.
         """
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
@@ -221,49 +233,49 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def decide(self, logits: Tensor) -> Tensor:
-        """Return what the prediction is the argmax of, (N, C, h, w), given the student's logits;
-        the logits themselves unless the method trains them to mean something else."""
+        """Return the scores (N, C, h, w) whose argmax is the prediction, from the student's logits:
+        these logits, unless the method trains them to mean something else."""
         return logits
 
     def auxiliary(self) -> nn.Module | None:
-        """Return what a second optimiser trains (a discriminator); its parameters are left out of
-        the student's optimiser. None where there is no such thing."""
+        """Return the module that a second optimiser trains, such as a discriminator, or None. Its
+        parameters are left out of the student's optimiser."""
         return None
 
     def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the second optimiser. Only called where :meth:`auxiliary` is not None."""
+        """Return the second optimiser. Only called if :meth:`auxiliary` is not None."""
         raise NotImplementedError
 
     def auxiliary_forward(
         self, student: Taps, teacher: Taps, labels: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the auxiliary module's own unweighted terms. The taps are detached."""
+        """Return the auxiliary module's unweighted terms. The taps are detached."""
         raise NotImplementedError
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """Return the extras trained by the student's optimiser."""
+        """Return the parameters of the extras that the student's optimiser trains."""
         auxiliary = self.auxiliary()
-        aside = {id(p) for p in auxiliary.parameters()} if auxiliary is not None else set()
-        return [p for p in self.parameters() if id(p) not in aside]
+        excluded = {id(p) for p in auxiliary.parameters()} if auxiliary is not None else set()
+        return [p for p in self.parameters() if id(p) not in excluded]
 
     @classmethod
     def student_taps(cls) -> tuple[str, ...]:
-        """Return the network taps read of the student."""
+        """Return the taps of the student network that the objective uses, without ``labels``."""
         return tuple(tap for tap in cls.taps if tap != "labels")
 
     @classmethod
     def read_of_teacher(cls) -> tuple[str, ...]:
-        """Return the network taps read of the teacher; empty = no teacher is run or paid for."""
+        """Return the taps of the teacher network that the objective uses; if empty, none runs."""
         taps = cls.taps if cls.teacher_taps is None else cls.teacher_taps
         return tuple(tap for tap in taps if tap != "labels")
 
     @classmethod
     def needs_teacher(cls) -> bool:
-        """Say whether a teacher forward is part of this method's step."""
+        """Return True if a teacher forward is part of this method's step."""
         return bool(cls.read_of_teacher())
 
     def settings(self) -> dict[str, Any]:
-        """Return hyper-parameters and weights as they are in force, for records and keys."""
+        """Return the hyper-parameters and weights in use, for records and keys."""
         values = {name: getattr(self, name) for name in self.hyper}
         weights = {**self.weights, **self.auxiliary_weights}
         return {**values, "weights": weights}

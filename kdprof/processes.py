@@ -1,8 +1,8 @@
-"""Child processes: one protocol for those that measure, train and check, and how failures are told.
+"""Child processes that measure, train and check: their protocol, and how failures are reported.
 
 The parent writes a request into a folder and starts ``python -m MODULE FOLDER RANK``. The child
-sends messages as marked lines on its standard output, writes its result into the folder, and ends
-when its parent does: the parent holds the other end of its standard input.
+sends messages as marked lines on its standard output and writes its result into the folder. It ends
+when its parent ends, because the parent holds the other end of its standard input.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from kdprof.errors import KdprofError
 from kdprof.store import write_atomic
 
 DEBUG = "KDPROF_DEBUG"
-"""Environment variable that asks for tracebacks, in this process and in its children."""
+"""Environment variable that turns on tracebacks, in this process and in its children."""
 MARK = "@kdprof "
-"""Begins a line of a child's output that is a message."""
+"""Prefix of the lines of a child's output that are messages."""
 LAST_WORDS = 300
 """Characters of an error message that are passed on."""
 
@@ -53,15 +53,15 @@ def request_folder(request: Mapping[str, Any]) -> Iterator[Path]:
 
 
 class Child:
-    """A running child; as a context, it does not outlive the body.
+    """A running child process. As a context manager it ends the child when the body ends.
 
     Args:
-        module: what it runs, such as ``kdprof.measure``.
-        folder: of its request.
-        rank: its number among those that work on the request together.
-        environment: variables that are different for it.
-        detached: whether it is in a session of its own, so that Ctrl-C does not reach it.
-        quiet: whether what it prints besides messages is dropped, and not passed on to stderr.
+        module: the module that it runs, such as ``kdprof.measure``.
+        folder: the folder of its request.
+        rank: its number among the children that work on the request together.
+        environment: environment variables that are set for it.
+        detached: True to start it in a new session, so that Ctrl-C does not reach it.
+        quiet: True to drop its output other than messages, instead of copying it to stderr.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Child:
         self._result, self._quiet = _result_file(folder, rank), quiet
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            # -P: a user's queue.py in this folder is not the library's.
+            # -P: a user's queue.py in this folder must not replace the standard library's.
             [sys.executable, "-P", "-m", module, str(folder), str(rank)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -97,14 +97,14 @@ class Child:
         self._stderr.close()
 
     def messages(self) -> Iterator[Message]:
-        """Yield its messages until it ends; what else it prints goes to stderr."""
+        """Yield its messages until it ends; its other output goes to stderr."""
         blank = ""
         for line in self._process.stdout or ():
             if line.startswith(MARK):
                 yield tuple(json.loads(line.removeprefix(MARK)))
                 blank = ""
             elif not self._quiet:
-                # A message ends the line that a print may have left unfinished.
+                # A message begins with a newline, which ends a line that a print left open.
                 sys.stderr.write(blank + line.rstrip("\n"))
                 blank = "\n"
         if blank:
@@ -122,23 +122,23 @@ class Child:
         """Wait until it has ended and return its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: it has not, in this time.
+            subprocess.TimeoutExpired: it has not ended after ``timeout_s``.
         """
         return self._process.wait(timeout_s)
 
     def result(self) -> Any:
-        """Return the result that it wrote; None where it ended before it wrote one."""
+        """Return the result that it wrote; None if it ended before it wrote one."""
         return json.loads(self._result.read_text()) if self._result.exists() else None
 
     def last_words(self) -> str:
-        """Return why it died, from its exit status and what it wrote to stderr."""
+        """Return why it failed, from its exit status and its output on stderr."""
         status = self.wait()
         self._stderr.seek(0)
         return last_words(status, self._stderr.read())
 
 
 def last_words(status: int, stderr: str) -> str:
-    """Return why a process died, in one line with the fix where it is known."""
+    """Return why a process failed, in one line, with the fix if it is known."""
     if status == -signal.SIGKILL:
         return (
             "its process was killed, most often by the system for lack of memory; "
@@ -154,7 +154,7 @@ def last_words(status: int, stderr: str) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What this process was started for."""
+    """The work that this process was started for."""
 
     content: dict[str, Any]
     folder: Path
@@ -166,7 +166,7 @@ class Request:
 
 
 def read_request() -> Request:
-    """Return the request on this process's command line; from now on it ends with its parent."""
+    """Return the request that the command line names; from now on, end when the parent ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     return Request(json.loads(_request_file(folder).read_text()), folder, rank)
@@ -179,7 +179,7 @@ def send(kind: str, content: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, then end as by a signal: whoever saves on one, saves."""
+    """Wait for the end of standard input, then send SIGTERM, so that code that saves on it does."""
     os.read(sys.stdin.fileno(), 1)  # not sys.stdin: its lock would be held when Python exits
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -196,7 +196,7 @@ def _result_file(folder: Path, rank: int) -> Path:
 
 
 def debugging() -> bool:
-    """Return whether tracebacks were asked for."""
+    """Return True if tracebacks were turned on."""
     return bool(os.environ.get(DEBUG))
 
 
@@ -207,14 +207,14 @@ def explain(error: BaseException) -> str:
     message = " ".join(str(error).split())[:LAST_WORDS] or "no message"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
         return (
-            f"it ran out of memory ({message}); lower --batch or --crop: kdprof never does by "
+            f"it ran out of memory ({message}); lower --batch or --crop: kdprof never changes them "
             "itself"
         )
     return f"the step raised {type(error).__name__}: {message} ({_origin(error)})"
 
 
 def _origin(error: BaseException) -> str:
-    """Return where an error came from: the innermost frame that is not torch's."""
+    """Return the origin of an error: the innermost frame outside torch."""
     frames = traceback.extract_tb(error.__traceback__)
     torch_folder = str(Path(torch.__file__).parent)
     own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]

@@ -13,7 +13,7 @@ Advance = Callable[[int], None]
 
 
 class Progress:
-    """Where long work reports to. ``Progress(None)`` is silent."""
+    """Shows the progress of long work. ``Progress(None)`` shows nothing."""
 
     def __init__(self, console: Console | None, *, verbose: bool = False):
         self.console, self.verbose = console, verbose
@@ -31,7 +31,7 @@ class Progress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            auto_refresh=False,  # a thread that draws would take time from what is measured
+            auto_refresh=False,  # a refreshing thread would take time from what is measured
         )
 
         def advance(count: int) -> None:
@@ -48,6 +48,6 @@ class Progress:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def detail(self, text: str) -> None:
-        """Print one line that only verbose output has."""
+        """Print one line if the output is verbose."""
         if self.verbose:
             self.say(text)

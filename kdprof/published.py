@@ -1,16 +1,17 @@
 """Published schedules as equal compute: what each would cost on the measured device.
 
-A Cost is of the study's networks, batch and crop; a recipe has its own. Two things follow, and are
-kept apart:
+A Cost is measured with the study's networks, batch and crop, but a recipe has other ones. Therefore
+two results are reported:
 
-- *In iterations of the control* (kd): the ratio of two methods' costs, as measured. It is taken
-  to be the same at the recipe's batch and crop; no other assumption enters.
-- *In seconds*: scaled by the images and the crop's pixels, as if a step's time grew with both.
-  Where they differ from the study's this is a forecast. Fixed work (optimiser, launches) makes it
-  too long for larger steps; work that grows faster than the pixels makes it too short.
+- *In iterations of the control* (kd): by the measured ratio of the two methods' costs. The only
+  assumption is that this ratio is the same at the recipe's batch and crop.
+- *In seconds*: scaled as if a step's time were proportional to the images and to the crop's pixels.
+  If these differ from the study's, the result is a forecast. It is too long for larger steps
+  because of fixed work (optimiser, kernel launches), and too short for work that grows faster than
+  the pixels.
 
-The study's networks and classes are not changed: this is what a schedule costs here, not what it
-cost its authors.
+The study's networks and classes are used in both: the result is what a schedule costs with them,
+not what it cost its authors.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kdprof.study import StepSettings
 
 @dataclass(frozen=True)
 class ConvertedSchedule:
-    """One published schedule of a measured method, converted; None where ``reason`` says why."""
+    """One published schedule of a measured method, converted. A value that is missing is None."""
 
     method: str
     dataset: str | None
@@ -43,23 +44,24 @@ class ConvertedSchedule:
     crop: tuple[int, int] | None = None
     epochs: int | None = None
     seconds: float | None = None
-    """Of the one measured device, evaluation excluded; a forecast where ``scale`` is not 1."""
+    """On the measured device, without evaluation; a forecast if ``scale`` is not 1."""
     seconds_low: float | None = None
     seconds_high: float | None = None
-    """Ends of the 95 % interval that follows from the measurement's; the scaling adds none."""
+    """Ends of the 95 % interval, which follows from that of the measurement; the error of the
+    scaling is not included."""
     device_hours: float | None = None
     scale: float | None = None
-    """Images x crop pixels of the recipe over those of the measured step."""
+    """Images x crop pixels of the recipe, divided by those of the measured step."""
     kd_iterations: int | None = None
     """Iterations of kd at the recipe's batch and crop that take as long."""
     kd_iterations_low: int | None = None
     kd_iterations_high: int | None = None
     kd_iterations_measured_step: int | None = None
-    """The same with the batch and crop that were measured: a budget of the study."""
+    """The same at the measured batch and crop: a possible budget of the study."""
     differs: tuple[str, ...] = ()
-    """What the recipe has otherwise than the measured step: networks, data, batch, crop."""
+    """How the recipe differs from the measured step: networks, data, batch, crop."""
     unreliable: tuple[str, ...] = ()
-    """Methods whose unreliable Costs this is made of."""
+    """Methods with unreliable Costs that the conversion uses."""
     reason: str | None = None
     """Why there is no conversion."""
 
@@ -67,15 +69,15 @@ class ConvertedSchedule:
 def converted_schedules(
     costs: Mapping[str, Cost], methods: Mapping[str, type[Method]], dataset: str | None = None
 ) -> list[ConvertedSchedule]:
-    """Return the schedules of every method in ``costs``, one for all recipes that share it.
+    """Return the schedules of every method in ``costs``; recipes with equal schedules share one.
 
     Args:
         costs: the newest Cost of each method.
-        methods: the classes by name; a method without its class has no recipes here.
-        dataset: convert schedules of this data set only, in any case of letters.
+        methods: the method classes by name; a method that is missing here has no recipes.
+        dataset: convert schedules of this data set only; capital letters do not matter.
 
     Raises:
-        UserError: no recipe has this data set.
+        UserError: no recipe is for ``dataset``.
     """
     found = [
         _convert(one, costs)
@@ -89,8 +91,8 @@ def converted_schedules(
 
 
 def classes_of(costs: Iterable[str], specs: Iterable[str]) -> dict[str, type[Method]]:
-    """Return the classes of measured methods, those in files (``specs``) too; one whose file can no
-    longer be read is left out."""
+    """Return the classes of measured methods, including those in users' files (``specs``). A method
+    whose file can no longer be read is left out."""
     found: dict[str, MethodEntry] = builtin_methods()
     for spec in specs:
         try:
@@ -117,7 +119,7 @@ def _schedules(
 
 
 def _is_of(dataset: str, wanted: str) -> bool:
-    """Say whether a data set is the one that is wanted, or a scenario of it."""
+    """Return True if ``dataset`` is the wanted data set, or a scenario of it."""
     name, wanted = dataset.casefold(), wanted.strip().casefold()
     return name == wanted or name.startswith((f"{wanted} ", f"{wanted},"))
 
@@ -142,7 +144,7 @@ def _pair(recipe: Recipe) -> str:
 
 
 def _missing(recipe: Recipe) -> str | None:
-    """Return why a recipe's schedule cannot be converted."""
+    """Return why a recipe's schedule cannot be converted; None if it can."""
     missing = [part for part in ("iterations", "batch", "crop") if getattr(recipe, part) is None]
     if not missing:
         return None
@@ -159,21 +161,30 @@ def _convert(one: ConvertedSchedule, costs: Mapping[str, Cost]) -> ConvertedSche
     cost = costs[one.method]
     step = cost.settings.get("step", {})
     if not {"batch", "crop"} <= step.keys():
-        return replace(one, reason="its cost does not say of which batch and crop it is")
+        return replace(one, reason="its cost does not state batch and crop")
     scale = one.batch * one.crop[0] * one.crop[1] / (step["batch"] * _pixels(step["crop"]))
-    seconds, low, high = (
+    seconds, seconds_low, seconds_high = (
         one.iterations * scale * value for value in seconds_per_iteration(cost, costs)
     )
-    return replace(
+    converted = replace(
         one,
         seconds=seconds,
-        seconds_low=low,
-        seconds_high=high,
+        seconds_low=seconds_low,
+        seconds_high=seconds_high,
         device_hours=seconds / 3600,
         scale=scale,
         differs=_differs(one, cost.settings),
         unreliable=_unreliable(cost, costs),
-        **_in_control(one.iterations, scale, cost, costs),
+    )
+    if CONTROL not in costs:
+        return converted
+    ratio, low, high = cost_ratio(cost, costs[CONTROL])
+    return replace(
+        converted,
+        kd_iterations=round(one.iterations * ratio),
+        kd_iterations_low=round(one.iterations * low),
+        kd_iterations_high=round(one.iterations * high),
+        kd_iterations_measured_step=round(one.iterations * ratio * scale),
     )
 
 
@@ -182,23 +193,8 @@ def _pixels(crop: Iterable[int]) -> int:
     return height * width
 
 
-def _in_control(
-    iterations: int, scale: float, cost: Cost, costs: Mapping[str, Cost]
-) -> dict[str, int]:
-    """Return the iterations of the control; nothing where it was not measured."""
-    if CONTROL not in costs:
-        return {}
-    ratio, low, high = cost_ratio(cost, costs[CONTROL])
-    return {
-        "kd_iterations": round(iterations * ratio),
-        "kd_iterations_low": round(iterations * low),
-        "kd_iterations_high": round(iterations * high),
-        "kd_iterations_measured_step": round(iterations * ratio * scale),
-    }
-
-
 def _differs(one: ConvertedSchedule, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the schedule has otherwise than the measured step."""
+    """Return how the schedule differs from the measured step."""
     networks = published_pair(settings.get("teacher"), str(settings.get("student")))
     same = {
         "networks": networks in {pair.casefold() for pair in one.networks},
@@ -217,15 +213,15 @@ def _unreliable(cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:
 def published_iterations(cls: type[Method], data: str, networks: str, step: StepSettings) -> int:
     """Return the iterations that were published for a method on a study's data set.
 
-    Where several lengths were published, the recipes of the study's networks, then of its crop,
-    then of its batch count, as far as there are any.
+    If several lengths were published, recipes with the study's networks are preferred, then those
+    with its crop, then those with its batch, as far as such recipes exist.
 
     Args:
         data: the data set's name.
         networks: see :func:`kdprof.models.names.published_pair`.
 
     Raises:
-        UserError: none was published for the data set, or several that nothing tells apart.
+        UserError: no length was published for the data set, or several remain.
     """
     title = title_of(data)
     recipes = [r for r in cls.recipes if r.iterations and _is_of(r.dataset, title)]

@@ -1,7 +1,7 @@
 """The records kdprof writes and reads: Cost, Run, curve and ledger entries.
 
-Quantities carry their unit in their name; 1 multiply-add = 2 FLOP. What is not available is None,
-and ``unavailable`` holds the reason under the same key.
+Quantities carry their unit in their name; 1 multiply-add = 2 FLOP. A value that is not available is
+None, and ``unavailable`` holds the reason under the same key.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 REFERENCE = "none"
-"""The method that every other one's cost is a ratio to: the student alone."""
+"""The method that cost ratios refer to: training without distillation."""
 CONTROL = "kd"
-"""Plain logit distillation: differences in mIoU are to it, schedules are converted to it."""
+"""Plain logit distillation: differences in mIoU refer to it, schedules are converted to it."""
 CONTROLS = (REFERENCE, CONTROL)
-"""The methods that every comparison holds at the same budget, unless it is told not to."""
+"""The methods that every comparison contains at the same budget, unless they are switched off."""
 
 
 class Record(BaseModel):
-    """Base of everything stored: unknown keys are refused, so an old reader fails loudly."""
+    """Base class of all that is stored. Unknown keys are errors, so that an older version cannot
+    misread a newer file."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
 
@@ -41,9 +42,9 @@ class Ratio(Interval):
 class Flop(Record):
     """Matrix FLOP of one step (convolutions and matrix products; 1 multiply-add = 2 FLOP).
 
-    teacher, student and objective are forward; backward is everything the backward passes do;
-    auxiliary is the second optimiser's phase, forward and backward. The parts are None of a step
-    that is not kdprof's own: nobody knows where one ends there.
+    teacher, student and objective are forward passes; backward is all backward passes; auxiliary is
+    the second optimiser's phase, forward and backward. The parts are None for a user's step, whose
+    phases are not known.
     """
 
     teacher: float | None
@@ -55,9 +56,9 @@ class Flop(Record):
 
 
 class TermCost(Record):
-    """What one term of the objective costs: its forward and its own share of the backward.
+    """The cost of one term of the objective: its forward and its share of the backward.
 
-    Work that several terms need is shared out equally among them.
+    Work that several terms need is divided equally among them.
     """
 
     weight: float
@@ -73,7 +74,7 @@ OperationKind = Literal[
     "matrix", "elementwise", "reduction", "softmax", "normalisation", "resize", "pooling",
     "gather", "copy", "optimizer", "communication", "uncounted",
 ]  # fmt: skip
-"""What a torch operator does. ``uncounted``: no formula knows it."""
+"""The kind of work of a torch operator. ``uncounted``: there is no formula for it."""
 
 
 class Operation(Record):
@@ -81,21 +82,21 @@ class Operation(Record):
 
     phase: str
     name: str
-    """As torch calls it: ``aten.convolution``."""
+    """The name in torch, such as ``aten.convolution``."""
     kind: OperationKind
     calls: int
     matrix_flop: float
     other_flop: float | None
-    """Arithmetic outside matrix products, by the table in docs/measuring.md; None where no formula
-    knows the operator."""
+    """Arithmetic outside matrix products, by the table in docs/measuring.md; None if there is no
+    formula for the operator."""
     bytes_read: float
     bytes_written: float
     seconds: float | None
-    """Share of the phase's measured seconds; None where the step was counted, not run."""
+    """Share of the phase's measured seconds; None if the step was only counted."""
 
 
 class Memory(Record):
-    """Peaks over one step, in bytes. ``process``: the whole process as the system sees it."""
+    """Peaks over one step, in bytes. ``process``: the whole process, from the operating system."""
 
     peak_allocated: int | None
     peak_reserved: int | None
@@ -114,15 +115,15 @@ class Energy(Record):
     window_s: float
     steps: int
     counter_period_s: float
-    """How often the counter moves; a window is at least ten of these."""
+    """Time between updates of the counter; a window lasts at least ten of them."""
     idle_w: float | None
-    """Power before the steps ran; it is part of ``energy_j``."""
+    """Power before the steps ran; ``energy_j`` includes it."""
     power_integral_j: float | None
-    """Energy per step by integrating sampled power instead: a cross-check."""
+    """Energy per step from integrating sampled power, as a cross-check."""
 
 
 class Ceilings(Record):
-    """What the device reaches here, measured in place, not a datasheet's."""
+    """The highest rates that were measured on this device; not those of a data sheet."""
 
     matmul_flop_per_s: float
     copy_bytes_per_s: float
@@ -131,54 +132,54 @@ class Ceilings(Record):
 
 
 class PhaseBound(Record):
-    """What bounds one phase, by the roofline of the measured ceilings."""
+    """What limits one phase, by the roofline model with the measured ceilings."""
 
     matrix_flop: float
     bytes_moved: float
     intensity: float | None
-    """Matrix FLOP per byte; None where nothing is moved."""
+    """Matrix FLOP per byte; None if no bytes are moved."""
     ceiling_share: float
-    """Time the roofline allows divided by the time measured: 1 = at the ceiling."""
+    """Shortest time by the roofline, divided by the measured time: 1 = at the ceiling."""
     bound: Literal["compute", "memory", "overhead"]
-    """overhead: under a third of the measured time is explained by either ceiling."""
+    """overhead: neither ceiling explains a third of the measured time."""
 
 
 class Canary(Record):
-    """A fixed kernel timed between the blocks: what the machine itself did meanwhile."""
+    """A fixed kernel timed between the blocks: it shows changes of the machine's speed."""
 
     median_s: float
     drift: float
     """Largest relative change between quarters of the measurement."""
     steady: bool
-    """False where that change exceeds the precision target and is no noise."""
+    """False if that change exceeds the precision target and is statistically significant."""
     samples_s: list[float]
 
 
 class Outlier(Record):
-    """A sample far above the others. It stays in the samples."""
+    """A sample far above the others. It is not removed from the samples."""
 
     of: Literal["step", "end_to_end"]
     round: int
     step: int
-    """Of the round; 0 for an iteration with the loader, of which a round has one sample."""
+    """Index in the round; 0 for an end-to-end iteration, of which a round has one."""
     seconds: float
     times_median: float
     cause: str
-    """``unknown`` where nothing was seen."""
+    """``unknown`` if no cause was observed."""
 
 
 class Cost(Record):
-    """What one TrainStep of a method costs on one device, or on several that share its batch.
+    """The cost of one TrainStep of a method on one device, or on several that share its batch.
 
-    Of several, ``energy_j`` is the sum; FLOP, bytes, memory and the operators are rank 0's, and
-    every other's are the same.
+    For several devices ``energy_j`` is the sum; FLOP, bytes, memory and operators are those of rank
+    0, and the same on the others.
     """
 
     schema_version: Literal[4] = Field(default=4, alias="schema")
     method: str
     device: str
     gpus: int = 1
-    """Devices that made the step together, each on its share of the batch."""
+    """Devices that run the step together, each on its share of the batch."""
     key: str
     """Hash of everything that changes the cost."""
     session: str
@@ -186,12 +187,12 @@ class Cost(Record):
     latency_s: Interval | None
     ratio: Ratio | None
     end_to_end_s: Interval | None
-    """Seconds per iteration with the real loader."""
+    """Seconds per end-to-end iteration, with the real data loader."""
     end_to_end_ratio: Ratio | None
     samples_s: list[list[float]]
     """Step latencies, one list per round."""
     reference_samples_s: list[list[float]]
-    """Step latencies of the method ``ratio.to``, taken in turn with these."""
+    """Step latencies of the method ``ratio.to``, interleaved with these."""
     end_to_end_samples_s: list[float]
     """One per round."""
     reference_end_to_end_samples_s: list[float]
@@ -206,7 +207,7 @@ class Cost(Record):
     bytes_moved: float | None
     hidden_cost: float | None
     """Hidden-cost index: the share of the step's time that its matrix FLOP do not explain at the
-    reference's seconds per FLOP. Negative where they promise more time than is taken."""
+    reference's seconds per FLOP. Negative if they predict more time than was measured."""
     ceilings: Ceilings | None
     bounds: dict[str, PhaseBound] | None
     mfu: float | None
@@ -223,29 +224,29 @@ class Cost(Record):
     hardware: dict[str, Any]
     """State of the device before, during and after."""
     settings: dict[str, Any]
-    """The study's fields and method settings that the key is made of."""
+    """The study's fields and method settings that the key is computed from."""
     versions: dict[str, str]
 
     def flop_per_iteration(self) -> float | None:
-        """Return the matrix FLOP of one step on all its devices; None where not counted."""
+        """Return the matrix FLOP of one step on all its devices; None if not counted."""
         return None if self.flop is None else self.flop.total * self.gpus
 
     def seconds_per_iteration(self) -> Interval:
-        """Return what an iteration takes from a run's clock: with the loader where that was
-        measured, else the step alone."""
+        """Return the seconds of one iteration of a run: end-to-end if that was measured, else of
+        the step alone."""
         found = self.end_to_end_s or self.latency_s
         assert found is not None, "a stored Cost has a latency"
         return found
 
     def reference_rounds(self, *, end_to_end: bool) -> list[list[float]]:
-        """Return the seconds of the reference that it was interleaved with, by round; of its steps
-        alone, or of iterations with the loader."""
+        """Return the seconds of the reference that this method was interleaved with, by round: of
+        end-to-end iterations, or of steps alone."""
         if end_to_end:
             return [[seconds] for seconds in self.reference_end_to_end_samples_s]
         return self.reference_samples_s
 
     def ratio_per_iteration(self) -> Ratio:
-        """Return :meth:`seconds_per_iteration` divided by that of the reference beside it."""
+        """Return :meth:`seconds_per_iteration` divided by that of the interleaved reference."""
         found = self.end_to_end_ratio or self.ratio
         assert found is not None, "a stored Cost has a ratio"
         return found
@@ -262,41 +263,42 @@ class Cost(Record):
 
 
 class CountedCost(Cost):
-    """What was counted of a step that did not run: no latency, memory or energy."""
+    """The counted cost of a step that did not run, without latency, memory and energy."""
 
     modules_flop: dict[str, dict[str, float]] | None
     """Forward matrix FLOP of ``student`` and ``teacher`` by module, as fvcore counts them."""
 
 
 class Spent(Record):
-    """Seconds of training: what the conversion promised and what the ledger adds up to."""
+    """Seconds of training: planned by the conversion, and the sum of the ledger."""
 
     planned: float | None
     actual: float
 
     def drift(self) -> float | None:
-        """Return (actual - planned) / planned, or None where nothing was planned."""
+        """Return (actual - planned) / planned, or None if nothing was planned."""
         return None if not self.planned else self.actual / self.planned - 1
 
 
 class Failure(Record):
-    """Why a run ended before its budget did."""
+    """Why a run ended before its budget was used up."""
 
     iteration: int
-    """From 0; of the step that failed, or the last one that was begun."""
+    """Iteration, from 0, of the step that failed, or of the last step that was begun."""
     term: str | None
-    """The loss term that is not finite, where that is the reason."""
+    """The loss term that is not finite, if that is the reason."""
     reason: str
     checkpoint_iteration: int | None
-    """Iterations of the last good checkpoint; None where there is none."""
+    """Iterations of the last good checkpoint; None if none exists."""
 
 
 RunKind = Literal["run", "teacher", "trunk"]
-"""A training of (method, budget, seed); the teacher's own; what a method's wsd runs share."""
+"""run: the training of one (method, budget, seed); teacher: the training of the teacher; trunk: the
+part of training that a method's wsd runs share."""
 
 
 def run_label(kind: RunKind, method: str, budget: str, seed: int) -> str:
-    """Return what messages and reports call a run: ``cwd 40k@cwd seed 0``."""
+    """Return the name of a run in messages and reports, such as ``cwd 40k@cwd seed 0``."""
     if kind == "teacher":
         return "teacher"
     return f"{method} {'trunk' if kind == 'trunk' else budget} seed {seed}"
@@ -308,49 +310,51 @@ class Run(Record):
     schema_version: Literal[3] = Field(default=3, alias="schema")
     kind: RunKind = "run"
     method: str
-    """Of a run or trunk; of the teacher, what it is trained with."""
+    """The method of a run or trunk; for the teacher, the method that it is trained with."""
     budget: str
-    """Empty where the kind is no run."""
+    """Empty for a teacher or a trunk."""
     seed: int
     device: str
     iterations: int
-    """Iterations this run is planned to make."""
+    """Planned iterations of this run."""
     schedule_iterations: int
-    """What the learning-rate schedule spans."""
+    """Iterations that the learning-rate schedule spans."""
     enforce: str = "iterations"
     """What ends the run: its iterations, or its planned time, energy or flop."""
     startup: str = "apart"
-    """Whether the start-up of its processes is counted in ``train_s``."""
+    """``counted`` if the start-up of its processes is part of ``train_s``, else ``apart``."""
     gpus: int = 1
-    """Devices that trained it together: its GPU-seconds are ``train_s`` times these."""
+    """Devices that trained it together: its GPU-seconds are ``train_s`` times this number."""
     concurrent_runs: int | None = 0
-    """Other runs that were trained on the same machine at the same time, at most: they share its
-    memory bandwidth, so that planned seconds do not hold. None = not known (a cluster's node)."""
+    """The largest number of other runs that were trained on the same machine at the same time. They
+    share its memory bandwidth, so that planned seconds do not hold. None = not known (a cluster's
+    node)."""
     iterations_done: int
     miou: float | None
-    """Of the last iterate, over the classes present in the validation labels; a fraction."""
+    """mIoU after the last iteration, over the classes present in the validation labels; a
+    fraction."""
     miou_per_class: dict[str, float | None] | None
     miou_of: dict[str, float | None] = {}
-    """Over groups of classes: old and new in a class-incremental scenario, else none."""
+    """mIoU over groups of classes: old and new in a class-incremental scenario, else empty."""
     best_miou: float | None
-    """Best of the evaluations made; biased upwards, reported but never compared."""
+    """Best mIoU of all evaluations; it is biased upwards, so it is reported but never compared."""
     train_s: Spent
     """Excludes evaluation, checkpoint writing, logging and lost work; includes ``trunk_s``."""
     trunk_s: float = 0.0
     """The part of ``train_s`` that was spent once for several budgets (wsd)."""
     startup_s: float = 0.0
-    """What first steps took beyond the planned, where it is not counted in ``train_s``."""
+    """Time of the first steps beyond the planned time, if it is not part of ``train_s``."""
     eval_s: float
     checkpoint_s: float
     logging_s: float = 0.0
     lost_s: float = 0.0
-    """Work that was done again after a crash, as far as it had been booked."""
+    """Recorded seconds of work that a crash lost and that was done again."""
     data_wait_s: float | None = None
     """The part of ``train_s`` in which the step waited for its batch."""
     flop: float | None
-    """Of all its devices."""
+    """FLOP of training on all its devices."""
     energy_j: float | None
-    """Of the training alone, by the devices' own counters."""
+    """Energy of the training alone, from the devices' counters."""
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
     finished: bool
@@ -365,13 +369,13 @@ class Run(Record):
         return "failed" if self.failure else "begun"
 
     def label(self) -> str:
-        """Return what messages and reports call it."""
+        """Return its name in messages and reports."""
         return run_label(self.kind, self.method, self.budget, self.seed)
 
     @model_validator(mode="before")
     @classmethod
     def _from_schema_2(cls, values: Any) -> Any:
-        """Read a record of schema 2: a teacher had a method, and a trunk a budget, of that name."""
+        """Read a record of schema 2, in which ``teacher`` was a method and ``trunk`` a budget."""
         if not isinstance(values, dict) or values.get("schema") != 2:
             return values
         values = dict(values, schema=3)
@@ -396,7 +400,7 @@ class CurvePoint(Record):
 
 
 class LogLine(Record):
-    """Where a run is (a line of log.jsonl), every few iterations."""
+    """The state of a run, written every few iterations (a line of log.jsonl)."""
 
     iteration: int
     """Iterations done."""
@@ -414,4 +418,4 @@ class LedgerEntry(Record):
     """Iterations done when the entry was written."""
     seconds: float
     energy_j: float | None = None
-    """Of training, where the device has a counter."""
+    """Energy of training, if the device has a counter."""

@@ -11,14 +11,14 @@ def learning_rate_factor(settings: StepSettings, position: float, span: int) -> 
     """Return the learning rate at a position of a schedule as a fraction of the base rate.
 
     Args:
-        position: iterations done, from 0; a fraction where progress is counted in something else.
-            Beyond the span the rate stays at the floor.
+        position: iterations done, from 0; not a whole number if progress is counted in another
+            unit. Beyond the span the rate stays at the floor.
         span: iterations that the schedule spans, warm-up included.
 
     With x the progress after the linear warm-up, from 0 to 1: poly (1 - x)^power; cosine
     (1 + cos(pi x)) / 2; both from the base rate down to the floor ``min_learning_rate``. wsd stays
     at the base rate until :func:`decay_start` and falls as 1 - sqrt of the progress from there
-    (Haegele et al. 2024, arXiv 2405.18392), so that runs of all lengths share what comes before.
+    (Haegele et al. 2024, arXiv 2405.18392), so that runs of all lengths share the trunk before it.
     """
     warmup = min(settings.warmup_iterations, span)
     if position < warmup:

@@ -6,18 +6,19 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy  # loads what is used of it at first use: scipy.stats takes most of a second
+import scipy  # its submodules load at first use: scipy.stats takes most of a second
 
 RESAMPLES = 500
 CONFIDENCE = 0.95
 STOPPING_MARGIN = 1.05
-"""Brings the share of false calls after an adaptive stop from just under 5 % to 4 %, simulated."""
+"""Widens an interval because of adaptive stopping: in simulations it lowers the share of wrong
+conclusions from just under 5 % to 4 %."""
 OUTLIER_DEVIATIONS = 5.0
 """A sample this many robust standard deviations above the median is an outlier."""
 NORMAL_DEVIATION = 1.4826
-"""Makes a median absolute deviation a standard deviation where the noise is normal."""
+"""Converts a median absolute deviation to a standard deviation, for normal noise."""
 DRIFT_SIGNIFICANCE = 0.01
-"""A canary drifted when chance would make it look so this rarely."""
+"""The significance level of the test for drift of the canary."""
 
 Rounds = Sequence[Sequence[float]]
 Numbers = tuple[float, float, float]
@@ -25,17 +26,17 @@ Numbers = tuple[float, float, float]
 
 
 def _round_levels(rounds: Rounds) -> np.ndarray:
-    """Return the log of each round's median: steps of one round share the machine's mood (clock,
-    cache, neighbours) and count as one observation."""
+    """Return the log of each round's median. Steps of one round are correlated (clock, cache,
+    load), so a round counts as one observation."""
     return np.log([float(np.median(samples)) for samples in rounds])
 
 
 def block_length(values: np.ndarray) -> int:
     """Return how many neighbouring values a bootstrap must keep together.
 
-    The rule of Carlstein (1986) for a first-order autoregression, its coefficient estimated on
-    ranks, which outliers do not move; at most a quarter of the values, 1 where neighbours are not
-    positively correlated.
+    This is the rule of Carlstein (1986) for a first-order autoregression. Its coefficient is
+    estimated on ranks, which are robust to outliers. The result is at most a quarter of the values,
+    and 1 if neighbours are not positively correlated.
     """
     count = len(values)
     ranks = scipy.stats.rankdata(values) - (count + 1) / 2
@@ -52,12 +53,12 @@ def block_length(values: np.ndarray) -> int:
 def _median_and_error(values: np.ndarray) -> tuple[float, float]:
     """Return the median of values in order of time and the half-width of its 95 % interval.
 
-    The standard error comes from a circular block bootstrap (Politis and Romano 1992), the
-    quantile from Student's t with as many degrees of freedom as there are blocks less one:
-    percentiles of a bootstrap over a dozen rounds would be too narrow. The error is never below
-    that of a normal sample of the same median absolute deviation, and widened by
-    STOPPING_MARGIN: measuring stops when the interval is narrow, which picks the ones that came
-    out too narrow by chance.
+    The standard error comes from a circular block bootstrap (Politis and Romano 1992). The quantile
+    is that of Student's t, with the number of blocks minus one as degrees of freedom, because
+    percentiles of a bootstrap over a dozen rounds would be too narrow. The error is at least that
+    of a normal sample with the same median absolute deviation. It is widened by STOPPING_MARGIN:
+    measuring stops when the interval is narrow, which favours intervals that are too narrow by
+    chance.
     """
     count, length = len(values), block_length(values)
     blocks = count / length
@@ -79,7 +80,7 @@ def _from_logs(middle: float, half_width: float) -> Numbers:
 def median_interval(rounds: Rounds) -> Numbers:
     """Return (median of the rounds' medians, low, high), 95 % by block bootstrap over rounds.
 
-    ``rounds`` are in order of time, at least two; symmetric about the median on a log scale.
+    ``rounds`` are in order of time, at least two. The interval is symmetric on a log scale.
     """
     return _from_logs(*_median_and_error(_round_levels(rounds)))
 
@@ -87,7 +88,7 @@ def median_interval(rounds: Rounds) -> Numbers:
 def paired_ratio(rounds: Rounds, reference: Rounds) -> Numbers:
     """Return (median ratio of the rounds' medians, low, high), 95 %.
 
-    Round i of both was taken side by side: drift that hit both cancels in its ratio.
+    Round i of both was measured interleaved, so that drift of the machine cancels in its ratio.
     """
     return _from_logs(*_median_and_error(_round_levels(rounds) - _round_levels(reference)))
 
@@ -124,13 +125,14 @@ def drift_of(samples: Sequence[float], tolerance: float) -> tuple[float, bool]:
     """Return how far a fixed kernel's time drifted, and whether it was steady.
 
     Args:
-        samples: in order of time; of fewer than four nothing can be told.
+        samples: in order of time; fewer than four are too few for the test and count as steady.
         tolerance: relative drift that does not matter.
 
     The drift is the largest relative difference between the medians of four quarters of the
     samples. Not steady: it exceeds the tolerance, and the first half differs from the second, or
     the middle half from the rest, by more than chance (Mann-Whitney, both at half the level). Two
-    groups have power where four would not: a short measurement has a dozen samples.
+    groups are compared because four would have too little power for a dozen samples, the number in
+    a short measurement.
     """
     if len(samples) < 4:
         return max(samples) / min(samples) - 1, True
@@ -151,7 +153,7 @@ def drift_of(samples: Sequence[float], tolerance: float) -> tuple[float, bool]:
 def outliers(rounds: Rounds) -> list[tuple[int, int, float]]:
     """Return (round, step, times the median) of every sample far above the others.
 
-    Far is by the median absolute deviation of all samples, on a log scale.
+    The limit is a multiple of the median absolute deviation of all samples, on a log scale.
     """
     logs = [np.log(samples) for samples in rounds]
     everything = np.concatenate(logs)

@@ -1,16 +1,16 @@
 """TrainStep: one optimisation step of a student under a method.
 
-The only place a step exists: ``measure`` times this object and ``train`` runs this object.
+This is the only implementation of a step: ``measure`` times this object and ``train`` runs it.
 
 The graph is cut at the student's outputs. The task loss and the objective are differentiated down
-to the cut, then the student's own backward runs once from there: same gradients as one backward
-through everything, but each part can be timed and counted by itself.
+to the cut, then the student's backward runs once from there. The gradients are the same as those of
+one backward through everything, but each part can be timed and counted separately.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from kdprof.distributed.data_parallel import (
 from kdprof.distributed.ranks import Lead, Ranks
 from kdprof.errors import KdprofError, unknown
 from kdprof.hardware.device import autocast
-from kdprof.method import IGNORE, Method, Taps
+from kdprof.method import IGNORE, Method, Network, Taps
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -65,9 +65,9 @@ def task_loss(
         logits: (N, C, h, w).
         labels: (N, H, W) int64, :data:`IGNORE` where void.
         align_corners: how the bilinear resize aligns, the network's own setting.
-        pixels: what the sum over valid pixels is divided by; their number if not given.
+        pixels: divisor of the sum over valid pixels; their number if not given.
 
-    The mean is over valid pixels, as in CIRKD's code; 0 where every pixel is void.
+    The mean is over valid pixels, as in CIRKD's code; it is 0 if every pixel is void.
     """
     logits = F.interpolate(
         logits.float(), labels.shape[-2:], mode="bilinear", align_corners=align_corners
@@ -78,13 +78,13 @@ def task_loss(
 
 def step_seed(seed: int, iteration: int, rank: int = 0) -> int:
     """Return the random seed of one step: a pure function, so that a resumed run draws the same
-    dropout and masks as an uninterrupted one. Each rank has draws of its own."""
+    dropout and masks as an uninterrupted one. Each rank draws differently."""
     entropy = [seed, iteration, rank] if rank else [seed, iteration]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.SGD:
-    """Return SGD with momentum; fused, because only then does a loss scaler not synchronise."""
+    """Return SGD with momentum; fused, because otherwise a loss scaler synchronises the device."""
     optimizer = torch.optim.SGD(
         parameters,
         lr=settings.learning_rate,
@@ -100,8 +100,8 @@ def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.
     return optimizer
 
 
-def _shared_classes(student: nn.Module, teacher: nn.Module | None, method: Method) -> int | None:
-    """Return how many classes a method is shown; None = all of the student's."""
+def _shared_classes(student: Network, teacher: Network | None, method: Method) -> int | None:
+    """Return how many classes a method receives; None = all classes of the student."""
     if teacher is None or method.incremental:
         return None
     classes = teacher.info.num_classes
@@ -112,19 +112,19 @@ class TrainStep:
     """One optimisation step of ``student`` under ``method``.
 
     Args:
-        student, teacher: networks on ``device``; the teacher is None where the method reads none.
+        student, teacher: networks on ``device``; the teacher is None if the method uses none.
         method: built for these networks, on ``device``.
-        iterations: what the learning-rate schedule spans.
+        iterations: iterations that the learning-rate schedule spans.
         seed: seed of the run; with the iteration it fixes every random draw of the step.
-        ranks: the group that makes this step together, each rank on its share of the batch; None
-            where one process makes it alone.
+        ranks: the group that runs this step together, each rank on its share of the batch; None if
+            one process runs it alone.
     """
 
     def __init__(
         self,
         *,
-        student: nn.Module,
-        teacher: nn.Module | None,
+        student: Network,
+        teacher: Network | None,
         method: Method,
         settings: StepSettings,
         iterations: int,
@@ -150,7 +150,7 @@ class TrainStep:
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
 
     def _wrap(self) -> None:
-        """Make what the step calls: the modules, compiled and data-parallel as was asked for."""
+        """Prepare the modules that the step calls: compiled and data-parallel if set so."""
         student, method, ranks = self.student, self.method, self._ranks
         auxiliary = method.auxiliary()
         if ranks and self.settings.sync_batchnorm:
@@ -159,32 +159,33 @@ class TrainStep:
         self._run_student = self._compiled(student)
         self._run_method = self._compiled(method)
         self._run_frozen = self._compiled(self.teacher) if self.teacher is not None else None
-        self._run_auxiliary = method.auxiliary_forward
+        self._run_auxiliary: Callable[..., Any] = method.auxiliary_forward
         if ranks:
             self._run_student = data_parallel(
-                CallableModule(self._run_student), self._read_of_student()
+                CallableModule(self._run_student), self._used_parameters()
             )
             self._run_method = data_parallel(
                 CallableModule(self._run_method), method.extra_parameters()
             )
         if ranks and auxiliary is not None:
-            judge = CallableModule(method, "auxiliary_forward")
-            self._run_auxiliary = data_parallel(judge, auxiliary.parameters())
+            auxiliary_call = CallableModule(method, "auxiliary_forward")
+            self._run_auxiliary = data_parallel(auxiliary_call, auxiliary.parameters())
 
-    def _read_of_student(self) -> set[nn.Parameter]:
-        """Return the parameters that its taps are computed from: no gradient of another is
-        waited for."""
-        picture = torch.zeros(1, 3, *self.settings.crop, dtype=torch.uint8, device=self.device)
-        taps = self.student.eval()(picture, self._student_taps)
+    def _used_parameters(self) -> set[Tensor]:
+        """Return the student's parameters that its taps depend on. The others get no gradient, so
+        data parallelism must not wait for one."""
+        image = torch.zeros(1, 3, *self.settings.crop, dtype=torch.uint8, device=self.device)
+        taps = self.student.eval()(image, self._student_taps)
         self.student.train()
         return leaves_of(vars(taps).values())
 
-    def _compiled(self, module: nn.Module) -> Callable[..., Any]:
-        """Return a module as the step calls it; the second optimiser's work is never compiled."""
+    def _compiled(self, module: nn.Module) -> nn.Module:
+        """Return a module, compiled if set so; the second optimiser's work is never compiled."""
         if self.settings.compile == "none":
             return module
         mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[self.settings.compile]
-        return torch.compile(module, dynamic=False, mode=mode)
+        compiled = torch.compile(module, dynamic=False, mode=mode)
+        return cast(nn.Module, compiled)  # torch's stub does not say that it is a module again
 
     def _build_auxiliary(self) -> torch.optim.Optimizer | None:
         auxiliary = self.method.auxiliary()
@@ -208,9 +209,9 @@ class TrainStep:
         Args:
             images: (N, 3, H, W) uint8 RGB.
             labels: (N, H, W) uint8, :data:`IGNORE` where void.
-            iteration: from 0; sets the random draws, and the learning rate without a position.
+            iteration: from 0; it sets the random draws.
             mark: called at the end of each phase with its name.
-            position: in the learning-rate schedule, of ``iterations``.
+            position: position in the learning-rate schedule; the iteration if not given.
         """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
@@ -245,7 +246,8 @@ class TrainStep:
         return {name: v.clone() for name, v in found.items()} if self._graphs else found
 
     def _over_ranks(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the mean of each term: one that is not finite on any rank is none on all."""
+        """Return the mean of each term over the ranks, so that all ranks see a value that is not
+        finite on one of them."""
         if not self._ranks or not losses:
             return losses
         mean = self._ranks.mean(torch.stack([value.float() for value in losses.values()]))
@@ -267,12 +269,12 @@ class TrainStep:
                 group["lr"] = rate * factor
 
     def autocast(self) -> torch.autocast:
-        """Return the precision that forwards run in, as a context."""
+        """Return the autocast context in which forwards run."""
         return autocast(self.device, self.settings.precision)
 
     @torch.no_grad()
     def _run_teacher(self, images: Tensor) -> Taps:
-        if self.teacher is None:
+        if self._run_frozen is None:
             return Taps()
         with self.autocast():
             return self._run_frozen(images, self._teacher_taps)
@@ -280,7 +282,7 @@ class TrainStep:
     def _task(self, cut: Taps, labels: Tensor) -> dict[str, Tensor]:
         align, pixels = self.student.align_corners, valid_pixels(labels)
         if self._ranks:
-            # Of the whole batch: gradients are averaged over ranks that differ in void pixels.
+            # The mean, because the gradients of ranks with different void pixels are averaged.
             pixels = self._ranks.mean(pixels.float())
         losses = {}
         if not self.method.replaces_task_loss:
@@ -293,20 +295,20 @@ class TrainStep:
         return losses
 
     def _objective(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
-        student, labels = self._shown(cut, labels)
+        student, method_labels = self._method_inputs(cut, labels)
         with self.autocast():
-            return self._run_method(student, teacher, labels)
+            return self._run_method(student, teacher, method_labels)
 
-    def _shown(self, cut: Taps, labels: Tensor) -> tuple[Taps, Tensor | None]:
-        """Return what the method declared; of a teacher with fewer classes the shared ones, unless
-        the method is made for that."""
+    def _method_inputs(self, cut: Taps, labels: Tensor) -> tuple[Taps, Tensor | None]:
+        """Return the student's taps and the labels that the method declared. If the teacher has
+        fewer classes, they contain the shared classes only, unless the method is incremental."""
         student = {tap: getattr(cut, tap) for tap in self.method.student_taps()}
         if self._shared_classes is not None:
             per_class = {"logits", "aux", "classifier"}
             for tap in per_class & student.keys():
                 axis = 0 if tap == "classifier" else 1
                 student[tap] = student[tap].narrow(axis, 0, self._shared_classes)
-            # IGNORE is above every class, and stays itself.
+            # IGNORE is larger than every class, so it stays IGNORE.
             labels = labels.masked_fill(labels >= self._shared_classes, IGNORE)
         return Taps(**student), labels if self._labels_read else None
 
@@ -332,9 +334,9 @@ class TrainStep:
     def _auxiliary_step(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         if self._auxiliary_optimizer is None:
             return {}
-        student, labels = self._shown(cut, labels)
+        student, method_labels = self._method_inputs(cut, labels)
         with self.autocast():
-            terms = self._run_auxiliary(student.detach(), teacher, labels)
+            terms = self._run_auxiliary(student.detach(), teacher, method_labels)
         weights = self.method.auxiliary_weights
         # Unscaled: a gradient penalty differentiates twice, and the scale would enter squared.
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
@@ -343,8 +345,8 @@ class TrainStep:
         return terms
 
     def rebuilt(self) -> TrainStep:
-        """Return the same step with fresh optimisers, around the parameters that its modules have
-        now; made by this process alone."""
+        """Return the same step with new optimisers for the current parameters of its modules, run
+        by this process alone."""
         return TrainStep(
             student=self.student,
             teacher=self.teacher,
@@ -356,7 +358,7 @@ class TrainStep:
         )
 
     def make_auxiliary_state(self) -> None:
-        """Let the second optimiser make its state, which else its first step does."""
+        """Make the second optimiser create its state now, instead of at its first step."""
         optimizer = self._auxiliary_optimizer
         if optimizer is None:
             return
@@ -367,7 +369,7 @@ class TrainStep:
         optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs: student, extras, optimisers, loss scale."""
+        """Return the state that a resumed run needs: student, extras, optimisers, loss scale."""
         auxiliary = self._auxiliary_optimizer
         return {
             "student": self.student.state_dict(),
@@ -378,7 +380,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, on every rank where rank 0 does."""
+        """Restore a state from :meth:`state_dict`; on rank 0, this restores it on every rank."""
         self.lead.load(state)
         self.student.load_state_dict(state["student"])
         self.method.load_state_dict(state["method"])

@@ -1,12 +1,12 @@
 """The folder of results: layout, atomic writes, locks.
 
-The only module that knows file names::
+Only this module knows file names::
 
     study.toml                        the resolved study
     costs/<method>-<key>.json         Cost records
-    steps/<name>-<key>.json           Cost records of steps that are no method's
-    teacher/                          the teacher's own run, with its weights
-    trunks/<method>/<seed>/           what a method's runs share (wsd), state-<iteration>.pt
+    steps/<name>-<key>.json           Cost records of users' steps
+    teacher/                          the teacher's run, with its weights
+    trunks/<method>/<seed>/           the trunk of a method's wsd runs, state-<iteration>.pt
     runs/<method>/<budget>/<seed>/    run.json ledger.jsonl log.jsonl curve.jsonl checkpoint.pt
     reports/                          figures and tables
 """
@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -32,7 +32,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` so that a crash leaves the old file or the new, never half."""
+    """Replace ``path`` by ``data`` so that a crash leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,7 +46,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def replace_durably(source: Path, target: Path) -> None:
-    """Rename ``source`` over ``target`` and make the rename itself survive a power cut."""
+    """Rename ``source`` over ``target`` so that the rename survives a power failure."""
     source.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
@@ -72,8 +72,8 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
         raise UserError(
-            f"{path} is no {kind.__name__} record this version reads ({where}: {first['msg']}); "
-            "delete it and make it again"
+            f"{path} is no {kind.__name__} record that this version can read ({where}: "
+            f"{first['msg']}); delete it and make it again"
         ) from None
 
 
@@ -86,7 +86,7 @@ def append_line(path: Path, record: Record) -> None:
 
 
 def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
-    """Read a .jsonl file; a last line torn by a crash is left out."""
+    """Read a .jsonl file; a last line that a crash left incomplete is left out."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -121,11 +121,11 @@ class RunFolder:
         self._lock = path / "lock"
 
     def mark(self, iteration: int) -> Path:
-        """Return where a trunk keeps its state at an iteration."""
+        """Return the file of a trunk's state at an iteration."""
         return self.path / f"state-{iteration}.pt"
 
     def read_run(self) -> Run | None:
-        """Return the run's record, or None before the first one was written."""
+        """Return the run's record, or None if none is written yet."""
         return read_record(self.record, Run) if self.record.exists() else None
 
     def read_curve(self) -> list[CurvePoint]:
@@ -138,11 +138,11 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process.
+        """Lock the run for this process.
 
-        The system's lock goes with the process, however it ends. Where another machine sees the
-        folder but not that lock, the lease in the file counts: renewed while the run is trained,
-        void :data:`LEASE_S` after its holder was last heard of.
+        The operating system releases the lock when the process ends, for whatever reason. Another
+        machine may see the folder but not that lock; for it the lease in the file counts. The lease
+        is renewed while the run is trained, and expires :data:`LEASE_S` after its last renewal.
 
         Raises:
             Held: another process is training this run.
@@ -157,12 +157,12 @@ class RunFolder:
                 file.truncate(0)
 
     def renew_lease(self) -> None:
-        """Tell other machines that the holder of the lock is alive."""
+        """Show other machines that the holder of the lock is alive."""
         lease = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
         self._lock.write_text(json.dumps(lease))
 
     def is_held(self) -> bool:
-        """Return whether some process is training this run now."""
+        """Return True if a process is training this run now."""
         if not self._lock.exists():
             return False
         with self._lock.open("a+") as file:
@@ -174,7 +174,7 @@ class RunFolder:
 
 
 LEASE_S = 900.0
-"""How long a lease of another machine is believed; longer than any evaluation."""
+"""How long a lease of another machine is valid; longer than any evaluation."""
 
 
 class Held(KdprofError):
@@ -185,7 +185,7 @@ def _take(file: IO[str], run: Path) -> None:
     """Take the lock of a run.
 
     Raises:
-        Held: a process of this machine has it, or one of another machine has a lease.
+        Held: a process of this machine holds the lock, or one of another machine a lease.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,8 +195,8 @@ def _take(file: IO[str], run: Path) -> None:
         ) from None
     file.seek(0)
     lease = _lease(file.read())
-    # A lease of this machine is a crashed holder's: a living one would still have the lock. A
-    # clock that was set back must not make a lease eternal.
+    # A lease of this machine belongs to a crashed process: a living one would still hold the lock.
+    # A clock that was set back must not keep a lease valid for ever.
     if lease and lease["host"] != socket.gethostname():
         age = time.time() - lease["renewed"]
         if -LEASE_S < age < LEASE_S:
@@ -207,7 +207,7 @@ def _take(file: IO[str], run: Path) -> None:
 
 
 def _lease(text: str) -> dict[str, Any] | None:
-    """Read a lease; a torn one is none."""
+    """Return the lease in a text; None if it is incomplete."""
     try:
         found = json.loads(text)
         return {"host": found["host"], "pid": found["pid"], "renewed": float(found["renewed"])}
@@ -224,10 +224,10 @@ class Store:
         self.reports = root / "reports"
 
     def check_writable(self) -> None:
-        """Refuse a folder that nothing can be written to, before any work; it need not exist.
+        """Refuse a folder that cannot be written to, before any work. It need not exist yet.
 
         Raises:
-            UserError: it, or what it would be made in, cannot be written.
+            UserError: the folder, or the one that it would be created in, cannot be written to.
         """
         there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         if not there.is_dir():
@@ -239,7 +239,7 @@ class Store:
         """Refuse a folder that holds no study.
 
         Raises:
-            UserError: nothing was measured or trained in this folder.
+            UserError: the folder holds no study, so nothing was measured or trained in it.
         """
         if not self.study.is_file():
             raise UserError(
@@ -248,11 +248,11 @@ class Store:
             )
 
     def cost_path(self, method: str, key: str) -> Path:
-        """Return where the Cost of a method under a key is kept."""
+        """Return the file of a method's Cost with a key."""
         return self.root / "costs" / f"{slug(method)}-{key}.json"
 
     def read_cost(self, method: str, key: str) -> Cost | None:
-        """Return a stored Cost, or None where it has not been measured."""
+        """Return a stored Cost, or None if it is not measured yet."""
         path = self.cost_path(method, key)
         return read_record(path, Cost) if path.is_file() else None
 
@@ -263,7 +263,7 @@ class Store:
         return path
 
     def write_step_cost(self, cost: Cost) -> Path:
-        """Store the Cost of a step that is no method of this folder's study; return its file."""
+        """Store the Cost of a user's step and return its file."""
         path = self.root / "steps" / f"{slug(cost.method)}-{cost.key}.json"
         write_record(path, cost)
         return path
@@ -273,7 +273,7 @@ class Store:
         return self._costs_in("costs")
 
     def step_costs(self) -> list[Cost]:
-        """Return every stored Cost of a step that is no method's, the newest last."""
+        """Return every stored Cost of a user's step, the newest last."""
         return self._costs_in("steps")
 
     def _costs_in(self, folder: str) -> list[Cost]:
@@ -284,7 +284,7 @@ class Store:
         """Return the newest Cost of each method.
 
         Raises:
-            UserError: there is none, or they come from different devices.
+            UserError: no Cost is stored, or the Costs come from different devices.
         """
         costs = {cost.method: cost for cost in self.costs()}
         if not costs:
@@ -300,16 +300,16 @@ class Store:
         return costs
 
     def teacher_folder(self) -> RunFolder:
-        """Return the folder of the teacher's own training."""
+        """Return the folder of the teacher's training."""
         return RunFolder(self.root / "teacher")
 
     @property
     def slurm(self) -> Path:
-        """Where a cluster's jobs have their scripts and logs."""
+        """Folder of the scripts and logs of a cluster's jobs."""
         return self.root / "slurm"
 
     def trunk_folder(self, method: str, seed: int) -> RunFolder:
-        """Return the folder of what a method's wsd runs of a seed share."""
+        """Return the folder of the trunk that a method's wsd runs of a seed share."""
         return RunFolder(self.root / "trunks" / slug(method) / str(seed))
 
     def trunk_folders(self) -> list[RunFolder]:
@@ -329,10 +329,10 @@ class Store:
         return [read_record(folder.record, Run) for folder in self.run_folders()]
 
     def teacher_run(self) -> Run | None:
-        """Return the teacher's own run, or None before it was trained."""
+        """Return the teacher's run, or None if it is not trained yet."""
         return self.teacher_folder().read_run()
 
 
-def to_json(records: list[Record]) -> str:
+def to_json(records: Sequence[Record]) -> str:
     """Return records as a JSON array."""
     return json.dumps([r.model_dump(mode="json", by_alias=True) for r in records], indent=2)

@@ -1,7 +1,7 @@
-"""Study: what is compared. A validated object; TOML on disk; presets in the package.
+"""Study: the settings of a comparison, as a validated object, read from TOML files and presets.
 
-Reading a study needs neither torch nor data; turning one into networks and data sets is
-:mod:`kdprof.resolve`'s work.
+Reading a study needs neither torch nor data; :mod:`kdprof.resolve` turns it into networks and data
+sets.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.main import IncEx
 
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError, nearest, unknown
@@ -23,7 +24,7 @@ RENAMED = {
     "data_settings.in_memory": 'set data_settings.cache to "none", "memory" or "disk"',
     "training.learning_rate": "set training.schedule_span",
 }
-"""Keys of earlier versions, with what to write now."""
+"""Keys of earlier versions, with the advice what to write now."""
 
 
 def presets() -> list[str]:
@@ -48,32 +49,32 @@ Size = Annotated[
 
 
 class Section(BaseModel):
-    """Part of a study: frozen, strict about types, unknown keys refused."""
+    """Base class of the parts of a study: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StepSettings(Section):
-    """One optimisation step. All of it is part of what a Cost is the cost of."""
+    """Settings of one optimisation step. Every one of them is part of the key of a Cost."""
 
     batch: int = Field(8, ge=1)
     """Images per step, over all GPUs."""
     gpus: int = Field(1, ge=1)
-    """GPUs of one machine that make a step together, each on its share of the batch; on a CPU,
+    """GPUs of one machine that run a step together, each on its share of the batch; on a CPU,
     processes."""
     sync_batchnorm: bool = True
-    """With several GPUs: batch norm over the whole batch, not each GPU's share of it."""
+    """With several GPUs: batch norm over the whole batch, not over each GPU's share of it."""
     crop: Size = (512, 1024)
     """Height x width of a training crop, pixels."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32 runs at full float32 (no TF32); bf16 and fp16 by autocast, fp16 with a loss scaler."""
     channels_last: bool = True
     compile: Literal["none", "default", "cuda-graphs"] = "none"
-    """default: networks and objective by torch.compile; cuda-graphs: and replayed as CUDA graphs
-    (its mode reduce-overhead), on a GPU only."""
+    """default: torch.compile for networks and objective; cuda-graphs: they are also replayed as
+    CUDA graphs (torch.compile's mode reduce-overhead), on a GPU only."""
     fold_teacher: bool = False
-    """Whether the teacher's batch norms are folded into its convolutions: less to compute, the
-    same taps up to rounding."""
+    """True to fold the teacher's batch norms into its convolutions: less to compute, the same taps
+    up to rounding."""
     aux_weight: float = Field(0.4, ge=0)
     """Weight of the auxiliary head's cross-entropy; 0 leaves the auxiliary head out."""
     learning_rate: float = Field(0.01, gt=0)
@@ -85,7 +86,7 @@ class StepSettings(Section):
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """The part of a run's iterations over which wsd decays."""
     min_learning_rate: float = Field(1e-4, ge=0)
-    """Where the schedule ends."""
+    """Learning rate at the end of the schedule."""
     warmup_iterations: int = Field(0, ge=0)
     """Linear warm-up from zero, part of the run's iterations."""
 
@@ -96,25 +97,25 @@ class StepSettings(Section):
 
 
 class DataSettings(Section):
-    """What is fed to a step."""
+    """Settings of the images that a step receives."""
 
     workers: int = Field(0, ge=0)
     """Loader processes; 0 assembles batches in the training process."""
     cache: Literal["none", "memory", "disk"] = "none"
-    """Where decoded images are kept. none: they are decoded at every visit; memory: once, when
-    first needed; disk: in a file, mapped into memory, that later processes use again."""
+    """Where decoded images are kept. none: they are decoded at every use; memory: they are decoded
+    once, at first use; disk: in a memory-mapped file that later processes use again."""
     cache_folder: str | None = None
-    """Where that file lies; None = ``kdprof`` in the user's cache folder ($XDG_CACHE_HOME)."""
+    """Folder of that file; None = ``kdprof`` in the user's cache folder ($XDG_CACHE_HOME)."""
     resize: Literal["usual", "none"] | Size = "usual"
-    """What images are resized to fit before the random scale, and in evaluation; their labels are
-    scored at their own size. usual: what is usual for the data set (docs/data.md)."""
+    """The size that images are resized to fit, before the random scale and in evaluation; scores
+    are at the labels' original size. usual: the usual size for the data set (docs/data.md)."""
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
     """Range of the random scale."""
     scale_step: float = Field(0.0, ge=0)
-    """Between the scales that are drawn; 0 = any."""
+    """Step between the scales that can be drawn; 0 = any scale."""
     max_class_share: float = Field(1.0, gt=0, le=1)
-    """A crop that one class has this share of is drawn again, at most ten times (mmsegmentation's
-    cat_max_ratio); 1 = never."""
+    """A crop in which one class has this share of the valid pixels, or more, is drawn again, at
+    most ten times (mmsegmentation's cat_max_ratio); 1 = never."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     photometric: bool = True
@@ -137,22 +138,23 @@ ADDED, NO_BACKGROUND = "added", "none"
 
 class ScenarioSettings(Section):
     """The class-incremental scenario: a teacher that knows the old classes only, and a student
-    that learns the new ones beside them."""
+    that learns the new ones in addition."""
 
     new: Annotated[list[str], Field(min_length=1)]
     """Classes that the student learns, by the data set's names."""
     old: list[str] = []
-    """Classes that the teacher knows; empty = all that are neither new nor background. Classes of
-    neither list are unknown to both."""
+    """Classes that the teacher knows; empty = all that are neither new nor background. Neither
+    network knows a class that is in neither list."""
     setting: Literal["overlapped", "disjoint", "sequential"] = "overlapped"
-    """overlapped: images show a class of the step, whatever else; disjoint: and no class still to
-    come; sequential: as disjoint, and the student's labels hold the old classes too."""
+    """overlapped: training images contain a class that the network learns, and any other classes;
+    disjoint: they contain no class that comes later; sequential: as disjoint, and the student's
+    labels contain the old classes, too."""
     background: str = ADDED
-    """What pixels of unlabelled classes are: the data set's class of that name, ``added`` for a
-    background class that it lacks, or ``none`` to leave them void."""
+    """The class of pixels whose own class is not labelled: the data set's class of this name,
+    ``added`` for an additional background class, or ``none`` to make them void."""
     initialise: Literal["teacher", "fresh"] = "teacher"
-    """teacher: the student starts as the teacher, of the same architecture, its new classes as the
-    background where there is one; fresh: as it would without a scenario."""
+    """teacher: the student, of the same architecture, starts with the teacher's weights, and its
+    new classes with those of the background, if there is one; fresh: as without a scenario."""
 
 
 class TeacherSettings(Section):
@@ -160,35 +162,35 @@ class TeacherSettings(Section):
 
     iterations: int = Field(40_000, ge=1)
     learning_rate: float | None = Field(None, gt=0)
-    """None = the step's."""
+    """None = that of the step settings."""
     method: str = "none"
-    """The objective it is trained with; one that reads no teacher."""
+    """The method that it is trained with; one that uses no teacher."""
 
 
 class TrainingSettings(Section):
-    """How runs keep to their budgets. No part of what a step costs."""
+    """How runs keep to their budgets. None of these settings changes the cost of a step."""
 
     enforce: Literal["iterations", "time", "energy", "flop"] = "iterations"
-    """What ends a run: the iterations solved from the Costs before it began, or, followed while it
-    trains, the seconds, joules or FLOP that these were worth."""
+    """What ends a run: the iterations that were computed from the Costs before it began, or the
+    seconds, joules or FLOP planned for them, counted while it trains."""
     schedule_span: Literal["stretch", "truncate", "published"] = "stretch"
-    """What the learning-rate schedule spans: the run; ``schedule_iterations`` for every method; or
-    the iterations that were published for each method on the study's data set. The last two are cut
-    off where the budget ends."""
+    """The length of the learning-rate schedule. stretch: the run; truncate: ``schedule_iterations``
+    for every method; published: the iterations that were published for each method on the study's
+    data set. The last two are cut off where the budget ends."""
     schedule_iterations: int | None = Field(None, ge=1)
-    """With truncate: what the schedule spans."""
+    """With truncate: iterations that the schedule spans."""
     startup: Literal["apart", "counted"] = "apart"
-    """Whether what the first steps of a process take beyond the planned (compilation, algorithm
-    search) counts as training."""
+    """The time that the first steps of a process take beyond the planned time (compilation,
+    algorithm search). counted: it is training time; apart: it is recorded separately."""
     log_every: int = Field(50, ge=1)
-    """Iterations between two lines of the log; only there the host waits for the device."""
+    """Iterations between two lines of the log; only then does the host wait for the device."""
     checkpoint_every_s: float = Field(600, gt=0)
     loggers: list[Literal["tensorboard", "wandb"]] = []
-    """Where the log goes beside log.jsonl and curve.jsonl: each needs the extra of its name."""
+    """Loggers in addition to log.jsonl and curve.jsonl; each needs the extra of its name."""
 
 
 class EvaluationSettings(Section):
-    """Validation during a run; never on the training clock."""
+    """Validation during a run; its time is not training time."""
 
     points: int = Field(4, ge=1)
     """Evaluations per run, evenly spaced, the last after the last iteration."""
@@ -202,18 +204,18 @@ class MeasureSettings(Section):
     """Stop when the 95 % interval of the ratio to the reference is this narrow, as a fraction of
     the ratio."""
     max_time_s: float = Field(60, gt=0)
-    """No further round of a method is started after this long, once ``least_rounds`` are made."""
+    """After this time no further round of a method starts, once ``least_rounds`` are complete."""
     least_rounds: int = Field(10, ge=3)
-    """Rounds made in any case: fewer tell nothing about their own spread."""
+    """Rounds that are always run: fewer do not show how much rounds vary."""
     steps: int = Field(3, ge=1)
     """Steps of each method in a round."""
     in_process: bool = False
-    """Measure every method in this process, one after the other, instead of each in its own: for
-    debugging. A crash then takes all of them with it."""
+    """Measure all methods in this process, one after the other, instead of each in a separate
+    process: for debugging. A crash then ends all of them."""
 
 
 class Study(Section):
-    """What is compared: student, teacher, data, step, methods, budgets, seeds."""
+    """The settings of a comparison: student, teacher, data, step, methods, budgets, seeds."""
 
     student: str = "pspnet-r18"
     teacher: str = "pspnet-r101"
@@ -221,10 +223,10 @@ class Study(Section):
     """none, imagenet (timm's), or a file with a timm state dict."""
     teacher_backbone_weights: str = "none"
     teacher_weights: str | None = None
-    """A file of the whole teacher's weights: mmsegmentation's, CIRKD's, torchvision's or kdprof's
-    own. None: the teacher is trained, once per study."""
+    """A file with the weights of the whole teacher, in the format of mmsegmentation, CIRKD,
+    torchvision or kdprof. None: the teacher is trained, once per study."""
     data: str = "synthetic"
-    """synthetic, or NAME:ROOT; to measure without files NAME alone."""
+    """synthetic, or NAME:ROOT; NAME alone to measure without files, with placeholder images."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda or cuda:N."""
     methods: list[str] = ["none", "kd"]
@@ -259,7 +261,7 @@ class Study(Section):
 
     @property
     def starts_as_teacher(self) -> bool:
-        """Whether every student of this study is a teacher that grew."""
+        """True if every student of this study starts with the teacher's weights."""
         return self.scenario is not None and self.scenario.initialise == "teacher"
 
     def to_toml(self) -> str:
@@ -267,10 +269,10 @@ class Study(Section):
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
 
     def comparable(self) -> dict[str, Any]:
-        """Return what must agree for two results to belong to one comparison."""
-        aside = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
-        exclude = {
-            **dict.fromkeys(aside, True),
+        """Return the settings that must be equal for two results to be in one comparison."""
+        excluded = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
+        exclude: dict[str, IncEx | bool] = {
+            **dict.fromkeys(excluded, True),
             "data_settings": {"cache_folder"},
             "training": {"loggers"},
         }
@@ -289,7 +291,8 @@ def load_study(source: str | None, overrides: Mapping[str, Any]) -> Study:
     """Read a preset, a TOML file or (None) the defaults, with dotted ``overrides`` on top.
 
     Raises:
-        UserError: no such preset or file, malformed TOML, or invalid fields; all at once.
+        UserError: the preset or file does not exist, the TOML is malformed, or fields are invalid;
+            reports all problems at once.
     """
     values = _read(source) if source else {}
     for key, value in overrides.items():
@@ -302,7 +305,7 @@ def load_study(source: str | None, overrides: Mapping[str, Any]) -> Study:
 
 
 def with_measuring(study: Study, overrides: Mapping[str, Any]) -> Study:
-    """Return a study that is measured otherwise; ``overrides`` are keys such as
+    """Return a study with other settings for measuring; ``overrides`` are keys such as
     ``measure.max_time_s``.
 
     Raises:
@@ -341,7 +344,9 @@ def _read(source: str) -> dict[str, Any]:
     elif path.is_file():
         text = path.read_text()
     elif path.suffix == ".toml" or "/" in source:
-        raise UserError(f"no study file {source}; give a file or a preset: {', '.join(presets())}")
+        raise UserError(
+            f"study file {source} does not exist; give a file or a preset: {', '.join(presets())}"
+        )
     else:
         raise UserError(unknown("preset", source, presets()))
     try:
@@ -364,7 +369,7 @@ def _explain(origin: str, error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
     if where in RENAMED:
-        return f"{origin}: there is no '{where}' any more; {RENAMED[where]}"
+        return f"{origin}: the key '{where}' no longer exists; {RENAMED[where]}"
     if error["type"] == "extra_forbidden":
         return f"{origin}: unknown key '{where}'; {nearest(path[-1], _fields_at(path[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
@@ -376,14 +381,15 @@ def _fields_at(path: list[str]) -> list[str]:
     model: type[BaseModel] = Study
     for part in path:
         annotation = model.model_fields[part].annotation
-        model = next((t for t in get_args(annotation) if t is not type(None)), annotation)
+        types = [annotation, *get_args(annotation)]  # a section may be optional
+        model = next(t for t in types if isinstance(t, type) and issubclass(t, BaseModel))
     return list(model.model_fields)
 
 
 def join_study(file: Path, study: Study) -> Study:
-    """Return the study joined with what a results folder already compares.
+    """Return the study joined with the one that a results folder already holds.
 
-    Methods, budgets and seeds add up over calls; everything else must agree.
+    Methods, budgets and seeds accumulate over calls; all other settings must be equal.
 
     Args:
         file: the folder's ``study.toml``, which need not exist.
@@ -393,18 +399,18 @@ def join_study(file: Path, study: Study) -> Study:
     """
     if not file.is_file():
         return study
-    there = load_study(str(file), {})
-    differing = _differences(there.comparable(), study.comparable())
+    stored = load_study(str(file), {})
+    differing = _differences(stored.comparable(), study.comparable())
     if differing:
         raise UserError(
             f"{file.parent} holds another study ({'; '.join(differing)}); use another --out"
         )
     return study.model_copy(
         update={
-            "methods": list(dict.fromkeys([*there.methods, *study.methods])),
-            "budgets": list(dict.fromkeys([*there.budgets, *study.budgets])),
-            "seeds": max(there.seeds, study.seeds),
-            "method_settings": {**there.method_settings, **study.method_settings},
+            "methods": list(dict.fromkeys([*stored.methods, *study.methods])),
+            "budgets": list(dict.fromkeys([*stored.budgets, *study.budgets])),
+            "seeds": max(stored.seeds, study.seeds),
+            "method_settings": {**stored.method_settings, **study.method_settings},
         }
     )
 

@@ -1,4 +1,4 @@
-"""Users' own Python files: methods, networks and training steps are imported by the same rules."""
+"""Users' Python files: methods, networks and training steps are imported by the same rules."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def import_file(path: Path) -> ModuleType:
 
     The file's folder is first on the import path while it is imported, as when the file itself is
     run, and last afterwards: functions that import later still find the modules next to it, and a
-    user's ``queue.py`` does not stand in for the library's.
+    user's ``queue.py`` does not replace the standard library's.
 
     Raises:
-        UserError: the file raises when it is imported.
+        UserError: the file raises an exception when it is imported.
     """
     path = path.resolve()
     name = f"kdprof_user_{sha256(str(path).encode()).hexdigest()[:12]}"
@@ -57,7 +57,7 @@ def import_function(path: Path, function: str) -> Callable[..., Any]:
     """Import a user's file and return one of its functions.
 
     Raises:
-        UserError: the file cannot be imported, or has no such function.
+        UserError: the file cannot be imported, or does not have the function.
     """
     module = import_file(path)
     found = getattr(module, function, None)

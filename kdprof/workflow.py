@@ -1,4 +1,4 @@
-"""The way of a study to its results, the same for commands and jobs: open, prepare, claim, run."""
+"""The steps from a study to its results, shared by commands and jobs: open, prepare, run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from kdprof.study import Study, claim_folder, join_study, load_study, with_measu
 if TYPE_CHECKING:
     from kdprof.distributed.ranks import Ranks
     from kdprof.measure import Files, Measured
-    from kdprof.records import Cost
+    from kdprof.records import Cost, CountedCost
     from kdprof.resolve import ResolvedStudy
     from kdprof.train.plan import Forecast
     from kdprof.train.prepare import Prepared
     from kdprof.train.runs import Summary
 
-# What needs torch is imported where it is used: a wrong option is told at once.
+# Modules that need torch are imported where they are used: wrong options are reported at once.
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """A study, the folder of its results, and where progress goes.
+    """A study, its folder of results, and the display of progress.
 
     Attributes:
-        control: whether the controls are compared, too.
-        measuring: the study's keys that say how long to measure; they belong to this call, not to
-            the folder's study.
+        control: True to compare the controls, too.
+        measuring: study keys that say how long to measure; they hold for this call and are not
+            stored in the folder's study.
     """
 
     study: Study
@@ -53,10 +53,10 @@ class Workflow:
         """Read a study and join it with what its folder of results already compares.
 
         Args:
-            source: preset or file; None = the folder's own study, or the defaults.
+            source: preset or file; None = the study in the folder, or the defaults.
 
         Raises:
-            UserError: invalid settings, or a folder of another study or that cannot be written.
+            UserError: settings are invalid, or the folder holds another study or is not writable.
         """
         store = Store(out)
         store.check_writable()
@@ -66,18 +66,18 @@ class Workflow:
         return cls(study, store, progress, control, measuring or {})
 
     def resolved(self, *, weights: bool = True, ranks: Ranks | None = None) -> ResolvedStudy:
-        """Look up what the study names.
+        """Return the study with the device, data, networks and methods that it names.
 
         Raises:
-            UserError: whatever is wrong with it, all at once.
+            UserError: the study has problems; reports all of them at once.
         """
         from kdprof.resolve import ResolvedStudy
 
         study = with_measuring(self.study, self.measuring)
         return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks)
 
-    def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured:
-        """Measure the study's methods, the reference first where its Cost is not there yet.
+    def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured[Cost]:
+        """Measure the study's methods, and first the reference if its Cost is not stored yet.
 
         Args:
             on_stored: called with the file of each Cost as soon as it is stored.
@@ -94,14 +94,14 @@ class Workflow:
             names = list(dict.fromkeys([REFERENCE, *names]))
 
         def store(cost: Cost) -> None:
-            # At once: a later method may be stopped.
+            # At once: the measurement of a later method may be interrupted.
             claim_folder(self.store.study, self.study)
             on_stored(self.store.write_cost(cost))
 
         return measure(resolved, names, self.progress, files, store)
 
-    def count(self, *, modules: bool) -> Measured:
-        """Count the study's methods and the reference, running and storing nothing."""
+    def count(self, *, modules: bool) -> Measured[CountedCost]:
+        """Count the steps of the study's methods and of the reference; run and store nothing."""
         from kdprof.measure.count_study import count_costs
         from kdprof.records import REFERENCE
 
@@ -110,7 +110,7 @@ class Workflow:
         return count_costs(resolved, names, self.progress, modules=modules)
 
     def plan(self) -> tuple[list[Forecast], Prepared]:
-        """Forecast what training will take, measuring what is missing."""
+        """Forecast the training of the study, after measuring the Costs that are missing."""
         from kdprof.train.plan import forecast
         from kdprof.train.prepare import prepare
 
@@ -123,8 +123,8 @@ class Workflow:
         return found, prepared
 
     def prepare(self, resolved: ResolvedStudy) -> Prepared:
-        """Measure what is missing, then make the folder this study's: a step that cannot fit is
-        refused before anything is written."""
+        """Measure the Costs that are missing, then write the study into the folder. A step that
+        does not fit into memory is refused before anything is written."""
         from kdprof.train.prepare import prepare
 
         names = resolved.method_names(control=self.control)
@@ -141,8 +141,8 @@ class Workflow:
         return train(resolved, self.store, self.progress, control=self.control, prepared=prepared)
 
     def prepare_jobs(self, names: Sequence[str], ranks: Ranks | None) -> None:
-        """Do what the jobs of a launcher have in common: Costs and teacher. A method that cannot be
-        measured fails in its own jobs."""
+        """Do the work that the jobs of a launcher share: measure Costs and train the teacher. A
+        method that cannot be measured fails in its jobs."""
         from kdprof.train.prepare import prepare
         from kdprof.train.teacher import needs_teacher, trained_teacher
 
@@ -162,7 +162,7 @@ class Workflow:
         ranks: Ranks | None,
         concurrent_runs: int | None,
     ) -> Summary:
-        """Train some runs of one method, whose Costs and teacher are there."""
+        """Train some runs of one method, whose Costs and teacher exist already."""
         from kdprof.train.runs import train_named
 
         return train_named(

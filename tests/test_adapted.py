@@ -97,7 +97,7 @@ def test_what_a_network_lacks_is_told_before_anything_runs(mine):
     told = "\n".join(caught.value.problems)
     assert "mine has no auxiliary head; set step.aux_weight = 0" in told
     assert "of the student, which has head, logits; use another network or method" in told
-    assert "method 'dkd' reads classifier of the student" in told
+    assert "method 'dkd' uses classifier of the student" in told
     assert "method 'kd'" not in told
 
 

@@ -357,6 +357,6 @@ def test_the_old_name_of_the_setting_is_refused():
         load_study(None, {"data_settings.in_memory": True})
     (problem,) = caught.value.problems
     assert problem == (
-        "study: there is no 'data_settings.in_memory' any more; "
+        "study: the key 'data_settings.in_memory' no longer exists; "
         'set data_settings.cache to "none", "memory" or "disk"'
     )

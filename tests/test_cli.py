@@ -79,7 +79,7 @@ def test_record_keys_snapshot():
         (["measure", "--device", "cuda"], "use --device cpu"),
         (["measure", "--device", "tpu"], "give auto, cpu, cuda or cuda:N"),
         (["measure", "--precision", "int8"], "fp32"),
-        (["measure", "--method", "./none.py:My"], "no method file"),
+        (["measure", "--method", "./none.py:My"], "none.py does not exist"),
         (["measure", "--set", "method_settings.kd.temprature=2"], "did you mean 'temperature'?"),
         (["train"], "no budget given"),
         (["train", "--budget", "40q"], "unknown unit 'q'"),

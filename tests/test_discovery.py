@@ -62,12 +62,12 @@ def test_imported_methods_are_not_the_files_own(mine):
 @pytest.mark.parametrize(
     ("text", "spec", "message"),
     [
-        (MINE, "gone.py:MyKD", r"no method file gone\.py"),
+        (MINE, "gone.py:MyKD", r"method file gone\.py does not exist"),
         (MINE, "mine.py:MyKd", r"mine\.py: unknown method class 'MyKd'; did you mean 'MyKD'"),
         (
             MINE + "\nclass Two(Method): pass",
             "mine.py",
-            r"has several methods; write .*mine\.py:MyKD or .*mine\.py:Two",
+            r"holds several methods; write .*mine\.py:MyKD or .*mine\.py:Two",
         ),
         ("x = 1", "mine.py:MyKD", "unknown method class 'MyKD'; there are none"),
         ("1 / 0", "mine.py:MyKD", r"mine\.py cannot be imported: ZeroDivisionError"),

@@ -162,7 +162,7 @@ def test_bad_input_gets_one_line_each(weights):
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "kdprof: --resize big: must be HEIGHTxWIDTH, such as 512x1024",
-        "kdprof: --stride is between windows; add --window",
+        "kdprof: --stride is the distance between windows; add --window",
         "kdprof: --scales 0: give factors above 0, such as 0.5,1,2",
     ]
     done = evaluated("--model", "deeplabv3-r18", *network[2:])

@@ -95,5 +95,5 @@ def test_a_trained_student_and_its_teacher_are_exported_and_evaluated(tmp_path):
     assert kdprof("export", tmp_path / "t.safetensors", "--out", out, "--teacher").returncode == 0
     done = kdprof("export", file, "--out", out, "--method", "kd", "--budget", "7")
     assert done.returncode == 2
-    assert "there are --method kd --budget 6 --seed 0" in done.stderr
+    assert "its runs are: --method kd --budget 6 --seed 0" in done.stderr
     assert kdprof("export", file, "--out", out).returncode == 2

@@ -257,7 +257,7 @@ def test_memory_that_nvml_books_to_this_process():
     assert listed.process_memory_bytes() == (3 * GIB, None)
     untold = {**mine, "usedGpuMemory": None}
     gpu = replayed("healthy", nvmlDeviceGetComputeRunningProcesses=[untold])
-    assert gpu.process_memory_bytes() == (None, "NVML does not tell a process's memory")
+    assert gpu.process_memory_bytes() == (None, "NVML does not report a process's memory")
     missing, reason = replayed("healthy").process_memory_bytes()
     assert missing is None
     assert "container" in reason
@@ -369,7 +369,7 @@ def test_a_proc_that_says_something_else(system):
     (system["proc"] / "stat").write_text("cpu 1 2\n")
     state = CpuHardware(**system).state()
     assert state["cpu_busy_s"] is None
-    assert "not told by this system" in state["unavailable"]["cpu_busy_s"]
+    assert "not reported by this system" in state["unavailable"]["cpu_busy_s"]
 
 
 def moment(time_s, busy_s, own_s):

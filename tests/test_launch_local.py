@@ -184,7 +184,7 @@ def test_each_gpu_is_one_slot(monkeypatch):
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.divide("cuda", 1)] == ["3"]
     with pytest.raises(UserError, match="3 slots of 1 GPUs each: this machine has 2"):
         local.divide("auto", 3)
-    with pytest.raises(UserError, match="takes every GPU, not cuda:1"):
+    with pytest.raises(UserError, match="uses all GPUs, not cuda:1"):
         local.divide("cuda:1", None)
 
 

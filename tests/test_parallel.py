@@ -144,7 +144,7 @@ def test_torchrun_and_the_study_must_agree(monkeypatch):
     with pytest.raises(UserError, match=r"started 4 processes, the study has step.gpus = 2"):
         in_group(small_study(**TOGETHER), lambda ranks: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="are all in one machine"):
+    with pytest.raises(UserError, match="must be in one machine"):
         in_group(small_study(**TOGETHER), lambda ranks: None)
 
 

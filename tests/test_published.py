@@ -172,7 +172,7 @@ def test_a_method_without_recipes_or_class_is_listed():
 
 def test_a_cost_that_does_not_say_its_step_is_not_converted():
     (one,) = only(CITY, mine=make_cost("mine", 0.4))
-    assert "does not say" in one.reason
+    assert "does not state" in one.reason
 
 
 def test_one_data_set_and_its_scenarios():

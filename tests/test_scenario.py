@@ -319,5 +319,5 @@ def test_a_scenario_survives_its_file(tmp_path):
 
 
 def test_a_teacher_is_trained_with_a_method_of_its_own():
-    with pytest.raises(UserError, match="'kd' reads a teacher itself"):
+    with pytest.raises(UserError, match="'kd' uses a teacher itself"):
         ResolvedStudy(small_study(teacher_training__method="kd"))

@@ -73,7 +73,7 @@ def test_value_where_a_section_is_expected():
 def test_missing_file_unknown_preset_and_malformed_toml(tmp_path):
     with pytest.raises(UserError, match="did you mean 'camvid'"):
         load_study("canvid", {})
-    with pytest.raises(UserError, match="no study file"):
+    with pytest.raises(UserError, match="does not exist"):
         load_study(str(tmp_path / "mine.toml"), {})
     broken = tmp_path / "broken.toml"
     broken.write_text("student = \n")

@@ -269,7 +269,7 @@ def test_a_teacher_without_auxiliary_head_teaches_no_method_that_reads_one(tmp_p
     state = {_renamed(k): v for k, v in state.items() if not k.startswith("auxiliary_head")}
     path = saved(tmp_path / "t.pth", {"state_dict": state})
     changes = {"teacher": "pspnet-r18", "teacher_weights": str(path)}
-    with pytest.raises(UserError, match="method 'dist' reads aux of the teacher, which has c2"):
+    with pytest.raises(UserError, match="method 'dist' uses aux of the teacher, which has c2"):
         ResolvedStudy(small_study(methods=["kd", "dist"], **changes))
     ResolvedStudy(small_study(methods=["kd"], **changes))
 

@@ -31,10 +31,10 @@ COMMANDS = (
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:
-    """What a knowledge-distillation method for semantic segmentation really buys.
+    """Measure what knowledge distillation for semantic segmentation costs, and what it gains.
 
-    measure what a training step costs, convert schedules to equal compute, train at matched
-    budgets, plot accuracy against compute.
+    Commands measure training steps, convert schedules to equal compute, train at matched budgets
+    and plot accuracy against compute.
     """
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("kdprof: interrupted; what was written is whole", err=True)
+        click.echo("kdprof: interrupted; all written files are complete", err=True)
         code = 130
     except click.ClickException as error:
         click.echo(f"kdprof: {_usage_message(error)}", err=True)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _leave(code: int | None) -> None:
-    """End with an exit code; a process of a group in the way that its agent understands."""
+    """Exit with a code; in a process of a group, in the way that torchrun's agent expects."""
     if "RANK" in os.environ:
         from kdprof.launch.group import leave
 

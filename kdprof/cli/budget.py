@@ -1,4 +1,4 @@
-"""``convert``: what a budget buys of every measured method."""
+"""``convert``: a budget in iterations of every measured method."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 @click.command(cls=FolderCommand)
 @click.argument("budget", required=False)
 @click.option("--published", is_flag=True, help="Convert the published schedules instead.")
-@click.option("--dataset", metavar="NAME", help="With --published: of this data set only.")
+@click.option("--dataset", metavar="NAME", help="With --published: only this data set.")
 @out_option()
-@click.option("--json", "as_json", is_flag=True, help="Conversions on stdout, nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the conversions, as JSON.")
 def convert(
     budget: str | None, published: bool, dataset: str | None, out: Path, as_json: bool
 ) -> None:
-    """Print the iterations of every measured method that BUDGET buys.
+    """Convert BUDGET to iterations of every measured method.
 
-    BUDGET is 40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh. With --published: what the
-    schedules of the papers cost on this device, and how many iterations of kd take as long.
+    BUDGET is 40k@cwd, 40k, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh. With --published: print what
+    the schedules of the papers cost on this device, and how many iterations of kd take as long.
     """
     from kdprof.store import Store
 

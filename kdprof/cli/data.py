@@ -1,4 +1,4 @@
-"""``data check``: what a data set holds, and whether the loader keeps up."""
+"""``data check``: check the files of a data set, and whether the loader keeps up."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from kdprof.cli.output import name_files, stdout
 
 @click.group()
 def data() -> None:
-    """Look at a data set."""
+    """Check a data set."""
 
 
 @data.command()
 @click.argument("spec", metavar="NAME:ROOT")
 @click.option("--split", "splits", multiple=True, help="Repeatable; train and val if not given.")
 @click.option("--sheet", type=FILE, help="Contact sheet [default: NAME-check.png].")
-@click.option("--study", "source", metavar="FILE|PRESET", help="Time loading against its step.")
+@click.option(
+    "--study", "source", metavar="FILE|PRESET", help="Compare loading with this study's step."
+)
 def check(spec: str, splits: tuple[str, ...], sheet: Path | None, source: str | None) -> None:
     """Read every file of a data set: counts, sizes, label values, classes, and a contact sheet.
 
-    The exit code is 1 where something is wrong.
+    The exit code is 1 if a problem is found.
     """
     from kdprof.data.check import check_data
     from kdprof.reports.data_check import contact_sheet, print_check

@@ -1,4 +1,4 @@
-"""``doctor`` and ``demo``: what this machine has, and the main job on it."""
+"""``doctor`` and ``demo``: check this machine, and run an example on it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def demo(out: Path, loudness: LoudnessOptions) -> None:
 
 
 @click.command()
-@click.option("--study", "source", metavar="FILE|PRESET", help="Whose input and step are timed.")
-@click.option("--data", metavar="NAME[:ROOT]", help="Time the input from these images.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key.")
+@click.option(
+    "--study", "source", metavar="FILE|PRESET", help="Time the input and the step of this study."
+)
+@click.option("--data", metavar="NAME[:ROOT]", help="Time the input of these images.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any study key.")
 def doctor(source: str | None, data: str | None, assignments: tuple[str, ...]) -> None:
-    """Print what this machine has, and what it costs where something is missing.
+    """Print what this machine has, and the effect of what is missing.
 
-    With a study or data also whether the loader keeps up with the step.
+    With a study or data, also print whether the loader keeps up with the step.
     """
     from kdprof.measure.doctor import findings_here
     from kdprof.reports.doctor import print_findings
@@ -36,7 +38,7 @@ def doctor(source: str | None, data: str | None, assignments: tuple[str, ...]) -
 
     feeding = None
     if source or data or assignments:
-        # First: what is wrong with the study is told before anything is printed.
+        # First, so that problems of the study are reported before anything is printed.
         from kdprof.measure.feeding import measure_study_feeding
 
         overrides = parse_assignments(assignments) | ({"data": data} if data else {})

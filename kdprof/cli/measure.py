@@ -31,14 +31,14 @@ FOR_STEPS = ("device", "precision")
 
 
 class Slower(KdprofError):
-    """A measurement that is worse than its baseline."""
+    """The error that a measured step is slower than in the baseline."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
 class KindOptions:
-    """What is measured, or counted instead."""
+    """Options for what is measured, or counted instead."""
 
     count_only: bool
     modules: bool
@@ -47,7 +47,7 @@ class KindOptions:
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What is compared with, and what else is written."""
+    """Options for the baseline, and for files that are written in addition."""
 
     baseline: Path | None
     trace: Path | None
@@ -63,12 +63,14 @@ class FileOptions:
     KindOptions,
     click.option("--count-only", is_flag=True, help="Count at full size; run and store nothing."),
     click.option("--modules", is_flag=True, help="With --count-only: FLOP by module, with fvcore."),
-    click.option("--step", "steps", multiple=True, metavar="FILE.py:FUNC", help="A user's step."),
+    click.option(
+        "--step", "steps", multiple=True, metavar="FILE.py:FUNC", help="Measure a user's step."
+    ),
 )
 @grouped(
     "files",
     FileOptions,
-    click.option("--baseline", type=FILE, help="Compare with these Costs; exit 3 where slower."),
+    click.option("--baseline", type=FILE, help="Compare with these Costs; exit 3 if slower."),
     click.option("--trace", type=FILE, help="Write a Chrome trace of two steps."),
     click.option("--memory-timeline", type=FILE, help="Write the CUDA allocator's history."),
 )
@@ -167,7 +169,7 @@ def _refuse_for_steps(study: StudyOptions, kind: KindOptions) -> None:
     """Refuse options that do not apply to a user's step.
 
     Raises:
-        UserError: names them.
+        UserError: such an option was given.
     """
     given = {name for name, value in vars(study).items() if value} - set(FOR_STEPS)
     parameters = click.get_current_context().command.params
@@ -175,7 +177,7 @@ def _refuse_for_steps(study: StudyOptions, kind: KindOptions) -> None:
     flags += ["--count-only"] if kind.count_only or kind.modules else []
     if flags:
         raise UserError(
-            f"--step measures a step as it is made: {', '.join(flags)} cannot apply; leave it out"
+            f"--step measures a user's step as it is: {', '.join(flags)} cannot apply; leave it out"
         )
 
 
@@ -190,7 +192,7 @@ def _show_costs(costs: Sequence[Cost], output: OutputOptions, paths: Sequence[Pa
 
 
 def _read_baseline(path: Path | None) -> list[Cost] | None:
-    """Read the baseline first: a file that cannot be read is found before anything is measured."""
+    """Read the baseline. This comes before measuring, so that a wrong file is reported at once."""
     from kdprof.reports.comparison import read_costs
 
     return None if path is None else read_costs(path)
@@ -199,11 +201,11 @@ def _read_baseline(path: Path | None) -> list[Cost] | None:
 def _conclude(
     baseline: list[Cost] | None, costs: Sequence[Cost], failures: str, output: OutputOptions
 ) -> None:
-    """Compare with the baseline, where one was given, and say what failed.
+    """Compare with the baseline, if one was given, and report failures.
 
     Raises:
-        Slower: a method takes longer than it did.
-        KdprofError: something could not be measured.
+        Slower: a method is slower than in the baseline.
+        KdprofError: a method or step could not be measured.
     """
     slower = []
     if baseline is not None and costs:

@@ -1,4 +1,4 @@
-"""``methods``: the methods listed, printed one by one, and checked."""
+"""``methods``: list, print and check methods."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kdprof.errors import UserError
 def methods(name: str | None, markdown: bool, check: bool) -> None:
     """List the methods, or print one: terms, weights, taps, recipes, paper.
 
-    NAME is a method's, or FILE.py:ClassName of your own. With --check: whether it keeps what a
-    method promises (gradients, resume, determinism, bf16, ...); the exit code is 1 if not.
+    NAME is a method, or FILE.py:ClassName for your own. With --check: run the method checks
+    (gradients, resume, determinism, bf16, ...); the exit code is 1 if one fails.
     """
     from kdprof.discovery import builtin_methods, find_method
     from kdprof.reports.methods import print_method, print_methods

@@ -1,4 +1,4 @@
-"""``evaluate`` and ``export``: files of weights, scored and written."""
+"""``evaluate`` and ``export``: score and write files of weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """How a network sees an image."""
+    """Options for how images are given to a network."""
 
     resize: str
     window: str | None
@@ -29,25 +29,25 @@ class ViewOptions:
     flip: bool
 
     def views(self, data: str) -> Views:
-        """Return them for a data set (``NAME[:ROOT]``).
+        """Return the views for a data set (``NAME[:ROOT]``).
 
         Raises:
-            UserError: whatever is malformed, all at once.
+            UserError: options are malformed; reports all of them at once.
         """
         from kdprof.data import fit_of
         from kdprof.evaluate import Views
 
         problems = Problems()
-        resize = self.resize if self.resize in ("usual", "none") else None
-        resize = resize or problems.attempt(lambda: _size("resize", self.resize), None)
-        window, stride = (
-            problems.attempt(lambda n=name: _size(n, getattr(self, n)), None)
-            for name in ("window", "stride")
-        )
+        resize: str | tuple[int, int] | None = self.resize
+        if resize not in ("usual", "none"):
+            resize = problems.attempt(lambda: _size("resize", self.resize), None)
+        window = problems.attempt(lambda: _size("window", self.window), None)
+        stride = problems.attempt(lambda: _size("stride", self.stride), None)
         if self.stride and not self.window:
-            problems.append("--stride is between windows; add --window")
+            problems.append("--stride is the distance between windows; add --window")
         scales = problems.attempt(self._scales, ())
         problems.refuse()
+        assert resize is not None, "a malformed size was refused"
         return Views(window, stride, scales, self.flip, fit_of(resize, data.partition(":")[0]))
 
     def _scales(self) -> tuple[float, ...]:
@@ -73,7 +73,7 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
 
 @click.command()
 @click.option("--model", required=True, help="Network, such as pspnet-r101.")
-@click.option("--weights", required=True, type=FILE, help="Its weights.")
+@click.option("--weights", required=True, type=FILE, help="The network's weights.")
 @click.option("--data", required=True, metavar="NAME[:ROOT]", help="Images and labels.")
 @click.option("--split", default="val", show_default=True)
 @click.option("--device", default="auto", show_default=True)
@@ -92,16 +92,16 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
         default="usual",
         show_default=True,
         metavar="usual|none|HxW",
-        help="What images are resized to fit.",
+        help="Size that images are resized to fit.",
     ),
     click.option("--window", metavar="HxW", help="Slide a window of this size; else whole images."),
-    click.option("--stride", metavar="HxW", help="Between windows."),
+    click.option("--stride", metavar="HxW", help="Distance between windows."),
     click.option(
-        "--scales", default="1", show_default=True, help="Such as 0.5,0.75,1,1.25,1.5,1.75."
+        "--scales", default="1", show_default=True, help="Average over scales, such as 0.5,1,1.5."
     ),
-    click.option("--flip", is_flag=True, help="See every image mirrored as well."),
+    click.option("--flip", is_flag=True, help="Average over mirrored images, too."),
 )
-@click.option("--json", "as_json", is_flag=True, help="One record on stdout, nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the record, as JSON.")
 def evaluate(
     model: str,
     weights: Path,
@@ -147,10 +147,10 @@ def evaluate(
 @click.command()
 @click.argument("file", type=FILE)
 @out_option()
-@click.option("--method", help="Of the run whose student is written.")
-@click.option("--budget", help="Of that run.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of that run.")
-@click.option("--teacher", is_flag=True, help="Write the teacher that was trained instead.")
+@click.option("--method", help="Method of the run whose student is written.")
+@click.option("--budget", help="Budget of that run.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of that run.")
+@click.option("--teacher", is_flag=True, help="Write the trained teacher instead.")
 def export(
     file: Path, out: Path, method: str | None, budget: str | None, seed: int, teacher: bool
 ) -> None:
@@ -179,7 +179,7 @@ def _run_folder(store: Store, method: str, budget: str, seed: int) -> RunFolder:
     if folder.read_run() is None:
         known = [f"--method {r.method} --budget {r.budget} --seed {r.seed}" for r in store.runs()]
         raise UserError(
-            f"no run of {method} at {budget} with seed {seed} in {store.root}; there are "
+            f"{store.root} holds no run of {method} at {budget} with seed {seed}; its runs are: "
             f"{', '.join(known) or 'none'}"
         )
     return folder

@@ -22,10 +22,10 @@ DEFAULT_OUT = Path("kdprof-out")
 
 
 def grouped(name: str, kind: type, *options: Decorator) -> Decorator:
-    """Return a decorator that adds options to a command, which is given their values as one object.
+    """Return a decorator that adds options to a command and passes their values as one object.
 
     Args:
-        name: of the command's parameter.
+        name: name of the command's parameter.
         kind: a dataclass whose fields are the options' names.
     """
 
@@ -35,9 +35,10 @@ def grouped(name: str, kind: type, *options: Decorator) -> Decorator:
             own = {field.name: given.pop(field.name) for field in fields(kind)}
             return command(**given, **{name: kind(**own)})
 
+        decorated: Callable[..., Any] = collected
         for option in reversed(options):
-            collected = option(collected)
-        return collected
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
@@ -54,7 +55,7 @@ def out_option(default: Path = DEFAULT_OUT) -> Decorator:
 
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Records on stdout, nothing else."
+    "--json", "as_json", is_flag=True, help="Print only the records, as JSON."
 )
 _loudness = (
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
@@ -64,7 +65,7 @@ _loudness = (
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is printed, and where results go."""
+    """Options for what is printed and where results go."""
 
     out: Path
     as_json: bool
@@ -72,29 +73,29 @@ class OutputOptions:
     verbose: bool
 
     def progress(self) -> Progress:
-        """Return where long work reports to."""
+        """Return the display of progress."""
         return progress(self.quiet or self.as_json, self.verbose)
 
     @property
     def prints_tables(self) -> bool:
-        """Whether tables go to stdout."""
+        """True if tables are printed to stdout."""
         return not (self.quiet or self.as_json)
 
 
 @dataclass(frozen=True)
 class LoudnessOptions:
-    """How much is printed."""
+    """Options for how much is printed."""
 
     quiet: bool
     verbose: bool
 
     def progress(self) -> Progress:
-        """Return where long work reports to."""
+        """Return the display of progress."""
         return progress(self.quiet, self.verbose)
 
 
 def progress(silent: bool = False, verbose: bool = False) -> Progress:
-    """Return where long work reports to: stderr, or nowhere."""
+    """Return the display of progress on stderr, or a silent one."""
     from rich.console import Console
 
     from kdprof.progress import Progress
@@ -120,12 +121,12 @@ STUDY_KEYS = {
     "gpus": "step.gpus",
     "crop": "step.crop",
 }
-"""The study's key that each option of one value sets."""
+"""The study key that each option with a single value sets."""
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Which study, and what of it is other than its file says."""
+    """Options that choose a study and change its settings."""
 
     source: str | None
     assignments: tuple[str, ...]
@@ -142,8 +143,8 @@ class StudyOptions:
     crop: str | None
 
     def overrides(self) -> dict[str, Any]:
-        """Return the study's keys that are set; paths absolute, because the study outlives this
-        working directory.
+        """Return the study keys that the options set. Paths are absolute, because the stored study
+        is also used from other working directories.
 
         Raises:
             UserError: an assignment is malformed.
@@ -185,14 +186,24 @@ study_options = grouped(
         "--study",
         "source",
         metavar="FILE|PRESET",
-        help="quickstart, camvid, cityscapes-pspnet-r18, ...",
+        help="A TOML file, or quickstart, camvid, cityscapes-pspnet-r18, ...",
     ),
-    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any study key."),
-    click.option("--method", "methods", multiple=True, help="Repeatable; 'all'; FILE.py:Class."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any study key."
+    ),
+    click.option(
+        "--method", "methods", multiple=True, help="A name, FILE.py:Class or 'all'; repeatable."
+    ),
     click.option("--student", help="Network, such as pspnet-r18."),
     click.option("--teacher", help="Network, such as pspnet-r101."),
-    click.option("--teacher-weights", metavar="FILE", help="Whole teacher; else it is trained."),
-    click.option("--student-backbone-weights", metavar="FILE", help="A file, 'imagenet', 'none'."),
+    click.option(
+        "--teacher-weights",
+        metavar="FILE",
+        help="Weights of the whole teacher; else it is trained.",
+    ),
+    click.option(
+        "--student-backbone-weights", metavar="FILE", help="A file, 'imagenet' or 'none'."
+    ),
     click.option("--data", metavar="NAME[:ROOT]", help="synthetic, cityscapes:ROOT, ..."),
     click.option("--device", help="auto, cpu, cuda or cuda:N."),
     click.option("--precision", help="fp32, bf16 or fp16."),
@@ -233,7 +244,7 @@ def _study_flags() -> set[str]:
 
 @dataclass(frozen=True)
 class MeasuringOptions:
-    """How long to measure; this belongs to a call, not to the folder's study."""
+    """Options for how long to measure. They hold for one call and are not stored in the study."""
 
     precision_target: float | None
     max_time: float | None
@@ -244,7 +255,7 @@ class MeasuringOptions:
         found = {
             "measure.precision_target": self.precision_target,
             "measure.max_time_s": self.max_time,
-            # A flag that was not given must not undo what the study says.
+            # A flag that was not given must not override the study.
             "measure.in_process": self.in_process or None,
         }
         return {key: value for key, value in found.items() if value is not None}
@@ -253,11 +264,13 @@ class MeasuringOptions:
 measuring_options = grouped(
     "measuring",
     MeasuringOptions,
-    click.option("--precision-target", type=float, help="Stop at ratios this precise: 0.01 = 1 %."),
     click.option(
-        "--max-time", type=float, metavar="SECONDS", help="... or after this, per method."
+        "--precision-target", type=float, help="Stop when ratios are this precise: 0.01 = 1 %."
     ),
-    click.option("--in-process", is_flag=True, help="No process per method: for debugging."),
+    click.option(
+        "--max-time", type=float, metavar="SECONDS", help="Stop after this time, per method."
+    ),
+    click.option("--in-process", is_flag=True, help="Measure in this process, for debugging."),
 )
 
 
@@ -266,7 +279,7 @@ measuring_options = grouped(
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What is trained."""
+    """Options for what is trained."""
 
     budgets: tuple[str, ...]
     seeds: int | None
@@ -287,7 +300,7 @@ training_options = grouped(
     "training",
     TrainingOptions,
     click.option(
-        "--budget", "budgets", multiple=True, help="Repeatable; 40k@cwd, 2h, 5e17flop, ..."
+        "--budget", "budgets", multiple=True, help="40k@cwd, 2h, 5e17flop, ...; repeatable."
     ),
     click.option("--seeds", type=int, help="Runs per method and budget."),
     click.option("--enforce", help="What ends a run: iterations, time, energy or flop."),

@@ -1,4 +1,4 @@
-"""What commands print: tables on a console, records as JSON, the names of files written."""
+"""Output of commands: tables on a console, records as JSON, the names of written files."""
 
 from __future__ import annotations
 

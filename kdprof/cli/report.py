@@ -1,4 +1,4 @@
-"""``status`` and ``plot``: what a folder of results holds."""
+"""``status`` and ``plot``: show the results in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdprof.cli.output import name_files, print_records, stdout
 @out_option()
 @json_option
 def status(out: Path, as_json: bool) -> None:
-    """Print how far the runs are, also while another terminal trains them."""
+    """Print the progress of the runs, also while another process trains them."""
     from kdprof.reports.status import status_table
     from kdprof.store import Store
 
@@ -44,7 +44,7 @@ def plot(out: Path, x: str) -> None:
     store.require()
     made = costs.render(store)
     if made and not store.runs():
-        click.echo("nothing was trained here yet: the costs only")
+        click.echo("no run is trained yet; plotting the costs only")
     else:
         made = [*curves.render(store, x=x), *table.render(store), *made]
     name_files(made)

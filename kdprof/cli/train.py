@@ -1,4 +1,4 @@
-"""``train`` and ``plan``: matched-budget runs, and what they will take."""
+"""``train`` and ``plan``: matched-budget runs, and their forecast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LauncherOptions:
-    """Where runs are trained."""
+    """Options for where runs are trained."""
 
     launcher: str | None
     slots: int | None
@@ -41,12 +41,12 @@ class LauncherOptions:
         """Refuse options of another launcher.
 
         Raises:
-            UserError: names the option and the launcher it belongs to.
+            UserError: an option belongs to a launcher that was not chosen.
         """
         if self.slots is not None and self.launcher != "local":
             raise UserError("--slots divides this machine among runs; add --launcher local")
         if self.slurm_options and self.launcher != "slurm":
-            raise UserError("--slurm asks a cluster for something; add --launcher slurm")
+            raise UserError("--slurm sets options of a cluster; add --launcher slurm")
 
 
 @click.command()
@@ -60,13 +60,13 @@ class LauncherOptions:
     click.option(
         "--launcher",
         type=click.Choice(["local", "slurm"]),
-        help="local: many runs at once on this machine, each in its own process; slurm: as jobs.",
+        help="local: concurrent runs on this machine, each in a process; slurm: as cluster jobs.",
     ),
     click.option(
         "--slots",
         type=click.IntRange(min=1),
         metavar="N",
-        help="With --launcher local: runs at once (default: one per GPU; 2 on a CPU).",
+        help="With --launcher local: concurrent runs (default: one per GPU; 2 on a CPU).",
     ),
     click.option(
         "--slurm",
@@ -83,7 +83,7 @@ def train(
     measuring: MeasuringOptions,
     launching: LauncherOptions,
 ) -> None:
-    """Train every method at every budget; measures first what is missing."""
+    """Train every method at every budget; missing Costs are measured first."""
     from kdprof.data import require_files
 
     launching.check()
@@ -131,7 +131,7 @@ def _submit(workflow: Workflow, options: tuple[str, ...]) -> None:
 
 
 def _train(workflow: Workflow, launching: LauncherOptions) -> Summary | None:
-    """Train on this machine; None in a process that follows another."""
+    """Train on this machine; return None in a process that follows rank 0."""
     if launching.launcher == "local":
         from kdprof.launch.local import train_locally
 
@@ -172,7 +172,7 @@ def plan(
     training: TrainingOptions,
     measuring: MeasuringOptions,
 ) -> None:
-    """Print what 'train' with the same options will take; measures first what is missing."""
+    """Forecast 'train' with the same options; missing Costs are measured first."""
     from kdprof.reports.plan import plan_table
 
     found, prepared = _open(study, output, training, measuring).plan()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +17,7 @@ from kdprof.errors import UserError
 
 
 class CallableModule(nn.Module):
-    """A module, or one of its methods, as a module: what can be made data-parallel."""
+    """A module, or one of its methods, wrapped as a module that can be made data-parallel."""
 
     def __init__(self, module: nn.Module, name: str = "__call__"):
         super().__init__()
@@ -27,12 +28,12 @@ class CallableModule(nn.Module):
         return getattr(self.module, self.name)(*inputs)
 
 
-def data_parallel(call: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
-    """Return a module whose backward averages the gradients of these of its parameters over the
-    ranks; the module itself where it has none of them.
+def data_parallel(call: nn.Module, parameters: Iterable[Tensor]) -> nn.Module:
+    """Return a module whose backward averages the gradients of ``parameters`` over the ranks; the
+    module itself if it has none of them.
 
-    A parameter that backward does not reach is an error at the next forward. Buffers stay each
-    rank's own: a broadcast would hide that a method's state differs.
+    If backward does not reach one of them, the next forward raises an error. Buffers are not
+    broadcast: a broadcast would hide that a method's state differs between ranks.
     """
     mine = {id(p) for p in parameters if p.requires_grad}
     others = [key for key, p in call.named_parameters() if id(p) not in mine]
@@ -42,10 +43,11 @@ def data_parallel(call: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Mod
     return DistributedDataParallel(call, broadcast_buffers=False)
 
 
-def leaves_of(outputs: Iterable[Tensor]) -> set[nn.Parameter]:
+def leaves_of(outputs: Iterable[Tensor]) -> set[Tensor]:
     """Return the leaves that tensors were computed from and that need a gradient."""
-    found, seen = set(), set()
-    waiting = []
+    found: set[Tensor] = set()
+    seen: set[Node] = set()
+    waiting: list[Node | None] = []
     for output in outputs:
         if output.grad_fn is not None:
             waiting.append(output.grad_fn)
@@ -63,10 +65,10 @@ def leaves_of(outputs: Iterable[Tensor]) -> set[nn.Parameter]:
 
 
 def synchronize_norms(module: nn.Module, ranks: Ranks, skip: Collection[nn.Module] = ()) -> None:
-    """Let the batch norms inside a module normalise over the batches of all ranks.
+    """Make the batch norms inside a module normalise over the batches of all ranks.
 
     Raises:
-        UserError: a batch norm with an activation of its own, which this would lose.
+        UserError: a batch norm contains an activation, which would be lost.
     """
     for name, child in module.named_children():
         if child in skip:
@@ -86,41 +88,48 @@ def _synchronized(norm: nn.BatchNorm2d, ranks: Ranks) -> nn.Module:
     if norm.weight is not None and norm.weight.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(norm, ranks.norms)
     made = _SyncBatchNormOnCpu(norm.num_features, norm.eps, norm.momentum, norm.affine)
-    # The same parameters, or what else holds them would train others.
+    # The same parameter objects, because other code, such as an optimiser, may hold them.
     made.weight, made.bias, made.ranks = norm.weight, norm.bias, ranks
     made.load_state_dict(norm.state_dict())
     return made.train(norm.training)
 
 
 class _SyncBatchNormOnCpu(nn.BatchNorm2d):
-    """torch's SyncBatchNorm, which runs on GPUs only, written out for batches of equal shares."""
+    """Synchronised batch norm for equal shares of a batch; torch's SyncBatchNorm needs GPUs."""
 
     ranks: Ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
+        """Normalise ``x``, (N, C, H, W)."""
         if not self.training:
             return super().forward(x)
         mean = self._over_ranks(x.mean((0, 2, 3)))
         centred = x - mean[:, None, None]
         variance = self._over_ranks(centred.square().mean((0, 2, 3)))
         count = x.numel() // x.shape[1] * self.ranks.size
-        self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+        self._update_statistics(mean.detach(), variance.detach() * count / max(1, count - 1))
         scaled = centred * (variance + self.eps).rsqrt()[:, None, None]
         return scaled * self.weight[:, None, None] + self.bias[:, None, None]
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        # They exist, because this module was made with running statistics.
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        momentum = self.momentum
+        if momentum is None:  # as in torch: the mean over all batches
+            momentum = 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         return _Mean.apply(values, self.ranks)
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over the ranks, which every rank's loss depends on."""
+    """The mean over the ranks; backward averages the gradients, as every rank's loss uses it."""
 
     @staticmethod
     def forward(context: Any, values: Tensor, ranks: Ranks) -> Tensor:

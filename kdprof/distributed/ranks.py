@@ -1,7 +1,7 @@
-"""The group of processes that make one step together: where they meet, and rank 0's orders.
+"""The group of processes that run one step together: how it starts, and rank 0's orders.
 
-Rank 0 leads. It alone keeps the clock, the records and the decisions, and orders what the others
-do next; they follow (:mod:`kdprof.resolve.follow`).
+Rank 0 leads. It alone measures time, writes records and decides, and it orders what the others do
+next; they follow (:mod:`kdprof.resolve.follow`).
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from torch.distributed.rendezvous import rendezvous
 from kdprof.errors import KdprofError, UserError
 
 PATIENCE = timedelta(days=30)
-"""How long a rank waits for an order: as long as the leader evaluates, measures or saves. A leader
-that died is noticed at once, by its closed connection."""
+"""How long a rank waits for an order while rank 0 evaluates, measures or saves. If rank 0 dies, the
+closed connection shows it at once."""
 _BROKEN = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|TCPStore", re.IGNORECASE
 )
 
 
 class LostContact(KdprofError):
-    """Another rank ended; the group is started again from the last checkpoint."""
+    """The error that another rank ended; the group is restarted from the last checkpoint."""
 
     exit_code = 75
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Return whether an error says that another rank is gone."""
-    told = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
-    return isinstance(error, dist.DistError) or told
+    """Return True if an error means that another rank has ended."""
+    broken = isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
+    return isinstance(error, dist.DistError) or broken
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process's place in its group.
+    """The place of a process in its group.
 
     Attributes:
-        rendezvous: where the group meets, as ``torch.distributed`` wants it told.
+        rendezvous: the URL at which the group meets, in the form of ``torch.distributed``.
     """
 
     rank: int
@@ -56,7 +56,7 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place | None:
-        """Return the place that torchrun gave this process; None where it did not start it.
+        """Return the place that torchrun gave this process; None if torchrun did not start it.
 
         Raises:
             UserError: the group spans several machines.
@@ -68,29 +68,29 @@ class Place:
         )
         if local != size:
             raise UserError(
-                f"{size} processes on several machines, {local} here: a run's GPUs are all in one "
+                f"{size} processes on several machines, {local} here: a run's GPUs must be in one "
                 "machine; use one node"
             )
         return cls(rank, size)
 
 
 class StepOrder(NamedTuple):
-    """The next step of the leader's."""
+    """The order to run the next step."""
 
     step: int
     """Number of the TrainStep, in the order they were made."""
     iteration: int
     position: float
-    """In the learning-rate schedule."""
+    """Position in the learning-rate schedule."""
     from_loader: bool
-    """Whether its batch is the loader's next one; else it is the resident one."""
+    """True if the step takes the loader's next batch, False if it takes the resident one."""
 
 
 Order = StepOrder | dict[str, Any]
 
 
 class Ranks:
-    """The group of processes that make one step together.
+    """The group of processes that run one step together.
 
     Args:
         device: ``cuda`` or ``cpu``; gradients go over NCCL or gloo, orders over gloo.
@@ -99,24 +99,24 @@ class Ranks:
     def __init__(self, place: Place, device: str):
         self.rank, self.size = place.rank, place.size
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        """Times that torchrun has started the group again."""
+        """How often torchrun has restarted the group."""
         store, *_ = next(rendezvous(place.rendezvous, place.rank, place.size))
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            # Apart: torchrun keeps the store, with the addresses of those that are dead.
+            # One prefix per attempt: torchrun keeps the store, with addresses of dead processes.
             store=dist.PrefixStore(f"attempt-{self.restarts}", store),
             rank=place.rank,
             world_size=place.size,
         )
         self._orders = dist.new_group(backend="gloo", timeout=PATIENCE)
-        # Of its own: backward's collectives and DistributedDataParallel's have no common order.
+        # A separate group: its collectives have no common order with DistributedDataParallel's.
         self.norms = dist.new_group() if device == "cpu" else dist.group.WORLD
         self.pids = self._all_pids()
         self._steps = 0
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.rank == 0
 
     def _all_pids(self) -> frozenset[int]:
@@ -125,7 +125,7 @@ class Ranks:
         return frozenset(int(pid) for pid in pids)
 
     def number(self) -> int:
-        """Return the number of a step that is being made: the same one on every rank."""
+        """Return the number of a new step: the same on every rank."""
         self._steps += 1
         return self._steps
 
@@ -148,8 +148,9 @@ class Ranks:
         return json.loads(self._received(int(length), torch.uint8).numpy().tobytes())
 
     def share(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return rank 0's state on every rank, on the CPU. Runs no code from what is sent."""
+        """Return rank 0's state on every rank, on the CPU. Received data cannot run code."""
         if self.leads:
+            assert state is not None, "rank 0 gives the state"
             buffer = io.BytesIO()
             torch.save(state, buffer)
             content = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
@@ -157,8 +158,8 @@ class Ranks:
             self._send(content)
             return dict(state)
         length = int(self._received(1, torch.float64))
-        content = self._received(length, torch.uint8).numpy().tobytes()
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        received = io.BytesIO(self._received(length, torch.uint8).numpy().tobytes())
+        return torch.load(received, map_location="cpu", weights_only=True)
 
     def _send(self, values: Tensor) -> None:
         dist.broadcast(values, 0, group=self._orders)
@@ -168,7 +169,7 @@ class Ranks:
         dist.broadcast(values, 0, group=self._orders)
         return values
 
-    # A step's own
+    # Within a step, and the end
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over the ranks; detached."""
@@ -177,20 +178,22 @@ class Ranks:
         return total / self.size
 
     def end(self) -> None:
-        """Tell the other ranks that there is nothing more to do, and leave; rank 0's."""
+        """Order the other ranks to end, and leave the group; called on rank 0."""
         self.send({"do": "end"})
         self.leave()
 
     def leave(self) -> None:
-        """Leave the group: threads that serve it must not meet the end of Python."""
+        """Leave the group: its threads must end before Python does."""
         dist.destroy_process_group()
 
 
 class Lead:
-    """What rank 0 tells the others of one step; nothing where there are none, or on those.
+    """Rank 0's announcements of one step to the other ranks.
+
+    It does nothing on the other ranks, or if there are none.
 
     Attributes:
-        number: of the step within the group.
+        number: number of the step within the group.
     """
 
     def __init__(self, ranks: Ranks | None):
@@ -198,7 +201,7 @@ class Lead:
         self._ranks = ranks if ranks and ranks.leads else None
 
     def step(self, iteration: int, position: float, *, from_loader: bool) -> None:
-        """Announce a step; before its batch is fetched, so that all fetch theirs at once."""
+        """Announce a step before its batch is fetched, so that all ranks fetch at the same time."""
         if self._ranks:
             self._ranks.send(StepOrder(self.number, iteration, position, from_loader))
 
@@ -208,18 +211,18 @@ class Lead:
             self._ranks.send({"do": "feed", "step": self.number, "start": start, "stop": stop})
 
     def give_up(self, error: Exception) -> None:
-        """Have the group start again after an error within a step: nobody knows how far the
-        others came in it.
+        """Make the group restart after an error within a step, because it is not known how far the
+        other ranks have come in it.
 
         Raises:
-            LostContact: where there are others.
+            LostContact: the group has other ranks.
         """
         if self._ranks:
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise LostContact(f"{told}; all {self._ranks.size} processes start again") from error
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise LostContact(f"{cause}; all {self._ranks.size} processes start again") from error
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Give the others the state that this step was set to."""
+        """Send the state that this step has loaded to the other ranks."""
         if self._ranks:
             self._ranks.send({"do": "load", "step": self.number})
             self._ranks.share(state)

@@ -1,4 +1,4 @@
-"""Devices: finding one, torch's switches for it, and what it says of itself and of its energy.
+"""Devices: how to find one, torch's settings for it, its state and its energy counter.
 
 Nothing here knows a study, a method or how steps are timed.
 """
@@ -21,11 +21,11 @@ def hardware_of(
     """Return the hardware behind a torch device, or behind several of its kind.
 
     Args:
-        own_pids: processes that are not strangers; this one if not given.
-        count: GPUs, from the first; or processes that share the CPU.
+        own_pids: ids of kdprof's processes, which do not count as others; this one if not given.
+        count: number of GPUs, from the first; or of processes that share the CPU.
 
     Raises:
-        UserError: several GPUs of different types.
+        UserError: the GPUs are of different types.
     """
     if device.type != "cuda":
         return CpuHardware(own_pids, processes=count)

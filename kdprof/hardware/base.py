@@ -1,6 +1,6 @@
-"""What can be asked of a device and of its energy counter, whatever kind it is.
+"""The interface of devices and of their energy counters, the same for every kind.
 
-A driver or counter that is absent is a null object: it answers None, with the reason.
+A missing driver or counter is a null object: it returns None, with the reason.
 """
 
 from __future__ import annotations
@@ -11,45 +11,47 @@ from typing import Any, Protocol
 Reading = tuple[Any, str | None]
 """A value, or None and the reason."""
 State = dict[str, Any]
-"""Values by name, JSON-able. What could not be read is None; ``unavailable`` says why, by name."""
+"""Values by name, JSON-able. A value that could not be read is None; ``unavailable`` says why."""
 
 
 class EnergyMeter(Protocol):
-    """A counter of the energy that a device has drawn."""
+    """A counter of the energy that a device has consumed."""
 
     source: str
-    """The counter, in words."""
-    reason: str | None
-    """Why there is no reading, or no more since the last call; None while there is."""
+    """A description of the counter."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why the last reading failed; None if it succeeded."""
 
     def read_j(self) -> float | None:
-        """Return the joules drawn since some fixed moment, or None."""
+        """Return the joules consumed since some fixed moment, or None."""
 
     def power_w(self) -> float | None:
-        """Return the power now by a sensor other than the counter, or None."""
+        """Return the current power, from a sensor other than the counter, or None."""
 
 
 class Hardware(Protocol):
-    """What can be asked of a device. Nothing here raises for what the system does not tell."""
+    """The interface of a device. Nothing here raises if the system does not report a value."""
 
     name: str
 
     def state(self) -> State:
-        """Return all that the device says of itself now."""
+        """Return the full state of the device now."""
 
     def during(self) -> State:
         """Return the part of :meth:`state` that is cheap enough to read between timed blocks."""
 
     def problems(self, before: State, during: Sequence[State], after: State) -> list[str]:
-        """Return why a measurement is not to be trusted.
+        """Return why a measurement is unreliable.
 
         Args:
-            before, after: of :meth:`state`.
-            during: of :meth:`during`, in the order they were read.
+            before, after: results of :meth:`state`.
+            during: results of :meth:`during`, in the order they were read.
         """
 
     def cause(self, before: State, after: State) -> str | None:
-        """Return what slowed down the block between two readings; None if nothing was seen."""
+        """Return what slowed down the block between two readings; None if no cause is visible."""
 
     def process_memory_bytes(self) -> tuple[int | None, str | None]:
         """Return this process's memory on the device, or None and the reason."""

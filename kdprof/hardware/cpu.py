@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ import torch
 from kdprof.hardware.base import EnergyMeter, Reading, State, state_of
 
 CPU_OTHERS_CORES = 0.10
-"""Work of others above a tenth of a core takes time from a step that uses all cores: as much as the
-differences between methods that a measurement is to tell apart."""
+"""The limit for the work of other processes. Above it they take time from a step that uses all
+cores: as much as the differences between methods that a measurement must resolve."""
 CPU_OTHERS_CORES_BLOCK = 0.30
-"""The same for a single slow block, which must explain a visible excess."""
+"""The limit for a single slow block, where other processes must explain a visible excess."""
 CPU_TICK_ERROR_S = 0.02
-"""The kernel books CPU time in ticks of 10 ms; a difference of two counters is off by up to two."""
+"""The kernel counts CPU time in ticks of 10 ms; a difference of counters is off by up to two."""
 
 
 class RaplMeter:
-    """The energy counters of the CPU packages (RAPL); they include whatever else runs there.
+    """The energy counters of the CPU packages (RAPL); they include other processes.
 
     Args:
         folder: where the kernel shows its power zones.
@@ -59,7 +59,7 @@ class RaplMeter:
         return self._total_uj / 1e6
 
     def power_w(self) -> float | None:
-        """Return None: RAPL has no sensor beside the counter."""
+        """Return None: RAPL has no sensor other than the counter."""
         return None
 
 
@@ -73,8 +73,8 @@ def _is_package(zone: Path) -> bool:
 def _rapl_reason(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return (
-            "RAPL is readable by root only; "
-            "sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj lets everybody"
+            "RAPL is readable by root only; allow all users with "
+            "sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj"
         )
     return f"RAPL: {error}"
 
@@ -83,10 +83,10 @@ class CpuHardware:
     """A CPU and the system around it.
 
     Args:
-        own_pids: processes that are not strangers; this one if not given. Children started by
-            multiprocessing, such as loader workers, never are.
+        own_pids: ids of kdprof's own processes; this process if not given. Processes that this one
+            started, such as loader workers, always count as kdprof's own.
         proc, cpu, powercap: where the kernel shows processes, processors and power zones.
-        processes: that make a step together.
+        processes: number of processes that run a step together.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class CpuHardware:
         self.name = f"{together}{_cpu_model(proc)} ({torch.get_num_threads()} threads)"
 
     def state(self) -> State:
-        """Return load, threads, CPU seconds of all and of ours, clocks and free memory."""
+        """Return load, threads, CPU seconds (all and kdprof's own), clocks and free memory."""
         return {
             "threads": torch.get_num_threads(),
             **state_of(
@@ -120,29 +120,30 @@ class CpuHardware:
         }
 
     def during(self) -> State:
-        """Return the time and the CPU seconds of all and of ours."""
+        """Return the time and the CPU seconds, those of all processes and kdprof's own."""
         return state_of(self._cheap())
 
     def problems(self, before: State, during: Sequence[State], after: State) -> list[str]:
-        """Name the work of others on this machine."""
-        readings = [r for r in (before, *during, after) if _others_s(r) is not None]
-        if not readings:
+        """Report the work of other processes on this machine."""
+        work = _others_between([before, *during, after])
+        if work is None:
             return []
-        elapsed_s, others_s = _others_between(readings)
+        elapsed_s, others_s = work
         if others_s <= CPU_OTHERS_CORES * elapsed_s + CPU_TICK_ERROR_S:
             return []
         return [f"other processes used {others_s / elapsed_s:.2f} cores on average"]
 
     def cause(self, before: State, after: State) -> str | None:
-        """Return ``another process`` where others worked between two readings."""
-        if _others_s(before) is None or _others_s(after) is None:
+        """Return ``another process`` if other processes worked between two readings."""
+        work = _others_between([before, after])
+        if work is None:
             return None
-        elapsed_s, others_s = _others_between([before, after])
+        elapsed_s, others_s = work
         seen = others_s > CPU_OTHERS_CORES_BLOCK * elapsed_s + CPU_TICK_ERROR_S
         return "another process" if seen else None
 
     def process_memory_bytes(self) -> tuple[int | None, str | None]:
-        """Leave it to the system's peak resident set."""
+        """Return None: on a CPU the peak resident set of the process is used instead."""
         return None, "not a GPU"
 
     def energy_meter(self) -> EnergyMeter:
@@ -157,14 +158,14 @@ class CpuHardware:
         }
 
     def _busy_s(self) -> float:
-        """Return the seconds all CPUs have worked since the system started."""
+        """Return the seconds that all CPUs have worked since the system started."""
         with (self._proc / "stat").open() as file:
             ticks = [int(field) for field in file.readline().split()[1:9]]
         user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
     def _own_s(self) -> float:
-        """Return the CPU seconds of this process and all below it, the living ones too."""
+        """Return the CPU seconds of kdprof's processes, ended and living."""
         living = self._descendants(os.getpid()) | self._own_pids
         ticks = sum(self._ticks(pid) for pid in living - {os.getpid()})
         return sum(os.times()[:4]) + ticks / os.sysconf("SC_CLK_TCK")
@@ -202,22 +203,28 @@ class CpuHardware:
 
 
 def _others_s(reading: Mapping[str, Any]) -> float | None:
-    """Return the CPU seconds of all processes but ours, since some fixed moment."""
+    """Return the CPU seconds of all processes except kdprof's own, since some fixed moment."""
     busy_s, own_s = reading.get("cpu_busy_s"), reading.get("own_cpu_s")
     return None if busy_s is None or own_s is None else busy_s - own_s
 
 
-def _others_between(readings: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return the seconds from the first reading to the last and the CPU seconds of others in them.
-
-    All the differences between successive readings add up to that of the outermost two.
+def _others_between(readings: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the seconds between the first and the last reading, and the CPU seconds of other
+    processes in that time. Readings without CPU times are left out; None if no reading has them.
     """
-    first, last = (choose(readings, key=lambda r: r["time_s"]) for choose in (min, max))
-    return last["time_s"] - first["time_s"], _others_s(last) - _others_s(first)
+    known = [(r["time_s"], others_s) for r in readings if (others_s := _others_s(r)) is not None]
+    if not known:
+        return None
+    (begin_s, before_s), (end_s, after_s) = (choose(known, key=_time) for choose in (min, max))
+    return end_s - begin_s, after_s - before_s
+
+
+def _time(reading: tuple[float, float]) -> float:
+    return reading[0]
 
 
 def _fields(file: Path, name: str) -> list[str]:
-    """Return what follows ``name :`` in each line of a file of the kernel's."""
+    """Return the text after ``name :`` in each such line of a kernel file."""
     lines = (line.partition(":") for line in file.read_text().splitlines())
     return [value.strip() for key, _, value in lines if key.strip() == name]
 
@@ -231,11 +238,11 @@ def _cpu_model(proc: Path) -> str:
 
 
 def _read(function: Callable[[], Any]) -> Reading:
-    """Call what reads a file of the system's."""
+    """Call a function that reads a system file; return its value, or None and the reason."""
     try:
         value = function()
     except OSError as error:
         return None, f"{error.filename or 'the system'}: {error.strerror or error}"
     except (ValueError, IndexError, AttributeError) as error:
-        return None, f"not told by this system ({error})"
+        return None, f"not reported by this system ({error})"
     return value.strip() if isinstance(value, str) else value, None

@@ -1,4 +1,4 @@
-"""The device: finding it, torch's switches for it, and the versions it runs."""
+"""The device: how to find it, torch's settings for it, and versions of software."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from kdprof import __version__
 from kdprof.errors import UserError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def find_device(name: str) -> torch.device:
     """Return the torch device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names.
 
     Raises:
-        UserError: no such device here.
+        UserError: the name is malformed, or this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -38,14 +42,21 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def placed(module: AnyModule, device: torch.device, *, channels_last: bool) -> AnyModule:
+    """Move a module to a device, its weights in the wanted memory layout, and return it."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    # torch's stub of Module.to lacks memory_format.
+    return module.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def configure_backends(device: torch.device, precision: str) -> None:
-    """Set torch's global switches the way every measured and trained step has them.
+    """Set torch's global settings for every measured and trained step.
 
     fp32 means float32: torch lets cuDNN use TF32 by default. cuDNN may search for the fastest
     kernels, because shapes do not change during a run.
@@ -58,16 +69,16 @@ def configure_backends(device: torch.device, precision: str) -> None:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What each precision computes in."""
+"""The data type of each precision."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which a precision's forwards run; without effect for fp32."""
+    """Return the context in which forwards run with a precision; without effect for fp32."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on this machine; None where it lacks nothing."""
+    """Return what torch.compile lacks on this machine; None if it lacks nothing."""
     if device.type == "cuda":
         return None if find_spec("triton") else "the package triton"
     names = [os.environ.get("CXX", "g++"), "clang++"]
@@ -75,7 +86,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def installed_version(package: str) -> str:
-    """Return a package's version without importing it; ``none`` where it is not installed."""
+    """Return a package's version without importing it; ``none`` if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -84,7 +95,7 @@ def installed_version(package: str) -> str:
 
 @contextmanager
 def backends_kept() -> Iterator[None]:
-    """Put torch's global switches back as they were found."""
+    """Restore torch's global settings after the body."""
     found = (
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.allow_tf32,
@@ -99,7 +110,7 @@ def backends_kept() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a number depends on."""
+    """Return the versions of the software that measured numbers depend on."""
     return {
         "kdprof": __version__,
         "python": platform.python_version(),

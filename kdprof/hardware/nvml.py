@@ -12,9 +12,10 @@ import torch
 from kdprof.hardware.base import EnergyMeter, Reading, State, state_of
 
 GPU_CLOCK_SPREAD = 0.05
-"""A GPU's clock wanders by a bin or two of 15 MHz (1 %); 5 % and the samples are of two speeds."""
+"""The limit for changes of a GPU's clock. It normally varies by one or two bins of 15 MHz (1 %);
+with 5 %, samples have different speeds."""
 GPU_CLOCK_DROP = 0.03
-"""A drop of the clock that explains one slow block: more than two bins."""
+"""A relative drop of the clock that explains one slow block: more than two bins."""
 
 # Constants of nvml.h.
 _SM_CLOCK, _MEMORY_CLOCK, _CORE_TEMPERATURE = 1, 2, 0
@@ -30,11 +31,11 @@ _CLOCK_REASONS = {
     0x100: "display clocks",
 }
 HARMLESS_CLOCK_REASONS = frozenset({"idle", "application clocks", "display clocks"})
-"""Reasons that somebody chose or that end when work begins; all others slow a step down."""
+"""Reasons that a user has set, or that end when work begins; all others slow a step down."""
 
 
 class NoNvml:
-    """Stands for NVML where it is absent: every question has the same answer."""
+    """The null object for missing NVML: every query has the same result."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -59,7 +60,7 @@ class Nvml:
         """Call a function of NVML by its name; ``nvmlDevice...`` ones are given the GPU first.
 
         Returns:
-            Its value, or None and NVML's own reason.
+            Its value, or None and NVML's reason.
         """
         call = getattr(self._library, function, None)
         if call is None:
@@ -72,10 +73,10 @@ class Nvml:
 
 
 def open_nvml(library: Any, uuid: str) -> Nvml | NoNvml:
-    """Return NVML for the GPU with this UUID, or what stands for it and knows the reason.
+    """Return NVML for the GPU with this UUID, or the null object with the reason.
 
     Args:
-        library: the module ``pynvml`` or one that answers like it.
+        library: the module ``pynvml``, or one with the same interface.
         uuid: ``GPU-...``; NVML does not find the UUID of a MIG slice among the GPUs.
     """
     try:
@@ -105,7 +106,7 @@ class NvmlMeter:
         return None if millijoules is None else millijoules / 1e3
 
     def power_w(self) -> float | None:
-        """Return the board's power, or None: averaged over the last second since Ampere."""
+        """Return the board's power or None; since Ampere it is averaged over the last second."""
         milliwatts, _ = self._nvml.ask("nvmlDeviceGetPowerUsage")
         return None if milliwatts is None else milliwatts / 1e3
 
@@ -114,9 +115,9 @@ class CudaHardware:
     """An NVIDIA GPU seen through NVML.
 
     Args:
-        name: the GPU's, as CUDA gives it.
-        nvml: where its state is read.
-        own_pids: processes that are not strangers; this one if not given.
+        name: the GPU's name in CUDA.
+        nvml: the source of its state.
+        own_pids: ids of kdprof's own processes; this process if not given.
     """
 
     def __init__(self, name: str, nvml: Nvml | NoNvml, own_pids: frozenset[int] | None = None):
@@ -124,7 +125,7 @@ class CudaHardware:
         self._own_pids = own_pids or frozenset({os.getpid()})
 
     def state(self) -> State:
-        """Return clocks, what holds them down, temperature, power, modes and other processes."""
+        """Return clocks, throttle reasons, temperature, power, modes and other processes."""
         return state_of(
             {
                 **self._cheap(),
@@ -144,21 +145,21 @@ class CudaHardware:
         )
 
     def during(self) -> State:
-        """Return the clock, what holds it down, temperature, power and the number of others."""
+        """Return clock, throttle reasons, temperature, power and the number of other processes."""
         return state_of(self._cheap())
 
     def problems(self, before: State, during: Sequence[State], after: State) -> list[str]:
-        """Name throttling, strangers, a wandering clock and a driver that went away."""
+        """Report throttling, other processes, an unstable clock and a driver that stopped."""
         readings = [before, *during, after]
         throttled = dict.fromkeys(reason for r in readings for reason in _harmful(r))
         spread = _clock_spread(during)
         if not spread:
-            # A loaded GPU may sit at its power cap for good; it is steady there unless its clock
-            # says otherwise.
+            # A loaded GPU may run at its power cap all the time; it is steady there unless its
+            # clock varies.
             throttled.pop("power cap", None)
         return [
             *(f"the GPU was throttled ({reason})" for reason in throttled),
-            *_strangers(readings),
+            *_other_processes(readings),
             *spread,
             *_vanished(readings),
         ]
@@ -175,14 +176,14 @@ class CudaHardware:
         return None
 
     def process_memory_bytes(self) -> tuple[int | None, str | None]:
-        """Return what NVML books to this process."""
+        """Return the memory that NVML reports for this process."""
         processes, reason = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses")
         if processes is None:
             return None, reason
         mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
         if not mine:
             return None, "NVML does not list this process (it may run in a container)"
-        return mine[0], None if mine[0] is not None else "NVML does not tell a process's memory"
+        return mine[0], None if mine[0] is not None else "NVML does not report a process's memory"
 
     def energy_meter(self) -> EnergyMeter:
         """Return the GPU's total energy counter."""
@@ -207,7 +208,7 @@ class CudaHardware:
         return self._asked(lambda milliwatts: milliwatts / 1e3, function)
 
     def _throttle_reasons(self) -> Reading:
-        """Return the names of all that holds the clocks down, harmless reasons too."""
+        """Return the names of all reasons for lower clocks, including harmless ones."""
         mask, reason = self._nvml.ask("nvmlDeviceGetCurrentClocksEventReasons")
         if mask is None:  # its name before driver 535
             mask, reason = self._nvml.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
@@ -218,11 +219,11 @@ class CudaHardware:
         return names + ([f"reason {unknown:#x}"] if unknown else []), None
 
     def _others(self) -> Reading:
-        """Return the compute processes on the GPU that are not ours.
+        """Return the compute processes on the GPU that are not kdprof's own.
 
-        In a container NVML shows the host's pids, ours among them under numbers that we cannot
-        know. Then as many as we are count as ours, those with the most memory: what is left is the
-        least that strangers hold.
+        In a container NVML shows the host's process ids, in which kdprof's own cannot be found.
+        Then the processes with the most memory, as many as kdprof has, count as its own: the rest
+        is a lower bound of what other processes hold.
         """
         listed, reason = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses")
         if listed is None:
@@ -240,11 +241,11 @@ def _harmful(reading: State) -> list[str]:
 
 
 def _works(reading: State) -> bool:
-    """Tell whether the clock is that of a GPU at work: an idle one lowers it."""
+    """Return True if the GPU was working when its clock was read: an idle GPU lowers it."""
     return "idle" not in (reading["throttle_reasons"] or ())
 
 
-def _strangers(readings: Sequence[State]) -> list[str]:
+def _other_processes(readings: Sequence[State]) -> list[str]:
     most = max(reading["other_process_count"] or 0 for reading in readings)
     if not most:
         return []
@@ -265,7 +266,7 @@ def _clock_spread(during: Sequence[State]) -> list[str]:
 
 
 def _vanished(readings: Sequence[State]) -> list[str]:
-    """Return why something that NVML told at first could not be read later."""
+    """Return why a value that NVML reported at first could not be read later."""
     first, *later = readings
     lost = [
         reason
@@ -277,7 +278,7 @@ def _vanished(readings: Sequence[State]) -> list[str]:
 
 
 def nvml_of(device: torch.device) -> Nvml | NoNvml:
-    """Return NVML for a torch device, or the null object that knows why there is none."""
+    """Return NVML for a torch device, or the null object with the reason."""
     try:
         import pynvml
     except ImportError as error:

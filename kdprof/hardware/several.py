@@ -1,4 +1,4 @@
-"""Several GPUs of one machine that make a step together, as one device."""
+"""Several GPUs of one machine that run a step together, as one device."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ class SummedMeter:
 
     @property
     def reason(self) -> str | None:
-        """Why one of them has no reading; None while all have."""
+        """Why one of them has no reading; None if all have one."""
         return next((meter.reason for meter in self._meters if meter.reason), None)
 
     def read_j(self) -> float | None:
-        """Return the sum of the joules drawn, None where one does not tell."""
+        """Return the sum of the joules consumed; None if one counter has no reading."""
         return _sum(meter.read_j() for meter in self._meters)
 
     def power_w(self) -> float | None:
-        """Return the sum of the powers, None where one does not tell."""
+        """Return the sum of the powers; None if one has no reading."""
         return _sum(meter.power_w() for meter in self._meters)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
     found = list(values)
-    return None if None in found else sum(found)
+    known = [value for value in found if value is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 class SeveralGpus:
-    """GPUs of one type that make a step together; the slowest of them sets its pace.
+    """GPUs of one type that run a step together; the slowest of them sets its speed.
 
     A state is the first GPU's, with those of the others under ``other_gpus``.
 
     Raises:
-        UserError: they are of different types.
+        UserError: the GPUs are of different types.
     """
 
     def __init__(self, gpus: Sequence[CudaHardware]):
@@ -55,16 +56,16 @@ class SeveralGpus:
         self.name = f"{len(gpus)} x {names[0]}"
 
     def state(self) -> State:
-        """Return all that the GPUs say of themselves now."""
-        return _together([gpu.state() for gpu in self._gpus])
+        """Return the full state of all GPUs now."""
+        return _joined([gpu.state() for gpu in self._gpus])
 
     def during(self) -> State:
         """Return the cheap part of :meth:`state`."""
-        return _together([gpu.during() for gpu in self._gpus])
+        return _joined([gpu.during() for gpu in self._gpus])
 
     def problems(self, before: State, during: Sequence[State], after: State) -> list[str]:
-        """Return why a measurement is not to be trusted, and because of which GPU."""
-        first, last, between = _apart(before), _apart(after), [_apart(state) for state in during]
+        """Return why a measurement is unreliable, with the GPU that is the reason."""
+        first, last, between = _split(before), _split(after), [_split(state) for state in during]
         return [
             f"cuda:{index}: {problem}"
             for index, gpu in enumerate(self._gpus)
@@ -72,13 +73,13 @@ class SeveralGpus:
         ]
 
     def cause(self, before: State, after: State) -> str | None:
-        """Return what slowed down the block between two readings, on whichever GPU."""
-        pairs = zip(self._gpus, _apart(before), _apart(after), strict=True)
+        """Return what slowed down the block between two readings, on any of the GPUs."""
+        pairs = zip(self._gpus, _split(before), _split(after), strict=True)
         causes = (gpu.cause(early, late) for gpu, early, late in pairs)
         return next((cause for cause in causes if cause), None)
 
     def process_memory_bytes(self) -> tuple[int | None, str | None]:
-        """Return what NVML books to this process on the first GPU, its own."""
+        """Return the memory that NVML reports for this process on its own GPU, the first."""
         return self._gpus[0].process_memory_bytes()
 
     def energy_meter(self) -> EnergyMeter:
@@ -86,9 +87,9 @@ class SeveralGpus:
         return SummedMeter([gpu.energy_meter() for gpu in self._gpus])
 
 
-def _together(states: Sequence[State]) -> State:
+def _joined(states: Sequence[State]) -> State:
     return {**states[0], "other_gpus": list(states[1:])}
 
 
-def _apart(state: State) -> list[State]:
+def _split(state: State) -> list[State]:
     return [state, *state["other_gpus"]]

@@ -1,4 +1,4 @@
-"""Many runs: the jobs of a study, each trained in a separate process; a launcher is a file here.
+"""Many runs: the jobs of a study, each trained in a separate process; each launcher is a file.
 
 Here processes are started, followed and stopped, locally or by Slurm; nothing here trains.
 """
@@ -16,33 +16,33 @@ from kdprof.train.trunk import shares_trunks
 
 @dataclass(frozen=True)
 class Job:
-    """What one process trains: cells that belong together, one after the other."""
+    """The cells (method, budget, seed) that one process trains, one after the other."""
 
     method: str
     seed: int
     budgets: tuple[str, ...]
-    """One, or all that share a trunk (wsd)."""
+    """One budget, or all that share a trunk (wsd)."""
 
     def labels(self) -> list[str]:
-        """Return what messages call its cells."""
+        """Return the names of its cells in messages."""
         return [run_label("run", self.method, budget, self.seed) for budget in self.budgets]
 
     def label(self) -> str:
-        """Return what messages call it."""
+        """Return its name in messages."""
         return ", ".join(self.labels())
 
     def folders(self, store: Store) -> list[RunFolder]:
-        """Return where the files of its cells are."""
+        """Return the folders of its cells."""
         return [store.run_folder(self.method, budget, self.seed) for budget in self.budgets]
 
 
 def jobs_of(study: ResolvedStudy, store: Store, names: Sequence[str]) -> list[Job]:
-    """Return what is left to train of the named methods, budget by budget, seed by seed."""
-    budgets = [(text,) for text in study.budgets]
+    """Return the unfinished jobs of the named methods, budget by budget, seed by seed."""
+    groups: list[tuple[str, ...]] = [(text,) for text in study.budgets]
     if shares_trunks(study.plain):
-        budgets = [tuple(study.budgets)]
+        groups = [tuple(study.budgets)]
     every = [
-        Job(name, seed, group) for group in budgets for seed in range(study.seeds) for name in names
+        Job(name, seed, group) for group in groups for seed in range(study.seeds) for name in names
     ]
     left = [_unfinished(job, store) for job in every]
     return [job for job in left if job.budgets]

@@ -1,7 +1,7 @@
 """A command run by a group of processes, one per GPU, under torchrun's agent.
 
-The agent starts the whole group again when one of its processes dies. An orderly end is none: rank
-0 leaves its exit code in a file, so that the agent restarts after crashes only.
+The agent restarts the whole group when one of its processes crashes. An orderly end must not look
+like a crash, whatever its exit code: rank 0 writes the code into a file and exits with 0.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kdprof.train.runs import Summary
 from kdprof.workflow import Workflow
 
 OUTCOME = "KDPROF_OUTCOME"
-"""Environment variable: the file that rank 0's exit code goes to."""
+"""Environment variable that names the file for rank 0's exit code."""
 RESTARTS = 10
-"""Times that a group is started again."""
+"""How often a group is restarted."""
 INTERRUPTED = 130
 Result = TypeVar("Result")
 
@@ -45,9 +45,9 @@ def run_group(arguments: Sequence[str], processes: int) -> int:
     streams. SIGINT and SIGTERM are passed on to them.
 
     Raises:
-        KdprofError: the group crashed more often than it is restarted.
+        KdprofError: the group crashed after its last restart.
     """
-    # torchrun's agent would set 1 where nothing is set, and another number is another device.
+    # If it is not set, torchrun's agent sets 1; but another number of threads is another device.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     config = LaunchConfig(
         min_nodes=1,
@@ -68,7 +68,8 @@ def run_group(arguments: Sequence[str], processes: int) -> int:
         except ChildFailedError as error:
             raise KdprofError(
                 f"a process of the {processes} crashed {RESTARTS + 1} times: "
-                f"{_last_line(error)}; what it said is above, what was trained is saved"
+                f"{_last_line(error)}; its output is above; the training is saved up to the last "
+                "checkpoint"
             ) from error
         finally:
             del os.environ[OUTCOME]
@@ -85,23 +86,23 @@ def _last_line(error: ChildFailedError) -> str:
 
 
 def in_group(study: Study, lead: Callable[[Ranks | None], Result]) -> Result | None:
-    """Do what ``lead`` does, alone or as rank 0 of the study's group.
+    """Call ``lead``, alone or as rank 0 of the study's group.
 
     Args:
-        lead: given the group, None where there is none.
+        lead: called with the group, or with None if there is no group.
 
     Returns:
-        None on the other ranks, which do as rank 0 says until it is through.
+        The result of ``lead``; None on the other ranks, which follow rank 0 until it ends.
 
     Raises:
-        UserError: the study wants another number of processes than torchrun started.
+        UserError: ``step.gpus`` is not the number of processes that torchrun started.
     """
     place = Place.from_environment()
     processes = 1 if place is None else place.size
     if processes != study.step.gpus:
         raise UserError(
             f"torchrun started {processes} processes, the study has step.gpus = {study.step.gpus}; "
-            f"use --gpus {processes}, or leave torchrun to kdprof"
+            f"use --gpus {processes}, or let kdprof start torchrun"
         )
     if place is None or place.size == 1:
         return lead(None)
@@ -117,7 +118,7 @@ def train_in_group(workflow: Workflow, arguments: Sequence[str]) -> Summary | in
     """Train a study in this process, or in as many processes as it has GPUs.
 
     Args:
-        arguments: of this Python, which make the same call in another process.
+        arguments: arguments for Python that make the same call in another process.
 
     Returns:
         The summary; the exit code of a group that was started; None in a process that follows
@@ -131,7 +132,7 @@ def train_in_group(workflow: Workflow, arguments: Sequence[str]) -> Summary | in
 
 @contextmanager
 def _ending(ranks: Ranks) -> Iterator[None]:
-    """End the group in order after the body, unless contact was lost in it."""
+    """End the group in order after the body, unless the body lost contact to another rank."""
     try:
         yield
     except LostContact:
@@ -143,7 +144,7 @@ def _ending(ranks: Ranks) -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code; for the agent of its group, in order."""
+    """Exit with a code; rank 0 of a group writes it into a file and exits with 0, see above."""
     outcome = os.environ.get(OUTCOME) if os.environ.get("RANK") == "0" else None
     if outcome is not None and code != LostContact.exit_code:
         write_atomic(Path(outcome), str(code))

@@ -1,4 +1,4 @@
-"""Many runs at once on this machine: one per GPU, or in a share of the CPU's threads."""
+"""Concurrent runs on this machine: one per GPU, or each with a share of the CPU's threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kdprof.train.teacher import needs_teacher, trained_teacher
 from kdprof.workflow import Workflow
 
 CPU_SLOTS = 2
-"""Runs at once on a CPU, if nothing else is said."""
+"""Concurrent runs on a CPU by default."""
 POLL_S = 0.2
 Slot = Mapping[str, str]
 """The environment variables that give a worker its part of the machine."""
@@ -34,22 +34,22 @@ Slot = Mapping[str, str]
 def divide(device: str, count: int | None, each: int = 1) -> list[Slot]:
     """Divide this machine into slots, each for one run.
 
-    On a CPU the threads of this process are divided as well, so that what it measures is what a
-    slot has.
+    On a CPU this process, too, gets only the threads of one slot, so that its measurements hold for
+    a slot.
 
     Args:
-        device: the study's.
-        count: slots; None = as many as there are GPUs for, :data:`CPU_SLOTS` on a CPU.
+        device: the study's device.
+        count: number of slots; None = as many as the GPUs allow, :data:`CPU_SLOTS` on a CPU.
         each: GPUs per slot, or processes that share a slot of the CPU.
 
     Raises:
-        UserError: more slots than GPUs for them, or a certain GPU was named.
+        UserError: there are too few GPUs for the slots, or ``device`` names one GPU.
     """
     if find_device(device).type == "cpu":
         return _cpu_slots(count or CPU_SLOTS, each)
     if ":" in device:
         raise UserError(
-            f"--launcher local takes every GPU, not {device}; use --device cuda, and "
+            f"--launcher local uses all GPUs, not {device}; use --device cuda, and "
             "CUDA_VISIBLE_DEVICES to choose"
         )
     return _gpu_slots(count, each)
@@ -59,7 +59,7 @@ def _cpu_slots(count: int, each: int) -> list[Slot]:
     cores = len(os.sched_getaffinity(0))
     threads = max(1, min(torch.get_num_threads(), cores // (count * each)))
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that measure, too
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that measure, too
     return [{}] * count
 
 
@@ -78,17 +78,17 @@ def _gpu_slots(count: int | None, each: int) -> list[Slot]:
 
 
 def train_locally(workflow: Workflow, slots: int | None) -> Summary:
-    """Train the teacher in this process, then every run of the study, many at once.
+    """Train the teacher in this process, then the runs of the study concurrently.
 
-    A run that fails, or whose process dies, does not keep the others from being made.
+    If a run fails or its process dies, the other runs are still trained.
 
     Args:
-        slots: runs at once; None = as :func:`divide` chooses.
+        slots: concurrent runs; None = as :func:`divide` chooses.
 
     Raises:
-        Interrupted: a signal came; every run is saved.
+        Interrupted: a signal arrived; every run is saved.
     """
-    # First: the threads that a slot has are part of what is measured.
+    # First, because a Cost depends on the number of threads in a slot.
     divided = divide(workflow.study.device, slots, workflow.study.step.gpus)
     study = workflow.resolved()
     prepared = workflow.prepare(study)
@@ -116,10 +116,10 @@ def _train(
 
 
 def _train_teacher(study: ResolvedStudy, store: Store, progress: Progress, slot: Slot) -> None:
-    """Train the teacher here, where one process does, or else in a slot.
+    """Train the teacher in this process, or in a slot if it needs several processes.
 
     Raises:
-        KdprofError: it failed.
+        KdprofError: its training failed.
     """
     if study.step.gpus == 1:
         trained_teacher(study, store, progress)
@@ -133,7 +133,7 @@ def _train_teacher(study: ResolvedStudy, store: Store, progress: Progress, slot:
 
 
 def _add(job: Job, outcome: Outcome, store: Store, summary: Summary) -> None:
-    """Add what came of a job to the summary."""
+    """Add the outcome of a job to the summary."""
     runs = [folder.read_run() for folder in job.folders(store)]
     summary.finished += [run for run in runs if run is not None and run.finished]
     summary.failures += outcome.failures
@@ -156,10 +156,10 @@ class _Pool:
         self._stopping = False
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
-        """Train all jobs and yield each with how it ended.
+        """Train all jobs and yield each with its outcome.
 
         Raises:
-            Interrupted: a signal came and every worker has saved.
+            Interrupted: a signal arrived and every worker has saved.
         """
         signals = StopSignal()
         others = min(self._count, len(jobs)) - 1
@@ -197,12 +197,14 @@ class _Pool:
 
     @contextmanager
     def _running(self, request: WorkRequest, slot: Slot) -> Iterator[Worker | None]:
-        """Start a worker, unless all are to stop."""
+        """Start a worker, unless the pool is stopping."""
         with self._lock:
             worker = None if self._stopping else Worker(request, slot)
-            self._workers |= {worker} - {None}
+            if worker is not None:
+                self._workers.add(worker)
         try:
             yield worker
         finally:
             with self._lock:
-                self._workers.discard(worker)
+                if worker is not None:
+                    self._workers.discard(worker)

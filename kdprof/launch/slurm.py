@@ -1,11 +1,12 @@
 """The runs of a study as jobs of a Slurm cluster, submitted through submitit.
 
-Two submissions: a job that measures what is missing and trains the teacher, and, once that has
-succeeded, an array with a task for every job of the study. A task runs a worker; before its time
-limit, or when it is preempted, the worker saves and the task is queued again.
+There are two submissions: a job that measures missing Costs and trains the teacher, and an array
+with a task for every job of the study, which starts after the first has succeeded. A task runs a
+worker. Before its time limit, or when it is preempted, the worker saves and the task is queued
+again.
 
-submitit keeps each task as a pickle of its own making in ``slurm/`` of the results folder, and
-reads only those.
+submitit stores each task as a pickle in ``slurm/`` of the results folder, and loads only pickles
+that it wrote itself.
 """
 
 from __future__ import annotations
@@ -39,21 +40,22 @@ OPTIONS = {
     "parallel": "array_parallelism",
     "signal_delay_s": "signal_delay_s",
 }
-"""What can be asked of the cluster, and submitit's names for it."""
+"""Options of the cluster, with submitit's names for them."""
 WHOLE = ("cpus", "gpus", "parallel", "signal_delay_s")
 DEFAULTS = {"time": 240, "cpus_per_task": 4, "signal_delay_s": 120}
-"""Minutes, cores, seconds between the announcement of a job's end and its end."""
+"""Minutes; cores; seconds between the signal that announces a job's end and the end."""
 REQUEUED_AT_MOST = 1000
-"""Times that one task may reach its time limit."""
+"""How often one task may reach its time limit."""
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+def parse_options(texts: Sequence[str]) -> dict[str, str | int]:
     """Read ``KEY=VALUE`` texts into submitit's parameters; time is minutes or HH:MM:SS.
 
     Raises:
-        UserError: everything that is wrong with them.
+        UserError: options are unknown or malformed; reports all problems at once.
     """
-    found, problems = dict(DEFAULTS), []
+    found: dict[str, str | int] = dict(DEFAULTS)
+    problems = []
     for text in texts:
         key, _, value = text.partition("=")
         if key not in OPTIONS:
@@ -92,7 +94,7 @@ def _minutes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What was handed to the cluster."""
+    """The jobs that were submitted to the cluster."""
 
     preparation: str
     """Id of the job that measures and trains the teacher."""
@@ -102,17 +104,17 @@ class Submitted:
 
 
 def submit(workflow: Workflow, options: Mapping[str, Any]) -> Submitted:
-    """Submit what is left of a study and return at once.
+    """Submit the unfinished runs of a study and return at once.
 
     Args:
         options: as :func:`parse_options` returns them.
 
     Raises:
-        UserError: the study is wrong, its jobs are in the queue already, nothing is left to train,
-            or the cluster refuses the submission.
+        UserError: the study has problems, its jobs are in the queue already, all its runs are
+            finished, or the cluster refuses the submission.
     """
     study, store = workflow.study, workflow.store
-    resolved = replace(workflow, study=_as_seen_from_here(study)).resolved()
+    resolved = replace(workflow, study=_without_device(study)).resolved()
     names = resolved.method_names(control=workflow.control)
     jobs = jobs_of(resolved, store, names)
     if not jobs:
@@ -135,14 +137,14 @@ def submit(workflow: Workflow, options: Mapping[str, Any]) -> Submitted:
     return Submitted(preparation, ids, sum(len(job.budgets) for job in jobs))
 
 
-def _as_seen_from_here(study: Study) -> Study:
-    """Return the study without what only the device of a node can tell is right."""
+def _without_device(study: Study) -> Study:
+    """Return the study without the settings that can only be checked on a node of the cluster."""
     step = study.step.model_copy(update={"compile": "none"})
     return study.model_copy(update={"device": "cpu", "step": step})
 
 
 def job_name(store: Store) -> str:
-    """Return what the cluster calls every job of a results folder."""
+    """Return the name of all jobs of a results folder on the cluster."""
     return f"kdprof:{store.root.resolve()}"
 
 
@@ -150,13 +152,15 @@ def _refuse_twice(store: Store) -> None:
     """Refuse to submit while jobs of the same folder are in the queue.
 
     Raises:
-        UserError: some are, or the cluster does not answer.
+        UserError: such jobs are in the queue, or the cluster does not answer.
     """
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--name={job_name(store)}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError as error:
-        raise UserError("no squeue here; submit from a machine of a Slurm cluster") from error
+        raise UserError(
+            "squeue is not installed here; submit from a machine of a Slurm cluster"
+        ) from error
     except subprocess.CalledProcessError as error:
         raise UserError(f"the cluster does not answer: {_last_line(error)}") from error
     if ids := done.stdout.split():
@@ -186,29 +190,31 @@ def _executor(store: Store, study: Study, options: Mapping[str, Any]) -> SlurmEx
 
 
 class Task:
-    """What one job of the cluster does: run a worker, and have it save before the job ends."""
+    """The work of one job of the cluster: it runs a worker, which saves before the job ends."""
 
     def __init__(self, request: WorkRequest):
         self.request = request
         self._worker: Worker | None = None
 
     def __call__(self) -> None:
-        """Train until the worker is through.
+        """Train until the worker ends.
 
         Raises:
-            KdprofError: something failed, or the job was cancelled; what was trained is saved.
+            KdprofError: a run failed, or the job was cancelled; the training is saved.
         """
-        with _held_back(signal.SIGUSR2):
-            # Its end is announced to every process of a job. Only this one may act on it.
+        with _blocked(signal.SIGUSR2):
+            # The cluster announces a job's end to all its processes. Only this one may act on it.
             self._worker = worker = Worker(self.request, {})
         outcome = worker.follow(lambda text: print(text, flush=True))
         if outcome.failures:
             raise KdprofError("\n".join(outcome.failures))
         if outcome.stopped:
-            raise KdprofError(f"{self.request.label()}: stopped and saved; submit again to go on")
+            raise KdprofError(
+                f"{self.request.label()}: stopped and saved; submit again to continue"
+            )
 
     def checkpoint(self) -> DelayedSubmission:
-        """Have the worker save, and return what to run when the job is next.
+        """Make the worker save, and return the task that the job runs when it starts again.
 
         submitit calls this from the handler of the signal that announces the end.
         """
@@ -219,8 +225,8 @@ class Task:
 
 
 @contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """Hold a signal back from this thread, and for good from processes started meanwhile."""
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in this thread during the body; processes started in it keep it blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:
         yield

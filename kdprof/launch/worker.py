@@ -27,27 +27,27 @@ from kdprof.workflow import Workflow
 
 @dataclass(frozen=True)
 class WorkRequest:
-    """What a worker is asked to do; JSON-able."""
+    """The work of a worker; JSON-able."""
 
     out: str
     """The folder of results, which holds the study."""
     device: str
     job: Job | None
-    """None: measure what is missing and train the teacher, for the jobs that follow."""
+    """None: measure missing Costs and train the teacher, for the jobs that follow."""
     concurrent_runs: int | None
     """Runs that other workers train on this machine at the same time; None = not known."""
     names: tuple[str, ...] = ()
-    """Methods to measure, where there is no job."""
+    """Methods to measure, if ``job`` is None."""
     measuring: Mapping[str, Any] = field(default_factory=dict)
-    """How long to measure these, see :class:`~kdprof.workflow.Workflow`."""
+    """How long to measure them, see :class:`~kdprof.workflow.Workflow`."""
 
     def label(self) -> str:
-        """Return what messages call it."""
+        """Return its name in messages."""
         return self.job.label() if self.job else "preparation"
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> WorkRequest:
-        """Return the request whose fields these are."""
+        """Return the request with these fields."""
         values = dict(values)
         job, names = values.pop("job"), tuple(values.pop("names"))
         if job is not None:
@@ -61,21 +61,21 @@ class Outcome:
 
     failures: list[str] = field(default_factory=list)
     stopped: bool = False
-    """It was asked to stop, and what it had done is saved."""
+    """True if it was asked to stop; its work is saved."""
 
 
 class Worker:
-    """A worker that runs.
+    """A running worker process.
 
     Args:
-        environment: variables that are different for it.
+        environment: environment variables that are set for it.
     """
 
     def __init__(self, request: WorkRequest, environment: Mapping[str, str]):
         self._label, self._stopping, self._running = request.label(), False, ExitStack()
         folder = self._running.enter_context(request_folder(asdict(request)))
-        # Detached: Ctrl-C reaches it through the launcher only. SIGUSR2, by which a cluster
-        # announces the end, is its launcher's too.
+        # Detached: Ctrl-C reaches it through the launcher only. The launcher also handles SIGUSR2,
+        # with which a cluster announces the end of a job.
         child = Child("kdprof.launch.worker", folder, environment=environment, detached=True)
         self._child = self._running.enter_context(child)
 
@@ -85,11 +85,11 @@ class Worker:
         self._child.stop()
 
     def wait(self) -> None:
-        """Wait until it has ended; it says too little to be held up by a full pipe."""
+        """Wait until it has ended. Its messages are too few to fill the pipe and block it."""
         self._child.wait()
 
     def follow(self, say: Callable[[str], None]) -> Outcome:
-        """Pass on what it says until it ends."""
+        """Pass on its messages until it ends, and return its outcome."""
         with self._running:
             for _, text in self._child.messages():
                 say(text)
@@ -106,7 +106,7 @@ class Worker:
 
 
 class _SentProgress(Progress):
-    """Progress that goes to the launcher."""
+    """Progress whose messages are sent to the launcher."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -116,7 +116,7 @@ class _SentProgress(Progress):
 
 
 def _do(request: WorkRequest, workflow: Workflow, ranks: Ranks | None) -> Outcome:
-    """Do what a request asks for, alone or as rank 0."""
+    """Carry out a request, alone or as rank 0."""
     job = request.job
     if job is None:
         workflow.prepare_jobs(list(request.names), ranks)
@@ -134,7 +134,7 @@ def _workflow(request: WorkRequest) -> Workflow:
 
 
 def main() -> None:
-    """Be the worker, or the agent of a group of them, or one of the group."""
+    """Run a worker: alone, as torchrun's agent of a group, or as one process of the group."""
     asked = read_request()
     request = WorkRequest.from_json(asked.content)
     try:

@@ -30,7 +30,7 @@ def measure(
     progress: Progress,
     files: Files | None = None,
     keep: Callable[[Cost], object] | None = None,
-) -> Measured:
+) -> Measured[Cost]:
     """Measure the step of each named method in a separate process, interleaved with the reference.
 
     A method whose step fails or cannot fit into memory is listed among the failures; the others
@@ -42,7 +42,7 @@ def measure(
     Raises:
         UserError: no step fits into the device's memory, or an image is damaged.
     """
-    measured = Measured(failures=too_large(study, names, progress))
+    measured = Measured[Cost](failures=too_large(study, names, progress))
     if study.data_settings.cache == "disk":
         study.data.decoded("train")  # here, with a progress bar; the child processes find it
     for name in (name for name in names if name not in measured.failures):

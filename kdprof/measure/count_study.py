@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
@@ -18,16 +19,18 @@ from kdprof.measure.modules import modules_flop
 from kdprof.measure.study_step import identity_of
 from kdprof.processes import explain
 from kdprof.progress import Progress
-from kdprof.records import Cost
+from kdprof.records import Cost, CountedCost
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.factory import Factory
 
+AnyCost = TypeVar("AnyCost", bound=Cost)
+
 
 @dataclass
-class Measured:
+class Measured(Generic[AnyCost]):
     """The Costs of several methods, and the methods that failed."""
 
-    costs: list[Cost] = field(default_factory=list)
+    costs: list[AnyCost] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     """Methods that could not be measured, with the reason."""
 
@@ -38,7 +41,7 @@ class Measured:
 
 def count_costs(
     study: ResolvedStudy, names: Sequence[str], progress: Progress, *, modules: bool = False
-) -> Measured:
+) -> Measured[CountedCost]:
     """Count each named method's step without running it: no device is needed.
 
     The Costs have no latency and no memory, but the reason; no budget can be converted with them.
@@ -46,7 +49,7 @@ def count_costs(
     Args:
         modules: also count the networks' modules with fvcore, which takes seconds.
     """
-    measured = Measured()
+    measured: Measured[CountedCost] = Measured()
     by_module = _modules_of(study) if modules else None
     for name, made in _counts(study, names, progress):
         if isinstance(made, Failure):
@@ -111,5 +114,5 @@ def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) ->
         if isinstance(made, Count) and made.least_memory_bytes > free
     }
     if found and len(found) == len(names):
-        raise UserError(*Measured(failures=found).summary().splitlines())
+        raise UserError(*Measured[Cost](failures=found).summary().splitlines())
     return found

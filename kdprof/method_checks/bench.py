@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdprof.discovery import MethodEntry
-from kdprof.method import IGNORE, Method, NetworkInfo, Taps
+from kdprof.method import IGNORE, Method, Network, NetworkInfo, Taps
 from kdprof.method_checks.two_ranks import in_two_processes
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _info(name: str, width: int, classes: int, background: bool) -> NetworkInfo:
     return NetworkInfo(name, classes, channels, stride, background)
 
 
-class SmallNetwork(nn.Module):
+class SmallNetwork(Network):
     """A network with every tap, batch norm and dropout."""
 
     align_corners = False

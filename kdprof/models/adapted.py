@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdprof.errors import UserError, unknown
-from kdprof.method import FEATURE_TAPS, NetworkInfo, Taps
+from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
 from kdprof.user_files import import_function
 
@@ -24,7 +24,7 @@ Maps = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 W)."""
 
 
-class AdaptedNetwork(nn.Module):
+class AdaptedNetwork(Network):
     """Any network, with the attributes that kdprof needs.
 
     Attributes:

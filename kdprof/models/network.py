@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdprof.errors import unknown
-from kdprof.method import NETWORK_TAPS, NetworkInfo, Taps
+from kdprof.method import NETWORK_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.backbone import Backbone
 from kdprof.models.heads import (
     ASPPHead,
@@ -69,7 +69,7 @@ READ_BY = {"logits": "c5", "head": "c5", "aux": "c4"}
 """The backbone stage that each tap behind the backbone is computed from."""
 
 
-class SegmentationNetwork(nn.Module):
+class SegmentationNetwork(Network):
     """A backbone with a decode head on c5 and an auxiliary FCN head on c4.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""From a Study to the live objects that it names, or to everything that is wrong with it.
+"""From a Study to the objects that it names, or to all its problems.
 
 Here names become devices, data sets, networks and steps; nothing here runs a step or writes a file.
 """

@@ -1,6 +1,6 @@
-"""What is wrong with a study, as far as its facts tell: each check returns the problems it finds.
+"""Checks of a study: each returns the problems that it finds.
 
-Pure functions: nothing here opens a file, asks a device or builds a network.
+Pure functions: nothing here opens a file, queries a device or builds a network.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from kdprof.models.weights import Weights
 from kdprof.study import StepSettings, Study
 
 SIZES_NAMED = 3
-"""Problems with image sizes that are named; a data set may have thousands of sizes."""
+"""How many problems with image sizes are reported; a data set may have thousands of sizes."""
 
 
 def gpus_problems(gpus: int, device: str, available: int) -> list[str]:
     """Return why a step cannot run on several GPUs.
 
     Args:
-        device: as the study names it.
+        device: the study's name of the device.
         available: GPUs of this machine.
     """
     if ":" in device:
@@ -34,11 +34,11 @@ def gpus_problems(gpus: int, device: str, available: int) -> list[str]:
 
 
 def step_problems(study: Study, device_type: str, missing_compiler: str | None) -> list[str]:
-    """Return the step settings that this device, or the study, cannot use.
+    """Return the problems of the step settings on this device and in this study.
 
     Args:
         device_type: cpu or cuda.
-        missing_compiler: what torch.compile lacks on this machine; None where it lacks nothing.
+        missing_compiler: what torch.compile lacks on this machine; None if it lacks nothing.
     """
     step, problems = study.step, []
     if step.batch % step.gpus:
@@ -69,14 +69,18 @@ def step_problems(study: Study, device_type: str, missing_compiler: str | None) 
 def _network_problems(study: Study) -> list[str]:
     step, problems = study.step, []
     if step.fold_teacher and is_adapted(study.teacher):
-        problems.append(f"step.fold_teacher: {study.teacher} is not kdprof's own; leave it out")
+        problems.append(
+            f"step.fold_teacher cannot fold {study.teacher}, only kdprof's networks; leave it out"
+        )
     if study.starts_as_teacher and is_adapted(study.student):
         problems.append(
-            f'a {study.student} cannot start as the teacher; set scenario.initialise = "fresh"'
+            f"{study.student} cannot start with the teacher's weights; set "
+            'scenario.initialise = "fresh"'
         )
     if step.fold_teacher and study.starts_as_teacher:
         problems.append(
-            "step.fold_teacher: a student that starts as the teacher needs its batch norms; "
+            "step.fold_teacher: a student that starts with the teacher's weights needs its batch "
+            "norms; "
             'leave it out, or set scenario.initialise = "fresh"'
         )
     return problems
@@ -92,7 +96,7 @@ def crop_problems(networks: Iterable[AnyNetwork], step: StepSettings) -> list[st
 def size_problems(networks: Iterable[AnyNetwork], sizes: Iterable[tuple[int, int]]) -> list[str]:
     """Return why networks could not be evaluated on images of these sizes (height, width).
 
-    A run would only meet them at its first evaluation, hours after the start.
+    Without this check a run would fail at its first evaluation, hours after the start.
     """
     pairs = [(network, size) for network in networks for size in sizes]
     found = _distinct(net.check_input(1, size, training=False) for net, size in pairs)
@@ -110,10 +114,10 @@ def tap_problems(
     aux_weight: float,
     teacher_weights: Weights | None,
 ) -> list[str]:
-    """Return the taps that methods, or the auxiliary loss, read and a network lacks.
+    """Return the taps that methods or the auxiliary loss use and a network does not have.
 
     Args:
-        teacher_weights: None where the teacher is to be trained.
+        teacher_weights: None if the teacher is to be trained.
     """
     trained = [student] if teacher_weights else [student, teacher]
     problems = [
@@ -129,13 +133,13 @@ def tap_problems(
         for role, taps in read.items():
             if lacking := [tap for tap in taps if tap not in given[role]]:
                 problems.append(
-                    f"method '{method.name}' reads {', '.join(lacking)} of the {role}, which has "
+                    f"method '{method.name}' uses {', '.join(lacking)} of the {role}, which has "
                     f"{', '.join(sorted(given[role]))}; use another network or method"
                 )
     return problems
 
 
 def _taps_of(network: AnyNetwork) -> set[str]:
-    """Return the taps that a network has; only kdprof's own have the classifier's weight."""
+    """Return the taps of a network; only kdprof's networks have the classifier's weight."""
     own = {"classifier"} if isinstance(network, SegmentationNetwork) else set()
     return {*network.info.channels, *own}

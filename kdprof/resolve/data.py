@@ -1,4 +1,4 @@
-"""The splits of a study's data set, as each of its networks sees them."""
+"""The splits of a study's data set, for each of its networks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class StudyData:
     """The train and val split of a study.
 
     Attributes:
-        files: the splits as their files hold them.
-        name: of the data set.
-        uses_placeholders: whether random images stand for the files of the data set.
-        views: how networks see the images that they are evaluated on.
+        files: the splits, read from their files.
+        name: name of the data set.
+        uses_placeholders: True if placeholder images stand for the files of the data set.
+        views: how images are given to the networks in evaluation.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class StudyData:
         self.views = Views(fit=fit_of(study.data_settings.resize, self.files["val"].name))
 
     def class_names(self, role: Role) -> tuple[str, ...]:
-        """Return the classes that a network tells apart, in order."""
+        """Return the classes that a network distinguishes, in order."""
         return self._view(self.files["train"], role, training=True).class_names
 
     def num_classes(self, role: Role) -> int:
-        """Return how many classes a network tells apart."""
+        """Return how many classes a network distinguishes."""
         return len(self.class_names(role))
 
     def train(self, role: Role) -> SegmentationData:
@@ -66,10 +66,11 @@ class StudyData:
         return self._scenario.view(data, role, training=training) if self._scenario else data
 
     def decoded(self, split: str) -> SegmentationData:
-        """Return a split as ``data_settings.cache`` keeps it; made at the first call.
+        """Return a split with its images cached as ``data_settings.cache`` says; the first call
+        creates it.
 
         Raises:
-            UserError: files that cannot be used, or a cache that cannot be written.
+            UserError: files cannot be used, or the cache cannot be written.
         """
         if self.uses_placeholders:
             return self.files[split]  # nothing to decode
@@ -79,7 +80,7 @@ class StudyData:
         return self._decoded[split]
 
     def cache_folder(self) -> Path:
-        """Return where decoded images are kept."""
+        """Return the folder of decoded images."""
         given = self._settings.cache_folder
         return Path(given).expanduser() if given else default_folder()
 
@@ -89,10 +90,10 @@ class StudyData:
         return {fitted_size(data.size(index), self.views.fit) for index in range(len(data))}
 
     def batches(self, role: Role, seed: int, rank: int = 0) -> Batches:
-        """Return the training batches of a network under a seed: the same for every method.
+        """Return the training batches of a network for a seed: the same for every method.
 
         Args:
-            rank: of several that share each batch.
+            rank: the rank whose share of each batch is returned.
         """
         settings = self._settings
         augmentation = Augmentation(

@@ -11,8 +11,9 @@ from kdprof.data import Batches
 from kdprof.data.scenario import Role
 from kdprof.discovery import find_method
 from kdprof.distributed.ranks import Ranks
-from kdprof.method import Method, NetworkInfo
-from kdprof.models import AnyNetwork, build, folded
+from kdprof.hardware.device import placed
+from kdprof.method import Method, Network, NetworkInfo
+from kdprof.models import AnyNetwork, SegmentationNetwork, build, folded
 from kdprof.models.weights import load_weights
 from kdprof.step import TrainStep
 
@@ -20,23 +21,23 @@ if TYPE_CHECKING:
     from kdprof.resolve.study import ResolvedStudy
 
 MEASURED_ITERATIONS = 1_000_000
-"""Length of the schedule of a step that is only measured, which has none of its own."""
+"""Length of the learning-rate schedule of a step that is only measured."""
 
 
 class Factory:
-    """Makes fresh objects of a study.
+    """Creates new networks, methods, steps and batches of a study.
 
     Args:
-        weights: whether networks begin with the weights of their files; a step costs the same with
-            random ones.
-        ranks: the group that makes the steps together; None where this process makes them alone.
+        weights: True to load the weights of files into new networks; a step costs the same with
+            random weights.
+        ranks: the group that runs the steps together; None if this process runs them alone.
     """
 
     def __init__(self, study: ResolvedStudy, *, weights: bool, ranks: Ranks | None):
         self._study, self._weights, self._ranks = study, weights, ranks
 
     def student(self, seed: int) -> AnyNetwork:
-        """Return a fresh student; its initialisation depends on the seed alone, not the method."""
+        """Return a new student; its initialisation depends on the seed alone, not on the method."""
         torch.manual_seed(seed)
         plain = self._study.plain
         weights = plain.student_backbone_weights if self._weights else "none"
@@ -44,22 +45,22 @@ class Factory:
         return build(plain.student, classes, backbone_weights=weights)
 
     def teacher(self) -> AnyNetwork:
-        """Return a fresh, untrained teacher."""
+        """Return a new, untrained teacher."""
         torch.manual_seed(0)
         weights = self._study.plain.teacher_backbone_weights if self._weights else "none"
         classes = self._study.data.num_classes("teacher")
         return build(self._study.teacher_name, classes, backbone_weights=weights)
 
     def placed_teacher(self) -> AnyNetwork:
-        """Return an untrained teacher on the device: it costs what the trained one costs."""
+        """Return an untrained teacher on the device; its cost is that of the trained one."""
         return self._placed(self.teacher(), self._study.device)
 
     def published_teacher(self) -> tuple[AnyNetwork, str] | None:
-        """Return the teacher with the weights of its file, on the device, and in one line which
-        entries were loaded; None where it is to be trained.
+        """Return the teacher on the device, with the weights of its file, and a one-line summary of
+        the loaded entries; None if the teacher is to be trained.
 
         Raises:
-            UserError: the file does not fit.
+            UserError: the file does not fit the network.
         """
         study = self._study
         if study.teacher_weights is None:
@@ -70,16 +71,17 @@ class Factory:
         return self._placed(network, study.device), summary
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
-        """Return a teacher as steps read it: itself, or a copy with folded batch norm."""
-        return folded(teacher) if self._study.step.fold_teacher else teacher
+        """Return a teacher as steps use it: unchanged, or a copy with folded batch norms."""
+        if not self._study.step.fold_teacher:
+            return teacher
+        assert isinstance(teacher, SegmentationNetwork), "step_problems() refuses others"
+        return folded(teacher)
 
     def _placed(self, network: AnyNetwork, device: torch.device) -> AnyNetwork:
-        channels_last = self._study.step.channels_last
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return network.to(device, memory_format=layout)
+        return placed(network, device, channels_last=self._study.step.channels_last)
 
     def method(self, name: str) -> Method:
-        """Return a fresh method, built for this study's networks."""
+        """Return a new method, built for this study's networks."""
         method = self._study.methods[name].cls(**self._study.plain.method_settings.get(name, {}))
         student, teacher = self._info("student"), self._info("teacher")
         if not method.incremental:
@@ -102,20 +104,17 @@ class Factory:
         seed: int = 0,
         iterations: int = MEASURED_ITERATIONS,
         device: torch.device | None = None,
-        student: AnyNetwork | None = None,
+        student: Network | None = None,
     ) -> TrainStep:
-        """Return the step of a method: fresh extras, the given teacher, a fresh student unless one
-        is given, on the device already. In a scenario where students start as the teacher, a fresh
-        one is the given teacher, grown.
+        """Return the step of a method, with new extras.
 
         Args:
-            iterations: what the learning-rate schedule spans.
+            iterations: iterations that the learning-rate schedule spans.
+            student: the student to use, already on the device; if not given, a new one.
         """
         study, device = self._study, device or self._study.device
         if student is None:
-            student = self._placed(self.student(seed), device)
-            if study.starts_as_teacher and teacher is not None:
-                student.inherit(teacher, background=study.scenario.background)
+            student = self._started_student(seed, teacher, device)
         return TrainStep(
             student=student,
             teacher=teacher if study.methods[name].cls.needs_teacher() else None,
@@ -127,11 +126,22 @@ class Factory:
             ranks=self._ranks,
         )
 
+    def _started_student(
+        self, seed: int, teacher: AnyNetwork | None, device: torch.device
+    ) -> AnyNetwork:
+        """Return a new student on the device; it starts as the teacher if the scenario says so."""
+        student, scenario = self._placed(self.student(seed), device), self._study.scenario
+        if self._study.starts_as_teacher and scenario is not None and teacher is not None:
+            assert isinstance(student, SegmentationNetwork), "step_problems() refuses others"
+            assert isinstance(teacher, SegmentationNetwork), "it has the student's architecture"
+            student.inherit(teacher, background=scenario.background)
+        return student
+
     def teacher_step(self) -> TrainStep:
         """Return the step that trains the teacher itself."""
         study, training = self._study, self._study.teacher_training
         rate = training.learning_rate or study.step.learning_rate
-        network = self.placed_teacher()  # seeds what the method's extras are drawn from
+        network = self.placed_teacher()  # also seeds the random start of the method's extras
         method = find_method(training.method).cls()
         method.build(self._info("teacher"), None)
         return TrainStep(
@@ -146,7 +156,7 @@ class Factory:
         )
 
     def forget_steps(self) -> None:
-        """Drop the steps that other ranks keep, and their memory; this process keeps none."""
+        """Free the steps that other ranks hold; this process holds none."""
 
     def batches(self, seed: int, role: Role = "student") -> Batches:
         """Return this process's share of the training batches of a seed."""
@@ -155,6 +165,6 @@ class Factory:
 
 
 def _of_classes(info: NetworkInfo, classes: int) -> NetworkInfo:
-    """Return what a method that only sees the first classes of a network may know of it."""
+    """Return the description of a network for a method that receives only its first classes."""
     channels = dict(info.channels, logits=classes, aux=classes)
     return replace(info, num_classes=classes, channels=channels)

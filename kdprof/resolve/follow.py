@@ -1,4 +1,4 @@
-"""Steps made by several ranks at once: rank 0 announces what it makes, every other rank follows."""
+"""Steps that several ranks run together: rank 0 announces what it does, the others follow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from kdprof.distributed.ranks import Ranks, StepOrder
 from kdprof.feed import StepFeed
+from kdprof.method import Network
 from kdprof.models import AnyNetwork
 from kdprof.resolve.factory import MEASURED_ITERATIONS, Factory
 from kdprof.step import TrainStep
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 
 
 class LeadingFactory(Factory):
-    """Rank 0's factory: whatever it makes, the other ranks are ordered to make as well."""
+    """Rank 0's factory: it orders the other ranks to create the same objects."""
+
+    def __init__(self, study: ResolvedStudy, *, weights: bool, ranks: Ranks):
+        super().__init__(study, weights=weights, ranks=ranks)
+        self._group = ranks
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
-        """Return a teacher as steps read it; its weights become every rank's."""
+        """Return a teacher as steps use it, with the same weights on every rank."""
         self._order(do="teacher")
-        self._ranks.share(teacher.state_dict())
+        self._group.share(teacher.state_dict())
         return super().frozen(teacher)
 
     def step(
@@ -35,9 +40,9 @@ class LeadingFactory(Factory):
         seed: int = 0,
         iterations: int = MEASURED_ITERATIONS,
         device: torch.device | None = None,
-        student: AnyNetwork | None = None,
+        student: Network | None = None,
     ) -> TrainStep:
-        """Return the step of a method, made on every rank."""
+        """Return the step of a method, created on every rank."""
         made = {"name": name, "seed": seed, "iterations": iterations}
         self._order(do="make", **made, teacher=teacher is not None)
         return super().step(
@@ -45,26 +50,26 @@ class LeadingFactory(Factory):
         )
 
     def teacher_step(self) -> TrainStep:
-        """Return the step that trains the teacher, made on every rank."""
+        """Return the step that trains the teacher, created on every rank."""
         self._order(do="make", name=None)
         return super().teacher_step()
 
     def forget_steps(self) -> None:
-        """Have the other ranks drop the steps made so far, and their memory."""
+        """Order the other ranks to free the steps created so far."""
         self._order(do="forget")
 
     def _order(self, **order: Any) -> None:
-        self._ranks.send(order)
+        self._group.send(order)
 
 
 def follow(ranks: Ranks, resolve: Callable[[], ResolvedStudy]) -> None:
-    """Do what rank 0 orders, until it says that this is the end.
+    """Carry out rank 0's orders, until it orders the end.
 
-    Signals are left to rank 0: it saves, and ends the group.
+    Signals are left to rank 0, which saves and ends the group.
 
     Args:
-        resolve: makes the study with these ranks; called when rank 0 makes its first step, so that
-            until then nothing of this process lies on the GPU.
+        resolve: returns the study with these ranks. It is called at rank 0's first order, so that
+            this process uses no GPU memory before.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -84,23 +89,24 @@ class _Follower:
         self._feeds: dict[int, StepFeed] = {}
 
     def obey(self, order: StepOrder | dict[str, Any]) -> None:
-        """Do what an order says."""
+        """Carry out an order."""
         if isinstance(order, StepOrder):
             self._step(order)
             return
         arguments = {key: value for key, value in order.items() if key != "do"}
-        {
+        actions: dict[str, Callable[..., None]] = {
             "make": self._make,
             "teacher": self._receive_teacher,
             "load": self._load,
             "feed": self._feed,
             "forget": self.forget,
-        }[order["do"]](**arguments)
+        }
+        actions[order["do"]](**arguments)
 
     def _make(
         self, name: str | None, seed: int = 0, iterations: int = 0, teacher: bool = False
     ) -> None:
-        """Make the step of a method, or (None) the one that trains the teacher."""
+        """Create the step of a method, or (``name`` None) the one that trains the teacher."""
         factory = self._study.factory
         if name is None:
             feed = StepFeed(factory.teacher_step(), factory.batches(0, "teacher"))
@@ -127,7 +133,7 @@ class _Follower:
         advance(order.iteration, position=order.position)
 
     def forget(self) -> None:
-        """Drop every step, and what feeds it."""
+        """Free every step and its loader."""
         for feed in self._feeds.values():
             feed.close()
         self._feeds.clear()

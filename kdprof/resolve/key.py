@@ -1,4 +1,4 @@
-"""The identity of a Cost: everything of a study that changes what a method's step costs."""
+"""The key of a Cost: a hash of everything in a study that changes the cost of a method's step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kdprof.models.names import NetworkName
 from kdprof.resolve.study import ResolvedStudy
 
 ENGINE = ("step.py", "method.py", "models/*.py")
-"""The code that every step runs through, below the package."""
+"""The source files that every step uses, relative to the package."""
 
 
 def cost_settings(study: ResolvedStudy, name: str) -> dict[str, Any]:
-    """Return everything of the study that changes what a method's step costs."""
+    """Return everything in the study that changes the cost of a method's step."""
     entry, plain = study.methods[name], study.plain
     settings, scenario = plain.method_settings.get(name, {}), plain.scenario
     reads_teacher = entry.cls.needs_teacher()
@@ -44,7 +44,7 @@ def cost_key(study: ResolvedStudy, name: str) -> str:
 
 
 def _identity_of(network: NetworkName | str) -> str:
-    """Return a network's full name, with a digest of its file where the user wrote it."""
+    """Return a network's full name, with a hash of its file if it is a user's network."""
     if not isinstance(network, str):
         return str(network)
     if (source := source_of(network)) is not None:

@@ -1,9 +1,9 @@
-"""ResolvedStudy: a study whose every name was looked up and checked."""
+"""ResolvedStudy: a study whose names were all looked up and checked."""
 
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,28 +29,28 @@ from kdprof.study import Study
 
 
 class ResolvedStudy:
-    """A study whose every name was found: device, data, networks, methods.
+    """A study with the device, data, networks and methods that it names.
 
     Args:
-        parent: another process of ours on the device, which does not count as foreign there.
-        weights: whether networks begin with the weights of their files; a step costs the same with
-            random ones.
-        ranks: the group that this process makes steps with, where ``step.gpus`` asks for one.
-        progress: informed when images are decoded into memory or into the cache.
+        parent: id of another kdprof process on the device, which does not count as foreign.
+        weights: True to load the weights of files into new networks; a step costs the same with
+            random weights.
+        ranks: the group that runs steps together with this process, if ``step.gpus`` needs one.
+        progress: shows the decoding of images into memory or into the cache.
 
     Attributes:
         plain: the Study that this was made from.
         step, training, evaluation, measure, data_settings, teacher_training, budgets, seeds: its
             sections.
         methods: the study's methods, those that its budgets name, and the controls; by name.
-        teacher_weights: what the teacher's file of weights holds; None where it is to be trained.
-        teacher_name: the teacher's network, with whatever its weights say of it.
-        scenario: None where teacher and student learn the same classes.
-        data: the splits, as each network sees them.
-        factory: makes networks, methods, steps and batches; on rank 0 of several, on all of them.
+        teacher_weights: content of the teacher's weights file; None if it is to be trained.
+        teacher_name: the teacher's network name, completed by its weights file.
+        scenario: None if teacher and student learn the same classes.
+        data: the splits, for each network.
+        factory: creates networks, methods, steps and batches; on rank 0 of a group, on all ranks.
 
     Raises:
-        UserError: whatever is wrong, all of it at once.
+        UserError: the study has problems; reports all of them at once.
     """
 
     def __init__(
@@ -72,20 +72,21 @@ class ResolvedStudy:
         self._look_up(progress or Progress(None))
         self._check()
         configure_backends(self.device, study.step.precision)
-        leads = ranks is not None and ranks.leads
-        self.factory = (LeadingFactory if leads else Factory)(self, weights=weights, ranks=ranks)
+        self.factory = _factory(self, weights, ranks)
 
     def _look_up(self, progress: Progress) -> None:
         """Find everything that the study names.
 
         Raises:
-            UserError: whatever is not there, all of it at once.
+            UserError: something that the study names does not exist or is not usable; reports all
+                problems at once.
         """
         study, problems = self.plain, Problems()
         self.device = problems.attempt(self._find_device, torch.device("cpu"))
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
-            problems.attempt(lambda name=network: is_adapted(name) or parse_name(name), None)
+            if not is_adapted(network):
+                problems.attempt(partial(parse_name, network), None)
         self.teacher_weights = problems.attempt(self._read_teacher_weights, None)
         problems.attempt(self._check_teacher_method, None)
         problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
@@ -93,6 +94,8 @@ class ResolvedStudy:
         val = None if problems else problems.attempt(lambda: self._open("val"), None)
         self.scenario = problems.attempt(lambda: scenario_of(study, train), None) if train else None
         problems.refuse()
+        assert train is not None, "a split that cannot be opened was refused"
+        assert val is not None, "a split that cannot be opened was refused"
         self.data = StudyData(study, {"train": train, "val": val}, self.scenario, progress)
         self.teacher_name = self._full_teacher_name()
 
@@ -111,10 +114,10 @@ class ResolvedStudy:
         Problems(found).refuse()
 
     def _find_device(self) -> torch.device:
-        """Find the device, which of several GPUs is this rank's.
+        """Return the device; with several GPUs, that of this rank.
 
         Raises:
-            UserError: no such device, or not as many.
+            UserError: the device does not exist, or this machine has fewer GPUs.
         """
         gpus, name = self.step.gpus, self.plain.device
         device = find_device(name)
@@ -124,19 +127,19 @@ class ResolvedStudy:
         return torch.device("cuda", self.ranks.rank if self.ranks else 0)
 
     def _find_methods(self, problems: Problems) -> dict[str, MethodEntry]:
-        """Return the study's methods, those its budgets name, and the controls."""
+        """Return the study's methods, those that its budgets name, and the controls."""
         found: dict[str, MethodEntry] = {}
         for spec in dict.fromkeys([*CONTROLS, *self.plain.methods]):
             if spec in found:
                 continue
-            entry = problems.attempt(lambda spec=spec: find_method(spec), None)
+            entry = problems.attempt(partial(find_method, spec), None)
             if entry is None:
                 continue
             clash = found.get(entry.cls.name)
             if clash is not None and clash.cls is not entry.cls:
                 problems.append(
-                    f"method {spec} is called '{entry.cls.name}' like the {clash.origin} one; "
-                    "give its class another 'name'"
+                    f"method {spec} has the same name '{entry.cls.name}' as the {clash.origin} "
+                    "method; give its class another 'name'"
                 )
             found[entry.cls.name] = entry
         known = {**builtin_methods(), **found}
@@ -145,13 +148,13 @@ class ResolvedStudy:
                 found[name] = known[name]
             elif name.partition(":")[0].endswith(".py"):
                 problems.append(
-                    f"budget of '{name}': write the method's own name, one of {', '.join(found)}"
+                    f"budget of '{name}': write the method's name, one of {', '.join(found)}"
                 )
             else:
                 problems.append(f"budget of '{name}': {unknown('method', name, known)}")
         for name, settings in self.plain.method_settings.items():
             if name in known:
-                problems.attempt(lambda n=name, s=settings: known[n].cls(**s), None)
+                problems.attempt(partial(known[name].cls, **settings), None)
             else:
                 problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
@@ -163,10 +166,10 @@ class ResolvedStudy:
         return read_weights(Path(path).expanduser(), adapted=is_adapted(self.plain.teacher))
 
     def _full_teacher_name(self) -> NetworkName | str:
-        """Return the teacher's network.
+        """Return the full name of the teacher's network.
 
         Raises:
-            UserError: its weights are another network's, or of other classes.
+            UserError: its weights are those of another network, or of other classes.
         """
         if self.teacher_weights is None:
             return self.plain.teacher
@@ -174,15 +177,15 @@ class ResolvedStudy:
         return check_weights(self.teacher_weights, self.plain.teacher, classes)
 
     def _check_teacher_method(self) -> None:
-        """Find the objective that the teacher is trained with.
+        """Check the method that the teacher is trained with.
 
         Raises:
-            UserError: no such method, or one that reads a teacher itself.
+            UserError: the method does not exist, or uses a teacher itself.
         """
         name = self.teacher_training.method
         if find_method(name).cls.needs_teacher():
             raise UserError(
-                f"teacher_training.method: '{name}' reads a teacher itself; use {REFERENCE}"
+                f"teacher_training.method: '{name}' uses a teacher itself; use {REFERENCE}"
             )
 
     def _open(self, split: str) -> DataOnDisk:
@@ -198,12 +201,12 @@ class ResolvedStudy:
 
     @cached_property
     def student_shapes(self) -> AnyNetwork:
-        """The student with random weights, on the CPU: what shapes need."""
+        """The student with random weights, on the CPU, for its shapes."""
         return build(self.plain.student, self.data.num_classes("student"))
 
     @cached_property
     def teacher_shapes(self) -> AnyNetwork:
-        """The teacher with random weights, on the CPU: what shapes and costs need."""
+        """The teacher with random weights, on the CPU, for its shapes and costs."""
         return build(self.teacher_name, self.data.num_classes("teacher"))
 
     @cached_property
@@ -213,7 +216,7 @@ class ResolvedStudy:
 
     @property
     def starts_as_teacher(self) -> bool:
-        """Whether every student of this study is a teacher that grew."""
+        """True if every student of this study starts with the teacher's weights."""
         return self.plain.starts_as_teacher
 
     def method_names(self, *, control: bool) -> list[str]:
@@ -222,6 +225,12 @@ class ResolvedStudy:
         return list(dict.fromkeys([*(CONTROLS if control else ()), *by_spec]))
 
     def budget_methods(self) -> list[str]:
-        """Return the methods whose iterations budgets are measured in."""
+        """Return the methods that budgets name, as in 40k@cwd."""
         budgets = [parse_budget(text) for text in self.budgets]
         return [budget.method for budget in budgets if budget.method]
+
+
+def _factory(study: ResolvedStudy, weights: bool, ranks: Ranks | None) -> Factory:
+    if ranks is not None and ranks.leads:
+        return LeadingFactory(study, weights=weights, ranks=ranks)
+    return Factory(study, weights=weights, ranks=ranks)
