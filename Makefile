@@ -31,4 +31,4 @@ types: install
 	MYPYPATH=$(TYPES) $(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40

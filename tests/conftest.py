@@ -11,6 +11,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+LONGEST_FIRST = (
+    "test_launch_slurm", "test_measure", "test_parallel", "test_method_checks", "test_launch_local",
+    "test_kills", "test_train", "test_weights", "test_methods", "test_cli", "test_budgeted",
+    "test_adapted", "test_latency", "test_parity_models", "test_evaluate",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Start the files that take longest, or wait for a cluster, first: none is left at the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _prices(tmp_path_factory):
     import small_study

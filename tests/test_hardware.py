@@ -474,8 +474,8 @@ def test_a_real_gpu_answers():
 
 def test_versions_name_timm_without_importing_it():
     code = (
-        "import sys; from kdprof.device import versions; assert versions()['timm'] != 'none';"
-        "sys.exit('timm' in sys.modules)"
+        "import sys; from kdprof.hardware.device import versions; "
+        "assert versions()['timm'] != 'none'; sys.exit('timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert {"kdprof", "python", "torch", "timm", "cuda", "cudnn"} <= set(versions())
