@@ -120,7 +120,7 @@ def _term_grid(costs: Sequence[Cost]) -> Grid:
             _number(term.backward_s, ".3f", 1e3),
             _percent_of_step(cost, _term_seconds(term)),
             figures((term.forward_flop + term.backward_flop) / 1e9),
-            "paid but weight 0" if _is_wasted(term) else "",
+            "computed, weight 0" if _is_wasted(term) else "",
         ]
         for cost, name, term in _terms(costs)
     ]
@@ -184,7 +184,7 @@ def counted_terms_grid(costs: Sequence[Cost]) -> Grid:
             figures(term.forward_flop / 1e9),
             figures(term.backward_flop / 1e9),
             figures(term.bytes_moved / 1e9),
-            "paid but weight 0" if _is_wasted(term) else "",
+            "computed, weight 0" if _is_wasted(term) else "",
         ]
         for cost, name, term in _terms(costs)
     ]
@@ -196,7 +196,7 @@ def module_grid(costs: Sequence[CountedCost], depth: int | None = None) -> Grid:
     rows = [
         [
             network,
-            name or "(all)",
+            name,
             f"{flop / 1e9:,.3f}",
             f"{100 * flop / max(modules.values()):.1f}",
         ]

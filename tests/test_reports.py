@@ -524,7 +524,7 @@ def test_a_term_that_is_paid_for_nothing_is_named():
 
     terms = {"free": term(0, 0.0), "wasted": term(0, 0.01), "used": term(1, 0.01)}
     lines = costs.costs_markdown([a_cost(terms=terms)]).splitlines()
-    assert [line.split(" | ")[1] for line in lines if "paid but weight 0" in line] == ["wasted"]
+    assert [line.split(" | ")[1] for line in lines if "computed, weight 0" in line] == ["wasted"]
 
 
 def test_latex_is_balanced_and_escaped():
@@ -549,7 +549,7 @@ def test_latex_is_balanced_and_escaped():
 
 
 def test_counted_costs_are_told_by_part_term_and_module():
-    modules = {"student": {"": 4e9, "head": 1e9, "head.a": 1e9, "head.a.b": 1e9, "body": 0.0}}
+    modules = {"student": {"total": 4e9, "head": 1e9, "head.a": 1e9, "head.a.b": 1e9, "body": 0.0}}
     found = [counted(gpu_cost(name), modules) for name in ("none", "cirkd")]
     text = printed(costs.count_table, found)
     assert "2.44" in text
@@ -557,7 +557,7 @@ def test_counted_costs_are_told_by_part_term_and_module():
     assert "Not in other, without a formula: aten.topk, aten.grid_sampler_2d (cirkd)." in text
     shown = [line.split() for line in text.splitlines() if line.startswith("student")]
     assert shown == [
-        ["student", "(all)", "4.000", "100.0"],
+        ["student", "total", "4.000", "100.0"],
         ["student", "head", "1.000", "25.0"],
         ["student", "head.a", "1.000", "25.0"],
     ]

@@ -32,7 +32,6 @@ def modules_flop(
     network: nn.Module,
     batch: int,
     crop: tuple[int, int],
-    depth: int = 2,
     taps: Sequence[str] = ("logits",),
 ) -> dict[str, float]:
     """Return the matrix FLOP of one forward of a batch, by module name; 1 multiply-add = 2 FLOP.
@@ -44,10 +43,10 @@ def modules_flop(
     Args:
         network: with real parameters, called with images and the taps to compute.
         crop: (H, W) in pixels.
-        depth: of module names: 1 is ``backbone``, 2 also ``decode_head.bottleneck``.
         taps: the maps to compute: logits, and aux for a student, which trains with it.
 
-    Modules without matrix products are left out; ``total`` is the whole network.
+    Modules of every depth are counted: ``backbone``, ``backbone.layer1``, ... Modules without matrix
+    products are left out; ``total`` is the whole network.
     """
     training = {module: module.training for module in network.modules()}
     device = next(network.parameters()).device
@@ -60,14 +59,14 @@ def modules_flop(
     finally:
         for module, mode in training.items():
             module.training = mode
-    return _named(found, batch, depth)
+    return _named(found, batch)
 
 
-def _named(found: dict[str, Counter[str]], batch: int, depth: int) -> dict[str, float]:
+def _named(found: dict[str, Counter[str]], batch: int) -> dict[str, float]:
     made = {}
     for path, operators in found.items():
         top, _, name = path.partition(".")
         multiply_adds = sum(operators[operator] for operator in MATRIX)
-        if top == "network" and multiply_adds and name.count(".") < depth:
+        if top == "network" and multiply_adds:
             made[name or TOTAL] = 2.0 * batch * multiply_adds
     return made
