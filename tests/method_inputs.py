@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from builders import tiny_batch
 from torch import nn
@@ -59,6 +60,12 @@ def exactly(taps: Taps) -> Taps:
     return Taps(**{tap: value.double() for tap, value in vars(taps).items()})
 
 
+def rounded(taps: Taps, dtype: torch.dtype, *, leaves: bool = False) -> Taps:
+    """Return taps in half precision, clamped to what float16 holds."""
+    maps = {t: v.detach().clamp(-3e4, 3e4).to(dtype) for t, v in vars(taps).items()}
+    return Taps(**{tap: value.requires_grad_(leaves) for tap, value in maps.items()})
+
+
 def random(shape, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(shape, generator=generator)
@@ -79,6 +86,29 @@ def finite_with_gradient(loss, *inputs):
     found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
     assert all(g.isfinite().all() for g in found if g is not None)
     return found
+
+
+EQUATION_CASES = {
+    "odd": {"images": 3, "grid": (5, 7), "scale": 2.0},
+    "batch-1": {"images": 1, "grid": (3, 5)},
+    "coarser": {"grid": (3, 4), "teacher_grid": (6, 7)},
+    "finer": {"grid": (6, 5), "teacher_grid": (3, 4), "scale": 5.0},
+}
+"""What :func:`draw` is given where every setting of a method is compared with its oracle."""
+
+
+def assert_equation(oracle, method, student, teacher):
+    """Terms within 1e-4 and gradients, of extras too, within 1e-3 of the loops in float64."""
+    terms, expected = method(student, teacher, None), oracle(student, teacher, None, method)
+    assert terms.keys() == expected.keys() == method.weights.keys()
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    leaves = [*vars(student).values(), *method.extra_parameters()]
+    ours, exact = (torch.autograd.grad(weighted(method, t), leaves) for t in (terms, expected))
+    largest = max(g.norm().item() for g in exact)
+    for value, wanted in zip(ours, exact, strict=True):
+        # A gradient that vanishes by cancellation is compared with those it is made of.
+        assert (value - wanted).norm() <= 1e-3 * wanted.norm() + 1e-5 * largest
 
 
 class StagedNet(nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_inputs import draw, make, random, seeded
+from method_inputs import draw, make, random, rounded, seeded
 from oracles_contrast import ORACLES
 from torch import nn
 
@@ -275,12 +275,7 @@ def test_half_precision_maps(name, dtype):
     """Under autocast, from half-precision maps: float32 terms near the loops', finite gradients."""
     method = make(name, middle=3) if "review" in name else make(name, contrast_temperature=1.0)
     student, teacher, _ = draw(method, grid=(3, 4), scale=2.0)
-    student, teacher = (
-        Taps(**{tap: v.detach().to(dtype) for tap, v in vars(taps).items()})
-        for taps in (student, teacher)
-    )
-    for value in vars(student).values():
-        value.requires_grad_()
+    student, teacher = rounded(student, dtype, leaves=True), rounded(teacher, dtype)
     expected = seeded(ORACLES[name], student, teacher, None, method)
     with torch.autocast("cpu", dtype=dtype):
         terms = seeded(method, student, teacher, None)

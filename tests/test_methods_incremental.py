@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_inputs import exactly, network, weighted
+from method_inputs import exactly, network, rounded, weighted
 from oracles_incremental import ORACLES
 from small_study import small_study
 from torch import nn
@@ -322,12 +322,7 @@ def test_half_precision_maps(name, dtype):
     """Under autocast on maps as large as float16 holds: float32 terms, the equation's value."""
     method = make(name)
     student, teacher, labels = draw(method, scale=1e4)
-    student, teacher = (
-        Taps(**{tap: v.detach().clamp(-3e4, 3e4).to(dtype) for tap, v in vars(taps).items()})
-        for taps in (student, teacher)
-    )
-    for value in vars(student).values():
-        value.requires_grad_()
+    student, teacher = rounded(student, dtype, leaves=True), rounded(teacher, dtype)
     expected = ORACLES[name](exactly(student), exactly(teacher), labels, method)
     with torch.autocast("cpu", dtype=dtype):
         terms = method(student, teacher, labels)

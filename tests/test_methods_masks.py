@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_inputs import CLASSES, draw, make, random, real_batch, real_step, seeded
+from method_inputs import CLASSES, draw, make, random, real_batch, real_step, rounded, seeded
 from oracles_masks import AUXILIARY, ORACLES, class_covariance, edge_share
 from torch import nn
 
@@ -350,12 +350,7 @@ def test_half_precision_maps(name, dtype, void):
     method = make(name)
     scale = 30.0 if name.startswith("mgd") else 1e4
     student, teacher, labels = draw(method, grid=(3, 4), scale=scale, void=void)
-    student, teacher = (
-        Taps(**{tap: v.detach().clamp(-3e4, 3e4).to(dtype) for tap, v in vars(taps).items()})
-        for taps in (student, teacher)
-    )
-    for value in vars(student).values():
-        value.requires_grad_()
+    student, teacher = rounded(student, dtype, leaves=True), rounded(teacher, dtype)
     expected = seeded(ORACLES[name], student, teacher, labels, method)
     with torch.autocast("cpu", dtype=dtype):
         terms = seeded(method, student, teacher, labels)
