@@ -12,7 +12,6 @@ import argparse
 
 import numpy as np
 
-from kdprof.feed import StepFeed
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, clock_of
 from kdprof.measure.latency import time_interleaved
@@ -20,6 +19,7 @@ from kdprof.measure.study_step import StudySubject
 from kdprof.resolve import ResolvedStudy
 from kdprof.stats import drift_of, paired_ratio, relative_width
 from kdprof.step import PHASES, Mark, ignore_phase
+from kdprof.step_feed import StepFeed
 from kdprof.study import MeasureSettings, load_study
 
 

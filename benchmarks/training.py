@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader
 from kdprof.data import Batches
 from kdprof.errors import UserError
 from kdprof.evaluate import evaluate
-from kdprof.feed import StepFeed
 from kdprof.hardware.device import synchronize
 from kdprof.measure.ceilings import published_peak
 from kdprof.measure.trace import StepTrace
@@ -42,6 +41,7 @@ from kdprof.records import REFERENCE, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.stats import paired_ratio
 from kdprof.step import TrainStep
+from kdprof.step_feed import StepFeed
 from kdprof.store import RunFolder
 from kdprof.study import Study, TrainingSettings, load_study, parse_assignments
 from kdprof.train.cells import Cell, new_run

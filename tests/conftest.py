@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 LONGEST_FIRST = (
     "test_launch_slurm", "test_measure", "test_parallel", "test_method_checks", "test_launch_local",
-    "test_kills", "test_train", "test_weights", "test_methods", "test_cli", "test_budgeted",
+    "test_kills", "test_train", "test_weights", "test_methods", "test_cli", "test_matched_budgets",
     "test_adapted", "test_latency", "test_parity_models", "test_evaluate",
 )  # fmt: skip
 

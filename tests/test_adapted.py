@@ -13,7 +13,7 @@ from kdprof.measure.count_study import count_costs
 from kdprof.models import build
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.key import cost_key
+from kdprof.resolve.cost_key import cost_key
 
 MINE = """
 from torch import nn

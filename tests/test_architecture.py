@@ -34,22 +34,22 @@ MAY_IMPORT = {
     "models": {"errors", "hardware", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "schedule", "study"},
-    "feed": {"data", "step"},
+    "step_feed": {"data", "step"},
     "evaluate": {"data", "errors", "hardware", "method", "models", "progress"},
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
-        "budget", "data", "discovery", "distributed", "errors", "evaluate", "feed", "hardware",
+        "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
         "method", "models", "progress", "records", "step", "study",
     },
     "measure": {
-        "data", "distributed", "errors", "feed", "hardware", "processes", "progress", "records",
-        "resolve", "stats", "step", "store", "study", "user_files",
+        "data", "distributed", "errors", "hardware", "processes", "progress", "records",
+        "resolve", "stats", "step", "step_feed", "store", "study", "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",
     },
     "train": {
-        "budget", "data", "distributed", "errors", "evaluate", "feed", "hardware", "measure",
+        "budget", "data", "distributed", "errors", "evaluate", "step_feed", "hardware", "measure",
         "models", "processes", "progress", "published", "records", "resolve", "schedule", "store",
         "study",
     },

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdprof.measure.count import Uncountable, count_step, fake_tensors
 from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
-from kdprof.measure.modules import modules_flop
+from kdprof.measure.module_flop import modules_flop
 from kdprof.method import Method, Taps
 
 

@@ -13,7 +13,7 @@ from kdprof.measure.trace import StepTrace
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.key import cost_key
+from kdprof.resolve.cost_key import cost_key
 
 LOOK = torch.randint(0, 256, (2, 3, 72, 96), generator=torch.Generator().manual_seed(3))
 IMAGES = LOOK.to(torch.uint8)

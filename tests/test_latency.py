@@ -18,7 +18,6 @@ from simulated import (
 )
 
 from kdprof.data.base import Classes, SegmentationData
-from kdprof.feed import StepFeed
 from kdprof.measure import latency
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock, phase_seconds
@@ -28,6 +27,7 @@ from kdprof.measure.subject import BadStep
 from kdprof.measure.user_step import CallableSubject
 from kdprof.stats import drift_of
 from kdprof.step import PHASES
+from kdprof.step_feed import StepFeed
 from kdprof.study import MeasureSettings
 
 BRIEF = MeasureSettings(least_rounds=3, max_time_s=0.001, steps=2)

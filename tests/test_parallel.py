@@ -17,7 +17,7 @@ from torch import nn
 from kdprof.distributed.data_parallel import leaves_of
 from kdprof.distributed.ranks import lost_contact
 from kdprof.errors import UserError
-from kdprof.hardware.several import SeveralGpus
+from kdprof.hardware.several_gpus import SeveralGpus
 from kdprof.launch.group import in_group
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store

@@ -158,7 +158,7 @@ def export(
     from kdprof.models.export import export as run
     from kdprof.store import Store
     from kdprof.study import load_study
-    from kdprof.train.trained import trained_network
+    from kdprof.train.trained_network import trained_network
 
     store = Store(out)
     store.require()

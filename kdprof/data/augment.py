@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdprof.data.streams import Stream, generator
+from kdprof.data.random_streams import Stream, generator
 from kdprof.errors import UserError
 from kdprof.method import IGNORE
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdprof.data.augment import Augmentation, Gathered
 from kdprof.data.base import SegmentationData
-from kdprof.data.streams import Stream, generator
+from kdprof.data.random_streams import Stream, generator
 from kdprof.errors import KdprofError, UserError
 
 Batch = tuple[Tensor, Tensor]

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from kdprof.data.base import Classes, DataOnDisk
-from kdprof.data.streams import Stream, generator
+from kdprof.data.random_streams import Stream, generator
 from kdprof.method import IGNORE
 
 _COLOURS: tuple[tuple[str, tuple[int, int, int]], ...] = (

@@ -10,7 +10,7 @@ import torch
 from kdprof.hardware.base import EnergyMeter, Hardware, State
 from kdprof.hardware.cpu import CpuHardware
 from kdprof.hardware.nvml import CudaHardware, nvml_of
-from kdprof.hardware.several import SeveralGpus
+from kdprof.hardware.several_gpus import SeveralGpus
 
 __all__ = ["EnergyMeter", "Hardware", "State", "hardware_of"]
 

@@ -15,8 +15,8 @@ from typing import Any
 from kdprof.hardware.device import versions
 from kdprof.measure.ceilings import phase_bound, published_peak
 from kdprof.measure.latency import COLLECTED
+from kdprof.measure.operator_times import Traced, timed_s, watched_seconds
 from kdprof.measure.session import Readings
-from kdprof.measure.traced import Traced, timed_s, watched_seconds
 from kdprof.records import (
     Canary,
     Ceilings,

@@ -15,7 +15,7 @@ from kdprof.measure.cost import counted_cost
 from kdprof.measure.count import Count, count_step, fake_tensors
 from kdprof.measure.isolation import Failure
 from kdprof.measure.memory import available_bytes
-from kdprof.measure.modules import modules_flop
+from kdprof.measure.module_flop import modules_flop
 from kdprof.measure.study_step import identity_of
 from kdprof.processes import explain
 from kdprof.progress import Progress

@@ -17,7 +17,6 @@ from torch import Tensor
 from kdprof.data import PREFETCHED, Batches, DataOnDisk, Feeder, require_files
 from kdprof.data.cache import Cached, open_cache, writing
 from kdprof.errors import UserError
-from kdprof.feed import StepFeed
 from kdprof.hardware.device import synchronize
 from kdprof.measure.clock import clock_of
 from kdprof.measure.latency import Stopwatch
@@ -25,6 +24,7 @@ from kdprof.measure.study_step import StudySubject
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE
 from kdprof.resolve import ResolvedStudy
+from kdprof.step_feed import StepFeed
 from kdprof.study import load_study
 
 TIMED_S = 1.0

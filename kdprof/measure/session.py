@@ -20,9 +20,9 @@ from kdprof.measure.clock import clock_of
 from kdprof.measure.energy import EnergyReading, measure_energy
 from kdprof.measure.latency import OnRound, Session, time_interleaved
 from kdprof.measure.memory import MemoryReading, read_memory
+from kdprof.measure.operator_times import Traced, trace_steps
 from kdprof.measure.profiles import Files, write_files
 from kdprof.measure.subject import Subject
-from kdprof.measure.traced import Traced, trace_steps
 from kdprof.records import Ceilings, Operation, Outlier
 from kdprof.step import ignore_phase
 from kdprof.study import MeasureSettings

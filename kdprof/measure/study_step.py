@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kdprof.data import PREFETCHED
-from kdprof.feed import StepFeed
 from kdprof.measure.clock import clock_of
 from kdprof.measure.cost import Identity, measured_cost
 from kdprof.measure.latency import OnRound
@@ -17,8 +16,9 @@ from kdprof.measure.session import run_session
 from kdprof.measure.subject import BadStep, EndToEnd
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.key import cost_key, cost_settings
+from kdprof.resolve.cost_key import cost_key, cost_settings
 from kdprof.step import PHASES, Mark
+from kdprof.step_feed import StepFeed
 
 PLACEHOLDERS = "placeholder images replaced the data set's files: loading is not in these times"
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdprof.distributed.ranks import Ranks, StepOrder
-from kdprof.feed import StepFeed
 from kdprof.method import Network
 from kdprof.models import AnyNetwork
 from kdprof.resolve.factory import MEASURED_ITERATIONS, Factory
 from kdprof.step import TrainStep
+from kdprof.step_feed import StepFeed
 
 if TYPE_CHECKING:
     from kdprof.resolve.study import ResolvedStudy

@@ -21,12 +21,12 @@ from kdprof.data.scenario import Role
 from kdprof.distributed.ranks import lost_contact
 from kdprof.errors import KdprofError
 from kdprof.evaluate import WHOLE, Views, evaluate, mean_iou
-from kdprof.feed import StepFeed
 from kdprof.hardware.base import EnergyMeter
 from kdprof.hardware.device import synchronize
 from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.resolve import ResolvedStudy
+from kdprof.step_feed import StepFeed
 from kdprof.store import RunFolder, append_line, read_lines, write_atomic, write_record
 from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint

@@ -10,7 +10,7 @@ from kdprof.measure import measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.key import cost_key
+from kdprof.resolve.cost_key import cost_key
 from kdprof.store import Store
 from kdprof.train.loggers import check_loggers
 

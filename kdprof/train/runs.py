@@ -10,12 +10,12 @@ from datetime import timedelta
 from kdprof.data import require_files
 from kdprof.distributed.ranks import LostContact
 from kdprof.errors import KdprofError, UserError
-from kdprof.feed import StepFeed
 from kdprof.models import AnyNetwork
 from kdprof.processes import explain
 from kdprof.progress import Progress
 from kdprof.records import Cost, Run
 from kdprof.resolve import ResolvedStudy
+from kdprof.step_feed import StepFeed
 from kdprof.store import Held, Store
 from kdprof.train.cells import Cell, cells_of, new_run
 from kdprof.train.loop import Interrupted, TrainingRun, Validation, outcome

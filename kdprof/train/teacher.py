@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from kdprof.errors import KdprofError
 from kdprof.evaluate import evaluate
-from kdprof.feed import StepFeed
 from kdprof.hardware.device import autocast
 from kdprof.models import AnyNetwork
 from kdprof.progress import Progress
 from kdprof.records import Run
 from kdprof.resolve import ResolvedStudy
+from kdprof.step_feed import StepFeed
 from kdprof.store import RunFolder, Store, write_record
 from kdprof.train import checkpoint
 from kdprof.train.cells import Cell, new_run

@@ -45,8 +45,8 @@ def modules_flop(
         crop: (H, W) in pixels.
         taps: the maps to compute: logits, and aux for a student, which trains with it.
 
-    Modules of every depth are counted: ``backbone``, ``backbone.layer1``, ... Modules without matrix
-    products are left out; ``total`` is the whole network.
+    Modules of every depth are counted: ``backbone``, ``backbone.layer1``, and so on. Those without
+    matrix products are left out; ``total`` is the whole network.
     """
     training = {module: module.training for module in network.modules()}
     device = next(network.parameters()).device

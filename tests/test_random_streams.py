@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdprof.data import Augmentation
-from kdprof.data.streams import Stream, generator
+from kdprof.data.random_streams import Stream, generator
 
 same_every_time = settings(derandomize=True, deadline=None, max_examples=60)
 
