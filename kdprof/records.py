@@ -92,7 +92,7 @@ class Operation(Record):
     bytes_read: float
     bytes_written: float
     seconds: float | None
-    """Share of the phase's measured seconds; None if the step was only counted."""
+    """Share of the phase's measured seconds; None if single operators were not timed."""
 
 
 class Memory(Record):
@@ -115,11 +115,12 @@ class Energy(Record):
     window_s: float
     steps: int
     counter_period_s: float
-    """Time between updates of the counter; a window lasts at least ten of them."""
+    """Time between updates of the counter."""
     idle_w: float | None
-    """Power before the steps ran; ``energy_j`` includes it."""
+    """Power before the steps ran; ``energy_j`` includes it. None if the energy was read around the
+    timed blocks."""
     power_integral_j: float | None
-    """Energy per step from integrating sampled power, as a cross-check."""
+    """Energy per step from integrating sampled power, as a cross-check; None as for ``idle_w``."""
 
 
 class Ceilings(Record):
@@ -161,7 +162,7 @@ class Outlier(Record):
     of: Literal["step", "end_to_end"]
     round: int
     step: int
-    """Index in the round; 0 for an end-to-end iteration, of which a round has one."""
+    """Index in the round; 0 for a block of end-to-end iterations, whose number is ``round``."""
     seconds: float
     times_median: float
     cause: str
@@ -194,7 +195,7 @@ class Cost(Record):
     reference_samples_s: list[list[float]]
     """Step latencies of the method ``ratio.to``, interleaved with these."""
     end_to_end_samples_s: list[float]
-    """One per round."""
+    """One per block of end-to-end iterations; empty if nothing is loaded."""
     reference_end_to_end_samples_s: list[float]
     outliers: list[Outlier]
     canary: Canary | None
@@ -220,7 +221,8 @@ class Cost(Record):
     unavailable: dict[str, str]
     """Why a field is None."""
     timing: dict[str, Any]
-    """Which timing rules applied: clock, warm-up steps, rounds, why measuring stopped."""
+    """Which timing rules applied: clock, warm-up steps, rounds, why measuring stopped; and where
+    the measurement's own time went (``stages_s``)."""
     hardware: dict[str, Any]
     """State of the device before, during and after."""
     settings: dict[str, Any]

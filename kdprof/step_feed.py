@@ -31,6 +31,12 @@ class StepFeed:
         self.step.lead.feed(start, stop)
         self._feeder = Feeder(self.batches, self.step.device, start, stop)
 
+    def take_over(self, other: StepFeed) -> None:
+        """Go on with another step's running loader, instead of that step."""
+        self.close()
+        self.step.lead.take_over(other.step.lead.number)
+        self._feeder, other._feeder = other._feeder, None
+
     def advance(self, iteration: int, *, position: float | None = None) -> dict[str, Tensor]:
         """Take one step on the loader's next batch and return its loss terms.
 

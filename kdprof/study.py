@@ -204,14 +204,22 @@ class MeasureSettings(Section):
     """Stop when the 95 % interval of the ratio to the reference is this narrow, as a fraction of
     the ratio."""
     max_time_s: float = Field(60, gt=0)
-    """After this time no further round of a method starts, once ``least_rounds`` are complete."""
+    """After this time no further round of a method starts, once the least rounds are complete."""
+    total_time_s: float | None = Field(None, gt=0)
+    """The same for all methods of one call together. Time that one method does not need goes to
+    those whose intervals are widest. None: ``measure`` has no such limit, and ``train`` spends at
+    most a tenth of the planned training time on measuring."""
     least_rounds: int = Field(10, ge=3)
-    """Rounds that are always run: fewer do not show how much rounds vary."""
+    """Rounds that are always run: fewer do not show how much rounds vary. Slow steps, of which so
+    many rounds take more than two seconds, get fewer, but at least five."""
     steps: int = Field(3, ge=1)
-    """Steps of each method in a round."""
+    """Steps of each method in a round; fewer if they take more than 0.3 s."""
+    detail: bool = False
+    """Also time single operators, and measure energy in a window of its own."""
+    isolated: bool = False
+    """Measure each method in a separate process, instead of all in one."""
     in_process: bool = False
-    """Measure all methods in this process, one after the other, instead of each in a separate
-    process: for debugging. A crash then ends all of them."""
+    """Measure all methods in this process, for debugging. A crash then ends all of them."""
 
 
 class Study(Section):

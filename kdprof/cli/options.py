@@ -248,6 +248,9 @@ class MeasuringOptions:
 
     precision_target: float | None
     max_time: float | None
+    total_time: float | None
+    detail: bool
+    isolated: bool
     in_process: bool
 
     def overrides(self) -> dict[str, Any]:
@@ -255,7 +258,10 @@ class MeasuringOptions:
         found = {
             "measure.precision_target": self.precision_target,
             "measure.max_time_s": self.max_time,
+            "measure.total_time_s": self.total_time,
             # A flag that was not given must not override the study.
+            "measure.detail": self.detail or None,
+            "measure.isolated": self.isolated or None,
             "measure.in_process": self.in_process or None,
         }
         return {key: value for key, value in found.items() if value is not None}
@@ -270,6 +276,11 @@ measuring_options = grouped(
     click.option(
         "--max-time", type=float, metavar="SECONDS", help="Stop after this time, per method."
     ),
+    click.option(
+        "--total-time", type=float, metavar="SECONDS", help="Stop after this time, all methods."
+    ),
+    click.option("--detail", is_flag=True, help="Also time single operators, and energy."),
+    click.option("--isolated", is_flag=True, help="Measure each method in a process of its own."),
     click.option("--in-process", is_flag=True, help="Measure in this process, for debugging."),
 )
 

@@ -5,12 +5,13 @@ Here files become batches on a device. Nothing here knows a network, a method or
 
 from kdprof.data.augment import Augmentation, fitted_size
 from kdprof.data.base import DataOnDisk, SegmentationData
-from kdprof.data.batches import PREFETCHED, Batches, evaluation_batches
+from kdprof.data.batches import ENDLESS, PREFETCHED, Batches, evaluation_batches
 from kdprof.data.cache import decoded, default_folder
 from kdprof.data.dataset import fit_of, open_data, require_files, title_of, uses_placeholders
 from kdprof.data.feeder import Feeder
 
 __all__ = [
+    "ENDLESS",
     "PREFETCHED",
     "Augmentation",
     "Batches",

@@ -22,6 +22,8 @@ Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 PREFETCHED = 2
 """Batches that each loader process prepares ahead."""
+ENDLESS = 2**40
+"""Batches of a loader that runs until it is closed."""
 
 
 class Batches(Dataset):

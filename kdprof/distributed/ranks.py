@@ -210,6 +210,11 @@ class Lead:
         if self._ranks:
             self._ranks.send({"do": "feed", "step": self.number, "start": start, "stop": stop})
 
+    def take_over(self, other: int) -> None:
+        """Announce that the step goes on with the running loader of the step numbered ``other``."""
+        if self._ranks:
+            self._ranks.send({"do": "take_over", "step": self.number, "other": other})
+
     def give_up(self, error: Exception) -> None:
         """Make the group restart after an error within a step, because it is not known how far the
         other ranks have come in it.

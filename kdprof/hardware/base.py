@@ -19,6 +19,8 @@ class EnergyMeter(Protocol):
 
     source: str
     """A description of the counter."""
+    period_s: float
+    """The longest time between two updates of such a counter while the device works."""
 
     @property
     def reason(self) -> str | None:

@@ -30,6 +30,9 @@ class RaplMeter:
         folder: where the kernel shows its power zones.
     """
 
+    period_s = 0.001
+    """Intel documents updates about every millisecond."""
+
     def __init__(self, folder: Path = Path("/sys/class/powercap")):
         # Sub-zones (intel-rapl:0:0) are part of their package, and a "psys" zone contains it.
         self._zones = [

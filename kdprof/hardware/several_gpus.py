@@ -15,6 +15,7 @@ class SummedMeter:
     def __init__(self, meters: Sequence[EnergyMeter]):
         self._meters = meters
         self.source = f"{meters[0].source}, {len(meters)} of them"
+        self.period_s = meters[0].period_s
 
     @property
     def reason(self) -> str | None:

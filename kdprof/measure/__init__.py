@@ -9,19 +9,30 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
-from kdprof.measure.count_study import Measured, too_large
-from kdprof.measure.isolation import Failure, MeasureRequest, guarded, run_isolated
+from kdprof.measure.count import Count
+from kdprof.measure.count_study import Measured, counts, too_large
+from kdprof.measure.isolation import (
+    Failure,
+    MeasureRequest,
+    Outcome,
+    guarded,
+    run_isolated,
+)
 from kdprof.measure.latency import OnRound
 from kdprof.measure.profiles import Files
-from kdprof.measure.study_step import measure_here
-from kdprof.progress import Progress
-from kdprof.records import Cost
+from kdprof.measure.study_step import StudyBench
+from kdprof.measure.turns import PlannedTraining, Turns
+from kdprof.progress import Advance, Progress
+from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 
-__all__ = ["Files", "Measured", "measure"]
+__all__ = ["Files", "Measured", "PlannedTraining", "measure"]
 
 
 def measure(
@@ -30,62 +41,194 @@ def measure(
     progress: Progress,
     files: Files | None = None,
     keep: Callable[[Cost], object] | None = None,
+    planned: PlannedTraining | None = None,
 ) -> Measured[Cost]:
-    """Measure the step of each named method in a separate process, interleaved with the reference.
+    """Measure the step of each named method, interleaved with the reference, in one process.
 
-    A method whose step fails or cannot fit into memory is listed among the failures; the others
-    are still measured.
+    A method whose step fails or cannot fit into memory is listed among the failures. The process is
+    then started again for the others; so it is after a method that leaves memory behind.
 
     Args:
-        keep: called with each Cost as soon as it is measured.
+        keep: called with each Cost as soon as it is measured, and again if it becomes more precise.
+        planned: the training that follows; None if nothing is trained.
 
     Raises:
         UserError: no step fits into the device's memory, or an image is damaged.
     """
-    measured = Measured[Cost](failures=too_large(study, names, progress))
+    began = time.time()
+    needed = dict.fromkeys([REFERENCE, *names])
+    counted = dict(counts(study, list(needed), progress))
+    measured = Measured[Cost](failures=too_large(study, names, counted))
     if study.data_settings.cache == "disk":
         study.data.decoded("train")  # here, with a progress bar; the child processes find it
-    for name in (name for name in names if name not in measured.failures):
-        own = files.of(name) if files and len(names) > 1 else files or Files()
-        try:
-            with _bar(study, name, progress) as on_round:
-                cost = _measure_one(study, name, own, on_round)
-        except Failure as failure:
-            measured.failures[name] = str(failure)
-            progress.say(f"{name}: failed: {failure}")
-            continue
-        measured.costs.append(cost)
-        if keep is not None:
-            keep(cost)
-        progress.detail(f"{name}: {cost.timing['rounds']} rounds; {cost.timing['stopped']}")
+    found = {name: made for name, made in counted.items() if isinstance(made, Count)}
+    names = [name for name in _in_order(study, names) if name not in measured.failures]
+    with _Display(study, progress) as display:
+        work = _Work(study, found, _files_of(names, files), planned, display, keep, began)
+        work.measure(names)
+    measured.costs += [work.costs[name] for name in needed if name in work.costs]
+    measured.failures |= work.failures
     return measured
 
 
-def _measure_one(study: ResolvedStudy, name: str, files: Files, on_round: OnRound) -> Cost:
-    if study.measure.in_process:
+def _in_order(study: ResolvedStudy, names: Sequence[str]) -> list[str]:
+    """Return the methods in the order of measuring: first those that are measured before a teacher
+    exists."""
+    return sorted(names, key=lambda name: study.methods[name].cls.needs_teacher())
+
+
+def _files_of(names: Sequence[str], files: Files | None) -> dict[str, Files]:
+    if files is None:
+        return {}
+    return {name: files.of(name) if len(names) > 1 else files for name in names}
+
+
+@dataclass
+class _Work:
+    """The measuring of a study's methods, over all processes that it takes."""
+
+    study: ResolvedStudy
+    counts: Mapping[str, Count]
+    files: Mapping[str, Files]
+    planned: PlannedTraining | None
+    display: _Display
+    keep: Callable[[Cost], object] | None
+    began: float
+    costs: dict[str, Cost] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, names: Sequence[str]) -> None:
+        """Measure methods, in as many processes as that takes."""
+        settings, left = self.study.measure, list(names)
+        started, restarted_after = self.began, None
+        while left:
+            part = left[:1] if settings.isolated else left
+            run = self._here if settings.in_process else self._in_a_process
+            outcome = run(part, started, restarted_after)
+            left = [name for name in left if name not in outcome.costs]
+            restarted_after = outcome.spoiled
+            if outcome.failure is not None and left:
+                name = left.pop(0)
+                self.failures[name] = outcome.failure
+                self.display.failed(name, outcome.failure)
+                restarted_after = f"{name} failed"
+            started = time.time()
+
+    def _here(self, names: Sequence[str], started: float, restarted_after: str | None) -> Outcome:
+        """Measure in this process; it cannot be started again."""
         with redirect_stdout(sys.stderr):
-            return guarded(lambda: measure_here(study, name, files, on_round))
-    arguments = {
-        "study": study.plain.model_dump(mode="json"),
-        "name": name,
-        "files": files.to_json(),
-        "parent": os.getpid(),
-    }
-    return run_isolated(MeasureRequest("method", arguments, study.step.gpus), on_round)
+            bench = StudyBench(
+                self.study,
+                self.counts,
+                self.files,
+                started=started,
+                restarted_after=restarted_after,
+            )
+            costs: dict[str, Cost] = {}
+
+            def ended(cost: Cost) -> None:
+                costs[cost.method] = cost
+                self._ended(cost)
+
+            turns = Turns(
+                bench,
+                self.study.measure,
+                self.planned,
+                self.display.on_round,
+                ended,
+                started - self.began,
+            )
+            try:
+                guarded(partial(turns.take, names))
+            except Failure as failure:
+                return Outcome(costs, failure=str(failure))
+        return Outcome(costs, spoiled=bench.spoiled)
+
+    def _in_a_process(
+        self, names: Sequence[str], started: float, restarted_after: str | None
+    ) -> Outcome:
+        arguments: dict[str, Any] = {
+            "study": self.study.plain.model_dump(mode="json"),
+            "names": list(names),
+            "counts": {
+                name: count.to_json()
+                for name, count in self.counts.items()
+                if name in {REFERENCE, *names}
+            },
+            "files": {name: self.files[name].to_json() for name in names if name in self.files},
+            "planned": asdict(self.planned) if self.planned else None,
+            "started": started,
+            "spent_s": started - self.began,
+            "restarted_after": restarted_after,
+            "parent": os.getpid(),
+        }
+
+        def on_message(kind: str, content: Any) -> None:
+            if kind == "cost":
+                self._ended(content)
+            else:
+                name, done, width = content
+                self.display.on_round(name)(done, width)
+
+        request = MeasureRequest("methods", arguments, self.study.step.gpus)
+        return run_isolated(request, on_message)
+
+    def _ended(self, cost: Cost) -> None:
+        self.costs[cost.method] = cost
+        self.display.ended(cost)
+        if self.keep is not None:
+            self.keep(cost)
 
 
-@contextmanager
-def _bar(study: ResolvedStudy, name: str, progress: Progress) -> Iterator[OnRound]:
-    """Show how many of its allowed seconds a method's rounds have taken."""
-    limit = round(study.measure.max_time_s)
-    with progress.task(f"{name} (seconds at most)", limit) as advance:
-        began, shown = None, 0
+class _Display:
+    """Shows how many of its allowed seconds the rounds of the current method have taken."""
 
-        def on_round(done: int, width: float | None) -> None:
-            nonlocal began, shown
-            began = began or time.monotonic()
-            passed = min(limit, round(time.monotonic() - began))
-            advance(passed - shown)
-            shown = passed
+    def __init__(self, study: ResolvedStudy, progress: Progress):
+        self._limit, self._progress = round(study.measure.max_time_s), progress
+        self._bar = ExitStack()
+        self._name: str | None = None
+        self._advance: Advance = lambda count: None
+        self._began, self._shown = 0.0, 0
 
-        yield on_round
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def on_round(self, name: str) -> OnRound:
+        """Return what is called after each round of a method."""
+
+        def advance(done: int, width: float | None) -> None:
+            if name != self._name:
+                self._begin(name)
+            passed = min(self._limit, round(time.monotonic() - self._began))
+            self._advance(passed - self._shown)
+            self._shown = passed
+
+        return advance
+
+    def _begin(self, name: str) -> None:
+        self._bar.close()
+        task = self._progress.task(f"{name} (seconds at most)", self._limit)
+        self._advance = self._bar.enter_context(task)
+        self._name, self._began, self._shown = name, time.monotonic(), 0
+
+    def ended(self, cost: Cost) -> None:
+        """Say how a method's measurement ended, if the output is verbose."""
+        self._close()
+        stages = sorted(cost.timing["stages_s"].items(), key=lambda stage: -stage[1])
+        spent = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in stages)
+        self._progress.detail(
+            f"{cost.method}: {cost.timing['rounds']} rounds; {cost.timing['stopped']}; "
+            f"{sum(seconds for _, seconds in stages):.2g} s: {spent}"
+        )
+
+    def failed(self, name: str, reason: str) -> None:
+        """Say that a method could not be measured."""
+        self._close()
+        self._progress.say(f"{name}: failed: {reason}")
+
+    def _close(self) -> None:
+        self._bar.close()
+        self._name = None

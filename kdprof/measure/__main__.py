@@ -1,50 +1,92 @@
-"""The process that measures one step, or is another rank of it; see kdprof.measure.isolation."""
+"""The process that measures steps, or is another rank of them; see kdprof.measure.isolation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdprof.distributed.ranks import Place, Ranks
 from kdprof.errors import UserError
 from kdprof.hardware.device import find_device
 from kdprof.measure.isolation import Failure, guarded
+from kdprof.measure.latency import OnRound
 from kdprof.measure.profiles import Files
 from kdprof.measure.user_step import measure_file
-from kdprof.processes import read_request, send
+from kdprof.processes import Request, read_request, send
 from kdprof.records import Cost
 
 # kdprof's networks and data are imported where they are used: a user's step needs neither.
 
 
-def _on_round(done: int, width: float | None) -> None:
-    send("round", [done, width])
+class _Answer:
+    """The result so far, written after every Cost: it outlives a crash."""
+
+    def __init__(self, asked: Request):
+        self._asked = asked
+        self.content: dict[str, Any] = {"costs": {}}
+
+    def add(self, cost: Cost) -> None:
+        self.content["costs"][cost.method] = cost.model_dump(mode="json", by_alias=True)
+        self._asked.write_result(self.content)
+        send("cost", cost.method)
+
+    def end(self) -> None:
+        self._asked.write_result({**self.content, "ended": True})
 
 
-def _measure(request: Mapping[str, Any], place: Place) -> Cost:
-    if request["kind"] == "method":
-        ranks = _ranks(request, place) if place.size > 1 else None
-        return _measure_method(**request["arguments"], ranks=ranks)
-    return measure_file(**request["arguments"], on_round=_on_round)
+def _on_round(name: str) -> OnRound:
+    return lambda done, width: send("round", [name, done, width])
 
 
-def _measure_method(
+def _measure(request: Mapping[str, Any], place: Place, answer: _Answer) -> None:
+    if request["kind"] == "step":
+        arguments = request["arguments"]
+        name = arguments["source"]["function"]
+        answer.add(measure_file(**arguments, on_round=_on_round(name)))
+        return
+    ranks = _ranks(request, place) if place.size > 1 else None
+    _measure_methods(**request["arguments"], ranks=ranks, answer=answer)
+
+
+def _measure_methods(
     study: Mapping[str, Any],
-    name: str,
-    files: Mapping[str, str],
+    names: Sequence[str],
+    counts: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, str]],
+    planned: Mapping[str, float] | None,
+    started: float,
+    spent_s: float,
+    restarted_after: str | None,
     parent: int,
     ranks: Ranks | None,
-) -> Cost:
-    from kdprof.measure.study_step import measure_here
+    answer: _Answer,
+) -> None:
+    from kdprof.measure.count import count_from_json
+    from kdprof.measure.study_step import StudyBench
+    from kdprof.measure.turns import PlannedTraining, Turns
     from kdprof.resolve import ResolvedStudy
     from kdprof.study import Study
 
     plain = Study.model_validate(study)
     resolved = ResolvedStudy(plain, parent=parent, weights=False, ranks=ranks)
-    cost = measure_here(resolved, name, Files.from_json(files), _on_round)
+    bench = StudyBench(
+        resolved,
+        {name: count_from_json(count) for name, count in counts.items()},
+        {name: Files.from_json(paths) for name, paths in files.items()},
+        started=started,
+        restarted_after=restarted_after,
+    )
+    Turns(
+        bench,
+        plain.measure,
+        PlannedTraining(**planned) if planned else None,
+        on_round=_on_round,
+        ended=answer.add,
+        spent_s=spent_s,
+    ).take(names)
+    answer.content["spoiled"] = bench.spoiled
     if ranks:
         ranks.end()
-    return cost
 
 
 def _ranks(request: Mapping[str, Any], place: Place) -> Ranks:
@@ -62,21 +104,21 @@ def _follow_rank_0(request: Mapping[str, Any], place: Place) -> None:
 
 
 def main() -> None:
-    """Measure what the request asks for and write the result; other ranks follow rank 0."""
+    """Measure what the request asks for and write the results; other ranks follow rank 0."""
     asked = read_request()
     request, rendezvous = asked.content, f"file://{asked.folder / 'rendezvous'}"
     place = Place(asked.rank, request["ranks"], rendezvous)
     if place.rank:
         _follow_rank_0(request, place)
         return
+    answer = _Answer(asked)
     try:
-        cost = guarded(lambda: _measure(request, place))
-        result: dict[str, Any] = {"cost": cost.model_dump(mode="json", by_alias=True)}
+        guarded(lambda: _measure(request, place, answer))
     except UserError as error:
-        result = {"refused": error.problems}
+        answer.content["refused"] = error.problems
     except Failure as failure:
-        result = {"failure": str(failure)}
-    asked.write_result(result)
+        answer.content["failure"] = str(failure)
+    answer.end()
 
 
 if __name__ == "__main__":

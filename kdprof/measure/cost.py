@@ -15,7 +15,7 @@ from typing import Any
 from kdprof.hardware.device import versions
 from kdprof.measure.ceilings import phase_bound, published_peak
 from kdprof.measure.latency import COLLECTED
-from kdprof.measure.operator_times import Traced, timed_s, watched_seconds
+from kdprof.measure.operator_times import StepOperators, timed_s, watched_seconds
 from kdprof.measure.session import Readings
 from kdprof.records import (
     Canary,
@@ -45,6 +45,9 @@ LOADER_BOUND = 0.02
 """An end-to-end iteration that takes this share longer than its step is bound by the loader."""
 COUNTED = "counted, not run (--count-only)"
 CALLABLE = "a callable step is one phase"
+NO_DETAIL = "not requested (--detail)"
+OWN_DATA = "the step loads its own data"
+NOTHING_LOADED = "placeholder images stand for the data set's files: nothing is loaded"
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,20 @@ class Identity:
 
 
 def measured_cost(
-    identity: Identity, readings: Readings, reference: str, warnings: Sequence[str] = ()
+    identity: Identity,
+    readings: Readings,
+    reference: str,
+    warnings: Sequence[str] = (),
+    process: str | None = None,
 ) -> Cost:
     """Return the Cost of a step that was measured.
 
     Args:
         reference: name of the method or step that it was interleaved with.
         warnings: further warnings, which do not make the Cost unreliable.
+        process: why the measuring process was started anew before this step; None if it was not.
     """
+    bench, alone = readings.bench, readings.alone
     timed = _timed(readings, reference)
     canary = _canary(readings)
     doubts = [*readings.distrust, *_doubts(readings, canary)]
@@ -80,7 +89,7 @@ def measured_cost(
     peak = _published_peak(readings)
     return Cost(
         method=identity.method,
-        device=readings.device,
+        device=bench.hardware.name,
         gpus=identity.gpus,
         key=identity.key,
         session=uuid.uuid4().hex[:12],
@@ -88,23 +97,23 @@ def measured_cost(
         outliers=readings.outliers,
         canary=canary,
         **counted,
-        ceilings=readings.ceilings,
+        ceilings=bench.ceilings,
         mfu=None if peak is None else counted["flop"].total / timed["latency_s"].median / peak,
-        memory_bytes=readings.memory.memory,
+        memory_bytes=alone.memory.memory,
         energy_j=readings.energy.joules,
         energy=readings.energy.how,
         reliable=not doubts,
         warnings=[
             *doubts,
             *_loader_warnings(timed),
-            *_trace_warnings(counted["terms"], readings.traced),
+            *_trace_warnings(counted["terms"], alone.operators),
             *warnings,
         ],
         unavailable=_unavailable(readings, timed, counted, peak),
-        timing=_timing(readings, timed["ratio"]),
+        timing={**_timing(readings, timed["ratio"]), "process_restarted_after": process},
         hardware={
-            "name": readings.device,
-            "before": readings.before,
+            "name": bench.hardware.name,
+            "before": bench.began,
             "after": readings.after,
             **_seen(readings.during),
         },
@@ -188,7 +197,7 @@ def _ratio(rounds: list[list[float]], reference: list[list[float]], to: str) -> 
 
 def _canary(readings: Readings) -> Canary:
     samples_s = readings.timed.canary_s
-    drift, steady = drift_of(samples_s, readings.settings.precision_target)
+    drift, steady = drift_of(samples_s, readings.bench.settings.precision_target)
     return Canary(
         median_s=statistics.median(samples_s), drift=drift, steady=steady, samples_s=samples_s
     )
@@ -206,7 +215,7 @@ def _doubts(readings: Readings, canary: Canary) -> list[str]:
             f"the machine's own speed drifted by {canary.drift:.1%} while measuring (seen in a "
             "fixed kernel)"
         )
-    if leaked_bytes := readings.memory.leaked_bytes:
+    if leaked_bytes := readings.alone.memory.leaked_bytes:
         found.append(f"leaks {leaked_bytes / 2**20:.2g} MiB with every step")
     return found
 
@@ -217,17 +226,19 @@ def _doubts(readings: Readings, canary: Canary) -> list[str]:
 def _counted(readings: Readings, timed: Mapping[str, Any]) -> dict[str, Any]:
     latency, phases = timed["latency_s"].median, timed["phases_s"]
     seconds = phases if phases is not None else {"step": latency}
-    operations = _scaled(readings.traced.operations, seconds)
+    read = readings.alone.operators
+    operations = _scaled(read.operations, seconds) if read.timed else read.operations
+    terms = _scaled_terms(read, seconds) if phases is not None and read.timed else read.terms
     flop = flop_of(operations)
     return {
         "operations": operations,
-        "terms": _scaled_terms(readings.traced, seconds) if phases is not None else None,
+        "terms": terms if phases is not None else None,
         "flop": flop,
         "bytes_moved": bytes_moved(operations),
         "hidden_cost": hidden_cost(
             flop.total, total_flop(readings.reference), timed["ratio"].median
         ),
-        "bounds": _bounds(operations, seconds, readings.ceilings),
+        "bounds": _bounds(operations, seconds, readings.bench.ceilings),
     }
 
 
@@ -241,7 +252,7 @@ def _scaled(operations: list[Operation], seconds: Mapping[str, float]) -> list[O
     ]
 
 
-def _scaled_terms(traced: Traced, phases: Mapping[str, float]) -> dict[str, TermCost]:
+def _scaled_terms(traced: StepOperators, phases: Mapping[str, float]) -> dict[str, TermCost]:
     forward, backward = (phases[name] for name in ("objective", "objective_backward"))
     return {
         name: term.model_copy(
@@ -299,8 +310,10 @@ def _bounds(
 
 
 def _published_peak(readings: Readings) -> float | None:
-    precision = readings.precision
-    return None if precision is None else published_peak(readings.device, precision)
+    bench = readings.bench
+    if bench.precision is None:
+        return None
+    return published_peak(bench.hardware.name, bench.precision)
 
 
 # What a reader must know
@@ -319,10 +332,9 @@ def _loader_warnings(timed: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _trace_warnings(terms: Mapping[str, TermCost] | None, traced: Traced) -> list[str]:
+def _trace_warnings(terms: Mapping[str, TermCost] | None, traced: StepOperators) -> list[str]:
     found = [
-        f"computed although its weight is 0: term '{name}' takes "
-        f"{1e3 * (timed_s(term.forward_s) + timed_s(term.backward_s)):.3g} ms of every step"
+        f"computed although its weight is 0: term '{name}' {_takes(term)} in every step"
         for name, term in (terms or {}).items()
         if term.weight == 0
     ]
@@ -333,34 +345,48 @@ def _trace_warnings(terms: Mapping[str, TermCost] | None, traced: Traced) -> lis
     return found + traced.notes
 
 
+def _takes(term: TermCost) -> str:
+    if term.forward_s is None or term.backward_s is None:
+        gflop = (term.forward_flop + term.backward_flop) / 1e9
+        return f"takes {gflop:.3g} GFLOP and moves {term.bytes_moved / 2**20:.3g} MiB"
+    return f"takes {1e3 * (term.forward_s + term.backward_s):.3g} ms"
+
+
 def _unavailable(
     readings: Readings, timed: Mapping[str, Any], counted: Mapping[str, Any], peak: float | None
 ) -> dict[str, str]:
-    found = dict(readings.memory.unavailable)
+    found = dict(readings.alone.memory.unavailable)
     if readings.energy.joules is None:
         found["energy_j"] = readings.energy.reason or "not measured"
     if peak is None:
         found["mfu"] = _no_peak(readings)
     if timed["phases_s"] is None:
         found |= dict.fromkeys(("phases_s", "terms"), CALLABLE)
-        found |= dict.fromkeys(("end_to_end_s", "end_to_end_ratio"), "the step loads its own data")
+    if timed["end_to_end_s"] is None:
+        why = OWN_DATA if timed["phases_s"] is None else NOTHING_LOADED
+        found |= dict.fromkeys(("end_to_end_s", "end_to_end_ratio"), why)
+    if not readings.alone.operators.timed:
+        found |= dict.fromkeys(("operations.seconds", "terms.forward_s"), NO_DETAIL)
+        found["terms.backward_s"] = NO_DETAIL
     if counted["hidden_cost"] is None:
         found["hidden_cost"] = "the reference does no matrix FLOP"
     return found
 
 
 def _no_peak(readings: Readings) -> str:
-    if readings.precision is None:
+    bench = readings.bench
+    if bench.precision is None:
         return "the step's precision was not given"
-    return f"no published {readings.precision} peak is known for {readings.device}"
+    return f"no published {bench.precision} peak is known for {bench.hardware.name}"
 
 
 def _timing(readings: Readings, ratio: Ratio) -> dict[str, Any]:
-    settings, own = readings.settings, readings.timed.own
+    settings, own = readings.bench.settings, readings.timed.own
     return {
-        "clock": readings.clock,
+        "clock": readings.bench.clock.name,
         "rounds": readings.timed.rounds,
-        "steps_per_round": settings.steps,
+        "steps_per_round": len(own.rounds[-1]),
+        "end_to_end_blocks": len(own.end_to_end_s),
         "warmup_steps": own.warmup_steps,
         "stopped": readings.timed.stopped,
         "precision_target": settings.precision_target,
@@ -368,7 +394,8 @@ def _timing(readings: Readings, ratio: Ratio) -> dict[str, Any]:
         "interval": "95 %, block bootstrap over rounds, Student's t",
         "garbage_collector": COLLECTED,
         "loader_wait_s": statistics.median(own.waited_s) if own.waited_s else None,
-        "isolated": not settings.in_process,
+        "isolated": settings.isolated,
+        "stages_s": readings.stages_s,
     }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
@@ -51,6 +52,18 @@ class Count:
     def flop(self) -> Flop:
         """The matrix FLOP by part."""
         return flop_of(self.operations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it JSON-serialisable."""
+        return _COUNT.dump_python(self, mode="json")
+
+
+_COUNT = TypeAdapter(Count)
+
+
+def count_from_json(content: Mapping[str, Any]) -> Count:
+    """Return the Count that :meth:`Count.to_json` describes."""
+    return _COUNT.validate_python(content)
 
 
 class _Held:

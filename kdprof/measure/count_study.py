@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -51,7 +51,7 @@ def count_costs(
     """
     measured: Measured[CountedCost] = Measured()
     by_module = _modules_of(study) if modules else None
-    for name, made in _counts(study, names, progress):
+    for name, made in counts(study, names, progress):
         if isinstance(made, Failure):
             measured.failures[name] = str(made)
         else:
@@ -74,9 +74,10 @@ def _counting_factory(study: ResolvedStudy) -> Factory:
     return Factory(study, weights=False, ranks=None)
 
 
-def _counts(
+def counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Count | Failure]]:
+    """Yield the work of each method's step, or why it cannot be counted without running it."""
     factory = _counting_factory(study)
     # All methods share one teacher and one student: counting changes neither, and building them
     # takes seconds.
@@ -95,10 +96,15 @@ def _counts(
             advance(1)
 
 
-def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) -> dict[str, str]:
+def too_large(
+    study: ResolvedStudy, names: Sequence[str], counted: Mapping[str, Count | Failure]
+) -> dict[str, str]:
     """Return the methods whose steps cannot fit into memory, with the reason, before any runs.
 
     A step that cannot be counted on fake tensors is let through: running it will show.
+
+    Args:
+        counted: the results of :func:`counts`.
 
     Raises:
         UserError: no method's step fits into memory, so the study's sizes are the cause.
@@ -110,8 +116,8 @@ def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) ->
         name: f"a step with batch {step.share} and crop {step.crop[0]}x{step.crop[1]} needs at "
         f"least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
         f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
-        for name, made in _counts(study, names, progress)
-        if isinstance(made, Count) and made.least_memory_bytes > free
+        for name in names
+        if isinstance(made := counted[name], Count) and made.least_memory_bytes > free
     }
     if found and len(found) == len(names):
         raise UserError(*Measured[Cost](failures=found).summary().splitlines())

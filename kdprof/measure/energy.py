@@ -1,14 +1,17 @@
-"""Energy of a step, by the device's own counter, over many periods of that counter."""
+"""Energy of a step, by the device's own counter, over many periods of that counter: in a window of
+its own, or around timed blocks where these are long enough."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from kdprof.hardware.base import EnergyMeter
+from kdprof.measure.latency import Block
 from kdprof.records import Energy
 
 IDLE_SETTLE_S = 1.0
@@ -25,6 +28,9 @@ WINDOW_PERIODS = 10
 WINDOW_LEAST_S = 0.5
 SAMPLE_S = 0.02
 """Time between two samples of power, unless one step takes longer."""
+
+BLOCKS_ERROR = 0.02
+"""The largest standard error of energy that is read around timed blocks, as a fraction."""
 
 Change = tuple[float, float]
 """When a change of the counter was seen, and the joules it then showed."""
@@ -97,6 +103,38 @@ class _Counter:
                 f"the energy counter did not move in {CHANGES_MOST_S:g} s of steps"
             )
         return found[0]
+
+
+def energy_of_blocks(meter: EnergyMeter, blocks: Sequence[Block]) -> EnergyReading:
+    """Return the joules of one step from readings around timed blocks.
+
+    A reading is up to a period of the counter late, at the start and at the end of each block, so
+    that blocks must be long or many.
+    """
+    if meter.reason is not None:
+        return EnergyReading(None, None, meter.reason)
+    read = [block.energy for block in blocks if block.energy is not None]
+    if len(read) < len(blocks):
+        return EnergyReading(None, None, "the energy counter stopped answering")
+    seconds, steps = sum(one.seconds for one in read), sum(one.steps for one in read)
+    # The lateness at both ends is uniform over a period and independent from block to block.
+    error = meter.period_s * math.sqrt(len(read) / 6) / seconds
+    if error > BLOCKS_ERROR:
+        return EnergyReading(
+            None,
+            None,
+            f"{len(read)} timed blocks of {seconds / len(read):.2g} s are too short for a counter "
+            f"that moves every {meter.period_s:g} s; --detail measures it",
+        )
+    how = Energy(
+        source=meter.source,
+        window_s=seconds,
+        steps=steps,
+        counter_period_s=meter.period_s,
+        idle_w=None,
+        power_integral_j=None,
+    )
+    return EnergyReading(sum(one.joules for one in read) / steps, how, None)
 
 
 def measure_energy(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdprof.data import PREFETCHED, Batches, DataOnDisk, Feeder, require_files
+from kdprof.data import ENDLESS, PREFETCHED, Batches, DataOnDisk, Feeder, require_files
 from kdprof.data.cache import Cached, open_cache, writing
 from kdprof.errors import UserError
 from kdprof.hardware.device import synchronize
@@ -36,8 +36,6 @@ ENOUGH = 1.1
 """A loader that is this many times as fast as the step keeps up with it despite short delays."""
 WORTH_CACHING = 1.5
 """A cache is recommended if reading from it is this many times as fast as decoding."""
-ENDLESS = 1 << 40
-"""More batches than are ever taken."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ def _loader(study: ResolvedStudy, batches: Batches) -> float:
 
 def _step(study: ResolvedStudy, batches: Batches) -> float:
     feed = StepFeed(study.factory.step(REFERENCE, None), batches)
-    watch = Stopwatch(StudySubject(feed), clock_of(study.device), study.hardware)
+    watch = Stopwatch(StudySubject(feed, loads=True), clock_of(study.device), study.hardware)
     watch.warm_up()
     watch.time_block(TIMED_STEPS)
     return batches.size / statistics.median(watch.samples.rounds[0])

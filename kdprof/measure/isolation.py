@@ -1,4 +1,4 @@
-"""One process per method: a crash, a leak or full memory affects one method, not the others."""
+"""Measuring in a separate process: a crash or full memory costs the step that caused it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure.latency import OnRound
 from kdprof.processes import Child, debugging, explain, request_folder
 from kdprof.records import Cost
+
+Result = TypeVar("Result")
 
 
 class Failure(KdprofError):
@@ -31,21 +32,39 @@ class Failure(KdprofError):
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    """A request to child processes to measure one step."""
+    """A request to child processes to measure steps."""
 
     kind: str
-    """``method``: one of a study; ``step``: one that a file makes."""
+    """``methods``: those of a study; ``step``: one that a file makes."""
     arguments: dict[str, Any]
     """What to measure, JSON-serialisable."""
     ranks: int = 1
-    """Processes that run the step together."""
+    """Processes that run each step together."""
 
 
-def run_isolated(request: MeasureRequest, on_round: OnRound) -> Cost:
+@dataclass(frozen=True)
+class Outcome:
+    """What a measuring process did before it ended.
+
+    Attributes:
+        costs: by method or step.
+        failure: why the step after the last one in ``costs`` could not be measured.
+        spoiled: why it ended although all was well: what a method left behind.
+    """
+
+    costs: dict[str, Cost]
+    failure: str | None = None
+    spoiled: str | None = None
+
+
+OnMessage = Callable[[str, Any], None]
+"""Called with ``round``: [name, rounds done, width]; ``cost``: a record, as soon as it exists."""
+
+
+def run_isolated(request: MeasureRequest, on_message: OnMessage) -> Outcome:
     """Measure in a separate process.
 
     Raises:
-        Failure: the step raised an error, its loss is not finite, or its process died.
         UserError: a cause that every method of the study shares, such as a damaged image.
     """
     with request_folder(asdict(request)) as folder, ExitStack() as running:
@@ -56,16 +75,16 @@ def run_isolated(request: MeasureRequest, on_round: OnRound) -> Cost:
         for other in others:
             threading.Thread(target=_end_together, args=(other, child), daemon=True).start()
         with _interrupted_by_sigterm():
-            for _, progress in child.messages():
-                on_round(*progress)
-        found = child.result()
-        if found is None:
-            raise Failure(child.last_words())
+            for kind, content in child.messages():
+                if kind == "cost":  # the record is in the result file, which is never half-written
+                    content = Cost.model_validate(child.result()["costs"][content])
+                on_message(kind, content)
+        found = child.result() or {"costs": {}}
+        died = None if found.get("ended") else child.last_words()
     if "refused" in found:
         raise UserError(*found["refused"])
-    if "failure" in found:
-        raise Failure(found["failure"])
-    return Cost.model_validate(found["cost"])
+    costs = {name: Cost.model_validate(cost) for name, cost in found["costs"].items()}
+    return Outcome(costs, found.get("failure") or died, found.get("spoiled"))
 
 
 def _end_together(other: Child, child: Child) -> None:
@@ -88,7 +107,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def guarded(measure: Callable[[], Cost]) -> Cost:
+def guarded(measure: Callable[[], Result]) -> Result:
     """Measure in this process and turn any error of the step into a Failure.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Step and end-to-end latency of several steps, in interleaved rounds of random order.
+"""Step latency of several steps, in interleaved rounds of random order.
 
 Drift of the machine (clocks, load, temperature) affects every step of a round alike, so ratios are
 formed round by round.
@@ -7,21 +7,23 @@ formed round by round.
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kdprof.hardware import Hardware
+from kdprof.hardware.base import EnergyMeter
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, phase_seconds
 from kdprof.measure.subject import Subject
 from kdprof.records import Outlier
-from kdprof.stats import median_interval, outliers, paired_ratio, relative_width
+from kdprof.stats import Rounds, median_interval, outliers, paired_ratio, relative_width
 from kdprof.study import MeasureSettings
 
 WARMUP_WINDOW = 3
@@ -29,6 +31,13 @@ WARMUP_MOST_STEPS = 60
 WARMUP_MOST_S = 60.0
 SETTLED = 0.03
 """Warm-up ends when the median of a window of steps is within 3 % of the window's before."""
+BLOCK_S = 0.3
+"""A block has no more steps than this time needs. A step that takes longer is alone in its block,
+and no untimed step comes before it: the caches that such a step finds cold do not matter."""
+LEAST_ROUNDS_S = 2.0
+"""``least_rounds`` are cut down to what fits into this time, because of slow steps."""
+FEWEST_ROUNDS = 5
+"""Rounds that even the slowest steps get: fewer do not show how much rounds vary."""
 CHECK_GROWTH = 1.2
 """The interval is checked again when the rounds have grown by this factor: a check after every
 round would stop at the luckiest of them."""
@@ -57,15 +66,26 @@ class Block:
     """Readings of the device around the block."""
     collections: int
     """Runs of the garbage collector inside it."""
+    energy: BlockEnergy | None = None
+    """None without an energy counter."""
+
+
+class BlockEnergy(NamedTuple):
+    """What an energy counter showed around a block, its untimed step included."""
+
+    joules: float
+    seconds: float
+    steps: int
 
 
 @dataclass
 class Samples:
-    """Timings of one subject, one entry per round."""
+    """Timings of one subject."""
 
     blocks: list[Block] = field(default_factory=list)
+    """One per round."""
     end_to_end_s: list[float] = field(default_factory=list)
-    """Seconds per end-to-end iteration; empty if there is no loader."""
+    """Seconds per end-to-end iteration, one entry per block of them; empty if nothing is loaded."""
     waited_s: list[float] = field(default_factory=list)
     """The part of these spent waiting for batches."""
     warmup_steps: int = 0
@@ -135,6 +155,8 @@ class Session:
     rounds: int
     stopped: str
     """Why measuring stopped."""
+    taken_s: float
+    """How long warm-up and rounds took."""
 
     @property
     def own(self) -> Samples:
@@ -148,12 +170,34 @@ class Session:
 
 
 class Stopwatch:
-    """Times one subject's steps in blocks."""
+    """Times one subject's steps in blocks.
 
-    def __init__(self, subject: Subject, clock: Clock, hardware: Hardware):
+    Args:
+        meter: the device's energy counter, read around every block; None reads none.
+        samples: earlier samples of the same step, which are continued.
+        ran_s: seconds of steps that ran directly before; they count as warm-up.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        clock: Clock,
+        hardware: Hardware,
+        *,
+        meter: EnergyMeter | None = None,
+        samples: Samples | None = None,
+        ran_s: Sequence[float] = (),
+    ):
         self.subject, self.clock, self.hardware = subject, clock, hardware
-        self.samples = Samples()
+        self._meter = meter if meter is not None and meter.reason is None else None
+        self.samples = samples or Samples()
+        self._ran_s = list(ran_s)
         self._result: Any = None
+
+    @property
+    def step_s(self) -> float:
+        """The latency at the end of the warm-up."""
+        return statistics.median(self._ran_s[-WARMUP_WINDOW:])
 
     def _queue(self) -> Stamps:
         stamps: Stamps = [("", self.clock.stamp())]
@@ -165,38 +209,54 @@ class Stopwatch:
     def warm_up(self) -> None:
         """Step until latency and allocator have settled or a limit is reached, then check the
         result."""
-        times: list[float] = []
-        reserved: list[int] = []
-        began = self.clock.now()
-        while True:
-            times.append(self._timed_step())
+        reserved = [_reserved_bytes()] * len(self._ran_s)
+        began, late = self.clock.now(), False
+        while len(self._ran_s) < 2 or not (late or _unsettled(self._ran_s, reserved) is None):
+            self._ran_s.append(self._timed_step())
             reserved.append(_reserved_bytes())
-            self.samples.unsettled = _unsettled(times, reserved)
-            late = self.clock.now() - began > WARMUP_MOST_S or len(times) >= WARMUP_MOST_STEPS
-            if self.samples.unsettled is None or (late and len(times) >= 2):
-                break
-        self.samples.warmup_steps = len(times)
-        self.subject.check(self._result)
+            late = self.clock.now() - began > WARMUP_MOST_S or len(self._ran_s) >= WARMUP_MOST_STEPS
+        self.samples.unsettled = _unsettled(self._ran_s, reserved)
+        self.samples.warmup_steps += len(self._ran_s)
+        if self._result is not None:
+            self.subject.check(self._result)
 
     def _timed_step(self) -> float:
         stamps = self._queue()
         self.clock.synchronize()
         return self.clock.between(stamps[0][1], stamps[-1][1])
 
-    def time_block(self, count: int) -> None:
-        """Time ``count`` steps after one untimed step that warms the caches for this subject.
+    def steps_in_block(self, most: int) -> int:
+        """Return how many steps of this latency a block has."""
+        return max(1, min(most, math.ceil(BLOCK_S / self.step_s)))
+
+    def block_s(self, most: int) -> float:
+        """Return about how long a block takes."""
+        return (self.steps_in_block(most) + self._untimed_steps()) * self.step_s
+
+    def _untimed_steps(self) -> int:
+        return 1 if self.step_s <= BLOCK_S else 0
+
+    def time_block(self, most: int) -> None:
+        """Time a block of at most ``most`` steps, after one untimed step that warms the caches for
+        this subject.
 
         The steps are queued without waiting in between, as in training: on a GPU the host runs
         ahead, which hides its launches.
         """
-        self._queue()
+        count, began_j, began = self.steps_in_block(most), self._joules(), self.clock.now()
+        for _ in range(self._untimed_steps()):
+            self._queue()
         before = self.hardware.during()
         with collector_off() as runs:
             steps = [self._queue() for _ in range(count)]
             # Before the wait: a GPU must be read while it works, not when it is idle.
             after = self.hardware.during()
             self.clock.synchronize()
+        ended_j, seconds = self._joules(), self.clock.now() - began
         self.subject.check(self._result)
+        energy = None
+        if began_j is not None and ended_j is not None:
+            energy = BlockEnergy(ended_j - began_j, seconds, count + self._untimed_steps())
         self.samples.blocks.append(
             Block(
                 [self.clock.between(stamps[0][1], stamps[-1][1]) for stamps in steps],
@@ -204,19 +264,16 @@ class Stopwatch:
                 before,
                 after,
                 len(runs),
+                energy,
             )
         )
+
+    def _joules(self) -> float | None:
+        return None if self._meter is None else self._meter.read_j()
 
     def _phases(self, stamps: Stamps) -> dict[str, float]:
         phases = self.subject.phases
         return phase_seconds(self.clock, stamps, phases) if phases else {}
-
-    def time_end_to_end(self, count: int, first: int) -> None:
-        """Time a block of end-to-end iterations, if the subject has a loader."""
-        found = self.subject.run_end_to_end(count, first)
-        if found is not None:
-            self.samples.end_to_end_s.append(found.seconds)
-            self.samples.waited_s.append(found.waited_s)
 
 
 def _reserved_bytes() -> int:
@@ -259,60 +316,78 @@ def collector_off() -> Iterator[list[int]]:
 
 
 def time_interleaved(
-    subjects: Sequence[Subject],
+    watches: Sequence[Stopwatch],
     settings: MeasureSettings,
     *,
     clock: Clock,
     canary: CanaryKernel,
-    hardware: Hardware,
     on_round: OnRound = ignore_round,
+    most_s: float | None = None,
+    earlier: Session | None = None,
 ) -> Session:
     """Warm every subject up, then time interleaved rounds in random order.
 
     The last subject is the reference. Rounds continue until each ratio's 95 % interval (of a single
-    subject: its latency's) is narrower than ``settings.precision_target``, or
-    ``settings.max_time_s`` has passed.
+    subject: its latency's) is narrower than ``settings.precision_target``, or the time is up.
+
+    Args:
+        most_s: when no further round starts; ``settings.max_time_s`` if not given.
+        earlier: a session of the same steps whose samples the watches continue.
 
     Raises:
         BadStep: a loss is not finite.
     """
-    watches = [Stopwatch(subject, clock, hardware) for subject in subjects]
+    began = clock.now()
     for watch in watches:
         watch.warm_up()
     canary.warm_up()
-    canary_s: list[float] = []
-    order, shuffle = list(watches), random.Random(0)
-    began, done, look, narrow, stopped = clock.now(), 0, settings.least_rounds, 0, ""
+    canary_s = list(earlier.canary_s) if earlier else []
+    done = earlier.rounds if earlier else 0
+    least = done + 1 if earlier else _least_rounds(watches, settings)
+    limit_s = settings.max_time_s if most_s is None else min(most_s, settings.max_time_s)
+    order, shuffle = list(watches), random.Random(done)
+    look, narrow, stopped = least, 0, ""
     while not stopped:
         canary_s.append(canary.seconds())
         shuffle.shuffle(order)
         for watch in order:
             watch.time_block(settings.steps)
-            watch.time_end_to_end(settings.steps, done * settings.steps)
         gc.collect(0)  # what the blocks left, not every object of torch
         done += 1
-        width = _widest(watches) if done >= look else None
+        found = [watch.samples.rounds for watch in watches]
+        width = widest_interval(found) if done >= look else None
         if width is not None:
             look = max(done + 1, int(done * CHECK_GROWTH))
             narrow = narrow + 1 if width <= settings.precision_target else 0
         on_round(done, width)
-        late = done >= settings.least_rounds and clock.now() - began > settings.max_time_s
-        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, settings)
-    return Session([watch.samples for watch in watches], canary_s, done, stopped)
+        late = done >= least and clock.now() - began > limit_s
+        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, limit_s, settings)
+    taken_s = clock.now() - began + (earlier.taken_s if earlier else 0.0)
+    return Session([watch.samples for watch in watches], canary_s, done, stopped, taken_s)
 
 
-def _widest(watches: Sequence[Stopwatch]) -> float:
-    """Return the relative width of the widest interval that rounds are to narrow."""
-    *compared, reference = [watch.samples.rounds for watch in watches]
+def _least_rounds(watches: Sequence[Stopwatch], settings: MeasureSettings) -> int:
+    """Return how many rounds are run in any case: fewer of slow steps."""
+    round_s = sum(watch.block_s(settings.steps) for watch in watches)
+    fitting = math.ceil(LEAST_ROUNDS_S / round_s)
+    return min(settings.least_rounds, max(FEWEST_ROUNDS, fitting))
+
+
+def widest_interval(rounds: Sequence[Rounds]) -> float:
+    """Return the relative width of the widest interval: of the ratios to the last one, or of a
+    single one's latency."""
+    *compared, reference = rounds
     if not compared:
         return relative_width(median_interval(reference))
-    return max(relative_width(paired_ratio(rounds, reference)) for rounds in compared)
+    return max(relative_width(paired_ratio(own, reference)) for own in compared)
 
 
-def _why_stop(width: float | None, narrow: bool, late: bool, settings: MeasureSettings) -> str:
+def _why_stop(
+    width: float | None, narrow: bool, late: bool, limit_s: float, settings: MeasureSettings
+) -> str:
     target = settings.precision_target
     if narrow:
         return f"the interval is {width:.2%} wide, target {target:.2%}"
     if late:
-        return f"max_time_s = {settings.max_time_s:g} was up before the target of {target:.2%}"
+        return f"{limit_s:.3g} s were up before the target of {target:.2%}"
     return ""

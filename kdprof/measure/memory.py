@@ -3,6 +3,8 @@ CPU. It is read while only this step is resident."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import itertools
 import os
@@ -13,9 +15,11 @@ from typing import NamedTuple
 import torch
 
 from kdprof.hardware import Hardware
+from kdprof.measure.clock import Clock
+from kdprof.measure.latency import BLOCK_S
 from kdprof.measure.subject import Subject
 from kdprof.records import Memory
-from kdprof.step import ignore_phase
+from kdprof.step import Mark, ignore_phase
 
 NO_ALLOCATOR = "the CPU has no caching allocator; see memory_bytes.process"
 NO_RESET = "this system cannot reset a process's peak memory"
@@ -23,6 +27,8 @@ SETTLING_STEPS = 2
 """Steps before the peaks are read: cuDNN's search for kernels and the optimiser's first allocation
 are not part of a step."""
 LEAK_STEPS = 6
+SLOW_LEAK_STEPS = 4
+"""The number of steps that show a leak, and of steps that each take longer than BLOCK_S."""
 LEAST_LEAK_BYTES = {"cuda": 1, "cpu": 2**18}
 """Least growth per step that is a leak: the CUDA allocator is exact, a resident set is not."""
 
@@ -35,6 +41,8 @@ class MemoryReading:
     unavailable: dict[str, str]
     leaked_bytes: int
     """Kept by every further step, on average; 0 if the step frees its memory."""
+    step_s: list[float]
+    """Seconds of the steps that ran, one after the other."""
 
 
 class _Peaks(NamedTuple):
@@ -43,6 +51,7 @@ class _Peaks(NamedTuple):
     phases: dict[str, int]
     reserved: dict[str, int]
     leaked_bytes: int
+    step_s: list[float]
 
 
 class _CudaPeaks:
@@ -80,16 +89,28 @@ class _ResidentPeaks:
         return _status_bytes("VmRSS")
 
 
-def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> MemoryReading:
+def empty_allocators(device: torch.device) -> None:
+    """Give memory that nothing uses back to the system, so that it is not counted as a step's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def read_memory(
+    subject: Subject, device: torch.device, hardware: Hardware, clock: Clock
+) -> MemoryReading:
     """Run a few steps and return their peaks, with the reason for each that is not available.
 
     Raises:
         BadStep: a loss is not finite.
     """
-    for _ in range(SETTLING_STEPS):
-        subject.check(subject.run(ignore_phase))
+    step_s = [_timed(subject, clock, ignore_phase) for _ in range(SETTLING_STEPS)]
+    steps = SLOW_LEAK_STEPS if step_s[-1] > BLOCK_S else LEAK_STEPS
     if device.type == "cuda":
-        return _cuda_reading(subject, device, hardware)
+        return _cuda_reading(subject, device, hardware, clock, steps, step_s)
     unavailable = dict.fromkeys(
         (f"memory_bytes.{n}" for n in ("peak_allocated", "peak_reserved", "phases_reserved")),
         NO_ALLOCATOR,
@@ -97,8 +118,8 @@ def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> M
     if not _can_reset():
         missing = dict.fromkeys(("memory_bytes.process", "memory_bytes.phases"), NO_RESET)
         memory = Memory(**dict.fromkeys(Memory.model_fields))
-        return MemoryReading(memory, unavailable | missing, 0)
-    peaks = _peaks_by_phase(subject, _ResidentPeaks(), LEAST_LEAK_BYTES["cpu"])
+        return MemoryReading(memory, unavailable | missing, 0, step_s)
+    peaks = _peaks_by_phase(subject, clock, _ResidentPeaks(), LEAST_LEAK_BYTES["cpu"], steps)
     memory = Memory(
         peak_allocated=None,
         peak_reserved=None,
@@ -106,14 +127,31 @@ def read_memory(subject: Subject, device: torch.device, hardware: Hardware) -> M
         phases=peaks.phases,
         phases_reserved=None,
     )
-    return MemoryReading(memory, unavailable, peaks.leaked_bytes)
+    return MemoryReading(memory, unavailable, peaks.leaked_bytes, step_s + peaks.step_s)
 
 
-def _cuda_reading(subject: Subject, device: torch.device, hardware: Hardware) -> MemoryReading:
+def _timed(subject: Subject, clock: Clock, mark: Mark) -> float:
+    """Run one step, check it, and return its seconds."""
+    began = clock.stamp()
+    result = subject.run(mark)
+    ended = clock.stamp()
+    clock.synchronize()
+    subject.check(result)
+    return clock.between(began, ended)
+
+
+def _cuda_reading(
+    subject: Subject,
+    device: torch.device,
+    hardware: Hardware,
+    clock: Clock,
+    steps: int,
+    settling_s: list[float],
+) -> MemoryReading:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # workspaces left from cuDNN's search
     torch.cuda.reset_peak_memory_stats(device)
-    peaks = _peaks_by_phase(subject, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"])
+    peaks = _peaks_by_phase(subject, clock, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"], steps)
     torch.cuda.synchronize(device)
     process, reason = hardware.process_memory_bytes()
     memory = Memory(
@@ -124,35 +162,41 @@ def _cuda_reading(subject: Subject, device: torch.device, hardware: Hardware) ->
         phases_reserved=peaks.reserved,
     )
     return MemoryReading(
-        memory, {} if reason is None else {"memory_bytes.process": reason}, peaks.leaked_bytes
+        memory,
+        {} if reason is None else {"memory_bytes.process": reason},
+        peaks.leaked_bytes,
+        settling_s + peaks.step_s,
     )
 
 
 def _peaks_by_phase(
-    subject: Subject, peaks: _CudaPeaks | _ResidentPeaks, least_leak: int
+    subject: Subject,
+    clock: Clock,
+    peaks: _CudaPeaks | _ResidentPeaks,
+    least_leak: int,
+    steps: int,
 ) -> _Peaks:
     """Return the highest peak of each phase over a few steps, and the bytes leaked per step."""
     found: dict[str, int] = {}
     reserved: dict[str, int] = {}
     held: list[int] = []
+    step_s: list[float] = []
 
     def mark(phase: str) -> None:
         found[phase] = max(found.get(phase, 0), peaks.peak_bytes())
         reserved[phase] = max(reserved.get(phase, 0), peaks.reserved_bytes())
         peaks.reset()
 
-    for _ in range(LEAK_STEPS):
+    for _ in range(steps):
         peaks.reset()
-        result = subject.run(mark)
+        step_s.append(_timed(subject, clock, mark))
         if not subject.phases:
             mark("step")
-        subject.check(result)
-        del result
         gc.collect()  # reference cycles are freed late, but are no leak
         held.append(peaks.held_bytes())
     grown = [after - before for before, after in itertools.pairwise(held)]
     leaks = min(grown) >= least_leak
-    return _Peaks(found, reserved, sum(grown) // len(grown) if leaks else 0)
+    return _Peaks(found, reserved, sum(grown) // len(grown) if leaks else 0, step_s)
 
 
 def _can_reset() -> bool:

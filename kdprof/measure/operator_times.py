@@ -1,4 +1,4 @@
-"""The operators of a step, timed one by one over a few steps."""
+"""The operators of a real step, traced, and timed one by one over a few steps if requested."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from kdprof.measure.subject import Subject
 from kdprof.measure.trace import StepTrace, Synchronisation
 from kdprof.records import Operation, TermCost
+from kdprof.step import TrainStep
 
 HEAD_START_CYCLES = 2_000_000_000
 """About one second on a GPU."""
+TIMED_STEPS = 3
 COMPILED = (
-    "the step is compiled: its operators are those of the step before compilation, and the "
-    "compiled phases' seconds are divided among them as before compilation"
+    "the step is compiled: its operators, and their shares of a phase's seconds, are those of the "
+    "step before compilation"
 )
 
 
 @dataclass(frozen=True)
-class Traced:
-    """The operators of a step, timed one by one."""
+class StepOperators:
+    """The operators of a step."""
 
     operations: list[Operation]
     terms: dict[str, TermCost]
@@ -30,34 +32,55 @@ class Traced:
     synchronisations: list[Synchronisation]
     notes: list[str]
     """What limits the accuracy of these numbers."""
+    timed: bool
+    """False: operations and terms have no seconds."""
 
 
-def trace_steps(subject: Subject, device: torch.device, steps: int) -> Traced:
+def traced_operators(subject: Subject, device: torch.device) -> StepOperators:
+    """Trace the operators of one step, without their seconds."""
+    with StepTrace(subject.traced, device=device) as trace:
+        subject.run(trace.mark)
+    terms = trace.terms(_weights(subject))
+    return StepOperators(
+        trace.operations(), terms, trace.synchronisations(), _notes(subject, trace), timed=False
+    )
+
+
+def timed_operators(subject: Subject, device: torch.device) -> StepOperators:
     """Time the operators of a few steps one by one; the median of each counts.
 
     Tracing every operator slows the step down, so these seconds are only used to divide the
     phases' seconds among the operators.
     """
-    step = subject.traced
     traces = []
-    for _ in range(steps):
+    for _ in range(TIMED_STEPS):
         if device.type == "cuda":
             # The traced host is slower than the device. Without a head start, the time of every
             # operator would include the gap before it.
             torch.cuda._sleep(HEAD_START_CYCLES)
-        with StepTrace(step, timed=True, device=device) as trace:
+        with StepTrace(subject.traced, timed=True, device=device) as trace:
             subject.run(trace.mark)
         traces.append(trace)
-    weights = step.method.weights if step is not None else {}
     operations = [
         same[0].model_copy(update={"seconds": statistics.median(timed_s(o.seconds) for o in same)})
         for same in _grouped(trace.operations() for trace in traces)
     ]
-    last = traces[-1]
-    notes = [] if last.note is None else [last.note]
-    if step is not None and step.settings.compile != "none":
-        notes.append(COMPILED)
-    return Traced(operations, _shares_of_terms(traces, weights), last.synchronisations(), notes)
+    terms = _shares_of_terms(traces, _weights(subject))
+    waits = traces[-1].synchronisations()
+    return StepOperators(operations, terms, waits, _notes(subject, traces[-1]), timed=True)
+
+
+def _weights(subject: Subject) -> Mapping[str, float]:
+    return subject.traced.method.weights if subject.traced is not None else {}
+
+
+def _notes(subject: Subject, trace: StepTrace) -> list[str]:
+    return [*([] if trace.note is None else [trace.note]), *compiled_notes(subject.traced)]
+
+
+def compiled_notes(step: TrainStep | None) -> list[str]:
+    """Return what limits the accuracy of the operators of a compiled step."""
+    return [COMPILED] if step is not None and step.settings.compile != "none" else []
 
 
 def _shares_of_terms(traces: list[StepTrace], weights: Mapping[str, float]) -> dict[str, TermCost]:

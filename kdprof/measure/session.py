@@ -1,33 +1,96 @@
 """One measuring session: all readings of one step, in one process, together with the reference.
 
-The step first runs alone, so that memory, energy and the operators' times are its own; then the
-reference is built as well, and both are timed in interleaved rounds.
+The step first runs alone, so that memory, energy and operators are its own; then the reference is
+built as well, and both are timed in interleaved rounds.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kdprof.hardware import Hardware
 from kdprof.hardware.base import State
 from kdprof.measure.canary import CanaryKernel
-from kdprof.measure.ceilings import higher, measure_ceilings
-from kdprof.measure.clock import clock_of
-from kdprof.measure.energy import EnergyReading, measure_energy
-from kdprof.measure.latency import OnRound, Session, time_interleaved
+from kdprof.measure.ceilings import measure_ceilings
+from kdprof.measure.clock import Clock, clock_of
+from kdprof.measure.end_to_end import Iterations, time_end_to_end
+from kdprof.measure.energy import EnergyReading, energy_of_blocks, measure_energy
+from kdprof.measure.latency import OnRound, Samples, Session, Stopwatch, time_interleaved
 from kdprof.measure.memory import MemoryReading, read_memory
-from kdprof.measure.operator_times import Traced, trace_steps
-from kdprof.measure.profiles import Files, write_files
+from kdprof.measure.operator_times import StepOperators, timed_operators, traced_operators
+from kdprof.measure.stages import Stages
 from kdprof.measure.subject import Subject
 from kdprof.records import Ceilings, Operation, Outlier
 from kdprof.step import ignore_phase
 from kdprof.study import MeasureSettings
 
-TRACED_STEPS = 3
+END_TO_END_SHARE = 0.5
+"""Blocks of end-to-end iterations take at most this share of a step's measuring time."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all sessions of a process share.
+
+    Attributes:
+        precision: that of the steps; None if it is not known.
+        ceilings: of fp32 if the precision is not known.
+        energy_window: True to measure energy in a window of its own, not around timed blocks.
+        began: state of the hardware before any step ran.
+    """
+
+    device: torch.device
+    hardware: Hardware
+    settings: MeasureSettings
+    precision: str | None
+    clock: Clock
+    canary: CanaryKernel
+    ceilings: Ceilings
+    began: State
+    stages: Stages
+    energy_window: bool
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        hardware: Hardware,
+        settings: MeasureSettings,
+        precision: str | None,
+        stages: Stages,
+        *,
+        needs_energy: bool = False,
+    ) -> Bench:
+        """Return the bench of a device, after measuring its ceilings."""
+        began, clock = hardware.state(), clock_of(device)
+        with stages.timed("ceilings"):
+            ceilings = measure_ceilings(device, precision or "fp32")
+        return cls(
+            device=device,
+            hardware=hardware,
+            settings=settings,
+            precision=precision,
+            clock=clock,
+            canary=CanaryKernel(device, clock),
+            ceilings=ceilings,
+            began=began,
+            stages=stages,
+            energy_window=settings.detail or needs_energy,
+        )
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Readings of a step with nothing else resident than what it needs."""
+
+    memory: MemoryReading
+    operators: StepOperators
+    energy: EnergyReading | None
+    """None: to be taken from the timed blocks."""
 
 
 @dataclass(frozen=True)
@@ -35,86 +98,143 @@ class Readings:
     """All readings of one step in a session.
 
     Attributes:
-        device: the hardware's name.
-        clock: the timer's name.
-        memory, traced, energy: read with nothing else resident.
         reference: the operators of the reference's step, which may be this step.
-        before, during, after: states of the hardware around and between the timed blocks.
+        after: state of the hardware after the timed blocks.
+        during: states around and between the timed blocks.
         distrust: why the hardware's state makes the Cost unreliable.
+        stages_s: where the time of this measurement went.
     """
 
-    device: str
-    clock: str
-    settings: MeasureSettings
-    precision: str | None
-    ceilings: Ceilings
-    memory: MemoryReading
-    traced: Traced
-    energy: EnergyReading
+    bench: Bench
+    alone: Alone
     reference: list[Operation]
     timed: Session
+    energy: EnergyReading
     outliers: list[Outlier]
-    before: State
     during: list[State]
     after: State
     distrust: list[str]
+    stages_s: dict[str, float]
 
 
-def run_session(
-    subject: Subject,
-    build_reference: Callable[[], Subject] | None,
-    *,
-    device: torch.device,
-    hardware: Hardware,
-    settings: MeasureSettings,
-    precision: str | None,
-    files: Files,
-    on_round: OnRound,
-) -> Readings:
-    """Measure one step.
+def read_alone(bench: Bench, subject: Subject, counted: StepOperators | None) -> Alone:
+    """Read what a step needs, before the reference is built.
 
     Args:
-        build_reference: builds the reference's step; None if ``subject`` is the reference.
-        precision: of the ceilings that the step is compared with; None = fp32.
+        counted: the step's operators if they are known already; None to trace a real step.
 
     Raises:
         BadStep: a loss is not finite.
     """
-    before, clock = hardware.state(), clock_of(device)
-    ceilings = measure_ceilings(device, precision or "fp32")
-    memory = read_memory(subject, device, hardware)
-    traced = trace_steps(subject, device, TRACED_STEPS)
+    with bench.stages.timed("memory"):
+        memory = read_memory(subject, bench.device, bench.hardware, bench.clock)
+    with bench.stages.timed("operators"):
+        operators = _operators(bench, subject, counted)
+    if not bench.energy_window:
+        return Alone(memory, operators, None)
 
     def run_steps(count: int) -> None:
         for _ in range(count):
             subject.run(ignore_phase)
 
-    energy = measure_energy(run_steps, hardware.energy_meter(), clock.synchronize)
-    subjects = [subject] if build_reference is None else [subject, build_reference()]
-    reference = trace_steps(subjects[-1], device, 1).operations
-    canary = CanaryKernel(device, clock)
-    gc.collect()  # what the readings above left
-    timed = time_interleaved(
-        subjects, settings, clock=clock, canary=canary, hardware=hardware, on_round=on_round
-    )
-    after = hardware.state()
-    ceilings = higher(ceilings, measure_ceilings(device, precision or "fp32"))
+    with bench.stages.timed("energy"):
+        meter = bench.hardware.energy_meter()
+        energy = measure_energy(run_steps, meter, bench.clock.synchronize)
+    return Alone(memory, operators, energy)
+
+
+def _operators(bench: Bench, subject: Subject, counted: StepOperators | None) -> StepOperators:
+    if bench.settings.detail:
+        return timed_operators(subject, bench.device)
+    if counted is None:
+        return traced_operators(subject, bench.device)
+    if bench.device.type == "cuda":
+        # A step on fake tensors cannot show every wait for a GPU.
+        waits = traced_operators(subject, bench.device).synchronisations
+        return replace(counted, synchronisations=waits)
+    return counted
+
+
+def compare(
+    bench: Bench,
+    alone: Alone,
+    subject: Subject,
+    build_reference: Callable[[], Subject] | None,
+    *,
+    reference: list[Operation] | None,
+    on_round: OnRound,
+    most_s: float | None = None,
+    earlier: Readings | None = None,
+) -> Readings:
+    """Time a step interleaved with the reference, and return all readings.
+
+    Args:
+        build_reference: builds the reference's step; None if ``subject`` is the reference.
+        reference: the reference's operators if they are known already; None to trace them.
+        most_s: when no further round starts, if that is before the settings' time.
+        earlier: readings of the same step, which are continued.
+
+    Raises:
+        BadStep: a loss is not finite.
+        UserError: a file that the loader needs cannot be used.
+    """
+    with bench.stages.timed("networks"):
+        subjects = [subject] if build_reference is None else [subject, build_reference()]
+    if reference is None:
+        with bench.stages.timed("operators"):
+            reference = traced_operators(subjects[-1], bench.device).operations
+    before = earlier.timed.samples if earlier else [Samples() for _ in subjects]
+    ran_s = [alone.memory.step_s if earlier is None else [], []]
+    meter = bench.hardware.energy_meter()
+    watches = [
+        Stopwatch(one, bench.clock, bench.hardware, meter=meter, samples=samples, ran_s=seconds)
+        for one, samples, seconds in zip(subjects, before, ran_s, strict=False)
+    ]
+    gc.collect()  # what the earlier readings left
+    with bench.stages.timed("timed rounds"):
+        timed = time_interleaved(
+            watches,
+            bench.settings,
+            clock=bench.clock,
+            canary=bench.canary,
+            on_round=on_round,
+            most_s=most_s,
+            earlier=earlier.timed if earlier else None,
+        )
+    if earlier is None:
+        _time_end_to_end(bench, watches, timed.taken_s)
+    after = bench.hardware.state()
     during = [r for s in timed.samples for b in s.blocks for r in (b.before, b.after)]
-    write_files(subject, files)
     return Readings(
-        device=hardware.name,
-        clock=clock.name,
-        settings=settings,
-        precision=precision,
-        ceilings=ceilings,
-        memory=memory,
-        traced=traced,
-        energy=energy,
+        bench=bench,
+        alone=alone,
         reference=reference,
         timed=timed,
-        outliers=timed.own.outliers(hardware),
-        before=before,
+        energy=alone.energy or energy_of_blocks(meter, timed.own.blocks),
+        outliers=timed.own.outliers(bench.hardware),
         during=during,
         after=after,
-        distrust=hardware.problems(before, during, after),
+        distrust=bench.hardware.problems(bench.began, during, after),
+        stages_s=_added(earlier.stages_s if earlier else {}, bench.stages.taken()),
     )
+
+
+def _time_end_to_end(bench: Bench, watches: list[Stopwatch], rounds_s: float) -> None:
+    steps = [
+        Iterations(feed, bench.clock, watch.step_s, watch.samples)
+        for watch in watches
+        if (feed := watch.subject.feed) is not None
+    ]
+    if not steps:
+        return
+    with bench.stages.timed("end-to-end"):
+        time_end_to_end(
+            steps,
+            clock=bench.clock,
+            precision_target=bench.settings.precision_target,
+            most_s=END_TO_END_SHARE * rounds_s,
+        )
+
+
+def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kdprof.errors import KdprofError
 from kdprof.step import Mark, TrainStep
+from kdprof.step_feed import StepFeed
 
 
 class BadStep(KdprofError):
     """A step runs, but its loss is not finite, so that it cannot train."""
-
-
-@dataclass(frozen=True)
-class EndToEnd:
-    """Timing of end-to-end iterations."""
-
-    seconds: float
-    """Per iteration."""
-    waited_s: float
-    """Part of it spent waiting for batches."""
 
 
 class Subject(Protocol):
@@ -38,6 +28,10 @@ class Subject(Protocol):
     def traced(self) -> TrainStep | None:
         """The step whose phases and terms a trace can separate; None if it is a single phase."""
 
+    @property
+    def feed(self) -> StepFeed | None:
+        """The step with its loader; None if nothing is loaded, or if it loads its data itself."""
+
     def run(self, mark: Mark) -> Any:
         """Queue one step; ``mark`` is called at the end of each phase."""
 
@@ -47,6 +41,3 @@ class Subject(Protocol):
         Raises:
             BadStep: the result is not finite.
         """
-
-    def run_end_to_end(self, count: int, first: int) -> EndToEnd | None:
-        """Run about ``count`` end-to-end iterations; return None if there is no loader."""

@@ -21,8 +21,9 @@ from kdprof.hardware.device import find_device, versions
 from kdprof.measure.cost import Identity, measured_cost
 from kdprof.measure.isolation import Failure, MeasureRequest, guarded, run_isolated
 from kdprof.measure.latency import OnRound, ignore_round
-from kdprof.measure.profiles import Files
-from kdprof.measure.session import run_session
+from kdprof.measure.profiles import Files, write_files
+from kdprof.measure.session import Bench, compare, read_alone
+from kdprof.measure.stages import Stages
 from kdprof.measure.subject import BadStep
 from kdprof.progress import Progress
 from kdprof.records import Cost
@@ -38,6 +39,7 @@ class CallableSubject:
 
     phases = ()
     traced = None
+    feed = None
 
     def __init__(self, name: str, step: Callable[[], Any]):
         self.name, self._step = name, step
@@ -58,9 +60,6 @@ class CallableSubject:
             finite = not isinstance(result, float) or math.isfinite(result)
         if not finite:
             raise BadStep("the step returned a loss that is not finite")
-
-    def run_end_to_end(self, count: int, first: int) -> None:
-        """Return None: the step loads its data itself."""
 
 
 @dataclass(frozen=True)
@@ -207,16 +206,10 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events and allocator statistics are the current device's
     hardware = hardware_of(device, conditions.own_pids())
-    readings = run_session(
-        subject,
-        build_reference,
-        device=device,
-        hardware=hardware,
-        settings=conditions.settings,
-        precision=conditions.precision,
-        files=files or Files(),
-        on_round=on_round,
-    )
+    bench = Bench.of(device, hardware, conditions.settings, conditions.precision, Stages())
+    alone = read_alone(bench, subject, None)
+    readings = compare(bench, alone, subject, build_reference, reference=None, on_round=on_round)
+    write_files(subject, files or Files())
     settings = {"step": subject.name, "precision": conditions.precision, **(source or {})}
     key = hashlib.sha256(json.dumps([settings, hardware.name, versions()]).encode()).hexdigest()
     identity = Identity(method=subject.name, gpus=1, key=key[:12], settings=settings)
@@ -259,12 +252,21 @@ def measure_files(
             if settings.in_process:
                 cost = guarded(partial(measure_file, **arguments, on_round=ignore_round))
             else:
-                cost = run_isolated(MeasureRequest("step", arguments), ignore_round)
+                cost = _measured_apart(arguments)
         except Failure as failure:
             failures[source.name] = str(failure)
             continue
         costs.append(cost)
     return costs, failures
+
+
+def _measured_apart(arguments: dict[str, Any]) -> Cost:
+    """Measure a step in a separate process."""
+    outcome = run_isolated(MeasureRequest("step", arguments), lambda kind, content: None)
+    if outcome.failure is not None:
+        raise Failure(outcome.failure)
+    (cost,) = outcome.costs.values()
+    return cost
 
 
 def measure_file(

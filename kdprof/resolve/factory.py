@@ -44,6 +44,10 @@ class Factory:
         classes = self._study.data.num_classes("student")
         return build(plain.student, classes, backbone_weights=weights)
 
+    def placed_student(self, seed: int) -> AnyNetwork:
+        """Return a new student on the device."""
+        return self._placed(self.student(seed), self._study.device)
+
     def teacher(self) -> AnyNetwork:
         """Return a new, untrained teacher."""
         torch.manual_seed(0)

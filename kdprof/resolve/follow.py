@@ -99,6 +99,7 @@ class _Follower:
             "teacher": self._receive_teacher,
             "load": self._load,
             "feed": self._feed,
+            "take_over": self._take_over,
             "forget": self.forget,
         }
         actions[order["do"]](**arguments)
@@ -126,6 +127,9 @@ class _Follower:
 
     def _feed(self, step: int, start: int, stop: int) -> None:
         self._feeds[step].begin(start, stop)
+
+    def _take_over(self, step: int, other: int) -> None:
+        self._feeds[step].take_over(self._feeds[other])
 
     def _step(self, order: StepOrder) -> None:
         feed = self._feeds[order.step]

@@ -219,6 +219,13 @@ class ResolvedStudy:
         """True if every student of this study starts with the teacher's weights."""
         return self.plain.starts_as_teacher
 
+    @property
+    def needs_energy(self) -> bool:
+        """True if runs end by their energy, or a budget is an amount of it."""
+        budgets = [parse_budget(text) for text in self.budgets]
+        matched = any(budget.matches == "energy" for budget in budgets)
+        return matched or self.training.enforce == "energy"
+
     def method_names(self, *, control: bool) -> list[str]:
         """Return the methods to compare; with ``control`` the controls come first."""
         by_spec = [find_method(spec).cls.name for spec in self.plain.methods]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure import measure
+from kdprof.measure import PlannedTraining, measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
@@ -41,7 +42,10 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     if not missing:
         return Prepared(costs, [])
     progress.say(f"measuring {', '.join(missing)}")
-    measured = measure(study, missing, progress, keep=store.write_cost)
+    planned = planned_training(study, names)
+    measured = measure(study, missing, progress, keep=store.write_cost, planned=planned)
+    if measured.costs:
+        progress.say(_precision_of(measured.costs))
     if lost := [name for name in (REFERENCE, *named) if name in measured.failures]:
         raise KdprofError(
             f"no budget can be converted without {', '.join(lost)}\n{measured.summary()}"
@@ -51,13 +55,53 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     return Prepared(costs, measured.summary().splitlines())
 
 
+def planned_training(study: ResolvedStudy, names: Sequence[str]) -> PlannedTraining | None:
+    """Return the least training that a study's budgets mean; None if no Cost is needed to know
+    that it is short, or if a budget is an amount of FLOP or energy."""
+    runs, batch = len(names) * study.seeds, study.step.batch
+    images = len(study.data.files["train"])
+    seconds = iterations = 0.0
+    for budget in map(parse_budget, study.budgets):
+        match budget.unit:
+            case "s":
+                seconds += budget.amount
+            case "iterations":
+                iterations += budget.amount
+            case "samples":
+                iterations += budget.amount / batch
+            case "epochs":
+                iterations += budget.amount * images / batch
+            case _:
+                return None
+    if not study.budgets:
+        return None
+    return PlannedTraining(runs * seconds, runs * iterations)
+
+
+def _precision_of(costs: Sequence[Cost]) -> str:
+    """Return how long measuring took and how precise it is, in one line."""
+    spent_s = sum(seconds for cost in costs for seconds in cost.timing["stages_s"].values())
+    widths = {c.method: c.timing["ratio_width"] / 2 for c in costs if c.method != REFERENCE}
+    if not widths:
+        return f"measured in {spent_s:.3g} s"
+    worst = max(widths, key=lambda name: widths[name])
+    return f"measured in {spent_s:.3g} s: ratios within {widths[worst]:.2%} ({worst}) or better"
+
+
 def _read_costs(
     study: ResolvedStudy, store: Store, names: Iterable[str]
 ) -> tuple[dict[str, Cost], list[str]]:
     """Return the stored Costs of methods, and the methods that have none."""
     found = {name: store.read_cost(name, cost_key(study, name)) for name in names}
     costs = {name: cost for name, cost in found.items() if cost is not None}
+    if study.needs_energy:
+        costs = {name: cost for name, cost in costs.items() if not _lacks_energy(cost)}
     return costs, [name for name in found if name not in costs]
+
+
+def _lacks_energy(cost: Cost) -> bool:
+    """Return True if a longer measurement could tell the energy of a step."""
+    return cost.energy_j is None and "--detail" in cost.unavailable.get("energy_j", "")
 
 
 def stored_costs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> dict[str, Cost]:

@@ -1,0 +1,87 @@
+"""In which order and for how long the methods of a study are measured in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kdprof.measure.latency import OnRound
+from kdprof.measure.study_step import StudyBench
+from kdprof.records import Cost
+from kdprof.study import MeasureSettings
+
+TRAINING_SHARE = 0.1
+"""Measuring takes at most this share of the planned training time, unless a time is set."""
+LEAST_VISIT_S = 1.0
+"""A method is not visited again for less time than this."""
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """The training that Costs are measured for: fixed seconds, and iterations that each take at
+    least as long as the reference's."""
+
+    seconds: float = 0.0
+    iterations: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Measures methods in turn.
+
+    Attributes:
+        planned: the training that follows; None if nothing is trained.
+        ended: called with each method's Cost so far.
+        spent_s: what earlier processes of this measurement took.
+    """
+
+    bench: StudyBench
+    settings: MeasureSettings
+    planned: PlannedTraining | None
+    on_round: Callable[[str], OnRound]
+    ended: Callable[[Cost], None]
+    spent_s: float = 0.0
+
+    def take(self, names: Sequence[str]) -> None:
+        """Measure every method once, then those again whose intervals are widest, as long as time
+        is left. It ends early if a method leaves memory behind.
+
+        Raises:
+            BadStep: a loss is not finite.
+            UserError: a file that the loader needs cannot be used.
+        """
+        began = time.monotonic() - self.spent_s
+        left = list(names)
+        while left and self.bench.spoiled is None:
+            self._visit(left[0], began, share=len(left))
+            left.pop(0)
+        while self.bench.spoiled is None and (widest := self._widest(names, began)) is not None:
+            self._visit(widest, began, share=1)
+
+    def _visit(self, name: str, began: float, share: int) -> None:
+        remaining = self._remaining_s(began)
+        most_s = None if remaining is None else max(0.0, remaining) / share
+        self.ended(self.bench.visit(name, self.on_round(name), most_s))
+
+    def _widest(self, names: Sequence[str], began: float) -> str | None:
+        """Return the method to visit again; None if all are precise enough or time is up."""
+        remaining = self._remaining_s(began)
+        if remaining is None or remaining < LEAST_VISIT_S:
+            return None
+        wide = {
+            name: self.bench.wide(name)
+            for name in names
+            if self.bench.time_of(name) + LEAST_VISIT_S <= self.settings.max_time_s
+        }
+        name = max(wide, key=lambda name: wide[name], default=None)
+        return name if name and wide[name] > self.settings.precision_target else None
+
+    def _remaining_s(self, began: float) -> float | None:
+        """Return how much time is left for all methods; None if it is not limited."""
+        total = self.settings.total_time_s
+        if total is None and self.planned is not None and self.bench.visited:
+            iteration_s = self.bench.reference_iteration_s()
+            planned_s = self.planned.seconds + self.planned.iterations * iteration_s
+            total = TRAINING_SHARE * planned_s
+        return None if total is None else total - (time.monotonic() - began)
