@@ -19,7 +19,7 @@ from simulated import MACHINES, QuietHardware, measure_simulated, quiet
 
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock
-from kdprof.measure.latency import Session, time_interleaved
+from kdprof.measure.latency import Session, Stopwatch, time_interleaved
 from kdprof.measure.user_step import CallableSubject
 from kdprof.stats import Numbers, paired_ratio
 from kdprof.study import MeasureSettings
@@ -112,15 +112,12 @@ def real(delay: float, repeats: int, max_time_s: float) -> Repeats:
     for _ in range(repeats):
         base = _real_step(0.0)
         delay_s = delay * _median_s(base)
-        subjects = [
-            CallableSubject("delayed", _real_step(delay_s)), CallableSubject("base", base),
-        ]  # fmt: skip
+        subjects = CallableSubject("delayed", _real_step(delay_s)), CallableSubject("base", base)
         session = time_interleaved(
-            subjects,
+            [Stopwatch(subject, clock, QuietHardware()) for subject in subjects],
             settings,
             clock=clock,
             canary=CanaryKernel(torch.device("cpu"), clock),
-            hardware=QuietHardware(),
         )
         median, low, high = _ratio(session)
         # The true ratio follows from the base step's own latency in the same rounds.

@@ -14,7 +14,7 @@ import numpy as np
 
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, clock_of
-from kdprof.measure.latency import time_interleaved
+from kdprof.measure.latency import Stopwatch, time_interleaved
 from kdprof.measure.study_step import StudySubject
 from kdprof.resolve import ResolvedStudy
 from kdprof.stats import drift_of, paired_ratio, relative_width
@@ -41,9 +41,9 @@ def subjects(study: ResolvedStudy, name: str) -> list[StudySubject]:
     for kind, label in ((StudySubject, "marked"), (Unmarked, "unmarked")):
         reads_teacher = study.methods[name].cls.needs_teacher()
         teacher = factory.placed_teacher() if reads_teacher else None
-        subject = kind(StepFeed(factory.step(name, teacher), batches, resident))
+        feed = StepFeed(factory.step(name, teacher), batches, resident)
+        subject = kind(feed, loads=False)
         subject.name = label
-        subject.run_end_to_end = lambda count, first: None
         found.append(subject)
     return found
 
@@ -71,11 +71,10 @@ def main() -> None:
     )
     clock = clock_of(study.device)
     session = time_interleaved(
-        subjects(study, given.method),
+        [Stopwatch(s, clock, study.hardware) for s in subjects(study, given.method)],
         settings,
         clock=clock,
         canary=CanaryKernel(study.device, clock),
-        hardware=study.hardware,
     )
     marked, unmarked = session.samples
     ratio = paired_ratio(marked.rounds, unmarked.rounds)

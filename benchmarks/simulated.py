@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from kdprof.measure.latency import Session, time_interleaved
+from kdprof.measure.latency import Session, Stopwatch, time_interleaved
 from kdprof.study import MeasureSettings
 
 Noise = Iterator[float]
@@ -42,6 +42,7 @@ class SimulatedStep:
 
     phases = ()
     traced = None
+    feed = None
 
     def __init__(self, name: str, latency_s: float, clock: SimulatedClock, noise: Noise):
         self.name, self.latency_s, self.clock, self.noise = name, latency_s, clock, noise
@@ -51,9 +52,6 @@ class SimulatedStep:
 
     def check(self, result: None) -> None:
         pass
-
-    def run_end_to_end(self, count: int, first: int) -> None:
-        return None
 
 
 class SimulatedCanary:
@@ -120,10 +118,9 @@ def measure_simulated(
     clock = SimulatedClock()
     steps = [SimulatedStep(name, s, clock, noise) for name, s in latencies_s.items()]
     session = time_interleaved(
-        steps,
+        [Stopwatch(step, clock, QuietHardware()) for step in steps],
         MeasureSettings(**settings),
         clock=clock,
         canary=SimulatedCanary(clock, noise),
-        hardware=QuietHardware(),
     )
     return session, clock

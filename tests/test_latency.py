@@ -17,10 +17,12 @@ from simulated import (
     quiet,
 )
 
+from kdprof.data import ENDLESS
 from kdprof.data.base import Classes, SegmentationData
 from kdprof.measure import latency
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock, phase_seconds
+from kdprof.measure.end_to_end import LEAST_BLOCKS, Iterations, time_end_to_end
 from kdprof.measure.latency import Stopwatch, collector_off, time_interleaved
 from kdprof.measure.study_step import StudySubject
 from kdprof.measure.subject import BadStep
@@ -60,8 +62,8 @@ def test_measuring_stops_at_the_target_or_when_time_is_up():
     assert precise.stopped == "the interval is 0.00% wide, target 1.00%"
     noisy = calibration.MACHINES["independent"](np.random.default_rng(0), 0.5)
     late, clock = measure_simulated(steps, noisy, max_time_s=2)
-    assert "max_time_s = 2 was up" in late.stopped
-    assert 2 < clock.seconds < 4
+    assert late.stopped == "2 s were up before the target of 1.00%"
+    assert 2 < clock.seconds < 3
 
 
 def test_subjects_take_turns_in_random_order():
@@ -76,9 +78,8 @@ def test_subjects_take_turns_in_random_order():
     steps = [Told(name, 0.01, clock, quiet()) for name in "abc"]
     settings = MeasureSettings(least_rounds=12, max_time_s=1, steps=3)
     canary = SimulatedCanary(clock, quiet())
-    session = time_interleaved(
-        steps, settings, clock=clock, canary=canary, hardware=QuietHardware()
-    )
+    watches = [Stopwatch(step, clock, QuietHardware()) for step in steps]
+    session = time_interleaved(watches, settings, clock=clock, canary=canary)
     assert session.rounds == 12
     timed = "".join(seen)[-12 * 3 * 4 :]
     blocks = [timed[i : i + 4] for i in range(0, len(timed), 4)]
@@ -156,11 +157,10 @@ def test_an_outlier_keeps_its_place_and_has_its_cause():
     clock = SimulatedClock()
     noise = calibration.MACHINES["independent"](np.random.default_rng(1), 0.005)
     session = time_interleaved(
-        [Collecting("a", 0.01, clock, noise)],
+        [Stopwatch(Collecting("a", 0.01, clock, noise), clock, QuietHardware())],
         MeasureSettings(least_rounds=12, max_time_s=0.1),
         clock=clock,
         canary=SimulatedCanary(clock, noise),
-        hardware=QuietHardware(),
     )
     (samples,) = session.samples
     found = samples.outliers(QuietHardware())
@@ -191,11 +191,10 @@ def test_the_hardware_names_the_cause_of_an_outlier():
     noise = iter([*[1.0, 1.01, 0.99] * 12, 3.0, *[1.0, 1.01, 0.99] * 30])
     clock = SimulatedClock()
     session = time_interleaved(
-        [SimulatedStep("a", 0.01, clock, noise)],
+        [Stopwatch(SimulatedStep("a", 0.01, clock, noise), clock, Throttled())],
         MeasureSettings(least_rounds=12, max_time_s=0.1),
         clock=clock,
         canary=SimulatedCanary(clock, quiet()),
-        hardware=Throttled(),
     )
     (outlier,) = session.samples[0].outliers(Throttled())
     assert outlier.cause == "clock drop"
@@ -230,15 +229,12 @@ class Diverging(Mimic):
 def real_session(*subjects, settings=BRIEF):
     clock = CpuClock()
     canary = CanaryKernel(torch.device("cpu"), clock)
-    return time_interleaved(
-        subjects, settings, clock=clock, canary=canary, hardware=QuietHardware()
-    )
+    watches = [Stopwatch(subject, clock, QuietHardware()) for subject in subjects]
+    return time_interleaved(watches, settings, clock=clock, canary=canary)
 
 
 def no_loader(step):
-    subject = StudySubject(StepFeed(step, None, tiny_batch()))
-    subject.run_end_to_end = lambda count, first: None
-    return subject
+    return StudySubject(StepFeed(step, None, tiny_batch()), loads=False)
 
 
 def test_nan_is_no_step():
@@ -305,7 +301,72 @@ class Sleepy(SegmentationData):
 def test_a_slow_loader_is_timed_in_steady_state(workers, expected_s):
     """Two processes halve the wait; neither a full queue at the start nor bunches hide it."""
     batches = SleepyBatches(workers, 0.2)
-    subject = StudySubject(StepFeed(tiny_step(Mimic, batch=1), batches, tiny_batch(batch=1)))
-    found = subject.run_end_to_end(3, 0)
-    assert found.seconds == pytest.approx(expected_s, rel=0.25)
-    assert found.waited_s == pytest.approx(found.seconds, rel=0.2)
+    samples = latency.Samples()
+    feed = StepFeed(tiny_step(Mimic, batch=1), batches, tiny_batch(batch=1))
+    iterations = Iterations(feed, CpuClock(), 0.1, samples)
+    feed.begin(0, ENDLESS)
+    try:
+        iterations.time_block()
+    finally:
+        feed.close()
+    assert samples.end_to_end_s == pytest.approx([expected_s], rel=0.25)
+    assert samples.waited_s == pytest.approx(samples.end_to_end_s, rel=0.2)
+
+
+def test_steps_share_one_loader_that_is_started_once(monkeypatch):
+    starts = []
+    begin = StepFeed.begin
+    monkeypatch.setattr(
+        StepFeed, "begin", lambda feed, *span: (starts.append(span), begin(feed, *span))
+    )
+    feeds = [StepFeed(tiny_step(Mimic, batch=1), SleepyBatches(0, 0.0)) for _ in range(2)]
+    samples = [latency.Samples(), latency.Samples()]
+    steps = [
+        Iterations(feed, CpuClock(), 0.3, own) for feed, own in zip(feeds, samples, strict=True)
+    ]
+    time_end_to_end(steps, clock=CpuClock(), precision_target=1e-9, most_s=0.0)
+    assert starts == [(0, ENDLESS)]
+    assert [len(own.end_to_end_s) for own in samples] == [LEAST_BLOCKS, LEAST_BLOCKS]
+    assert [feed._feeder for feed in feeds] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "steps", "untimed", "rounds"), [(0.01, 3, 1, 10), (0.2, 2, 1, 5), (0.8, 1, 0, 5)]
+)
+def test_slow_steps_get_short_blocks_and_few_rounds(step_s, steps, untimed, rounds):
+    session, clock = measure_simulated({"a": step_s, "b": step_s}, quiet(), max_time_s=1e-3)
+    assert session.rounds == rounds
+    assert {len(block) for block in session.own.rounds} == {steps}
+    run = 2 * (2 * latency.WARMUP_WINDOW + rounds * (steps + untimed)) * step_s
+    assert clock.seconds == pytest.approx(run + rounds * 1e-3)
+
+
+def test_a_session_can_be_continued():
+    """Its samples are added to, and further rounds are made until the interval is narrow."""
+    noise = calibration.MACHINES["independent"](np.random.default_rng(3), 0.1)
+    clock = SimulatedClock()
+    steps = [SimulatedStep(name, 0.01, clock, noise) for name in "ab"]
+    tools = {"clock": clock, "canary": SimulatedCanary(clock, quiet())}
+    brief = MeasureSettings(max_time_s=1000, precision_target=0.05)
+    watches = [Stopwatch(step, clock, QuietHardware()) for step in steps]
+    first = time_interleaved(watches, brief, most_s=0.1, **tools)
+    assert first.rounds == 10
+    again = [
+        Stopwatch(step, clock, QuietHardware(), samples=samples)
+        for step, samples in zip(steps, first.samples, strict=True)
+    ]
+    second = time_interleaved(again, brief, earlier=first, **tools)
+    assert second.rounds > 10
+    assert [len(s.blocks) for s in second.samples] == [second.rounds, second.rounds]
+    assert len(second.canary_s) == second.rounds
+    assert second.taken_s > first.taken_s
+    assert latency.widest_interval([s.rounds for s in second.samples]) <= 0.05
+
+
+def test_warm_up_counts_steps_that_ran_before():
+    clock = SimulatedClock()
+    step = SimulatedStep("a", 0.01, clock, quiet())
+    watch = Stopwatch(step, clock, QuietHardware(), ran_s=[0.02, 0.01, 0.01, 0.01, 0.01, 0.01])
+    watch.warm_up()
+    assert clock.seconds == 0
+    assert watch.samples.unsettled is None

@@ -17,12 +17,13 @@ from kdprof.errors import UserError
 from kdprof.measure import measure
 from kdprof.measure.cost import hidden_cost
 from kdprof.measure.isolation import Failure, MeasureRequest, run_isolated
+from kdprof.measure.turns import PlannedTraining, Turns
 from kdprof.processes import explain, last_words
 from kdprof.progress import Progress
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import read_record
-from kdprof.study import Study
+from kdprof.study import MeasureSettings, Study
 
 BAD = '''
 import os, signal
@@ -109,6 +110,14 @@ def costs() -> dict[str, Cost]:
     return {cost.method: cost for cost in found.costs}
 
 
+@pytest.fixture(scope="module")
+def detailed() -> dict[str, Cost]:
+    """The same with the seconds of single operators."""
+    study = small_study(methods=["none", "fitnet"], measure__detail=True)
+    found = measure(ResolvedStudy(study), ["none", "fitnet"], Progress(None))
+    return {cost.method: cost for cost in found.costs}
+
+
 def test_every_part_of_a_cost_is_there_or_says_why_not(costs):
     for cost in costs.values():
         fields = cost.model_dump()
@@ -125,22 +134,40 @@ def test_the_phases_are_the_step(costs):
         assert (share > 0.004) == (cost.method != "none")
 
 
-def test_operators_share_out_the_phases(costs):
+def test_a_record_says_where_its_own_time_went(costs):
+    stages = [cost.timing["stages_s"] for cost in costs.values()]
+    assert list(costs) == ["none", "kd", "fitnet", "ifvd"]
+    assert {"start-up", "ceilings"} <= stages[0].keys()
+    for own in stages:
+        assert {"networks", "memory", "timed rounds", "end-to-end"} <= own.keys()
+        assert all(seconds > 0 for seconds in own.values())
+        assert "energy" not in own
+    assert "ceilings" not in {name for own in stages[1:] for name in own}, "measured once"
+
+
+def test_single_operators_are_timed_on_request_only(costs):
     for cost in costs.values():
+        assert {o.seconds for o in cost.operations} == {None}
+        assert cost.unavailable["operations.seconds"] == "not requested (--detail)"
+
+
+def test_operators_share_out_the_phases(detailed):
+    for cost in detailed.values():
+        assert "operations.seconds" not in cost.unavailable
         for phase, seconds in cost.phases_s.items():
             own = [o.seconds for o in cost.operations if o.phase == phase]
             if own:
                 assert sum(own) == pytest.approx(seconds, rel=1e-6)
 
 
-def test_terms_share_out_the_objective(costs):
-    fitnet = costs["fitnet"]
+def test_terms_share_out_the_objective(detailed):
+    fitnet = detailed["fitnet"]
     assert set(fitnet.terms) == {"fitnet", "kd"}
     forward = sum(term.forward_s for term in fitnet.terms.values())
     backward = sum(term.backward_s for term in fitnet.terms.values())
     assert 0.5 * fitnet.phases_s["objective"] < forward <= 1.001 * fitnet.phases_s["objective"]
     assert 0 < backward <= 1.001 * fitnet.phases_s["objective_backward"]
-    assert costs["none"].terms == {}
+    assert detailed["none"].terms == {}
 
 
 def test_the_reference_is_one(costs):
@@ -196,29 +223,112 @@ def test_what_is_paid_for_nothing_and_what_waits_is_found(tmp_path):
 
 
 def test_a_crash_costs_one_method(tmp_path):
-    """As a user sees it: one process per method, one of them killed, exit code 1."""
+    """As a user sees it: the process is killed, and started again for the rest; exit code 1. A
+    method that leaks is measured, and the next one has a new process."""
     (tmp_path / "bad.py").write_text(BAD)
     study = small_toml(tmp_path, budgets=[], methods=["kd"], measure__in_process=False)
+    methods = ("./bad.py:Killed", "./bad.py:Leaks", "kd")
     done = kdprof(
-        "measure", "--study", study, "--out", "out", "--method", "./bad.py:Killed",
-        "--method", "kd", cwd=tmp_path,
+        "measure", "--study", study, "--out", "out", "-v", cwd=tmp_path,
+        *(part for method in methods for part in ("--method", method)),
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("kdprof: method 'killed': its process was killed")
-    assert "kd" in done.stdout
-    stored = {path.name.split("-")[0] for path in (tmp_path / "out" / "costs").iterdir()}
-    assert stored == {"none", "kd"}
-    cost = read_record(next((tmp_path / "out" / "costs").glob("kd-*")), Cost)
-    assert cost.timing["isolated"]
-    assert cost.ratio.median > 0.5
+    costs = {
+        cost.method: cost
+        for path in (tmp_path / "out" / "costs").iterdir()
+        if (cost := read_record(path, Cost))
+    }
+    assert {name: cost.timing["process_restarted_after"] for name, cost in costs.items()} == {
+        "none": None,
+        "leaks": "killed failed",
+        "kd": "leaks leaks memory",
+    }
+    assert re.search(r"^kd: \d+ rounds; .* s: (.* s, )?start-up", done.stderr, re.MULTILINE)
+    assert costs["kd"].ratio.median > 0.5
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path):
+    """Teacher and reference of other methods, or what these left, is not in it."""
+    sizes = {}
+    for alone in (False, True):
+        study = small_study(
+            methods=["none", "ifvd", "kd"],
+            step__batch=8,
+            step__crop=[128, 192],
+            measure__in_process=False,
+            measure__isolated=alone,
+        )
+        found = measure(ResolvedStudy(study), ["none", "ifvd", "kd"], Progress(None))
+        sizes[alone] = {cost.method: cost.memory_bytes.process for cost in found.costs}
+    for name, size in sizes[True].items():
+        assert sizes[False][name] == pytest.approx(size, rel=0.04), name
+
+
+def test_time_that_is_left_goes_to_the_widest():
+    """Three methods share a total: each is measured once, then the widest again and again."""
+
+    class Bench:
+        spoiled, visited = None, True
+
+        def __init__(self):
+            self.widths, self.visits, self.limits = {"a": 0.2, "b": 0.5, "c": 0.001}, [], []
+            self.spent = dict.fromkeys("abc", 0.0)
+
+        def visit(self, name, on_round, most_s):
+            self.limits.append(most_s)
+            self.spent[name] += 1
+            if name in self.visits:
+                self.widths[name] /= 2
+            self.visits.append(name)
+
+        def wide(self, name):
+            return self.widths[name]
+
+        def time_of(self, name):
+            return self.spent[name]
+
+    bench = Bench()
+    settings = MeasureSettings(precision_target=0.1, total_time_s=1000, max_time_s=60)
+    Turns(bench, settings, None, on_round=lambda name: None, ended=lambda cost: None).take("abc")
+    assert "".join(bench.visits) == "abc" + "bb" + "ab"[0] + "b" * 1
+    assert bench.limits[:3] == pytest.approx([1000 / 3, 1000 / 2, 1000], rel=0.01)
+    assert max(bench.widths.values()) <= 0.125
+
+
+def test_training_limits_measuring_to_a_tenth_of_its_time():
+    class Bench:
+        spoiled, visited = None, False
+        limits: list = []
+
+        def visit(self, name, on_round, most_s):
+            self.limits.append(most_s)
+            self.visited = True
+
+        def reference_iteration_s(self):
+            return 0.5
+
+        def wide(self, name):
+            return 0.0
+
+        def time_of(self, name):
+            return 0.0
+
+    bench = Bench()
+    planned = PlannedTraining(seconds=40, iterations=120)
+    turns = Turns(
+        bench, MeasureSettings(), planned, on_round=lambda name: None, ended=lambda cost: None
+    )
+    turns.take(["none", "kd"])
+    assert bench.limits == [None, pytest.approx((40 + 120 * 0.5) / 10, abs=0.1)]
 
 
 def test_a_child_that_cannot_start_is_told(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(Failure, match="died with status 1"):
-        run_isolated(MeasureRequest("method", {}), lambda done, width: None)
+        raise Failure(run_isolated(MeasureRequest("methods", {}), print).failure)
 
 
 def test_what_a_dying_child_said_is_passed_on():
@@ -420,7 +530,7 @@ def test_one_method_that_cannot_fit_does_not_spoil_the_others(tmp_path, monkeypa
     from kdprof.measure import count_study as module
 
     resolved = ResolvedStudy(small_study(methods=["none", "ifvd"]))
-    needs = {name: made.least_memory_bytes for name, made in module._counts(
+    needs = {name: made.least_memory_bytes for name, made in module.counts(
         resolved, ["none", "ifvd"], Progress(None))}  # fmt: skip
     assert needs["none"] < needs["ifvd"]
     monkeypatch.setattr(module, "available_bytes", lambda device: needs["ifvd"] - 1)

@@ -40,7 +40,8 @@ class Iterations:
         if workers:
             count = workers * math.ceil(max(count, 2 * workers) / workers)
         # One more, because on a GPU the feeder is one batch ahead.
-        self._advance(1 + PREFETCHED * workers)
+        ahead = 1 if self.feed.step.device.type == "cuda" else 0
+        self._advance(PREFETCHED * workers + ahead)
         self.feed.forget_waits()
         began = self._clock.stamp()
         self._advance(count)
