@@ -4,7 +4,8 @@ import pytest
 from nvml_replay import replayed
 
 from kdprof.hardware.cpu import RaplMeter
-from kdprof.measure.energy import measure_energy
+from kdprof.measure.energy import energy_of_blocks, measure_energy
+from kdprof.measure.latency import Block, BlockEnergy
 
 
 class Device:
@@ -166,6 +167,50 @@ def test_a_counter_that_is_reset():
     joules, _, reason = device.measured()
     assert joules is None
     assert reason == "the energy counter was reset while steps ran"
+
+
+def blocks_of(device, count, steps):
+    """Run timed blocks as the stopwatch does, with pauses between them."""
+    blocks = []
+    for _ in range(count):
+        device.sleep(0.013)
+        began_j, began_s = device.read_j(), device.clock()
+        device.run_steps(steps)
+        device.synchronize()
+        energy = BlockEnergy(device.read_j() - began_j, device.clock() - began_s, steps)
+        blocks.append(Block([device.step_s] * steps, [], {}, {}, 0, energy))
+    return blocks
+
+
+def test_energy_around_long_blocks_costs_no_further_step():
+    device = Device(0.2, period_s=0.1)
+    blocks = blocks_of(device, 12, 5)
+    steps = device.steps
+    joules, how, reason = energy_of_blocks(device, blocks)
+    assert reason is None
+    assert device.steps == steps == how.steps
+    assert how.window_s == pytest.approx(12.0, rel=1e-3)
+    assert (how.counter_period_s, how.idle_w, how.power_integral_j) == (0.1, None, None)
+    assert joules == pytest.approx(0.2 * 500, rel=0.04)
+
+
+def test_short_blocks_say_what_measures_their_energy():
+    device = Device(0.04, period_s=0.1)
+    joules, how, reason = energy_of_blocks(device, blocks_of(device, 10, 4))
+    assert (joules, how) == (None, None)
+    assert reason == (
+        "10 timed blocks of 0.16 s are too short for a counter that moves every 0.1 s; --detail "
+        "measures it"
+    )
+
+
+def test_energy_around_blocks_of_a_counter_that_stops():
+    device = Device(0.2, period_s=0.1)
+    blocks = blocks_of(device, 12, 5)
+    blocks[3].energy = None
+    assert energy_of_blocks(device, blocks).reason == "the energy counter stopped answering"
+    device.reason = "no counter"
+    assert energy_of_blocks(device, blocks).reason == "no counter"
 
 
 def test_no_counter_runs_no_step():

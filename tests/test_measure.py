@@ -227,10 +227,9 @@ def test_a_crash_costs_one_method(tmp_path):
     method that leaks is measured, and the next one has a new process."""
     (tmp_path / "bad.py").write_text(BAD)
     study = small_toml(tmp_path, budgets=[], methods=["kd"], measure__in_process=False)
-    methods = ("./bad.py:Killed", "./bad.py:Leaks", "kd")
     done = kdprof(
-        "measure", "--study", study, "--out", "out", "-v", cwd=tmp_path,
-        *(part for method in methods for part in ("--method", method)),
+        "measure", "--study", study, "--out", "out", "-v", "--method", "./bad.py:Killed",
+        "--method", "./bad.py:Leaks", "--method", "kd", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
