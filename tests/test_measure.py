@@ -255,8 +255,8 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     for alone in (False, True):
         study = small_study(
             methods=["none", "ifvd", "kd"],
-            step__batch=8,
-            step__crop=[128, 192],
+            step__batch=4,
+            step__crop=[96, 128],
             measure__in_process=False,
             measure__isolated=alone,
         )

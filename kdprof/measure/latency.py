@@ -206,15 +206,19 @@ class Stopwatch:
             stamps.append(("step", self.clock.stamp()))
         return stamps
 
-    def warm_up(self) -> None:
+    def warm_up(self, most_s: float = WARMUP_MOST_S) -> None:
         """Step until latency and allocator have settled or a limit is reached, then check the
-        result."""
+        result.
+
+        Args:
+            most_s: after which no further step starts.
+        """
         reserved = [_reserved_bytes()] * len(self._ran_s)
         began, late = self.clock.now(), False
         while len(self._ran_s) < 2 or not (late or _unsettled(self._ran_s, reserved) is None):
             self._ran_s.append(self._timed_step())
             reserved.append(_reserved_bytes())
-            late = self.clock.now() - began > WARMUP_MOST_S or len(self._ran_s) >= WARMUP_MOST_STEPS
+            late = self.clock.now() - began > most_s or len(self._ran_s) >= WARMUP_MOST_STEPS
         self.samples.unsettled = _unsettled(self._ran_s, reserved)
         self.samples.warmup_steps += len(self._ran_s)
         if self._result is not None:
@@ -284,7 +288,7 @@ def _reserved_bytes() -> int:
 def _unsettled(times: Sequence[float], reserved: Sequence[int]) -> str | None:
     """Return what still changes from step to step; None if nothing does."""
     if len(times) < 2 * WARMUP_WINDOW:
-        return f"only {len(times)} warm-up steps fitted into {WARMUP_MOST_S:.0f} s"
+        return f"only {len(times)} warm-up steps fitted into the time"
     last = statistics.median(times[-WARMUP_WINDOW:])
     before = statistics.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
     if abs(last / before - 1) > SETTLED:
@@ -338,13 +342,13 @@ def time_interleaved(
         BadStep: a loss is not finite.
     """
     began = clock.now()
+    limit_s = settings.max_time_s if most_s is None else min(most_s, settings.max_time_s)
     for watch in watches:
-        watch.warm_up()
+        watch.warm_up(min(WARMUP_MOST_S, limit_s / 2))
     canary.warm_up()
     canary_s = list(earlier.canary_s) if earlier else []
     done = earlier.rounds if earlier else 0
     least = done + 1 if earlier else _least_rounds(watches, settings)
-    limit_s = settings.max_time_s if most_s is None else min(most_s, settings.max_time_s)
     order, shuffle = list(watches), random.Random(done)
     look, narrow, stopped = least, 0, ""
     while not stopped:
