@@ -66,8 +66,12 @@ class StepSettings(Section):
     """With several GPUs: batch norm over the whole batch, not over each GPU's share of it."""
     crop: Size = (512, 1024)
     """Height x width of a training crop, pixels."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32 runs at full float32 (no TF32); bf16 and fp16 by autocast, fp16 with a loss scaler."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """fp32 runs at full float32. tf32 is torch's own default on a GPU: convolutions in TF32, matrix
+    products in full float32. bf16 and fp16 run by autocast, fp16 with a loss scaler."""
+    deterministic: bool = False
+    """True for steps that repeat bit for bit on a GPU, as they always do on a CPU: only operators
+    that do so run, and some of them are slower."""
     channels_last: bool = True
     compile: Literal["none", "default", "cuda-graphs"] = "none"
     """default: torch.compile for networks and objective; cuda-graphs: they are also replayed as

@@ -124,6 +124,7 @@ def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path):
 
 
 def test_the_options_have_costs_of_their_own():
-    changes = [{}, {"step.fold_teacher": True}, {"step.compile": "default"}]
+    options = {"step.fold_teacher": True, "step.compile": "default", "step.deterministic": True}
+    changes = [{}, *({key: value} for key, value in options.items())]
     keys = {cost_key(ResolvedStudy(small_study(**change)), "kd") for change in changes}
-    assert len(keys) == 3
+    assert len(keys) == 4
