@@ -169,6 +169,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="assignments")
     given = parser.parse_args()
     study = load_study(None, STUDY | parse_assignments(given.assignments))
+    if study.step.deterministic:
+        torch.use_deterministic_algorithms(True)  # imports for seconds; here, once for all children
     with tempfile.TemporaryDirectory() as folder:
         found = kill_again_and_again(Path(folder), given.kills, given.seed, study)
     print(

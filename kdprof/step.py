@@ -222,7 +222,7 @@ class TrainStep:
         images = images.to(self.device, non_blocking=True, memory_format=self._layout)
         labels = labels.to(self.device, non_blocking=True).long()
         mark("data")
-        teacher = self._run_teacher(images)
+        teacher = self.teacher_taps(images)
         mark("teacher_forward")
         with self.autocast():
             student = self._run_student(images, self._student_taps)
@@ -275,7 +275,9 @@ class TrainStep:
         return autocast(self.device, self.settings.precision)
 
     @torch.no_grad()
-    def _run_teacher(self, images: Tensor) -> Taps:
+    def teacher_taps(self, images: Tensor) -> Taps:
+        """Return what the method reads of the teacher for images on the device; nothing without a
+        teacher."""
         if self._run_frozen is None:
             return Taps()
         with self.autocast():

@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdprof.hardware import hardware_of
-from kdprof.hardware.device import configure_backends, synchronize
+from kdprof.hardware.device import (
+    DTYPES,
+    autocast,
+    configure_backends,
+    placed,
+    synchronize,
+)
 from kdprof.measure.ceilings import measure_ceilings, published_peak
+from kdprof.method import NETWORK_TAPS
+from kdprof.models import build, folded
+from kdprof.models.fused import FusedBlock
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
@@ -259,7 +269,7 @@ def test_deterministic_steps_repeat_and_continue_bit_for_bit(name, precision, tm
 @needs_whole
 def test_killed_trainings_end_bit_for_bit_the_same():
     """Processes that are killed with SIGKILL at random moments, and started again."""
-    options = ["--kills", "2", "--seed", "1", "--set", f"device={DEVICE.type}"]
+    options = ["--kills", "3", "--seed", "1", "--set", f"device={DEVICE.type}"]
     options += ["--set", "step.deterministic=true"]
     done = subprocess.run(
         [sys.executable, KILLS, *options], capture_output=True, text=True, timeout=280, check=False
@@ -271,20 +281,54 @@ def test_killed_trainings_end_bit_for_bit_the_same():
 # Options of the step
 
 
-@needs_whole
-@pytest.mark.parametrize("compiled", ["default", pytest.param("cuda-graphs", marks=needs_gpu)])
+class Operators(TorchDispatchMode):
+    """Counts the operators of a forward by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", some(PRECISIONS, ["bf16"]))
+@pytest.mark.parametrize("name", some(["pspnet-r18", "cirkd-deeplabv3-r50"], []))
+def test_a_folded_teacher_sees_the_same_with_fused_operators(name, precision):
+    """Its taps are as near to those in float32 as the taps of the plain one are."""
+    torch.manual_seed(2)
+    network = placed(build(name, 19).eval(), DEVICE, channels_last=True)
+    taps = [tap for tap in NETWORK_TAPS if tap != "classifier"]
+    images = torch.randint(0, 256, (2, 3, 96, 160), dtype=torch.uint8, device=DEVICE)
+    with torch.no_grad():
+        exact = network(images, taps)
+        configure_backends(DEVICE, precision)
+        copy = folded(network, DTYPES[precision])
+        with autocast(DEVICE, precision):
+            plain = network(images, taps)
+            with Operators() as operators:
+                found = copy(images, taps)
+    for tap in taps:
+        true, ours = getattr(exact, tap), getattr(found, tap).float()
+        rounding = (getattr(plain, tap).float() - true).norm()
+        assert (ours - true).norm() <= 2 * rounding + 1e-4 * true.norm(), tap
+    blocks = sum(isinstance(module, FusedBlock) for module in copy.modules())
+    assert operators.calls["cudnn_convolution_add_relu"] == (blocks if IS_GPU else 0)
+    assert operators.calls["cudnn_convolution_relu"] >= (blocks if IS_GPU else 0)
+    assert operators.calls["relu_"] <= (1 if IS_GPU else 10**6)  # of the three channels of images
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", ["teacher", "default", "cuda-graphs"])
 def test_compiled_steps_compute_the_same(compiled):
     """Every one of them: a graph that is replayed must not read what the next one overwrites."""
     found = {}
     for option in ("none", compiled):
-        study = study_on(
-            DEVICE, teacher="pspnet-r18", step__compile=option, step__fold_teacher=True
-        )
+        study = study_on(DEVICE, step__compile=option, step__fold_teacher=True)
         step, batches = step_and_batches(study)
         step = without_dropout(step)
         found[option] = [step(*batches[index % 3], index) for index in range(6)]
-        with no_synchronisation():
-            step(*batches[0], 6)
     for plain, other in zip(*found.values(), strict=True):
         values = ({name: value.item() for name, value in one.items()} for one in (other, plain))
         assert next(values) == pytest.approx(next(values), rel=2e-3)
