@@ -17,8 +17,7 @@ from kdprof.models.network import SegmentationNetwork
 
 GRANULE = 8
 """cuDNN's kernels for tensor cores take channels in multiples of this; with others the fused
-operator is many times slower than the separate ones."""
-
+operator can be many times slower than the separate ones."""
 COMPUTED = ("conv1", "conv2", "conv3", "downsample")
 """What a residual block computes, besides ReLU and the addition."""
 
