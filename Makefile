@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types install
+.PHONY: demo test test-gpu lint types install
 .DELETE_ON_ERROR:
 
 # The stamp is newer than the files that say what to install, or the install is made again.
@@ -32,3 +32,13 @@ types: install
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40
+
+# Checks that need a GPU, in minutes: KDPROF_TEST_DEVICE=cpu runs them on the CPU instead, as a check
+# of the checks. Those marked `alone` follow, because other work on the GPU would disturb them.
+KDPROF_TEST_DEVICE ?= cuda
+WORKERS ?= 8
+test-gpu: install
+	KDPROF_TEST_DEVICE=$(KDPROF_TEST_DEVICE) $(BIN)/python -m pytest -m "gpu and not alone" \
+		-n $(WORKERS) --dist worksteal --durations=15
+	KDPROF_TEST_DEVICE=$(KDPROF_TEST_DEVICE) $(BIN)/python -m pytest -m "gpu and alone" \
+		-p no:xdist --durations=5

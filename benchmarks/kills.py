@@ -26,7 +26,7 @@ import torch
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import RunFolder, Store
-from kdprof.study import Study, claim_folder, load_study
+from kdprof.study import Study, claim_folder, load_study, parse_assignments
 from kdprof.train import checkpoint
 from kdprof.train.runs import train
 
@@ -134,13 +134,12 @@ def _with_costs(out: Path, name: str) -> Store:
     return store
 
 
-def kill_again_and_again(out: Path, kills: int, seed: int, study: Study | None = None) -> Outcome:
+def kill_again_and_again(out: Path, kills: int, seed: int, study: Study) -> Outcome:
     """Train again and again, with ``kills`` kills in total; each training is restarted to its end.
 
     All trainings but the first start with the Costs of the first: measuring takes longer than
     training, so most kills would hit it.
     """
-    study = study or load_study(None, STUDY)
     cell = study.methods[0], study.budgets[0], 0
     train_in_child(study, out / "first", None)
     wanted = result(Store(out / "first").run_folder(*cell))
@@ -167,9 +166,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], dest="assignments")
     given = parser.parse_args()
+    study = load_study(None, STUDY | parse_assignments(given.assignments))
+    if study.step.deterministic:
+        torch.use_deterministic_algorithms(True)  # imports for seconds; here, once for all children
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_again_and_again(Path(folder), given.kills, given.seed)
+        found = kill_again_and_again(Path(folder), given.kills, given.seed, study)
     print(
         f"{found.kills} kills over {found.rounds} trainings: {found.differing} differ from the one "
         f"that was never killed; {found.lost_s:.1f} s recorded as lost and "

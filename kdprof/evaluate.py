@@ -230,7 +230,7 @@ def evaluate_file(
 
     Args:
         model: the network's name; if it names no layout, that of the file is used.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, tf32, bf16 or fp16.
 
     Raises:
         UserError: the file holds another network, or other classes.

@@ -30,6 +30,8 @@ DEBUG = "KDPROF_DEBUG"
 """Environment variable that turns on tracebacks, in this process and in its children."""
 MARK = "@kdprof "
 """Prefix of the lines of a child's output that are messages."""
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+"""Words in torch's error at an operator that step.deterministic does not allow."""
 LAST_WORDS = 300
 """Characters of an error message that are passed on."""
 
@@ -205,6 +207,11 @@ def explain(error: BaseException) -> str:
     if isinstance(error, KdprofError):
         return str(error)
     message = " ".join(str(error).split())[:LAST_WORDS] or "no message"
+    if NOT_DETERMINISTIC in message:
+        return (
+            f"{message.split()[0]} cannot repeat its results bit for bit ({_origin(error)}); leave "
+            "step.deterministic out, or compute this in another way"
+        )
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
         return (
             f"it ran out of memory ({message}); lower --batch or --crop: kdprof never changes them "

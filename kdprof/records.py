@@ -127,6 +127,8 @@ class Ceilings(Record):
     """The highest rates that were measured on this device; not those of a data sheet."""
 
     matmul_flop_per_s: float
+    exact_matmul_flop_per_s: float | None = None
+    """With tf32 only, where matrix products are exact: their rate in float32."""
     copy_bytes_per_s: float
     """Bytes read plus bytes written."""
     precision: str

@@ -158,7 +158,8 @@ class TrainStep:
             synchronize_norms(method, ranks, skip=[auxiliary] if auxiliary is not None else [])
         self._run_student = self._compiled(student)
         self._run_method = self._compiled(method)
-        self._run_frozen = self._compiled(self.teacher) if self.teacher is not None else None
+        teacher = self.teacher
+        self._run_frozen = None if teacher is None else self._compiled(teacher, trained=False)
         self._run_auxiliary: Callable[..., Any] = method.auxiliary_forward
         if ranks:
             self._run_student = data_parallel(
@@ -179,11 +180,12 @@ class TrainStep:
         self.student.train()
         return leaves_of(vars(taps).values())
 
-    def _compiled(self, module: nn.Module) -> nn.Module:
+    def _compiled(self, module: nn.Module, *, trained: bool = True) -> nn.Module:
         """Return a module, compiled if set so; the second optimiser's work is never compiled."""
-        if self.settings.compile == "none":
+        wanted = self.settings.compile
+        if wanted == "none" or (wanted == "teacher" and trained):
             return module
-        mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[self.settings.compile]
+        mode = "reduce-overhead" if wanted == "cuda-graphs" else "default"
         compiled = torch.compile(module, dynamic=False, mode=mode)
         return cast(nn.Module, compiled)  # torch's stub does not say that it is a module again
 
@@ -220,7 +222,7 @@ class TrainStep:
         images = images.to(self.device, non_blocking=True, memory_format=self._layout)
         labels = labels.to(self.device, non_blocking=True).long()
         mark("data")
-        teacher = self._run_teacher(images)
+        teacher = self.teacher_taps(images)
         mark("teacher_forward")
         with self.autocast():
             student = self._run_student(images, self._student_taps)
@@ -273,7 +275,9 @@ class TrainStep:
         return autocast(self.device, self.settings.precision)
 
     @torch.no_grad()
-    def _run_teacher(self, images: Tensor) -> Taps:
+    def teacher_taps(self, images: Tensor) -> Taps:
+        """Return what the method reads of the teacher for images on the device; nothing without a
+        teacher."""
         if self._run_frozen is None:
             return Taps()
         with self.autocast():

@@ -66,15 +66,20 @@ class StepSettings(Section):
     """With several GPUs: batch norm over the whole batch, not over each GPU's share of it."""
     crop: Size = (512, 1024)
     """Height x width of a training crop, pixels."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32 runs at full float32 (no TF32); bf16 and fp16 by autocast, fp16 with a loss scaler."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """fp32 runs at full float32. tf32 is torch's own default on a GPU: convolutions in TF32, matrix
+    products in full float32. bf16 and fp16 run by autocast, fp16 with a loss scaler."""
+    deterministic: bool = False
+    """True for steps that repeat bit for bit on a GPU, as they always do on a CPU: only operators
+    that do so run, and some of them are slower."""
     channels_last: bool = True
-    compile: Literal["none", "default", "cuda-graphs"] = "none"
-    """default: torch.compile for networks and objective; cuda-graphs: they are also replayed as
-    CUDA graphs (torch.compile's mode reduce-overhead), on a GPU only."""
+    compile: Literal["none", "teacher", "default", "cuda-graphs"] = "none"
+    """teacher: torch.compile for the teacher alone; default: for networks and objective;
+    cuda-graphs: they are also replayed as CUDA graphs (torch.compile's mode reduce-overhead), on a
+    GPU only."""
     fold_teacher: bool = False
-    """True to fold the teacher's batch norms into its convolutions: less to compute, the same taps
-    up to rounding."""
+    """True to fold the teacher's batch norms into its convolutions, and to compute these with bias,
+    addition and ReLU in one operator where cuDNN has it: the same taps up to rounding."""
     aux_weight: float = Field(0.4, ge=0)
     """Weight of the auxiliary head's cross-entropy; 0 leaves the auxiliary head out."""
     learning_rate: float = Field(0.01, gt=0)

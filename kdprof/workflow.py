@@ -65,8 +65,13 @@ class Workflow:
         join_study(store.study, study)
         return cls(study, store, progress, control, measuring or {})
 
-    def resolved(self, *, weights: bool = True, ranks: Ranks | None = None) -> ResolvedStudy:
+    def resolved(
+        self, *, weights: bool = True, ranks: Ranks | None = None, runs: bool = True
+    ) -> ResolvedStudy:
         """Return the study with the device, data, networks and methods that it names.
+
+        Args:
+            runs: False if its steps are only counted.
 
         Raises:
             UserError: the study has problems; reports all of them at once.
@@ -74,7 +79,7 @@ class Workflow:
         from kdprof.resolve import ResolvedStudy
 
         study = with_measuring(self.study, self.measuring)
-        return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks)
+        return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks, runs=runs)
 
     def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured[Cost]:
         """Measure the study's methods, and first the reference if its Cost is not stored yet.
@@ -105,7 +110,7 @@ class Workflow:
         from kdprof.measure.count_study import count_costs
         from kdprof.records import REFERENCE
 
-        resolved = self.resolved(weights=False)
+        resolved = self.resolved(weights=False, runs=False)
         names = list(dict.fromkeys([REFERENCE, *resolved.method_names(control=False)]))
         return count_costs(resolved, names, self.progress, modules=modules)
 

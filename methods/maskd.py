@@ -54,7 +54,8 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     over valid pixels, and 0 if every pixel is void.
     """
     resized = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=True)
-    total = F.cross_entropy(resized, labels, ignore_index=IGNORE, reduction="sum")
+    # Not reduction="sum", whose sum is not deterministic on a GPU.
+    total = F.cross_entropy(resized, labels, ignore_index=IGNORE, reduction="none").sum()
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 

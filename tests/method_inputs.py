@@ -13,6 +13,7 @@ from kdprof.step import TrainStep
 from kdprof.study import StepSettings
 
 CLASSES = 5
+CPU = torch.device("cpu")
 NAMES = sorted(name for name, entry in builtin_methods().items() if entry.origin == "built-in")
 DISTILLING = [name for name in NAMES if find_method(name).cls.weights]
 
@@ -140,7 +141,9 @@ class StagedNet(nn.Module):
         return Taps(**{tap: made[tap] for tap in taps})
 
 
-def real_step(name: str, *, initial_seed: int = 0, precision: str = "fp32") -> TrainStep:
+def real_step(
+    name: str, *, initial_seed: int = 0, precision: str = "fp32", device=CPU
+) -> TrainStep:
     """Return the step of a method on networks with logits of 12 x 16; run seed 0."""
     torch.manual_seed(9)
     teacher = StagedNet(4)
@@ -149,13 +152,13 @@ def real_step(name: str, *, initial_seed: int = 0, precision: str = "fp32") -> T
     method.build(student.info, teacher.info if method.needs_teacher() else None)
     values = {"batch": 2, "crop": (96, 128), "learning_rate": 0.01, "precision": precision}
     return TrainStep(
-        student=student,
-        teacher=teacher if method.needs_teacher() else None,
-        method=method,
+        student=student.to(device),
+        teacher=teacher.to(device) if method.needs_teacher() else None,
+        method=method.to(device),
         settings=StepSettings(**values),
         iterations=10,
         seed=0,
-        device=torch.device("cpu"),
+        device=device,
     )
 
 

@@ -12,9 +12,10 @@ from kdprof.method import NetworkInfo
 
 @dataclass
 class Case:
-    """A parity file: inputs as leaves, expected outputs and gradients."""
+    """A parity file: inputs as leaves, expected outputs and gradients, on a device."""
 
     path: Path
+    device: torch.device
     arrays: dict[str, np.ndarray] = field(init=False)
     leaves: dict[str, Tensor] = field(init=False)
 
@@ -22,13 +23,16 @@ class Case:
         with np.load(self.path, allow_pickle=False) as file:
             self.arrays = {name: file[name] for name in file.files}
         self.leaves = {
-            name: torch.from_numpy(array).requires_grad_(f"grad.{name}" in self.arrays)
-            for name, array in self.arrays.items()
+            name: self.tensor(name).requires_grad_(f"grad.{name}" in self.arrays)
+            for name in self.arrays
             if "." not in name or name.startswith("param.")
         }
 
     def __getitem__(self, name: str) -> Tensor:
         return self.leaves[name]
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(np.asarray(self.arrays[name])).to(self.device)
 
     def hp(self, name: str):
         return self.arrays[f"hp.{name}"].item()
@@ -38,8 +42,8 @@ class Case:
 
     def expected(self, prefix: str) -> dict[str, Tensor]:
         return {
-            name.removeprefix(prefix): torch.from_numpy(np.asarray(array))
-            for name, array in self.arrays.items()
+            name.removeprefix(prefix): self.tensor(name)
+            for name in self.arrays
             if name.startswith(prefix)
         }
 

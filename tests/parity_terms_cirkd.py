@@ -19,7 +19,7 @@ PROJECTION = {
 
 def permutations(case: Case) -> list[Tensor]:
     sizes = case.arrays["rand.randperm_sizes"].tolist()
-    return list(torch.from_numpy(case.arrays["rand.randperm_values"]).split(sizes))
+    return list(case.tensor("rand.randperm_values").split(sizes))
 
 
 def fill(module: nn.Module, case: Case, queues: dict[str, tuple[str, str]]) -> nn.Module:

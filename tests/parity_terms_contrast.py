@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from parity_case import Case, Outcome, inputs, install
 
 from kdprof.method import NetworkInfo
@@ -36,7 +35,7 @@ def _af_dcd(case: Case) -> Outcome:
     install(method, case, names)
     student, teacher = case.maps("feat")
     if case.hp("rand_mask"):
-        uniform = torch.from_numpy(case.arrays["rand.uniform_0"])
+        uniform = case.tensor("rand.uniform_0")
         mask = af_dcd.random_mask(uniform, case.hp("mask_ratio"))
     else:
         mask = af_dcd.centre_mask(teacher)

@@ -106,7 +106,7 @@ def _adv_penalty(case: Case) -> Outcome:
     )
     names = {f"crit.D.net.{i}.{n}": f"{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
     install(judge, case, names)
-    mix = torch.from_numpy(case.arrays["rand.uniform_0"])
+    mix = case.tensor("rand.uniform_0")
     penalty = adversarial.gradient_penalty(judge, *case.maps("logits"), mix)
     return Outcome({"gp": case.hp("lambda_gp") * penalty}, inputs(case))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from parity_case import Case, Outcome, inputs, install
 
 from kdprof.methods import maskd, mgd
@@ -14,7 +13,7 @@ def _mgd(case: Case) -> Outcome:
     parts = {"align": "align", "generation.0": "rebuild.0", "generation.2": "rebuild.2"}
     names = {f"{a}.{n}": f"{b}.{n}" for a, b in parts.items() for n in ("weight", "bias")}
     install(module, case, names)
-    uniform = torch.from_numpy(case.arrays["rand.uniform_0"])
+    uniform = case.tensor("rand.uniform_0")
     error = module.error(*case.maps("feat"), uniform, case.hp("lambda_mgd"))
     return Outcome({"loss": case.hp("alpha_mgd") * error}, inputs(case))
 

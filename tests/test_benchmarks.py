@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import objectives
@@ -14,6 +15,7 @@ from oracles_core import ORACLES
 from small_study import small_study
 
 from kdprof.resolve import ResolvedStudy
+from kdprof.store import RunFolder
 
 BROKEN = """
 from oracles_core import kd
@@ -62,8 +64,8 @@ def rows_of(markdown: str) -> dict[str, dict[str, str]]:
 
 
 def test_the_bare_loop_does_the_work_of_ours(tmp_path):
-    """One iteration of each, without dropout, comes to the same weights."""
-    study = ResolvedStudy(small_study(methods=["kd"]))
+    """A block of one timed iteration, without dropout, comes to the same weights."""
+    study = ResolvedStudy(small_study(methods=["kd"], step__min_learning_rate=0.0))
     ours = training.OurLoop(study, "kd", 1, tmp_path)
     bare = training.BareLoop(study, "kd", 1)
     bare.student.load_state_dict(ours.step.student.state_dict())
@@ -75,6 +77,21 @@ def test_the_bare_loop_does_the_work_of_ours(tmp_path):
     assert bare() > 0
     wanted, found = dict(ours.step.student.state_dict()), dict(bare.student.state_dict())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_loops_are_timed_after_what_was_queued(tmp_path, monkeypatch):
+    """Two loader processes queue two batches each; the clock starts after these and two more."""
+    monkeypatch.setattr(training, "STARTING", 2)
+    study = ResolvedStudy(small_study(methods=["kd"], data_settings__workers=2))
+    ours = training.OurLoop(study, "kd", 3, tmp_path)
+    assert training.untimed(ours.batches) == 2 + 2 * 2
+    began = time.perf_counter()
+    seconds = ours()
+    assert 0 < seconds < time.perf_counter() - began
+    assert ours.trained_s == seconds
+    assert 0 <= ours.waited_s <= seconds
+    *_, line = RunFolder(tmp_path / "0").log.read_text().splitlines()
+    assert json.loads(line)["iteration"] == 6 + 3
 
 
 def test_objectives_are_compared(tmp_path):

@@ -79,6 +79,8 @@ def test_record_keys_snapshot():
         (["measure", "--device", "cuda"], "use --device cpu"),
         (["measure", "--device", "tpu"], "give auto, cpu, cuda or cuda:N"),
         (["measure", "--precision", "int8"], "fp32"),
+        (["measure", "--precision", "tf32", "--device", "cpu"], "use --precision fp32"),
+        (["train", "--budget", "9", "--precision", "tf32", "--device", "cpu"], "this is a CPU"),
         (["measure", "--method", "./none.py:My"], "none.py does not exist"),
         (["measure", "--set", "method_settings.kd.temprature=2"], "did you mean 'temperature'?"),
         (["train"], "no budget given"),

@@ -119,6 +119,7 @@ def test_feeder_of_a_gpu_gives_what_a_cpu_gives(workers):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("slow_s", [0.0, 0.05])
 def test_waits_of_a_gpu_are_its_own(slow_s):

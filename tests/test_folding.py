@@ -9,12 +9,15 @@ from small_study import small_study, small_toml
 from torch import nn
 
 from kdprof.errors import KdprofError, UserError
+from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
 from kdprof.measure.trace import StepTrace
 from kdprof.method import NETWORK_TAPS
-from kdprof.models import build, folded
+from kdprof.models import build, folded, fused
+from kdprof.models.fused import FusedBlock, FusedConvolution
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key
 
+aten = torch.ops.aten
 LOOK = torch.randint(0, 256, (2, 3, 72, 96), generator=torch.Generator().manual_seed(3))
 IMAGES = LOOK.to(torch.uint8)
 
@@ -39,13 +42,121 @@ def trained(name: str) -> nn.Module:
 def test_a_folded_network_computes_the_same(name):
     network = trained(name)
     state = {key: value.clone() for key, value in network.state_dict().items()}
-    copy = folded(network)
+    copy = folded(network, torch.float32)
     with torch.no_grad():
         wanted, found = network(IMAGES, NETWORK_TAPS), copy(IMAGES, NETWORK_TAPS)
     for tap, value in vars(wanted).items():
         assert (getattr(found, tap) - value).norm() <= 1e-4 * value.norm(), tap
     assert not [m for m in copy.modules() if isinstance(m, nn.BatchNorm2d)]
     torch.testing.assert_close(dict(network.state_dict()), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folded_network_computes_in_the_wanted_precision(dtype):
+    network = trained("pspnet-test_resnet")
+    copy = folded(network, dtype)
+    with torch.no_grad():
+        exact = network(IMAGES, NETWORK_TAPS)
+        with torch.autocast("cpu", dtype=dtype):
+            wanted, found = network(IMAGES, NETWORK_TAPS), copy(IMAGES, NETWORK_TAPS)
+    for tap, value in vars(wanted).items():
+        assert getattr(found, tap).dtype == value.dtype, tap
+        true, given = getattr(exact, tap), getattr(found, tap).float()
+        rounding = (value.float() - true).norm()
+        assert (given - true).norm() <= 2 * rounding + 1e-4 * true.norm(), tap
+
+
+def test_what_relu_follows_is_one_operator():
+    """Of a ResNet with PSP head: three of the stem, those of blocks (one has three, the others
+    two), both heads, four bins."""
+    copy = folded(trained("pspnet-test_resnet"), torch.float32)
+    net = copy.backbone.net
+    assert isinstance(net.act1, nn.Identity)
+    blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
+    assert all(isinstance(block, FusedBlock) for block in blocks)
+    convolutions = [m for m in copy.modules() if isinstance(m, FusedConvolution)]
+    assert len(convolutions) == 3 + (3 + 2 * 3) + 2 + 4
+    assert not [m for m in copy.modules() if isinstance(m, nn.ReLU)]
+    shortcuts = [block.shortcut for block in blocks if block.shortcut is not None]
+    assert shortcuts
+    assert all(shortcut[1].bias is None for shortcut in shortcuts)
+    with_more = trained("pspnet-test_resnet")
+    with_more.backbone.net.layer1[0].drop_path = nn.Dropout(0.0)
+    kept = folded(with_more, torch.float32).backbone.net
+    assert not isinstance(kept.layer1[0], FusedBlock)
+    assert isinstance(kept.layer2[0], FusedBlock)
+
+
+def test_the_operators_of_cudnn_are_asked_for_the_same(monkeypatch):
+    """With convolutions of the CPU in their place; those of 3 channels are not fused."""
+    asked = []
+
+    def relu(x, weight, bias, *geometry):
+        asked.append("relu")
+        assert geometry[3] == 1
+        return nn.functional.conv2d(x, weight, bias, *geometry).relu()
+
+    def add_relu(x, weight, added, alpha, bias, *geometry):
+        asked.append("add_relu")
+        return (nn.functional.conv2d(x, weight, bias, *geometry) + alpha * added).relu()
+
+    network = trained("pspnet-test_resnet")
+    monkeypatch.setattr(fused, "_one_operator", lambda x: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    copy = folded(network, torch.float32)
+    asked.clear()
+    with torch.no_grad():
+        wanted, found = network(IMAGES, NETWORK_TAPS), copy(IMAGES, NETWORK_TAPS)
+    assert asked.count("add_relu") == 4  # blocks
+    assert asked.count("relu") == 2 + (2 + 3) + 2 + 4
+    for tap, value in vars(wanted).items():
+        assert (getattr(found, tap) - value).norm() <= 1e-4 * value.norm(), tap
+
+
+def without_engine(*given):
+    raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+def nan_of(x, weight, third, *rest):
+    """Of either kernel: the third argument is the bias, or the map that is added."""
+    if third.ndim == 4:
+        return third * float("nan")
+    return nn.functional.conv2d(x, weight, third, *rest) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [(nan_of, "differs by nan"), (without_engine, r"find an engine.*fold_teacher = false")],
+)
+def test_a_wrong_kernel_is_not_used(monkeypatch, kernel, said):
+    monkeypatch.setattr(fused, "_one_operator", lambda x: True)
+    for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
+        monkeypatch.setattr(torch, name, kernel)
+    with pytest.raises(KdprofError, match=said):
+        folded(trained("pspnet-test_resnet"), torch.float32)
+
+
+def test_fused_operators_have_the_flop_of_their_convolution():
+    shapes = {"x": (2, 16, 9, 7), "w": (24, 16, 3, 3), "out": (2, 24, 9, 7), "bias": (24,)}
+    x, w, out, bias = shapes.values()
+    ones = ((1, 1), (1, 1), (1, 1))
+    plain = CONVOLUTION_FORMULAS[aten.convolution](
+        x, w, bias, *ones, False, (0, 0), 1, out_shape=out
+    )
+    assert plain == 2 * 2 * 9 * 7 * 24 * 16 * 9
+    found = CONVOLUTION_FORMULAS[aten.cudnn_convolution_relu](x, w, bias, *ones, 1, out_shape=out)
+    added = CONVOLUTION_FORMULAS[aten.cudnn_convolution_add_relu](
+        x, w, out, 1.0, bias, *ones, 1, out_shape=out
+    )
+    assert found == added == plain
+
+
+def test_the_teacher_alone_can_be_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **how: compiled.append(module) or module)
+    step, _ = steps("kd", **{"step.compile": "teacher"})
+    assert compiled == [step.teacher]
 
 
 def test_a_convolution_that_is_read_beside_its_norm_is_told():
@@ -62,7 +173,7 @@ def test_a_convolution_that_is_read_beside_its_norm_is_told():
 
     network.auxiliary_head.convs[0] = Both(network.auxiliary_head.convs[0])
     with pytest.raises(KdprofError, match=r"'aux' differs .* step.fold_teacher = false"):
-        folded(network)
+        folded(network, torch.float32)
 
 
 def steps(method: str, **changes):
@@ -124,6 +235,7 @@ def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path):
 
 
 def test_the_options_have_costs_of_their_own():
-    changes = [{}, {"step.fold_teacher": True}, {"step.compile": "default"}]
+    options = {"step.fold_teacher": True, "step.compile": "default", "step.deterministic": True}
+    changes = [{}, *({key: value} for key, value in options.items())]
     keys = {cost_key(ResolvedStudy(small_study(**change)), "kd") for change in changes}
-    assert len(keys) == 3
+    assert len(keys) == 4

@@ -37,16 +37,22 @@ def test_there_are_files():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_parity(path):
-    case = Case(path)
-    loss = loss_of(path)
+    check_parity(path, torch.device("cpu"))
+
+
+def check_parity(path: Path, device: torch.device) -> None:
+    """Compare outputs, gradients and the state after the step with those of a file."""
+    case, loss = Case(path, device), loss_of(path)
     assert loss in TERMS, f"no method of kdprof has the loss '{loss}'"
-    outcome = TERMS[loss](case)
+    with device:  # where modules are built, too
+        outcome = TERMS[loss](case)
     expected = case.expected("out.")
     assert outcome.outputs.keys() == expected.keys()
     for name, value in expected.items():
         assert distance(outcome.outputs[name].detach(), value) <= VALUE_TOLERANCE, name
     cotangents = case.expected("cot.")
-    total = sum((cotangents.get(n, torch.ones(())) * v).sum() for n, v in outcome.outputs.items())
+    one = torch.ones((), device=device)
+    total = sum((cotangents.get(n, one) * v).sum() for n, v in outcome.outputs.items())
     gradients = case.expected("grad.")
     assert gradients.keys() == outcome.gradients_of.keys()
     found = torch.autograd.grad(total, [outcome.gradients_of[n] for n in gradients])

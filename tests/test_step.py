@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Alone, Mimic, TinyNet, tiny_batch, tiny_step
+from builders import Alone, tiny_batch, tiny_step
 from torch import nn
 
 from kdprof.errors import KdprofError
 from kdprof.method import Method
 from kdprof.schedule import decay_start, learning_rate_factor
-from kdprof.step import PHASES, TrainStep, step_seed, task_loss
+from kdprof.step import PHASES, step_seed, task_loss
 from kdprof.study import StepSettings
 
 
@@ -227,28 +227,3 @@ def test_adversary_state_comes_back():
     first(*tiny_batch(), 0)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.method.judge.weight, second.method.judge.weight)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_synchronisation_on_a_gpu(precision):
-    device = torch.device("cuda")
-    student, teacher, method = TinyNet(6).to(device), TinyNet(10).to(device), Mimic()
-    method.build(student.info, teacher.info)
-    step = TrainStep(
-        student=student,
-        teacher=teacher,
-        method=method.to(device),
-        settings=StepSettings(batch=4, crop=(16, 20), precision=precision),
-        iterations=10,
-        seed=0,
-        device=device,
-    )
-    batch = [t.pin_memory() for t in tiny_batch()]
-    step(*batch, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(*batch, 1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

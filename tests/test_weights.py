@@ -275,7 +275,8 @@ def test_a_teacher_without_auxiliary_head_teaches_no_method_that_reads_one(tmp_p
 
 
 def test_a_preset_is_measured_without_data_or_weights():
-    study = ResolvedStudy(load_study("camvid-pspnet-r18", {"device": "cpu"}), weights=False)
+    on_a_cpu = {"device": "cpu", "step.precision": "fp32"}
+    study = ResolvedStudy(load_study("camvid-pspnet-r18", on_a_cpu), weights=False)
     assert (len(study.data.files["train"]), study.data.num_classes("student")) == (367, 11)
     images, labels = study.factory.batches(0).batch(0)
     assert images.shape == (16, 3, 360, 360)

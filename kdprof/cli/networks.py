@@ -79,7 +79,7 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
     default="fp32",
     show_default=True,
 )
@@ -116,12 +116,13 @@ def evaluate(
     """Score a file of weights: IoU per class, mIoU, mAcc, pixel accuracy, images per second."""
     from kdprof.data import open_data
     from kdprof.evaluate import evaluate_file
-    from kdprof.hardware.device import find_device
+    from kdprof.hardware.device import check_precision, find_device
     from kdprof.reports.evaluation import print_evaluation, to_json
     from kdprof.study import DataSettings
 
     seen, synthetic = views.views(data), DataSettings()
     where = find_device(device)
+    check_precision(where, precision)
     opened = open_data(
         data,
         split,

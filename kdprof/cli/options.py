@@ -117,6 +117,7 @@ STUDY_KEYS = {
     "data": "data",
     "device": "device",
     "precision": "step.precision",
+    "deterministic": "step.deterministic",
     "batch": "step.batch",
     "gpus": "step.gpus",
     "crop": "step.crop",
@@ -138,6 +139,7 @@ class StudyOptions:
     data: str | None
     device: str | None
     precision: str | None
+    deterministic: bool | None
     batch: int | None
     gpus: int | None
     crop: str | None
@@ -206,7 +208,13 @@ study_options = grouped(
     ),
     click.option("--data", metavar="NAME[:ROOT]", help="synthetic, cityscapes:ROOT, ..."),
     click.option("--device", help="auto, cpu, cuda or cuda:N."),
-    click.option("--precision", help="fp32, bf16 or fp16."),
+    click.option("--precision", help="fp32, tf32, bf16 or fp16."),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        default=None,
+        help="Steps that repeat bit for bit on a GPU, too; slower.",
+    ),
     click.option("--batch", type=int, help="Images per step, over all GPUs."),
     click.option("--gpus", type=int, help="GPUs that share each step of a run."),
     click.option("--crop", metavar="HxW", help="Training crop, pixels."),

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from typing import TypeVar
@@ -15,9 +15,14 @@ import torch
 from torch import nn
 
 from kdprof import __version__
-from kdprof.errors import UserError
+from kdprof.errors import UserError, unknown
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+AMPERE = (8, 0)
+"""Compute capability of the first GPUs with TF32."""
+CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+"""The values of that variable with which cuBLAS repeats its results, see its documentation."""
 
 
 def find_device(name: str) -> torch.device:
@@ -55,26 +60,122 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def configure_backends(device: torch.device, precision: str) -> None:
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""The data type of tensors under each precision."""
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """Check that a device computes in a precision.
+
+    Raises:
+        UserError: the precision is not known, or the device has no TF32.
+    """
+    if precision not in DTYPES:
+        raise UserError(unknown("precision", precision, DTYPES))
+    if precision == "tf32" and (lacking := _lacks_tf32(device)):
+        raise UserError(
+            f"precision 'tf32' needs an NVIDIA GPU of the Ampere generation or later, {lacking}; "
+            "use --precision fp32 (step.precision in a study)"
+        )
+
+
+def _lacks_tf32(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"this is a {device.type.upper()}"
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return f"{torch.cuda.get_device_name(device)} is older"
+    return None
+
+
+def configure_backends(
+    device: torch.device, precision: str, *, deterministic: bool = False
+) -> None:
     """Set torch's global settings for every measured and trained step.
 
-    fp32 means float32: torch lets cuDNN use TF32 by default. cuDNN may search for the fastest
-    kernels, because shapes do not change during a run.
+    If ``deterministic``, only operators that repeat their results bit for bit may run, and torch
+    raises an error at any other one; :func:`require_repeatable_cublas` is then needed, too.
+    Otherwise cuDNN may search for the fastest kernels, because shapes do not change during a run.
+    TF32 rounds the factors of float32 products to 10 bits of mantissa and sums in float32:
+
+    ========== ============ ===============
+    precision  convolutions matrix products
+    ========== ============ ===============
+    fp32       float32      float32
+    tf32       TF32         float32 (torch's own default)
+    bf16, fp16 TF32         TF32 (of those that autocast leaves in float32)
+    ========== ============ ===============
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events and streams belong to the current device
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    # The search for memory that is read before it is written would write every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)  # imports torch's compiler: seconds
+    # These switches also set torch's newer ones (fp32_precision); the reverse is not true, and
+    # torch then raises an error in code that reads these.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = is_autocast(precision)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The data type of each precision."""
+def require_repeatable_cublas() -> None:
+    """Set the workspaces with which cuBLAS repeats its results, for this process and for those that
+    it starts.
+
+    Raises:
+        UserError: this process has used CUDA already, or its environment has other workspaces.
+    """
+    found = os.environ.get(CUBLAS_WORKSPACES)
+    if found in REPEATABLE_WORKSPACES:
+        return
+    wanted = f"{CUBLAS_WORKSPACES}={REPEATABLE_WORKSPACES[0]}"
+    if found is not None:
+        raise UserError(
+            f"step.deterministic: with {CUBLAS_WORKSPACES}={found} cuBLAS does not repeat its "
+            f"results; leave the variable out, or set {wanted}"
+        )
+    if torch.cuda.is_initialized():  # cuBLAS reads the variable once
+        raise UserError(
+            "step.deterministic: this process has used CUDA already; start Python with "
+            f"{wanted} in its environment"
+        )
+    os.environ[CUBLAS_WORKSPACES] = REPEATABLE_WORKSPACES[0]
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Within the body, matrix products of a GPU may use TF32 or may not. What was set before is
+    restored, in both of torch's interfaces for it."""
+    switches, older = torch.backends.cuda.matmul, None
+    newer = getattr(switches, "fp32_precision", None)  # not before torch 2.9
+    with suppress(RuntimeError):  # raised if only the newer one was set
+        older = torch.get_float32_matmul_precision()
+    switches.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        if newer is not None:
+            switches.fp32_precision = newer
+
+
+def is_autocast(precision: str) -> bool:
+    """Return True if forwards run under autocast with a precision."""
+    return DTYPES[precision] != torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which forwards run with a precision; without effect for fp32."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+    """Return the context in which forwards run with a precision; without effect for fp32 and
+    tf32."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=is_autocast(precision))
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -91,22 +192,6 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
-
-
-@contextmanager
-def backends_kept() -> Iterator[None]:
-    """Restore torch's global settings after the body."""
-    found = (
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
-    )
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = found[0]
-        torch.backends.cudnn.allow_tf32 = found[1]
-        torch.backends.cuda.matmul.allow_tf32 = found[2]
 
 
 def versions() -> dict[str, str]:

@@ -139,7 +139,7 @@ def submit(workflow: Workflow, options: Mapping[str, Any]) -> Submitted:
 
 def _without_device(study: Study) -> Study:
     """Return the study without the settings that can only be checked on a node of the cluster."""
-    step = study.step.model_copy(update={"compile": "none"})
+    step = study.step.model_copy(update={"compile": "none", "precision": "fp32"})
     return study.model_copy(update={"device": "cpu", "step": step})
 
 

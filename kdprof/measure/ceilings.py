@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kdprof.hardware.device import DTYPES, backends_kept, configure_backends
+from kdprof.hardware.device import DTYPES, tf32_products
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.records import Ceilings, PhaseBound
 
@@ -27,37 +27,37 @@ _COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 """Larger than any cache: a smaller copy would measure the cache."""
 
 PUBLISHED_PEAKS: dict[str, dict[str, float]] = {
-    # NVIDIA V100 datasheet (2020). No bf16 before Ampere.
+    # NVIDIA V100 datasheet (2020). Neither TF32 nor bf16 before Ampere.
     r"V100-SXM2": {"fp32": 15.7e12, "fp16": 125e12},
     r"V100-PCIE": {"fp32": 14e12, "fp16": 112e12},
     r"V100S-PCIE": {"fp32": 16.4e12, "fp16": 130e12},
     # NVIDIA T4 datasheet (2019).
     r"Tesla T4": {"fp32": 8.1e12, "fp16": 65e12},
     # NVIDIA A100 datasheet (2021): SXM and PCIe alike.
-    r"A100": {"fp32": 19.5e12, "bf16": 312e12, "fp16": 312e12},
+    r"A100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "fp16": 312e12},
     # NVIDIA A30 and A10 datasheets (2021).
-    r"A30": {"fp32": 10.3e12, "bf16": 165e12, "fp16": 165e12},
-    r"A10": {"fp32": 31.2e12, "bf16": 125e12, "fp16": 125e12},
+    r"A30": {"fp32": 10.3e12, "tf32": 82e12, "bf16": 165e12, "fp16": 165e12},
+    r"A10": {"fp32": 31.2e12, "tf32": 62.5e12, "bf16": 125e12, "fp16": 125e12},
     # NVIDIA A40 datasheet (2021).
-    r"A40": {"fp32": 37.4e12, "bf16": 149.7e12, "fp16": 149.7e12},
+    r"A40": {"fp32": 37.4e12, "tf32": 74.8e12, "bf16": 149.7e12, "fp16": 149.7e12},
     # NVIDIA Ampere GA102 whitepaper, appendix tables. GeForce halves the rate of tensor cores that
     # accumulate in fp32, as torch's do.
-    r"RTX A6000": {"fp32": 38.7e12, "bf16": 154.8e12, "fp16": 154.8e12},
-    r"RTX 3090$": {"fp32": 35.6e12, "bf16": 71e12, "fp16": 71e12},
+    r"RTX A6000": {"fp32": 38.7e12, "tf32": 77.4e12, "bf16": 154.8e12, "fp16": 154.8e12},
+    r"RTX 3090$": {"fp32": 35.6e12, "tf32": 35.6e12, "bf16": 71e12, "fp16": 71e12},
     # NVIDIA Ada GPU Architecture whitepaper, appendix tables; accumulating in fp32.
-    r"RTX 4090$": {"fp32": 82.6e12, "bf16": 165.2e12, "fp16": 165.2e12},
+    r"RTX 4090$": {"fp32": 82.6e12, "tf32": 82.6e12, "bf16": 165.2e12, "fp16": 165.2e12},
     # NVIDIA L4, L40 and L40S datasheets (2023); L4's halved from the figures with sparsity.
-    r"L4": {"fp32": 30.3e12, "bf16": 121e12, "fp16": 121e12},
-    r"L40": {"fp32": 90.5e12, "bf16": 181.05e12, "fp16": 181.05e12},
-    r"L40S": {"fp32": 91.6e12, "bf16": 362.05e12, "fp16": 362.05e12},
+    r"L4": {"fp32": 30.3e12, "tf32": 60e12, "bf16": 121e12, "fp16": 121e12},
+    r"L40": {"fp32": 90.5e12, "tf32": 90.5e12, "bf16": 181.05e12, "fp16": 181.05e12},
+    r"L40S": {"fp32": 91.6e12, "tf32": 183e12, "bf16": 362.05e12, "fp16": 362.05e12},
     # NVIDIA H100 Tensor Core GPU Architecture whitepaper (2023): SXM5's name has its memory type.
-    r"H100 80GB HBM3": {"fp32": 66.9e12, "bf16": 989.4e12, "fp16": 989.4e12},
-    r"H100 PCIe": {"fp32": 51.2e12, "bf16": 756e12, "fp16": 756e12},
-    # NVIDIA H200 datasheet (2024), the SXM one; halved from the figures with sparsity (1979).
-    r"H200$": {"fp32": 67e12, "bf16": 989.5e12, "fp16": 989.5e12},
+    r"H100 80GB HBM3": {"fp32": 66.9e12, "tf32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12},
+    r"H100 PCIe": {"fp32": 51.2e12, "tf32": 378e12, "bf16": 756e12, "fp16": 756e12},
+    # NVIDIA H200 datasheet (2024), the SXM one; halved from the figures with sparsity (989, 1979).
+    r"H200$": {"fp32": 67e12, "tf32": 494.5e12, "bf16": 989.5e12, "fp16": 989.5e12},
 }
 """Dense FLOP/s by a pattern of whole words in CUDA's device name and by precision: fp32 without
-tensor cores, bf16 and fp16 with them. The peak of any other device is not known."""
+tensor cores, the others with them. The peak of any other device is not known."""
 
 
 def published_peak(device_name: str, precision: str) -> float | None:
@@ -80,23 +80,32 @@ def measure_ceilings(device: torch.device, precision: str) -> Ceilings:
     second and 2 GiB of a GPU's memory, which is freed afterwards.
 
     Args:
-        precision: fp32 (without TF32), bf16 or fp16.
+        precision: fp32 (without TF32), tf32, bf16 or fp16.
     """
-    clock = clock_of(device)
-    with backends_kept():  # the measured step may be a user's, with its own switches
-        configure_backends(device, precision)
+    clock, exact = clock_of(device), None
+    with tf32_products(precision != "fp32"):
         flop_per_s = _matmul_flop_per_s(device, clock, DTYPES[precision])
-        bytes_per_s = _copy_bytes_per_s(device, clock)
+    if precision == "tf32":
+        with tf32_products(False):
+            exact = _matmul_flop_per_s(device, clock, torch.float32)
+    bytes_per_s = _copy_bytes_per_s(device, clock)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the methods' own processes need the memory
-    return Ceilings(matmul_flop_per_s=flop_per_s, copy_bytes_per_s=bytes_per_s, precision=precision)
+    return Ceilings(
+        matmul_flop_per_s=flop_per_s,
+        exact_matmul_flop_per_s=exact,
+        copy_bytes_per_s=bytes_per_s,
+        precision=precision,
+    )
 
 
 def higher(one: Ceilings, other: Ceilings) -> Ceilings:
     """Return the higher of two readings of each ceiling: a disturbance that slows one reading down
     is no limit of the device."""
+    exact = [c.exact_matmul_flop_per_s for c in (one, other) if c.exact_matmul_flop_per_s]
     return Ceilings(
         matmul_flop_per_s=max(one.matmul_flop_per_s, other.matmul_flop_per_s),
+        exact_matmul_flop_per_s=max(exact, default=None),
         copy_bytes_per_s=max(one.copy_bytes_per_s, other.copy_bytes_per_s),
         precision=one.precision,
     )
@@ -132,16 +141,27 @@ def _best_s(clock: Clock, work: Callable[[], object]) -> float:
 
 
 def phase_bound(
-    matrix_flop: float, bytes_moved: float, seconds: float, ceilings: Ceilings
+    matrix_flop: float,
+    bytes_moved: float,
+    seconds: float,
+    ceilings: Ceilings,
+    *,
+    product_flop: float = 0.0,
 ) -> PhaseBound:
     """Return what bounds a phase with this work and these measured seconds, by the roofline.
+
+    Args:
+        product_flop: the part of ``matrix_flop`` that is no convolution's; with tf32 it is
+            compared with the ceiling of exact float32.
 
     Raises:
         ValueError: ``seconds`` is not positive.
     """
     if seconds <= 0:
         raise ValueError(f"a phase of {seconds} s has no bound")
-    compute_s = matrix_flop / ceilings.matmul_flop_per_s
+    exact = product_flop if ceilings.exact_matmul_flop_per_s else 0.0
+    compute_s = (matrix_flop - exact) / ceilings.matmul_flop_per_s
+    compute_s += exact / (ceilings.exact_matmul_flop_per_s or ceilings.matmul_flop_per_s)
     memory_s = bytes_moved / ceilings.copy_bytes_per_s
     share = max(compute_s, memory_s) / seconds
     return PhaseBound(

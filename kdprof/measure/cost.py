@@ -305,7 +305,10 @@ def _bounds(
     for phase, spent in seconds.items():
         own = [o for o in operations if o.phase == phase]
         if own and spent > 0:
-            found[phase] = phase_bound(total_flop(own), bytes_moved(own), spent, ceilings)
+            products = total_flop([o for o in own if "convolution" not in o.name])
+            found[phase] = phase_bound(
+                total_flop(own), bytes_moved(own), spent, ceilings, product_flop=products
+            )
     return found
 
 

@@ -164,7 +164,7 @@ def _open_files() -> Finding:
 def _resume(device: torch.device) -> Finding:
     if device.type == "cpu":
         return Finding("resumed training", "the same as an uninterrupted one")
-    cost = "a resumed run has the same distribution, but not the same numbers"
+    cost = "for the same numbers set step.deterministic = true (--deterministic); it is slower"
     return Finding("resumed training", "differs by rounding: CUDA adds in varying order", cost)
 
 

@@ -51,10 +51,17 @@ def _backward_flop(
     return convolution_flop(x, w, grad, groups, transposed) * sum(map(bool, output_mask[:2]))
 
 
+def _fused_flop(x: Any, w: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Return the FLOP of a convolution whose kernel also adds a map or takes ReLU."""
+    return convolution_flop(x, w, out_shape, 1, False)
+
+
 CONVOLUTION_FORMULAS = {
     aten.convolution: _forward_flop,
     aten._convolution: _forward_flop,
     aten.convolution_backward: _backward_flop,
+    aten.cudnn_convolution_relu: _fused_flop,
+    aten.cudnn_convolution_add_relu: _fused_flop,
 }
 """Formulas over shapes, as FlopCounterMode's ``custom_mapping`` takes them."""
 _CONVOLUTIONS = {packet: shape_wrapper(formula) for packet, formula in CONVOLUTION_FORMULAS.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdprof.errors import UserError, nearest
 from kdprof.hardware import hardware_of
-from kdprof.hardware.device import find_device, versions
+from kdprof.hardware.device import check_precision, find_device, versions
 from kdprof.measure.cost import Identity, measured_cost
 from kdprof.measure.isolation import Failure, MeasureRequest, guarded, run_isolated
 from kdprof.measure.latency import OnRound, ignore_round
@@ -123,8 +123,8 @@ def measure_steps(
         steps: by name. If a step returns its loss (a tensor or number), the loss is checked.
         reference: name of the step that ratios are to; the first one if not given.
         device: auto, cpu, cuda or cuda:N; where the steps run.
-        precision: fp32, bf16 or fp16: selects the published peak that MFU is a share of, and the
-            ceilings that the steps are compared with. None: no MFU, the ceilings of fp32.
+        precision: fp32, tf32, bf16 or fp16: selects the published peak that MFU is a share of, and
+            the ceilings that the steps are compared with. None: no MFU, the ceilings of fp32.
         precision_target: stop when the ratio's 95 % interval is this narrow, relative to it.
         max_time_s: stop each step's measurement no later than this.
 
@@ -132,7 +132,8 @@ def measure_steps(
         A Cost per step. All steps are resident at once, so the memory of each includes the others'.
 
     Raises:
-        UserError: ``steps`` is empty, or the reference or the device does not exist.
+        UserError: ``steps`` is empty, the reference or the device does not exist, or the device
+            does not have the precision.
         Failure: a step raised an error, or its loss is not finite; ``costs`` has those of the
             others.
     """
@@ -145,6 +146,7 @@ def measure_steps(
         precision_target=precision_target, max_time_s=max_time_s, in_process=True
     )
     conditions = _Conditions(find_device(device), precision, settings, reference)
+    check_precision(conditions.device, precision or "fp32")
 
     def measure_one(name: str) -> Cost:
         compared = CallableSubject(reference, steps[reference])
@@ -231,8 +233,9 @@ def measure_files(
         The Costs, and the steps that could not be measured with the reason.
 
     Raises:
-        UserError: two steps have the same name.
+        UserError: two steps have the same name, or the device does not have the precision.
     """
+    check_precision(find_device(device), precision or "fp32")
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two steps are called {twice[0]}; rename a file or its function")

@@ -1,4 +1,5 @@
-"""Batch norm folded into the convolutions before it, for a network that is not trained any more."""
+"""A network that is not trained any more: batch norm folded into the convolutions before it, and
+these fused with what follows."""
 
 from __future__ import annotations
 
@@ -11,26 +12,32 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdprof.errors import KdprofError
 from kdprof.method import NETWORK_TAPS, Taps
+from kdprof.models.fused import fuse
 from kdprof.models.network import SegmentationNetwork
 
 TRIED_SIZE = 64
 """Height and width of the image on which the two networks are compared."""
-TOLERANCE = 1e-3
-"""Allowed relative L2 between a tap of both. Rounding causes up to 1e-5, a wrong fold tenths."""
+TOLERANCES = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Allowed relative L2 between a tap of both, by the data type of the computation. Rounding causes
+up to 1e-5 in float32, up to 1e-3 with TF32; a wrong fold tenths or a value that is not finite."""
 
 
 @torch.no_grad()
-def folded(network: SegmentationNetwork) -> SegmentationNetwork:
-    """Return a copy in evaluation mode whose batch norms are folded into the convolutions.
+def folded(network: SegmentationNetwork, dtype: torch.dtype) -> SegmentationNetwork:
+    """Return a copy in evaluation mode whose batch norms are folded into the convolutions, which
+    are then fused with bias, addition and ReLU, see :mod:`kdprof.models.fused`.
 
     A batch norm is folded if it is called once, on the output of a convolution that is called once:
     its running statistics and affine parameters become weight and bias (Jacob et al. 2018,
     arXiv:1712.05877, eq. 14). Other layers stay. The copy is for evaluation only, because its state
     has other names.
 
+    Args:
+        dtype: of the computation: float32, or that of the autocast under which the copy runs.
+
     Raises:
         KdprofError: the copy does not compute the same as the network, because another layer also
-            reads the output of a folded convolution.
+            reads the output of a folded convolution, or the device cannot compute it.
     """
     network = copy.deepcopy(network).eval()
     images = _random_image(network)
@@ -38,8 +45,28 @@ def folded(network: SegmentationNetwork) -> SegmentationNetwork:
     for convolution, norm in pairs:
         _replace(network, convolution, fuse_conv_bn_eval(convolution, norm))
         _replace(network, norm, _what_follows(norm))
-    _compare(expected, network(images, NETWORK_TAPS), network.info.name)
+    _compare(expected, network(images, NETWORK_TAPS), network.info.name, torch.float32)
+    fuse(network, dtype)
+    _compare(expected, _run(network, images, dtype), network.info.name, dtype)
     return network
+
+
+def _run(network: SegmentationNetwork, images: Tensor, dtype: torch.dtype) -> Taps:
+    """Return the taps of the fused network.
+
+    Raises:
+        KdprofError: the device cannot compute it.
+    """
+    autocast = torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    try:
+        with autocast:
+            return network(images, NETWORK_TAPS)
+    except RuntimeError as error:  # cuDNN has no kernel
+        reason = str(error).strip().partition("\n")[0]
+        raise KdprofError(
+            f"{network.info.name}: its convolutions cannot be fused with ReLU here ({reason}); set "
+            "step.fold_teacher = false"
+        ) from error
 
 
 def _random_image(network: SegmentationNetwork) -> Tensor:
@@ -85,11 +112,13 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def _compare(expected: Taps, found: Taps, name: str) -> None:
+def _compare(expected: Taps, found: Taps, name: str, dtype: torch.dtype) -> None:
     for tap, wanted in vars(expected).items():
-        difference = (getattr(found, tap) - wanted).norm() / wanted.norm().clamp(min=1e-12)
-        if difference > TOLERANCE:
+        given = getattr(found, tap).float()
+        difference = (given - wanted).norm() / wanted.norm().clamp(min=1e-12)
+        if not difference <= TOLERANCES[dtype]:  # NaN, too
             raise KdprofError(
                 f"{name}: with folded batch norm its '{tap}' differs by {difference:.1g}, because "
-                "another layer also reads a convolution's output; set step.fold_teacher = false"
+                "another layer also reads a convolution's output, or a fused kernel is wrong; set "
+                "step.fold_teacher = false"
             )

@@ -11,7 +11,7 @@ from kdprof.data import Batches
 from kdprof.data.scenario import Role
 from kdprof.discovery import find_method
 from kdprof.distributed.ranks import Ranks
-from kdprof.hardware.device import placed
+from kdprof.hardware.device import DTYPES, placed
 from kdprof.method import Method, Network, NetworkInfo
 from kdprof.models import AnyNetwork, SegmentationNetwork, build, folded
 from kdprof.models.weights import load_weights
@@ -75,11 +75,12 @@ class Factory:
         return self._placed(network, study.device), summary
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
-        """Return a teacher as steps use it: unchanged, or a copy with folded batch norms."""
+        """Return a teacher as steps use it: unchanged, or a copy with folded batch norms and fused
+        convolutions."""
         if not self._study.step.fold_teacher:
             return teacher
         assert isinstance(teacher, SegmentationNetwork), "step_problems() refuses others"
-        return folded(teacher)
+        return folded(teacher, DTYPES[self._study.step.precision])
 
     def _placed(self, network: AnyNetwork, device: torch.device) -> AnyNetwork:
         return placed(network, device, channels_last=self._study.step.channels_last)

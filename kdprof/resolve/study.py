@@ -15,7 +15,13 @@ from kdprof.discovery import MethodEntry, builtin_methods, find_method
 from kdprof.distributed.ranks import Ranks
 from kdprof.errors import Problems, UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
-from kdprof.hardware.device import configure_backends, find_device, missing_compiler
+from kdprof.hardware.device import (
+    check_precision,
+    configure_backends,
+    find_device,
+    missing_compiler,
+    require_repeatable_cublas,
+)
 from kdprof.models import AnyNetwork, build, is_adapted, parse_name
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, read_weights
@@ -37,6 +43,7 @@ class ResolvedStudy:
             random weights.
         ranks: the group that runs steps together with this process, if ``step.gpus`` needs one.
         progress: shows the decoding of images into memory or into the cache.
+        runs: False if steps are only counted; the device then need not have the precision.
 
     Attributes:
         plain: the Study that this was made from.
@@ -61,6 +68,7 @@ class ResolvedStudy:
         progress: Progress | None = None,
         weights: bool = True,
         ranks: Ranks | None = None,
+        runs: bool = True,
     ):
         self.plain, self.ranks = study, ranks
         self.step, self.training, self.evaluation = study.step, study.training, study.evaluation
@@ -69,12 +77,14 @@ class ResolvedStudy:
         self.budgets, self.seeds = study.budgets, study.seeds
         self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
         self._own_pids |= ranks.pids if ranks else frozenset()
-        self._look_up(progress or Progress(None))
+        self._look_up(progress or Progress(None), runs)
         self._check()
-        configure_backends(self.device, study.step.precision)
+        configure_backends(
+            self.device, study.step.precision, deterministic=study.step.deterministic
+        )
         self.factory = _factory(self, weights, ranks)
 
-    def _look_up(self, progress: Progress) -> None:
+    def _look_up(self, progress: Progress, runs: bool) -> None:
         """Find everything that the study names.
 
         Raises:
@@ -83,6 +93,8 @@ class ResolvedStudy:
         """
         study, problems = self.plain, Problems()
         self.device = problems.attempt(self._find_device, torch.device("cpu"))
+        if study.step.deterministic and self.device.type == "cuda":
+            problems.attempt(require_repeatable_cublas, None)  # before anything uses CUDA
         self.methods = self._find_methods(problems)
         for network in (study.student, study.teacher):
             if not is_adapted(network):
@@ -90,6 +102,8 @@ class ResolvedStudy:
         self.teacher_weights = problems.attempt(self._read_teacher_weights, None)
         problems.attempt(self._check_teacher_method, None)
         problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
+        if runs:
+            problems.attempt(partial(check_precision, self.device, study.step.precision), None)
         train = problems.attempt(lambda: self._open("train"), None)
         val = None if problems else problems.attempt(lambda: self._open("val"), None)
         self.scenario = problems.attempt(lambda: scenario_of(study, train), None) if train else None
