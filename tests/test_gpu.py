@@ -380,8 +380,6 @@ def measured(folder: Path, *options: str) -> dict[str, Cost]:
 @needs_whole
 def test_memory_of_methods_measured_together_is_each_method_s_own(tmp_path):
     """As in a process for each method."""
-    if "--isolated" not in kdprof("measure", "--help").stdout:
-        pytest.skip("kdprof measure has no --isolated yet")
     together, apart = measured(tmp_path / "a"), measured(tmp_path / "b", "--isolated")
     assert together.keys() == apart.keys() >= set(MEASURED)
     for name, cost in together.items():
