@@ -383,7 +383,7 @@ def test_memory_of_methods_measured_together_is_each_method_s_own(tmp_path):
     together, apart = measured(tmp_path / "a"), measured(tmp_path / "b", "--isolated")
     assert together.keys() == apart.keys() >= set(MEASURED)
     for name, cost in together.items():
-        one, other = cost.memory, apart[name].memory
+        one, other = cost.memory_bytes, apart[name].memory_bytes
         if IS_GPU:  # what cuDNN needs for its work differs with the algorithm that it chooses
             assert one.peak_allocated == pytest.approx(other.peak_allocated, rel=0.02), name
         else:
