@@ -110,15 +110,29 @@ def distinct(counts: Tensor, number: int) -> Tensor:
     Every subset is equally likely. This is Floyd's algorithm: it sorts nothing, and no shape
     depends on a count. If a count is below ``number``, only its first ``count`` integers are valid.
     """
+    lowest = (counts - number).clamp(min=0)[..., None]
+    order = torch.arange(number, device=counts.device)
+    highest = lowest + order
     draws = torch.rand(*counts.shape, number, device=counts.device)
-    lowest = (counts - number).clamp(min=0)
-    chosen = torch.full_like(draws, -1, dtype=torch.long)
-    for i in range(number):
-        highest = lowest + i
-        pick = (draws[..., i] * (highest + 1)).long().minimum(highest)
-        taken = (chosen == pick[..., None]).any(-1)
-        chosen[..., i] = torch.where(taken, highest, pick)
-    return chosen
+    picks = (draws * (highest + 1)).long().minimum(highest)
+    return torch.where(_taken_before(picks, picks - lowest, order), highest, picks)
+
+
+def _taken_before(picks: Tensor, source: Tensor, order: Tensor) -> Tensor:
+    """Return whether each pick is among the numbers chosen before it, without a loop over picks.
+
+    Number j is pick j or, if that was taken, its own highest number. So pick i is taken if an
+    earlier pick equals it, or if it is the highest number of an earlier j whose pick was taken.
+    That j is ``source``; following it doubles its reach with every round.
+    """
+    earlier = order[:, None] > order
+    taken = ((picks[..., None] == picks[..., None, :]) & earlier).any(-1)
+    known = (source >= 0) & (source < order)
+    source = torch.where(known, source, order)
+    for _ in range((len(order) - 1).bit_length()):
+        taken |= taken.gather(-1, source)
+        source = source.gather(-1, source)
+    return taken
 
 
 def positions_of_ranks(members: Tensor, ranks: Tensor) -> Tensor:

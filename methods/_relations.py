@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdprof.hardware.blocks import block_elements
 from kdprof.methods._common import match_grid
+from kdprof.methods._pairs import fits_pairs, pair_kl
 
 EPS = 1e-12
 """A vector of this length or less has no direction and counts as 0, as in torch's ``normalize``."""
-BLOCK_ELEMENTS = 2**22
-"""Elements of a similarity map that are in memory at a time: 16 MiB, which fits into the caches of
-large processors."""
 LEAST_ROWS = 128
 """The fewest rows of a block, so that a matrix product does not become one of a few vectors."""
 
@@ -29,7 +28,7 @@ def unit(values: Tensor, dim: int) -> Tensor:
     """
     values = values.float()
     length = values.norm(dim=dim, keepdim=True)
-    return torch.where(length > EPS, values / length.clamp(min=EPS), 0.0)
+    return (values / length.clamp(min=EPS)).masked_fill(length <= EPS, 0)
 
 
 def unit_positions(features: Tensor) -> Tensor:
@@ -56,9 +55,8 @@ class _RelationKL(torch.autograd.Function):
         weights: Tensor | None,
     ) -> Tensor:
         ours, theirs = (student, teacher) if keys is None else (keys, keys)
-        total = student.new_zeros(())
-        gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
-        rows = max(LEAST_ROWS, BLOCK_ELEMENTS // len(ours))
+        total, gradient = student.new_zeros(()), torch.zeros_like(student)
+        rows = max(LEAST_ROWS, block_elements(student) // len(ours))
         for first in range(0, len(student), rows):
             block = slice(first, first + rows)
             log_p = _log_similarity(teacher[block], theirs, parts, temperature)
@@ -66,16 +64,17 @@ class _RelationKL(torch.autograd.Function):
             p = log_p.exp()
             divergence = log_p.sub_(log_q).mul_(p).sum((1, 2))
             slope = log_q.exp_().sub_(p).flatten(1)
+            here = gradient[block]
+            if keys is None:  # each row is also a column that the others are compared with
+                torch.addmm(gradient, slope.T, student[block], out=gradient)
+                torch.addmm(here, slope, ours, out=here)
+            else:
+                torch.mm(slope, ours, out=here)
             if weights is not None:
+                here *= weights[block, None]
                 divergence *= weights[block]
-                slope *= weights[block, None]
             total += divergence.sum()
-            if gradient is not None:
-                torch.addmm(gradient[block], slope, ours, out=gradient[block])
-                if keys is None:  # each row is also a column that the others are compared with
-                    torch.addmm(gradient, slope.T, student[block], out=gradient)
-        if gradient is not None:
-            ctx.save_for_backward(gradient.div_(temperature))
+        ctx.save_for_backward(gradient.div_(temperature))
         return total
 
     @staticmethod
@@ -120,26 +119,45 @@ def relation_kl(
         return _RelationKL.apply(student, teacher, keys, parts, temperature, weights)
 
 
-def batch_relation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def batch_relation(
+    student: Tensor, teacher: Tensor, temperature: float, group: int | None = None
+) -> Tensor:
     """Return the divergence of the relations within and across images.
 
     Args:
-        student, teacher: (N, P, C), P unit vectors for each of N images.
+        student, teacher: (N, P, C), P vectors of length 1 or 0 for each of N images.
+        group: images whose vectors are compared with each other, a divisor of N; None: all.
 
     Returns:
-        The KL of the softmax over the P columns of a similarity map, mean over the N^2 ordered
-        pairs of images and the P rows of each pair's map.
+        The KL of the softmax over the P columns of a similarity map, mean over the ordered pairs
+        of images of a group, i = j included, over the groups, and over the P rows of each map.
     """
     images, rows = student.shape[:2]
-    total = relation_kl(student.flatten(0, 1), teacher.flatten(0, 1), temperature, parts=images)
-    return total / (images**2 * rows)
+    group = group or images
+    if fits_pairs(student, temperature):
+        total = pair_kl(student, teacher, temperature, group)
+    else:
+        total = torch.stack(
+            [
+                relation_kl(s.flatten(0, 1), t.flatten(0, 1), temperature, parts=group)
+                for s, t in zip(student.split(group), teacher.split(group), strict=True)
+            ]
+        ).sum()
+    return total / (images * group * rows)
 
 
-def mini_batch_kl(student: Tensor, teacher: Tensor, temperature: float, pooling: int = 0) -> Tensor:
+def mini_batch_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    pooling: int = 0,
+    group: int | None = None,
+) -> Tensor:
     """Return the mini-batch pixel-to-pixel term of (N, C, h, w) features; the C may differ.
 
     Args:
         pooling: see the class :class:`CIRKDMiniBatch` of ``cirkd.py``.
+        group: see :func:`batch_relation`.
     """
     student = match_grid(student, teacher)
     window = pooling or (4 if min(teacher.shape[-2:]) >= 256 else 1)
@@ -147,4 +165,4 @@ def mini_batch_kl(student: Tensor, teacher: Tensor, temperature: float, pooling:
         student, teacher = (F.avg_pool2d(f, window, ceil_mode=True) for f in (student, teacher))
     images = len(student)
     ours, theirs = (unit_positions(f).unflatten(0, (images, -1)) for f in (student, teacher))
-    return batch_relation(ours, theirs, temperature)
+    return batch_relation(ours, theirs, temperature, group)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
+from kdprof.hardware.blocks import block_elements
 from kdprof.method import Method, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods._relations import BLOCK_ELEMENTS, LEAST_ROWS
+from kdprof.methods._relations import LEAST_ROWS
 
 EPS = 1e-8
 """Added to a node's length in the original form. A node of this length or less has no direction."""
@@ -66,7 +67,7 @@ def _add_blocks(student: Tensor, teacher: Tensor, total: Tensor, gradient: Tenso
     part.
     """
     images, _, nodes = student.shape
-    rows = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * nodes))
+    rows = max(LEAST_ROWS, block_elements(student) // (images * nodes))
     for first in range(0, nodes, rows):
         here, rest, after = (
             slice(first, first + rows),
@@ -92,7 +93,7 @@ def _add_channel_products(
     """
     images, ours, nodes = student.shape
     both = ours + teacher.shape[1]
-    width = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * both))
+    width = max(LEAST_ROWS, block_elements(student) // (images * both))
     pieces = [slice(first, first + width) for first in range(0, nodes, width)]
 
     def stacked(piece: slice) -> Tensor:
@@ -154,7 +155,7 @@ def unit_nodes(maps: Tensor, fixed_length: bool) -> Tensor:
     length = flat.norm(dim=1, keepdim=True)
     length = length.detach() + EPS if fixed_length else length
     least = 2 * EPS if fixed_length else EPS
-    return torch.where(length > least, flat / length.clamp(min=EPS), 0.0)
+    return (flat / length.clamp(min=EPS)).masked_fill(length <= least, 0)
 
 
 def pairwise_whole(
@@ -290,7 +291,9 @@ class SKD(AdversarialMethod, SKDPlain):
 
     def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the discriminator's SGD; the IFVD and CIRKD repositories use Adam."""
-        return torch.optim.SGD(parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.SGD(
+            parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4, fused=True
+        )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd``, ``pairwise`` and ``adv``."""

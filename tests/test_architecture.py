@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "distributed", "errors", "hardware", "processes", "progress", "records", "resolve",
         "store", "study", "train", "workflow",
     },
-    "methods": {"errors", "method"},
+    "methods": {"errors", "hardware", "method"},
     "reports": {
         "budget", "data", "discovery", "errors", "evaluate", "measure",
         "method", "method_checks", "published", "records", "stats", "store", "train",
