@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdprof.methods._common import grouped
 from kdprof.methods._relations import relation_kl, unit
 
 
@@ -216,7 +217,13 @@ class ClassMemory(nn.Module):
         self.pixels.push(gathered(pixels), counts.clamp(max=self.updates))
 
     def relation(
-        self, student: Tensor, teacher: Tensor, members: Tensor, keys: Tensor, *temperatures: float
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        members: Tensor,
+        keys: Tensor,
+        *temperatures: float,
+        group: int | None = None,
     ) -> Tensor:
         """Return T'^2 KL of the similarities with the keys over T T', mean over valid positions.
 
@@ -225,8 +232,10 @@ class ClassMemory(nn.Module):
             members: one-hot labels, (N, P, K); the row of a void position is 0.
             keys: stored unit vectors, (M, C).
             temperatures: T of the contrast, T' of the divergence.
+            group: the mean is over the valid positions of so many images at a time, and then over
+                the N / group groups; None: all images are one group.
         """
         contrast, divergence = temperatures
-        valid = members.sum(2).flatten()
-        weights = divergence**2 * valid / valid.sum().clamp(min=1)
-        return relation_kl(student, teacher, contrast * divergence, keys, weights=weights)
+        valid = grouped(members.sum(2), group or len(members)).flatten(1)
+        weights = divergence**2 * valid / valid.sum(1, keepdim=True).clamp(min=1) / len(valid)
+        return relation_kl(student, teacher, contrast * divergence, keys, weights=weights.flatten())

@@ -21,10 +21,10 @@ def _tile_sums(student, teacher, sums, pairs, positions, SIDE: tl.constexpr):  #
     there = (rows < positions)[:, None] & (columns < positions)[None, :]
     # 64 bits, because the maps of several pairs have more elements than 32 bits can count.
     at = pair.to(tl.int64) * positions * positions + rows[:, None] * positions + columns[None, :]
-    a = tl.load(teacher + at, mask=there, other=float("-inf"))
-    b = tl.load(student + at, mask=there, other=float("-inf"))
-    x, y = tl.exp(a), tl.exp(b)
-    gap = tl.where(there, (a - b) * x, 0.0)
+    a = tl.load(teacher + at, mask=there, other=0.0)
+    b = tl.load(student + at, mask=there, other=0.0)
+    x, y = tl.where(there, tl.exp(a), 0.0), tl.where(there, tl.exp(b), 0.0)
+    gap = (a - b) * x
 
     # sums: direction, value, pair, tile across the direction, position
     step = pairs * tiles * positions

@@ -19,6 +19,9 @@ EPS = 1e-12
 """A vector of this length or less has no direction and counts as 0, as in torch's ``normalize``."""
 LEAST_ROWS = 128
 """The fewest rows of a block, so that a matrix product does not become one of a few vectors."""
+SMALL = 8
+"""A map of all pairs that is so many times smaller than a block takes less time as one map, with a
+few operators, than pair by pair."""
 
 
 def unit(values: Tensor, dim: int) -> Tensor:
@@ -54,6 +57,7 @@ class _RelationKL(torch.autograd.Function):
         temperature: float,
         weights: Tensor | None,
     ) -> Tensor:
+        assert keys is not None or weights is None, "a row's weight does not hold for its column"
         ours, theirs = (student, teacher) if keys is None else (keys, keys)
         total, gradient = student.new_zeros(()), torch.zeros_like(student)
         rows = max(LEAST_ROWS, block_elements(student) // len(ours))
@@ -109,9 +113,9 @@ def relation_kl(
             network's rows are compared with its own rows, and the student's gradient includes
             their part as columns.
         parts: number of groups of equal size that the columns form; each has its own softmax.
-        weights: (R,); None: all 1.
+        weights: (R,), only together with keys; None: all 1.
 
-    Forward and backward never keep more than a few blocks of the R x M maps in memory. Backward
+    Forward and backward never keep more than three blocks of the R x M maps in memory. Backward
     costs almost nothing, because forward has computed the gradient. It cannot be differentiated
     again.
     """
@@ -134,7 +138,8 @@ def batch_relation(
     """
     images, rows = student.shape[:2]
     group = group or images
-    if fits_pairs(student, temperature):
+    small = (group * rows) ** 2 <= block_elements(student) // SMALL
+    if not small and fits_pairs(student, temperature):
         total = pair_kl(student, teacher, temperature, group)
     else:
         total = torch.stack(

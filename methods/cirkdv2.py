@@ -145,7 +145,7 @@ class CIRKDv2(CIRKD):
     leave the rest 0, and a larger grid needs a larger setting. The authors do not average the
     gradients of the GCN and of fitnet over devices, so these parts become different on each device;
     in kdprof they are ordinary extras. Their Cityscapes schedule has one image per device, so only
-    the memories relate different images there.
+    the memories relate different images there: ``images_per_group = 1``.
 
     As in ``cirkd``, the gradients of the relations are computed in the forward pass.
     """
@@ -224,9 +224,10 @@ class CIRKDv2(CIRKD):
             )
         self.channels.update(theirs)
         keys = self.channels.keys(self.channel_contrast, length)
+        group = self.group_size(len(theirs))
         temperatures = self.contrast_temperature, self.contrast_kd_temperature
         return {
-            "channel": batch_relation(ours, theirs, self.contrast_temperature),
+            "channel": batch_relation(ours, theirs, self.contrast_temperature, group),
             "channel_memory": channel_relation(ours, theirs, keys, *temperatures),
             "channel_mse": (ours - theirs).square().mean(),
         }

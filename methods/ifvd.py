@@ -148,10 +148,10 @@ class IFVD(AdversarialMethod, IFVDPlain):
         "backward with a gradient penalty (differentiated twice)"
     )
     recipes = (
-        skd(source="the IFVD paper", gpus="1 TITAN Xp", teacher_miou=78.56, miou=74.54),
+        skd(source="the IFVD paper", gpu="TITAN Xp", teacher_miou=78.56, miou=74.54),
         skd(
             source="IFVD repository, released weights (reproductions range from 63.7 to 73.6)",
-            gpus="1 TITAN Xp",
+            gpu="TITAN Xp",
             teacher_miou=78.32,
             miou=74.18,
         ),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kdprof.errors import UserError
 from kdprof.hardware.blocks import block_elements
-from kdprof.method import Method, Recipe, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.method import Recipe, Taps
+from kdprof.methods._common import GroupedMethod, check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
@@ -179,7 +179,7 @@ def pairwise_local(student: Tensor, teacher: Tensor, window: int = 2) -> Tensor:
     return similarity_gap(*(unit_nodes(m, fixed_length=False) for m in maps))
 
 
-class SKDPlain(Method):
+class SKDPlain(GroupedMethod):
     """SKD without its discriminator: the pixel-wise and the pair-wise term (row +Pi +Pa).
 
     See ``skd`` for both equations. Weights 10 kd + 0.5 pairwise.
@@ -216,7 +216,12 @@ class SKDPlain(Method):
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd`` and ``pairwise``."""
         return {
-            "kd": pixel_kl(student.logits, teacher.logits, reduction=self.kd_reduction),
+            "kd": pixel_kl(
+                student.logits,
+                teacher.logits,
+                reduction=self.kd_reduction,
+                group=self.group_size(len(student.logits)),
+            ),
             "pairwise": pairwise_whole(student.head, teacher.head, self.scale, self.pooling),
         }
 
@@ -225,7 +230,8 @@ class SKD(AdversarialMethod, SKDPlain):
     """Structured knowledge distillation (Liu et al., CVPR 2019, arXiv 1903.04197).
 
     The form is that of the authors' code. Pixel-wise: L_pi = - 1 / (h w) sum_{n,p,c} p^T log p^S of
-    the class probabilities p, T = 1; it is not divided by N. Pair-wise: head features f are
+    the class probabilities p, T = 1; it is not divided by N, which is the 8 images of one GPU
+    (``images_per_group = n`` adds up n images at a time). Pair-wise: head features f are
     max-pooled to a few nodes, with window = stride = half the map rounded down; windows at the
     border may be smaller (3 x 3 nodes from 65 x 65, 2 x 2 from 64 x 128);
     v_i = f_i / (|f_i| + 1e-8) with |f_i| a constant in backward; a_ij = v_i . v_j;

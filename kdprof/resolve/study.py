@@ -154,10 +154,13 @@ class ResolvedStudy:
                 problems.append(f"budget of '{name}': {unknown('method', name, known)}")
         for name, settings in self.plain.method_settings.items():
             if name in known:
-                problems.attempt(partial(known[name].cls, **settings), None)
+                problems.attempt(partial(self._check_settings, known[name].cls, settings), None)
             else:
                 problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
+
+    def _check_settings(self, method: type[Method], settings: Mapping[str, Any]) -> None:
+        method(**settings).check_images(self.step.share)
 
     def _read_teacher_weights(self) -> Weights | None:
         path = self.plain.teacher_weights
