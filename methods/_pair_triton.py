@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+WARPS = 8
+
 
 @triton.jit
 def _tile_sums(student, teacher, sums, pairs, positions, SIDE: tl.constexpr):  # noqa: N803
@@ -66,14 +68,16 @@ def _write_slope(
 def tile_sums(student: Tensor, teacher: Tensor, sums: Tensor, side: int) -> None:
     """Fill ``sums``, (2, 3, pairs, tiles of a side, P), from two contiguous (pairs, P, P) maps."""
     pairs, positions, _ = student.shape
-    _tile_sums[_grid(student, side)](student, teacher, sums, pairs, positions, SIDE=side)
+    _tile_sums[_grid(student, side)](
+        student, teacher, sums, pairs, positions, SIDE=side, num_warps=WARPS
+    )
 
 
 def write_slope(student: Tensor, teacher: Tensor, sums: Tensor, both: bool, side: int) -> None:
     """Overwrite the student's map; ``sums`` are the contiguous (2, 3, pairs, P) of the maps."""
     pairs, positions, _ = student.shape
     _write_slope[_grid(student, side)](
-        student, teacher, sums, pairs, positions, BOTH=both, SIDE=side
+        student, teacher, sums, pairs, positions, BOTH=both, SIDE=side, num_warps=WARPS
     )
 
 

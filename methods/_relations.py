@@ -69,11 +69,9 @@ class _RelationKL(torch.autograd.Function):
             divergence = log_p.sub_(log_q).mul_(p).sum((1, 2))
             slope = log_q.exp_().sub_(p).flatten(1)
             here = gradient[block]
+            torch.addmm(here, slope, ours, out=here)
             if keys is None:  # each row is also a column that the others are compared with
                 torch.addmm(gradient, slope.T, student[block], out=gradient)
-                torch.addmm(here, slope, ours, out=here)
-            else:
-                torch.mm(slope, ours, out=here)
             if weights is not None:
                 here *= weights[block, None]
                 divergence *= weights[block]
@@ -142,12 +140,11 @@ def batch_relation(
     if not small and fits_pairs(student, temperature):
         total = pair_kl(student, teacher, temperature, group)
     else:
-        total = torch.stack(
-            [
-                relation_kl(s.flatten(0, 1), t.flatten(0, 1), temperature, parts=group)
-                for s, t in zip(student.split(group), teacher.split(group), strict=True)
-            ]
-        ).sum()
+        totals = [
+            relation_kl(s.flatten(0, 1), t.flatten(0, 1), temperature, parts=group)
+            for s, t in zip(student.split(group), teacher.split(group), strict=True)
+        ]
+        total = torch.stack(totals).sum() if len(totals) > 1 else totals[0]
     return total / (images * group * rows)
 
 
