@@ -58,9 +58,9 @@ def pixel_cross_entropy(
 ) -> Tensor:
     """Return the soft cross-entropy, summed over everything and divided by h w but not by N.
 
-    With a ``group`` it is summed over so many images at a time, and averaged over the N / group
-    groups. It has no factor T^2. This is the form of the original SKD, with T = 1 and weight 10; at T = 1
-    its gradient is N times that of :func:`pixel_kl`.
+    With a ``group`` it is summed over so many images at a time, and averaged over the groups. It
+    has no factor T^2. This is the form of the original SKD, with T = 1 and weight 10; at T = 1 its
+    gradient is N (or ``group``) times that of :func:`pixel_kl`.
     """
     student = match_grid(student, teacher)
     target = F.softmax(teacher.float() / temperature, dim=1)

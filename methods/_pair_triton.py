@@ -14,7 +14,7 @@ WARPS = 8
 
 
 @triton.jit
-def _tile_sums(student, teacher, sums, pairs, positions, SIDE: tl.constexpr):  # noqa: N803
+def _tile_sums(student, teacher, sums, pairs, positions, SIDE: tl.constexpr):
     """Store sums of exp a, exp b and (a - b) exp a over the rows and the columns of a tile."""
     column_tile, row_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.num_programs(0)
@@ -42,7 +42,13 @@ def _tile_sums(student, teacher, sums, pairs, positions, SIDE: tl.constexpr):  #
 
 @triton.jit
 def _write_slope(
-    student, teacher, sums, pairs, positions, BOTH: tl.constexpr, SIDE: tl.constexpr  # noqa: N803
+    student,
+    teacher,
+    sums,
+    pairs,
+    positions,
+    BOTH: tl.constexpr,
+    SIDE: tl.constexpr,
 ):
     """Overwrite a tile of b with exp(b) / sum exp(b) - exp(a) / sum exp(a), of rows + columns."""
     column_tile, row_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -13,9 +13,13 @@ from typing import Any
 from kdprof.method import Recipe
 
 MOMENTUM = "momentum 0.9"
-FROM_BPKD = {"gpus": 4, "gpu": "A100", "source": "BPKD repository"}
+FROM_BPKD: dict[str, Any] = {"gpus": 4, "gpu": "A100", "source": "BPKD repository"}
 """The fields in which BPKD's recipe differs from mmsegmentation's."""
-BPKD_RERUN = {"gpus": 4, "gpu": "A100", "source": "BPKD repository, its authors' rerun"}
+BPKD_RERUN: dict[str, Any] = {
+    "gpus": 4,
+    "gpu": "A100",
+    "source": "BPKD repository, its authors' rerun",
+}
 """The same fields for another method of BPKD's table."""
 SKDS_RERUN = BPKD_RERUN | {"source": "BPKD repository, its authors' rerun (terms not stated)"}
 """The same fields for the row SKDS of that table, which does not say which terms of structure KD it

@@ -93,8 +93,9 @@ def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
 def direction_gap(student: Tensor, teacher: Tensor, group: int | None = None) -> Tensor:
     """Return 1/n || s / ||s|| - t / ||t|| ||^2 of n maps, (N, C, h, w), mean over N / n groups.
 
-    The norms are over the n = ``group`` images of a group; None: all images are one group. It is computed as ( 2 - 2 cos ) / n, which needs no normalised map. The rounding error is that
-    of a number near 1, 1e-7.
+    The norms are over the n = ``group`` images of a group; None: all images are one group. It is
+    computed as ( 2 - 2 cos ) / n, which needs no normalised map. The rounding error is that of a
+    number near 1, 1e-7.
     """
     student = match_grid(student, teacher).float()
     teacher = teacher.float()

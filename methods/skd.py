@@ -297,9 +297,7 @@ class SKD(AdversarialMethod, SKDPlain):
 
     def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the discriminator's SGD; the IFVD and CIRKD repositories use Adam."""
-        return torch.optim.SGD(
-            parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4, fused=True
-        )
+        return torch.optim.SGD(parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd``, ``pairwise`` and ``adv``."""

@@ -193,7 +193,7 @@ def test_groups_are_the_shares_of_several_devices(name, coupled):
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_of_unequal_size_are_refused_and_groups_are_told(name):
-    with pytest.raises(UserError, match="images_per_group must be 0 .* or more, not -1"):
+    with pytest.raises(UserError, match=r"images_per_group must be 0 .* or more, not -1"):
         make(name, images_per_group=-1)
     method = make(name, images_per_group=2)
     assert [note for note in method.notes if note.startswith("images_per_group = 2: ")]

@@ -576,7 +576,7 @@ def test_notes_tell_of_memory_and_of_a_single_image():
     for _ in range(2):
         method(*draw(1))
     assert len(method.notes) == 2
-    assert "one image per device" in method.notes[1]
+    assert "one image in a group" in method.notes[1]
 
 
 def test_published_sizes():

@@ -118,10 +118,15 @@ def test_groups_are_batches_of_their_own(monkeypatch, form):
 
 @pytest.mark.parametrize(
     ("positions", "temperature", "block", "by_pairs"),
-    [(30, 0.1, 2**20, False), (30, 0.1, 2000, True), (30, 0.01, 2000, False), (60, 0.1, 2000, False)],
+    [
+        (30, 0.1, 2**20, False),
+        (30, 0.1, 2000, True),
+        (30, 0.01, 2000, False),
+        (60, 0.1, 2000, False),
+    ],
     ids=["one small map", "pairs", "cold", "a pair is too large"],
 )
-def test_the_form_follows_size_and_temperature(monkeypatch, positions, temperature, block, by_pairs):
+def test_the_form_follows_size_and_heat(monkeypatch, positions, temperature, block, by_pairs):
     set_block(monkeypatch, block)
     taken = []
     monkeypatch.setattr(_relations, "pair_kl", lambda s, *rest: taken.append(s) or s.sum())

@@ -60,9 +60,7 @@ def _attention_flop(q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-def _attention_backward_flop(
-    grad: Any, q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any
-) -> int:
+def _attention_backward_flop(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any) -> int:
     """Return the FLOP of five products: the map is computed again, then four gradients."""
     return sdpa_backward_flop_count(grad, q, k, v)
 

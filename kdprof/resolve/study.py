@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from kdprof.distributed.ranks import Ranks
 from kdprof.errors import Problems, UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
 from kdprof.hardware.device import configure_backends, find_device, missing_compiler
+from kdprof.method import Method
 from kdprof.models import AnyNetwork, build, is_adapted, parse_name
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, read_weights
