@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
         """
         layers = self.query, self.key, self.value
         weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.get_parameter("bias") for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
         widths = [len(layer.weight) for layer in layers]
         query, key, value = F.conv2d(x, weight, bias).flatten(2).split(widths, 1)
         return (query.mT @ key).softmax(-1), value

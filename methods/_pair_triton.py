@@ -21,8 +21,7 @@ def _tile_sums(student, teacher, sums, pairs, positions, SIDE: tl.constexpr):
     rows = row_tile * SIDE + tl.arange(0, SIDE)
     columns = column_tile * SIDE + tl.arange(0, SIDE)
     there = (rows < positions)[:, None] & (columns < positions)[None, :]
-    # 64 bits, because the maps of several pairs have more elements than 32 bits can count.
-    at = pair.to(tl.int64) * positions * positions + rows[:, None] * positions + columns[None, :]
+    at = (pair * positions + rows[:, None]) * positions + columns[None, :]
     a = tl.load(teacher + at, mask=there, other=0.0)
     b = tl.load(student + at, mask=there, other=0.0)
     x, y = tl.where(there, tl.exp(a), 0.0), tl.where(there, tl.exp(b), 0.0)
@@ -55,7 +54,7 @@ def _write_slope(
     rows = row_tile * SIDE + tl.arange(0, SIDE)
     columns = column_tile * SIDE + tl.arange(0, SIDE)
     there = (rows < positions)[:, None] & (columns < positions)[None, :]
-    at = pair.to(tl.int64) * positions * positions + rows[:, None] * positions + columns[None, :]
+    at = (pair * positions + rows[:, None]) * positions + columns[None, :]
     x = tl.exp(tl.load(teacher + at, mask=there, other=0.0))
     y = tl.exp(tl.load(student + at, mask=there, other=0.0))
 
