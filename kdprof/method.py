@@ -95,7 +95,10 @@ class Recipe:
     schedule: str
     source: str
     """The source of the figures, and what a reader must know to quote them."""
-    gpus: str | None = None
+    gpus: int | None = None
+    """Devices that the images of an iteration are shared by, in equal parts."""
+    gpu: str = ""
+    """Their model, if published."""
     student_miou: float | None = None
     """mIoU of the student alone, percent, as reported together with ``miou``."""
     miou: float | None = None
@@ -106,6 +109,13 @@ class Recipe:
     teacher_miou: float | None = None
     split: str = "val"
     """The images that the mIoU values were measured on."""
+
+    @property
+    def images_per_gpu(self) -> int | None:
+        """Images of an iteration on each device: those that an objective can couple."""
+        if self.batch is None or self.gpus is None:
+            return None
+        return self.batch // self.gpus
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,14 @@ class Method(nn.Module):
         """Create learnable extras (adaptors, projectors, banks). Called once, before any step.
 
         ``teacher`` is None only for a method that uses no teacher.
+        """
+
+    def check_images(self, images: int) -> None:
+        """Refuse numbers of images per device that the settings do not allow. Called by a study
+        before anything runs.
+
+        Raises:
+            UserError: the method cannot take steps of so many images.
         """
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ class ConvertedSchedule:
     batch: int | None = None
     crop: tuple[int, int] | None = None
     epochs: int | None = None
+    images_per_gpu: int | None = None
     seconds: float | None = None
     """On the measured device, without evaluation; a forecast if ``scale`` is not 1."""
     seconds_low: float | None = None
@@ -59,7 +60,8 @@ class ConvertedSchedule:
     kd_iterations_measured_step: int | None = None
     """The same at the measured batch and crop: a possible budget of the study."""
     differs: tuple[str, ...] = ()
-    """How the recipe differs from the measured step: networks, data, batch, crop."""
+    """How the recipe differs from the measured step: networks, data, batch, crop, and the images
+    that are coupled, if the method couples them."""
     unreliable: tuple[str, ...] = ()
     """Methods with unreliable Costs that the conversion uses."""
     reason: str | None = None
@@ -114,7 +116,8 @@ def _schedules(
     for recipe in cls.recipes:
         if dataset is None or _is_of(recipe.dataset, dataset):
             schedule = (recipe.iterations, recipe.batch, recipe.crop, recipe.epochs)
-            together.setdefault((recipe.dataset, *schedule), []).append(recipe)
+            key = (recipe.dataset, *schedule, recipe.images_per_gpu)
+            together.setdefault(key, []).append(recipe)
     return [_schedule(method, recipes) for recipes in together.values()]
 
 
@@ -135,6 +138,7 @@ def _schedule(method: str, recipes: list[Recipe]) -> ConvertedSchedule:
         first.batch,
         first.crop,
         first.epochs,
+        first.images_per_gpu,
         reason=_missing(first),
     )
 
@@ -201,8 +205,16 @@ def _differs(one: ConvertedSchedule, settings: Mapping[str, Any]) -> tuple[str, 
         "data": title_of(str(settings.get("data"))).casefold() == str(one.dataset).casefold(),
         "batch": settings["step"]["batch"] == one.batch,
         "crop": tuple(settings["step"]["crop"]) == one.crop,
+        "coupled images": _coupled(settings) in (None, one.images_per_gpu or _coupled(settings)),
     }
     return tuple(part for part, equal in same.items() if not equal)
+
+
+def _coupled(settings: Mapping[str, Any]) -> int | None:
+    """Return how many images the measured objective couples; None if it couples none."""
+    group = settings.get("method", {}).get("images_per_group")
+    step = settings["step"]
+    return group if group is None else group or step["batch"] // step.get("gpus", 1)
 
 
 def _unreliable(cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:

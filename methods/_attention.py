@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdprof.hardware.blocks import device_type
+
 BLOCK_ELEMENTS = 2**20
 """Squared features that are in memory at a time on a CPU: 4 MiB, which fits into its caches."""
 
@@ -26,7 +28,7 @@ class _SquareSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
-        if features.device.type != "cpu":
+        if device_type(features) != "cpu":
             made = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32)
             return made.square_()
         total = torch.zeros_like(features[:, :1], dtype=torch.float32)

@@ -41,6 +41,54 @@ def membership(labels: Tensor, grid: torch.Size, num_classes: int) -> Tensor:
     return (nearest[:, :, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
+def grouped(values: Tensor, group: int) -> Tensor:
+    """Return (N, ...) as (groups, ``group``, ...), a view."""
+    return values.unflatten(0, (-1, group))
+
+
+class GroupedMethod(Method):
+    """A method whose objective couples the images of a device: it compares them with each other, or
+    divides by a sum over them.
+
+    Its authors trained it with a few images on each of several devices; on one device with the
+    whole batch it is another objective. With ``images_per_group`` = n every term is computed for n
+    images at a time, as if each group were alone on a device, and averaged over the groups. The
+    subclass asks :meth:`group_size`.
+    """
+
+    images_per_group: int = 0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if self.images_per_group < 0:
+            raise UserError(
+                f"method '{self.name}': images_per_group must be 0 (all images of a device) or "
+                f"more, not {self.images_per_group}"
+            )
+        if self.images_per_group:
+            self.notes.append(
+                f"images_per_group = {self.images_per_group}: the objective of {self.name} couples "
+                "the images of a group only, as on a device with so many images"
+            )
+
+    def check_images(self, images: int) -> None:
+        """Refuse numbers of images that ``images_per_group`` does not divide."""
+        if self.images_per_group and images % self.images_per_group:
+            raise UserError(
+                f"method '{self.name}': images_per_group = {self.images_per_group} must divide the "
+                f"{images} images of a device; use another one, or another batch"
+            )
+
+    def group_size(self, images: int) -> int:
+        """Return how many images form a group, of ``images`` on this device.
+
+        Raises:
+            UserError: the groups cannot have equal size.
+        """
+        self.check_images(images)
+        return self.images_per_group or images
+
+
 def check_settings(
     method: Method,
     choices: Mapping[str, Collection[str]] | None = None,

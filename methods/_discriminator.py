@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch.func import functional_call
 from kdprof.method import Method, NetworkInfo, Taps
 from kdprof.methods._common import match_grid
 
+EPS = 1e-12
+"""Least length that a singular vector is divided by, as in torch's ``normalize``."""
 SMALLEST_GRID = 64
 """The published network has no output for logits with a smaller side."""
 
@@ -42,18 +44,37 @@ class SpectralConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C, h, w)."""
-        return F.conv2d(x, self.weight / self._sigma(), self.bias, self.stride, self.pad)
-
-    def _sigma(self) -> Tensor:
-        """Take one step of power iteration and return the singular value."""
-        matrix = self.weight.flatten(1)
         with torch.no_grad():
+            matrix = self.weight.flatten(1)
             v = F.normalize(matrix.t() @ self.u, dim=0)
-            u = F.normalize(matrix @ v, dim=0)
+            image = matrix @ v
+            sigma = torch.linalg.vector_norm(image)
+            u = image / sigma.clamp(min=EPS)
         # New tensors instead of in-place writes: the backward of an earlier forward still needs
         # the old ones.
         self.u, self.v = u, v
-        return torch.dot(u, matrix @ v)
+        weight = _Spectral.apply(self.weight, sigma, u, v)
+        return F.conv2d(x, weight, self.bias, self.stride, self.pad)
+
+
+class _Spectral(torch.autograd.Function):
+    """W / s with s = u^T W v, which must be given: four operators of backward instead of ten."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        divided = weight / sigma
+        ctx.save_for_backward(divided, sigma, u, v)
+        return divided
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ( G - <G, W / s> u v^T ) / s."""
+        divided, sigma, u, v = ctx.saved_tensors
+        slope = slope.contiguous()
+        along = torch.dot(slope.flatten(), divided.flatten())
+        rest = torch.addr(slope.flatten(1), u * along, v, alpha=-1)
+        return rest.div_(sigma).view_as(slope), None, None, None
 
 
 class SelfAttention(nn.Module):
@@ -66,14 +87,23 @@ class SelfAttention(nn.Module):
         self.value = nn.Conv2d(channels, channels, 1)
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def attention(self, x: Tensor) -> Tensor:
-        """Return the weights, (N, P, P); a row belongs to a query position."""
-        return (self.query(x).flatten(2).mT @ self.key(x).flatten(2)).softmax(-1)
+    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights, (N, P, P), a row for each query position, and the values, (N, C, P).
+
+        One convolution makes queries, keys and values: the gradient penalty needs many small
+        operators for each one.
+        """
+        layers = self.query, self.key, self.value
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
+        widths = [len(layer.weight) for layer in layers]
+        query, key, value = F.conv2d(x, weight, bias).flatten(2).split(widths, 1)
+        return (query.mT @ key).softmax(-1), value
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated sum with the input, (N, C, h, w)."""
-        seen = self.value(x).flatten(2) @ self.attention(x).mT
-        return self.gate * seen.view_as(x) + x
+        weights, value = self.attention(x)
+        return torch.addcmul(x, self.gate, (value @ weights.mT).view_as(x))
 
 
 class Discriminator(nn.Module):
@@ -105,7 +135,10 @@ class Discriminator(nn.Module):
         height, width = logits.shape[-2:]
         bottom, right = max(0, SMALLEST_GRID - height), max(0, SMALLEST_GRID - width)
         with torch.autocast(logits.device.type, enabled=False):
-            return self.body(F.pad(self.norm(logits.float()), (0, right, 0, bottom)))
+            normed = self.norm(logits.float())
+            if right or bottom:
+                normed = F.pad(normed, (0, right, 0, bottom))
+            return self.body(normed)
 
 
 def discriminator_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
@@ -131,7 +164,7 @@ def gradient_penalty(
     Args:
         mix: (N, 1, 1, 1), uniform in 0 to 1, one for each image.
     """
-    between = (mix * teacher.float() + (1 - mix) * student.float()).detach().requires_grad_()
+    between = torch.lerp(student.float(), teacher.float(), mix).detach().requires_grad_()
     # The input is a view, because torch's FLOP counter hooks a module's inputs and fails on a leaf.
     scores = discriminator(between.view_as(between))
     (slope,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
@@ -204,7 +237,7 @@ class AdversarialMethod(Method):
 
     def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the discriminator's Adam, as in the IFVD and CIRKD repositories."""
-        return torch.optim.Adam(parameters, lr=4e-4, betas=(0.9, 0.99))
+        return torch.optim.Adam(parameters, lr=4e-4, betas=(0.9, 0.99), fused=True)
 
     def adversarial_term(self, student: Taps, teacher: Taps) -> Tensor:
         """Return the student's term against the discriminator."""

@@ -19,6 +19,7 @@ def pixel_kl(
     temperature: float = 1.0,
     reduction: str = "pixel",
     upsample: int = 1,
+    group: int | None = None,
 ) -> Tensor:
     """Return KL(softmax(t/T) || softmax(s/T)) over classes, summed over positions and divided.
 
@@ -30,6 +31,8 @@ def pixel_kl(
             :func:`pixel_cross_entropy`.
         upsample: factor by which both maps are enlarged first, bilinearly with aligned corners (an
             option of the IFVD repository, off by default; 8 is 64 times the work).
+        group: images that ``sum`` and ``soft_cross_entropy`` add up, a divisor of N; the result is
+            the mean over the groups. None: all images are one group.
     """
     student = match_grid(student, teacher)
     if upsample > 1:
@@ -38,27 +41,32 @@ def pixel_kl(
             for z in (student, teacher)
         )
     if reduction == "soft_cross_entropy":
-        return pixel_cross_entropy(student, teacher, temperature)
+        return pixel_cross_entropy(student, teacher, temperature, group)
     target = F.log_softmax(teacher.float() / temperature, dim=1)
     log_p = F.log_softmax(student.float() / temperature, dim=1)
     total = F.kl_div(log_p, target, reduction="sum", log_target=True)
     if reduction == "element":
         return total / student.numel()
     images, _, height, width = student.shape
-    divisor = {"pixel": images * height * width, "image": images, "sum": 1}[reduction]
+    groups = images // (group or images)
+    divisor = {"pixel": images * height * width, "image": images, "sum": groups}[reduction]
     return temperature**2 * total / divisor
 
 
-def pixel_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def pixel_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, group: int | None = None
+) -> Tensor:
     """Return the soft cross-entropy, summed over everything and divided by h w but not by N.
 
-    It has no factor T^2. This is the form of the original SKD, with T = 1 and weight 10; at T = 1
-    its gradient is N times that of :func:`pixel_kl`.
+    With a ``group`` it is summed over so many images at a time, and averaged over the groups. It
+    has no factor T^2. This is the form of the original SKD, with T = 1 and weight 10; at T = 1 its
+    gradient is N (or ``group``) times that of :func:`pixel_kl`.
     """
     student = match_grid(student, teacher)
     target = F.softmax(teacher.float() / temperature, dim=1)
     total = -(target * F.log_softmax(student.float() / temperature, dim=1)).sum()
-    return total / student.shape[-2:].numel()
+    groups = len(student) // (group or len(student))
+    return total / (groups * student.shape[-2:].numel())
 
 
 def channel_kl(

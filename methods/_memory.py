@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdprof.methods._common import grouped
 from kdprof.methods._relations import relation_kl, unit
 
 
@@ -110,15 +111,29 @@ def distinct(counts: Tensor, number: int) -> Tensor:
     Every subset is equally likely. This is Floyd's algorithm: it sorts nothing, and no shape
     depends on a count. If a count is below ``number``, only its first ``count`` integers are valid.
     """
+    lowest = (counts - number).clamp(min=0)[..., None]
+    order = torch.arange(number, device=counts.device)
+    highest = lowest + order
     draws = torch.rand(*counts.shape, number, device=counts.device)
-    lowest = (counts - number).clamp(min=0)
-    chosen = torch.full_like(draws, -1, dtype=torch.long)
-    for i in range(number):
-        highest = lowest + i
-        pick = (draws[..., i] * (highest + 1)).long().minimum(highest)
-        taken = (chosen == pick[..., None]).any(-1)
-        chosen[..., i] = torch.where(taken, highest, pick)
-    return chosen
+    picks = (draws * (highest + 1)).long().minimum(highest)
+    return torch.where(_taken_before(picks, picks - lowest, order), highest, picks)
+
+
+def _taken_before(picks: Tensor, source: Tensor, order: Tensor) -> Tensor:
+    """Return whether each pick is among the numbers chosen before it, without a loop over picks.
+
+    Number j is pick j or, if that was taken, its own highest number. So pick i is taken if an
+    earlier pick equals it, or if it is the highest number of an earlier j whose pick was taken.
+    That j is ``source``; following it doubles its reach with every round.
+    """
+    earlier = order[:, None] > order
+    taken = ((picks[..., None] == picks[..., None, :]) & earlier).any(-1)
+    known = (source >= 0) & (source < order)
+    source = torch.where(known, source, order)
+    for _ in range((len(order) - 1).bit_length()):
+        taken |= taken.gather(-1, source)
+        source = source.gather(-1, source)
+    return taken
 
 
 def positions_of_ranks(members: Tensor, ranks: Tensor) -> Tensor:
@@ -202,7 +217,13 @@ class ClassMemory(nn.Module):
         self.pixels.push(gathered(pixels), counts.clamp(max=self.updates))
 
     def relation(
-        self, student: Tensor, teacher: Tensor, members: Tensor, keys: Tensor, *temperatures: float
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        members: Tensor,
+        keys: Tensor,
+        *temperatures: float,
+        group: int | None = None,
     ) -> Tensor:
         """Return T'^2 KL of the similarities with the keys over T T', mean over valid positions.
 
@@ -211,8 +232,10 @@ class ClassMemory(nn.Module):
             members: one-hot labels, (N, P, K); the row of a void position is 0.
             keys: stored unit vectors, (M, C).
             temperatures: T of the contrast, T' of the divergence.
+            group: the mean is over the valid positions of so many images at a time, and then over
+                the N / group groups; None: all images are one group.
         """
         contrast, divergence = temperatures
-        valid = members.sum(2).flatten()
-        weights = divergence**2 * valid / valid.sum().clamp(min=1)
-        return relation_kl(student, teacher, contrast * divergence, keys, weights=weights)
+        valid = grouped(members.sum(2), group or len(members)).flatten(1)
+        weights = divergence**2 * valid / valid.sum(1, keepdim=True).clamp(min=1) / len(valid)
+        return relation_kl(student, teacher, contrast * divergence, keys, weights=weights.flatten())

@@ -13,9 +13,13 @@ from typing import Any
 from kdprof.method import Recipe
 
 MOMENTUM = "momentum 0.9"
-FROM_BPKD = {"gpus": "4 A100", "source": "BPKD repository"}
+FROM_BPKD: dict[str, Any] = {"gpus": 4, "gpu": "A100", "source": "BPKD repository"}
 """The fields in which BPKD's recipe differs from mmsegmentation's."""
-BPKD_RERUN = {"gpus": "4 A100", "source": "BPKD repository, its authors' rerun"}
+BPKD_RERUN: dict[str, Any] = {
+    "gpus": 4,
+    "gpu": "A100",
+    "source": "BPKD repository, its authors' rerun",
+}
 """The same fields for another method of BPKD's table."""
 SKDS_RERUN = BPKD_RERUN | {"source": "BPKD repository, its authors' rerun (terms not stated)"}
 """The same fields for the row SKDS of that table, which does not say which terms of structure KD it
@@ -82,7 +86,7 @@ def mmseg(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: A
         "optimizer": f"SGD 0.01, {MOMENTUM}, wd 5e-4",
         "schedule": "poly 0.9, floor 1e-4",
         "source": "mmsegmentation model zoo",
-        "gpus": "4, 4 images each" if ade else "4, 2 images each",
+        "gpus": 4,
     }
     return Recipe(**{"dataset": dataset, "student": student, **fields, **changes})
 
@@ -111,7 +115,7 @@ def skd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:
         "optimizer": f"SGD 0.01, {MOMENTUM}, wd 5e-4",
         "schedule": "poly 0.9",
         "source": "structure-KD repository",
-        "gpus": "1",
+        "gpus": 1,
         "student_miou": 69.10,
     }
     return Recipe(**{"student": student, **fields, **changes})
@@ -124,7 +128,7 @@ def mgd(student: str = "PSPNet-R18", **changes: Any) -> Recipe:
         "batch": 16,
         "crop": (512, 512),
         "source": "MGD repository",
-        "gpus": "8, 2 images each",
+        "gpus": 8,
         "teacher_miou": 78.34,
         "student_miou": {"PSPNet-R18": 69.85, "DeepLabV3-R18": 73.20}[student],
     }
@@ -142,7 +146,8 @@ def cirkd(student: str = "PSPNet-R18", dataset: str = "Cityscapes", **changes: A
         "optimizer": f"SGD 0.02, {MOMENTUM}, wd 1e-4",
         "schedule": "poly 0.9",
         "source": "CIRKD repository",
-        "gpus": "8 RTX 3090, 2 images each",
+        "gpus": 8,
+        "gpu": "RTX 3090",
         "teacher_miou": teacher_miou,
         "student_miou": _CIRKD_ALONE[dataset, student],
     }
@@ -176,7 +181,7 @@ def cirkdv2(student: str, dataset: str = "Cityscapes", **changes: Any) -> Recipe
         "optimizer": f"SGD {0.01 if city else 0.02}, {MOMENTUM}, wd 1e-4",
         "schedule": "poly 0.9",
         "source": "CIRKD repository, 2025",
-        "gpus": "8, 1 image each" if city else None,
+        "gpus": 8 if city else None,
         "teacher_miou": 78.30 if city else 43.83,
         "split": "test" if city else "val",
         "student_miou": _CIRKDV2_ALONE[dataset, student],

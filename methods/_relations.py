@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdprof.hardware.blocks import block_elements
 from kdprof.methods._common import match_grid
+from kdprof.methods._pairs import fits_pairs, pair_kl
 
 EPS = 1e-12
 """A vector of this length or less has no direction and counts as 0, as in torch's ``normalize``."""
-BLOCK_ELEMENTS = 2**22
-"""Elements of a similarity map that are in memory at a time: 16 MiB, which fits into the caches of
-large processors."""
 LEAST_ROWS = 128
 """The fewest rows of a block, so that a matrix product does not become one of a few vectors."""
+SMALL = 8
+"""A map of all pairs that is so many times smaller than a block takes less time as one map, with a
+few operators, than pair by pair."""
 
 
 def unit(values: Tensor, dim: int) -> Tensor:
@@ -29,7 +31,7 @@ def unit(values: Tensor, dim: int) -> Tensor:
     """
     values = values.float()
     length = values.norm(dim=dim, keepdim=True)
-    return torch.where(length > EPS, values / length.clamp(min=EPS), 0.0)
+    return (values / length.clamp(min=EPS)).masked_fill(length <= EPS, 0)
 
 
 def unit_positions(features: Tensor) -> Tensor:
@@ -55,10 +57,10 @@ class _RelationKL(torch.autograd.Function):
         temperature: float,
         weights: Tensor | None,
     ) -> Tensor:
+        assert keys is not None or weights is None, "a row's weight does not hold for its column"
         ours, theirs = (student, teacher) if keys is None else (keys, keys)
-        total = student.new_zeros(())
-        gradient = student.new_zeros(student.shape) if ctx.needs_input_grad[0] else None
-        rows = max(LEAST_ROWS, BLOCK_ELEMENTS // len(ours))
+        total, gradient = student.new_zeros(()), torch.zeros_like(student)
+        rows = max(LEAST_ROWS, block_elements(student) // len(ours))
         for first in range(0, len(student), rows):
             block = slice(first, first + rows)
             log_p = _log_similarity(teacher[block], theirs, parts, temperature)
@@ -66,16 +68,15 @@ class _RelationKL(torch.autograd.Function):
             p = log_p.exp()
             divergence = log_p.sub_(log_q).mul_(p).sum((1, 2))
             slope = log_q.exp_().sub_(p).flatten(1)
+            here = gradient[block]
+            torch.addmm(here, slope, ours, out=here)
+            if keys is None:  # each row is also a column that the others are compared with
+                torch.addmm(gradient, slope.T, student[block], out=gradient)
             if weights is not None:
+                here *= weights[block, None]
                 divergence *= weights[block]
-                slope *= weights[block, None]
             total += divergence.sum()
-            if gradient is not None:
-                torch.addmm(gradient[block], slope, ours, out=gradient[block])
-                if keys is None:  # each row is also a column that the others are compared with
-                    torch.addmm(gradient, slope.T, student[block], out=gradient)
-        if gradient is not None:
-            ctx.save_for_backward(gradient.div_(temperature))
+        ctx.save_for_backward(gradient.div_(temperature))
         return total
 
     @staticmethod
@@ -110,9 +111,9 @@ def relation_kl(
             network's rows are compared with its own rows, and the student's gradient includes
             their part as columns.
         parts: number of groups of equal size that the columns form; each has its own softmax.
-        weights: (R,); None: all 1.
+        weights: (R,), only together with keys; None: all 1.
 
-    Forward and backward never keep more than a few blocks of the R x M maps in memory. Backward
+    Forward and backward never keep more than three blocks of the R x M maps in memory. Backward
     costs almost nothing, because forward has computed the gradient. It cannot be differentiated
     again.
     """
@@ -120,26 +121,45 @@ def relation_kl(
         return _RelationKL.apply(student, teacher, keys, parts, temperature, weights)
 
 
-def batch_relation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def batch_relation(
+    student: Tensor, teacher: Tensor, temperature: float, group: int | None = None
+) -> Tensor:
     """Return the divergence of the relations within and across images.
 
     Args:
-        student, teacher: (N, P, C), P unit vectors for each of N images.
+        student, teacher: (N, P, C), P vectors of length 1 or 0 for each of N images.
+        group: images whose vectors are compared with each other, a divisor of N; None: all.
 
     Returns:
-        The KL of the softmax over the P columns of a similarity map, mean over the N^2 ordered
-        pairs of images and the P rows of each pair's map.
+        The KL of the softmax over the P columns of a similarity map, mean over the ordered pairs
+        of images of a group, i = j included, over the groups, and over the P rows of each map.
     """
     images, rows = student.shape[:2]
-    total = relation_kl(student.flatten(0, 1), teacher.flatten(0, 1), temperature, parts=images)
-    return total / (images**2 * rows)
+    group = group or images
+    small = (group * rows) ** 2 <= block_elements(student) // SMALL
+    if not small and fits_pairs(student, temperature):
+        total = pair_kl(student, teacher, temperature, group)
+    else:
+        totals = [
+            relation_kl(s.flatten(0, 1), t.flatten(0, 1), temperature, parts=group)
+            for s, t in zip(student.split(group), teacher.split(group), strict=True)
+        ]
+        total = torch.stack(totals).sum() if len(totals) > 1 else totals[0]
+    return total / (images * group * rows)
 
 
-def mini_batch_kl(student: Tensor, teacher: Tensor, temperature: float, pooling: int = 0) -> Tensor:
+def mini_batch_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    pooling: int = 0,
+    group: int | None = None,
+) -> Tensor:
     """Return the mini-batch pixel-to-pixel term of (N, C, h, w) features; the C may differ.
 
     Args:
         pooling: see the class :class:`CIRKDMiniBatch` of ``cirkd.py``.
+        group: see :func:`batch_relation`.
     """
     student = match_grid(student, teacher)
     window = pooling or (4 if min(teacher.shape[-2:]) >= 256 else 1)
@@ -147,4 +167,4 @@ def mini_batch_kl(student: Tensor, teacher: Tensor, temperature: float, pooling:
         student, teacher = (F.avg_pool2d(f, window, ceil_mode=True) for f in (student, teacher))
     images = len(student)
     ours, theirs = (unit_positions(f).unflatten(0, (images, -1)) for f in (student, teacher))
-    return batch_relation(ours, theirs, temperature)
+    return batch_relation(ours, theirs, temperature, group)

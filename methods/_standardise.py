@@ -5,6 +5,8 @@ Pearson feature distillation (``pkd``) and normalised feature distillation (``nf
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ EPS = 1e-6
 
 
 def standardise(features: Tensor, dims: tuple[int, ...], correction: int) -> Tensor:
-    """Return (f - mean) / (std + 1e-6) over ``dims`` of (N, C, h, w), in float32.
+    """Return (f - mean) / (std + 1e-6) over ``dims``, in float32.
 
     Args:
         correction: what is subtracted from the count in the variance: 1 for the unbiased variance,
@@ -23,7 +25,7 @@ def standardise(features: Tensor, dims: tuple[int, ...], correction: int) -> Ten
     half precision.
     """
     features = features.float()
-    count = features.shape[2:].numel() * (features.shape[0] if 0 in dims else 1)
+    count = math.prod(features.shape[dim] for dim in dims)
     std, mean = torch.std_mean(features, dims, correction=correction * (count > 1), keepdim=True)
     # The mean is subtracted first: f * scale - mean * scale would lose all digits of a channel
     # whose mean is far above its standard deviation.

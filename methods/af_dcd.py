@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
+from kdprof.hardware.blocks import block_elements
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._recipes import cirkd
-
-BLOCK_ELEMENTS = 2**24
-"""Elements of the differences anchors x keys x channels that are in memory at a time: 64 MiB."""
 
 MASKS = ("random", "centre")
 _recipe = partial(cirkd, gpus=None, source="Af-DCD repository")
@@ -107,8 +105,8 @@ class PatchContrast(torch.autograd.Function):
         index = torch.arange(vectors, device=anchors.device)
         own = index[:, None] == index
         absent = (index[:, None] % groups == index % groups) & ~own
-        rows = max(1, min(vectors, BLOCK_ELEMENTS // (vectors * channels)))
-        size = max(1, BLOCK_ELEMENTS // (rows * vectors * channels))
+        rows = max(1, min(vectors, block_elements(anchors) // (vectors * channels)))
+        size = max(1, block_elements(anchors) // (rows * vectors * channels))
         total, gradient = anchors.new_zeros(()), torch.empty_like(anchors)
         with torch.autocast(anchors.device.type, enabled=False):
             for p in range(0, patches, size):

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kdprof.method import Method, NetworkInfo, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.method import NetworkInfo, Taps
+from kdprof.methods._common import GroupedMethod, check_settings, grouped, match_grid
 from kdprof.methods._recipes import attnfd
 
 ATTENTIONS = ("cbam", "plain")
@@ -90,22 +90,26 @@ def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
     return nn.Sequential(layer, nn.BatchNorm2d(teacher_channels))
 
 
-def direction_gap(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1/N || s / ||s|| - t / ||t|| ||^2 of (N, C, h, w) maps; norms over the whole batch.
+def direction_gap(student: Tensor, teacher: Tensor, group: int | None = None) -> Tensor:
+    """Return 1/n || s / ||s|| - t / ||t|| ||^2 of n maps, (N, C, h, w), mean over N / n groups.
 
-    It is computed as ( 2 - 2 cos ) / N, which needs no normalised map. The rounding error is that
-    of a number near 1, 1e-7.
+    The norms are over the n = ``group`` images of a group; None: all images are one group. It is
+    computed as ( 2 - 2 cos ) / n, which needs no normalised map. The rounding error is that of a
+    number near 1, 1e-7.
     """
     student = match_grid(student, teacher).float()
     teacher = teacher.float()
-    cosine = (student * teacher).sum() * _inverse_length(student) * _inverse_length(teacher)
-    return (2 - 2 * cosine) / student.shape[0]
+    group = group or len(student)
+    product = grouped((student * teacher).sum((1, 2, 3)), group).sum(1)
+    cosine = product * _inverse_length(student, group) * _inverse_length(teacher, group)
+    return ((2 - 2 * cosine) / group).mean()
 
 
-def _inverse_length(maps: Tensor) -> Tensor:
-    """Return 1 / ||maps||; 0 for maps of zeros, which have no direction."""
+def _inverse_length(maps: Tensor, group: int) -> Tensor:
+    """Return 1 / ||maps|| of each group; 0 for maps of zeros, which have no direction."""
     # The norm is taken in two steps, because one float32 sum over all maps would lose digits.
-    length = torch.linalg.vector_norm(torch.linalg.vector_norm(maps, dim=(2, 3)))
+    of_channels = grouped(torch.linalg.vector_norm(maps, dim=(2, 3)), group)
+    length = torch.linalg.vector_norm(of_channels, dim=(1, 2))
     return torch.where(length > SHORTEST, 1 / length.clamp(min=SHORTEST), 0.0)
 
 
@@ -117,13 +121,14 @@ def fix(module: nn.Module) -> None:
             owner.register_buffer(name, parameter.detach())
 
 
-class AttnFD(Method):
+class AttnFD(GroupedMethod):
     """AttnFD: attention-guided feature distillation (Mansourian et al. 2024, arXiv 2403.05451).
 
     Each feature of each network passes through its own :class:`CBAM` (r = 16). The student's then
     passes through a connector (1x1 convolution without bias, batch norm) to the teacher's channels.
     The results are s and t. For each layer L = 1/N || s / ||s||_F - t / ||t||_F ||_F^2, with the
-    norms over the whole batch of the device. The layers are summed, each with weight 2.
+    norms over all images of the device (``images_per_group = n``: over n at a time). The layers are
+    summed, each with weight 2.
 
     The method was published for DeepLabV3+ of output stride 16 with three layers: c5 before its
     ReLU, the output of the pyramid, and the last feature of the decoder. kdprof's networks have two
@@ -200,5 +205,6 @@ class AttnFD(Method):
         for tap in self.taps:
             attended = self.student_blocks[tap](getattr(student, tap))
             target = self.teacher_blocks[tap](getattr(teacher, tap))
-            terms[f"attnfd_{tap}"] = direction_gap(self.connectors[tap](attended), target)
+            joined = self.connectors[tap](attended)
+            terms[f"attnfd_{tap}"] = direction_gap(joined, target, self.group_size(len(joined)))
         return terms

@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from kdprof.errors import UserError
-from kdprof.method import Method, NetworkInfo, Recipe, Taps
-from kdprof.methods._common import check_settings, match_grid, membership
+from kdprof.method import NetworkInfo, Recipe, Taps
+from kdprof.methods._common import GroupedMethod, check_settings, match_grid, membership
 from kdprof.methods._divergences import pixel_kl
 from kdprof.methods._memory import ClassMemory
 from kdprof.methods._recipes import (
@@ -22,23 +22,25 @@ from kdprof.methods._recipes import (
 from kdprof.methods._relations import mini_batch_kl, unit_positions
 
 
-class CIRKDMiniBatch(Method):
+class CIRKDMiniBatch(GroupedMethod):
     """The mini-batch part of CIRKD with kd (kdprof's subset; not published as such).
 
     F = head features as unit vectors over channels. For every ordered pair (i, j) of the images on
     one device, i = j included, S_ij = F_i^T F_j / T, (h w) x (h w), and
     L_batch = 1 / N^2 sum_ij mean over rows KL( softmax S^T_ij || softmax S^S_ij ), T = 0.1, weight
     1, together with kd at weight 1. Void positions count. Devices exchange nothing, so with one
-    image per device no relation crosses images.
+    image per device no relation crosses images. ``images_per_group = n`` relates n images at a time
+    and averages over the groups, as devices with n images do: 2 in the published runs.
 
     ``pooling = 0`` is the authors' rule of 2025: 4x4 averages if both sides have 256 positions or
     more, no pooling below that. ``pooling = k`` above 0 takes k x k averages always (the option of
     their 2022 code has k = 2, and they advise it if memory is short). If the grids differ, the
     student's feature is resized bilinearly to the teacher's (kdprof's rule).
 
-    The published form stores maps of N^2 (h w)^2. Here they are computed in blocks and the gradient
-    is computed in the forward pass, so backward takes almost no time. Only the sum of both can be
-    compared with other methods.
+    The published form stores maps of N^2 (h w)^2. Here the map of two images is computed once for
+    both orders, a few maps at a time (in blocks of rows, and once for each order, if a map is too
+    large or T is below 1/60). The gradient is computed in the forward pass, so backward takes
+    almost no time. Only the sum of both can be compared with other methods.
     """
 
     name = "cirkd:minibatch"
@@ -52,8 +54,8 @@ class CIRKDMiniBatch(Method):
         "softmax S^T_ij || softmax S^S_ij )"
     )
     cost_drivers = (
-        "the teacher's forward; (h w)^2 similarities of every ordered pair of images on the "
-        "device, in blocks, which grows with the square of images and of positions"
+        "the teacher's forward; (h w)^2 similarities of every pair of images on the device, which "
+        "grows with the square of images (of a group) and of positions"
     )
 
     temperature: float = 1.0
@@ -75,15 +77,16 @@ class CIRKDMiniBatch(Method):
 
     def _batch(self, student: Tensor, teacher: Tensor) -> Tensor:
         note = (
-            "one image per device: the batch term compares the positions of one image only, and no "
+            "one image in a group: the batch term compares the positions of one image only, and no "
             "relation crosses images"
         )
-        if len(student) == 1 and note not in self.notes:
+        group = self.group_size(len(student))
+        if group == 1 and note not in self.notes:
             self.notes.append(note)
-        return mini_batch_kl(student, teacher, self.batch_temperature, self.pooling)
+        return mini_batch_kl(student, teacher, self.batch_temperature, self.pooling, group)
 
 
-class CIRKDMemory(Method):
+class CIRKDMemory(GroupedMethod):
     """The memory part of CIRKD with kd (kdprof's subset; not published as such).
 
     t_p, s_p = unit vectors of the teacher's head feature and of the student's projected one (1x1
@@ -96,7 +99,9 @@ class CIRKDMemory(Method):
     2000). The batch is stored before the terms are computed: for each image and class the mean of
     its unit vectors as a region, and up to 16 pixels. The keys are one random set of slots, the
     same in every class: 4096 // classes + 1 pixels and 1024 // classes + 1 regions of each class.
-    If there are several ranks, each of them stores the images of all.
+    If there are several ranks, each of them stores the images of all, and draws keys of its own.
+    With ``images_per_group = n`` the mean is over the valid p of n images at a time and then over
+    the groups, as on devices with n images, but all groups have the same keys.
 
     The authors' code draws these 16 pixels as random numbers below the class's pixel count, but
     then uses the numbers as positions in the whole image. It therefore stores pixels of the first
@@ -177,6 +182,7 @@ class CIRKDMemory(Method):
         ours, theirs = unit_positions(projected), unit_positions(teacher)
         self.memory.update(theirs.unflatten(0, members.shape[:2]), members)
         temperatures = self.contrast_temperature, self.contrast_kd_temperature
+        group = self.group_size(len(members))
         queues = {
             "pixel": (self.memory.pixels, self.pixel_contrast),
             "region": (self.memory.regions, self.region_contrast),
@@ -184,7 +190,9 @@ class CIRKDMemory(Method):
         terms = {}
         for name, (queue, total) in queues.items():
             keys = queue.keys(total // self.num_classes + 1)
-            terms[name] = self.memory.relation(ours, theirs, members, keys, *temperatures)
+            terms[name] = self.memory.relation(
+                ours, theirs, members, keys, *temperatures, group=group
+            )
         return terms
 
 
@@ -199,7 +207,8 @@ class CIRKD(CIRKDMiniBatch, CIRKDMemory):
 
     The cost of the batch term grows with the square of the images on a device and of the positions.
     The published schedule has 2 images on each of 8 devices; with another number of images per
-    device the objective is a different one.
+    device the objective is a different one. ``images_per_group = 2`` gives the published one on any
+    device.
 
     The head features have the widths of the networks: 128 and 256 in the authors' code of 2022, 512
     and 512 in that of 2025. Their projection has synchronised batch norm; here it has batch norm.
@@ -214,9 +223,8 @@ class CIRKD(CIRKDMiniBatch, CIRKDMemory):
         "positions of the batch, and with stored pixels and regions"
     )
     cost_drivers = (
-        "the teacher's forward; (h w)^2 similarities of every ordered pair of images on the "
-        "device, in blocks, and of every position with about 5000 stored vectors; a projection; "
-        "two memories"
+        "the teacher's forward; (h w)^2 similarities of every pair of images on the device (of a "
+        "group), and of every position with about 5000 stored vectors; a projection; two memories"
     )
     recipes: ClassVar[tuple[Recipe, ...]] = (
         cirkd("PSPNet-R18", source="CIRKD repository; test 74.05", miou=74.73),

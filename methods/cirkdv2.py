@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kdprof.errors import UserError
 from kdprof.method import NetworkInfo, Taps
@@ -17,27 +16,7 @@ from kdprof.methods._recipes import cirkdv2
 from kdprof.methods._relations import batch_relation, relation_kl, unit
 from kdprof.methods.cirkd import CIRKD
 
-BLOCK_ELEMENTS = 2**24
-"""Elements of an attention map that are in memory at a time."""
 POOLING = 4
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v of (N, P, d) tensors, computed in blocks of queries.
-
-    Backward computes the map of each block again, so that no map is kept in memory.
-    """
-    images, positions, width = query.shape
-    rows = max(1, BLOCK_ELEMENTS // (images * positions))
-    blocks = [
-        checkpoint(_attend, block, key, value, use_reentrant=False, preserve_rng_state=False)
-        for block in (query * width**-0.5).split(rows, dim=1)
-    ]
-    return torch.cat(blocks, 1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.mT).float().softmax(2).to(value.dtype) @ value
 
 
 class GraphModule(nn.Module):
@@ -64,8 +43,12 @@ class GraphModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the joined map, (N, C, h, w)."""
-        parts = (layer(x).flatten(2).mT for layer in (self.query, self.key, self.value))
-        seen = attention(*parts).mT.unflatten(2, x.shape[-2:])
+        # (N, 1, P, C/2), contiguous, or torch would use an attention that stores the whole map.
+        parts = (
+            layer(x).flatten(2).mT.contiguous()[:, None]
+            for layer in (self.query, self.key, self.value)
+        )
+        seen = F.scaled_dot_product_attention(*parts)[:, 0].mT.unflatten(2, x.shape[-2:])
         return self.join(torch.cat([x, self.back(seen)], 1))
 
 
@@ -162,7 +145,7 @@ class CIRKDv2(CIRKD):
     leave the rest 0, and a larger grid needs a larger setting. The authors do not average the
     gradients of the GCN and of fitnet over devices, so these parts become different on each device;
     in kdprof they are ordinary extras. Their Cityscapes schedule has one image per device, so only
-    the memories relate different images there.
+    the memories relate different images there: ``images_per_group = 1``.
 
     As in ``cirkd``, the gradients of the relations are computed in the forward pass.
     """
@@ -241,9 +224,10 @@ class CIRKDv2(CIRKD):
             )
         self.channels.update(theirs)
         keys = self.channels.keys(self.channel_contrast, length)
+        group = self.group_size(len(theirs))
         temperatures = self.contrast_temperature, self.contrast_kd_temperature
         return {
-            "channel": batch_relation(ours, theirs, self.contrast_temperature),
+            "channel": batch_relation(ours, theirs, self.contrast_temperature, group),
             "channel_memory": channel_relation(ours, theirs, keys, *temperatures),
             "channel_mse": (ours - theirs).square().mean(),
         }

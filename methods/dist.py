@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.method import Method, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.method import Taps
+from kdprof.methods._common import GroupedMethod, check_settings, grouped, match_grid
 from kdprof.methods._recipes import cirkd
 
 EPS = 1e-8
@@ -15,18 +15,24 @@ EPS = 1e-8
 
 
 def relations(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, intra_over: str = "pixels"
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    intra_over: str = "pixels",
+    group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the unweighted (inter, intra) terms of two maps of logits, (N, C, h, w).
 
     Args:
         temperature: divides the logits; both terms are multiplied by its square.
         intra_over: what a class is correlated over, ``pixels`` or ``images``; see :class:`DIST`.
+        group: images over which a class is correlated, a divisor of N; None: all.
     """
     student = match_grid(student, teacher)
     p, q = (F.softmax(z.float() / temperature, dim=1) for z in (student, teacher))
     inter = 1 - pearson(p, q, (1,)).mean()
-    intra = 1 - pearson(p, q, (0, 2, 3) if intra_over == "pixels" else (0,)).mean()
+    p, q = (grouped(values, group or len(values)) for values in (p, q))
+    intra = 1 - pearson(p, q, (1, 3, 4) if intra_over == "pixels" else (1,)).mean()
     return temperature**2 * inter, temperature**2 * intra
 
 
@@ -37,7 +43,7 @@ def pearson(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
     return (a * b).sum(dims) / (next(lengths) * next(lengths) + EPS)
 
 
-class DIST(Method):
+class DIST(GroupedMethod):
     """DIST: KD from a stronger teacher (Huang et al., NeurIPS 2022, arXiv 2205.10536).
 
     With p = softmax(z) over classes at each of the M = N h w positions of the device's batch:
@@ -48,8 +54,8 @@ class DIST(Method):
 
     The loss is beta L_inter + gamma L_intra on the logits, beta = gamma = 1: the weights ``inter``
     and ``intra``. The same is added on the auxiliary logits at 0.4, so the teacher's auxiliary head
-    is needed too. There is no temperature, no ignore mask and no kd. The intra term depends on the
-    number of images per device.
+    is needed too. There is no temperature, no ignore mask and no kd. The intra term correlates over
+    the images of a device, 2 of them in the published runs: ``images_per_group = 2``.
 
     ``temperature`` divides the logits and multiplies the terms by its square (as in mmrazor).
     ``intra_over = "images"`` correlates over the batch axis only, at each class and position; this
@@ -77,7 +83,7 @@ class DIST(Method):
             "DeepLabV3-R18",
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
-            gpus="8 V100",
+            gpu="V100",
             source="DIST repository (student alone from CIRKD, at wd 1e-4; reproduced 77.24 to "
             "77.54)",
             miou=77.10,
@@ -86,7 +92,7 @@ class DIST(Method):
             "PSPNet-R18",
             optimizer="SGD 0.02, momentum 0.9, wd 5e-4",
             schedule="poly 0.9, floor 1e-4",
-            gpus="8 V100",
+            gpu="V100",
             source="DIST repository (student alone from CIRKD, at wd 1e-4; reproduced 75.37 to "
             "75.53)",
             miou=76.31,
@@ -102,7 +108,7 @@ class DIST(Method):
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``inter``, ``intra``, ``aux_inter`` and ``aux_intra``."""
-        how = self.temperature, self.intra_over
+        how = self.temperature, self.intra_over, self.group_size(len(student.logits))
         inter, intra = relations(student.logits, teacher.logits, *how)
         aux_inter, aux_intra = relations(student.aux, teacher.aux, *how)
         return {"inter": inter, "intra": intra, "aux_inter": aux_inter, "aux_intra": aux_intra}

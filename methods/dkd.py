@@ -154,7 +154,7 @@ _VOC = Recipe(
     optimizer="SGD 1e-4 (head 1e-3), Nesterov 0.9, wd 1e-4 on new classifiers only",
     schedule="decay not stated",
     source="DKD repository; overlapped, all classes after the last step",
-    gpus="4, 8 images each",
+    gpus=4,
 )
 _ADE = replace(
     _VOC,

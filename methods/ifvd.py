@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
@@ -29,8 +30,7 @@ def intra_class_variation(
     """
     student = match_grid(student, teacher)
     members = membership(labels, teacher.shape[-2:], num_classes)
-    gap = class_similarity(student, members) - class_similarity(teacher, members)
-    return gap.square().mean()
+    return F.mse_loss(class_similarity(student, members), class_similarity(teacher, members))
 
 
 def class_similarity(features: Tensor, members: Tensor) -> Tensor:
@@ -51,14 +51,14 @@ def class_similarity(features: Tensor, members: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         prototypes = flat @ members / (members.sum(1, keepdim=True) + 1e-6)
         length = prototypes.norm(dim=1, keepdim=True)
-        directions = torch.where(length > EPS, prototypes / length.clamp(min=EPS), 0.0)
+        directions = (prototypes / length.clamp(min=EPS)).masked_fill(length <= EPS, 0)
         similar = flat.mT @ directions
     # A product and a sum, because the backward of a gather is not deterministic on a GPU.
     similar = (similar * members).sum(2)
     length = flat.norm(dim=1)
     # A position of length 0 has no direction; divided by EPS, its gradient would overflow half
     # precision.
-    return torch.where(length > EPS, similar / length.clamp(min=EPS), 0.0)
+    return (similar / length.clamp(min=EPS)).masked_fill(length <= EPS, 0)
 
 
 class IFVDPlain(Method):
@@ -148,10 +148,10 @@ class IFVD(AdversarialMethod, IFVDPlain):
         "backward with a gradient penalty (differentiated twice)"
     )
     recipes = (
-        skd(source="the IFVD paper", gpus="1 TITAN Xp", teacher_miou=78.56, miou=74.54),
+        skd(source="the IFVD paper", gpu="TITAN Xp", teacher_miou=78.56, miou=74.54),
         skd(
             source="IFVD repository, released weights (reproductions range from 63.7 to 73.6)",
-            gpus="1 TITAN Xp",
+            gpu="TITAN Xp",
             teacher_miou=78.32,
             miou=74.18,
         ),

@@ -21,7 +21,8 @@ def _added_class(miou: float, new_class_iou: float) -> Recipe:
         optimizer="SGD 5e-5, momentum 0.9, wd 1e-4",
         schedule="not stated; the old model: 20k iterations, 1e-4 to 1e-6, poly 0.9",
         source=f"ILT repository; the new class alone {new_class_iou:.2f}",
-        gpus="RTX 2080 Ti",
+        gpus=1,
+        gpu="RTX 2080 Ti",
         miou=miou,
     )
 

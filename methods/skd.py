@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.errors import UserError
-from kdprof.method import Method, Recipe, Taps
-from kdprof.methods._common import check_settings, match_grid
+from kdprof.hardware.blocks import block_elements
+from kdprof.method import Recipe, Taps
+from kdprof.methods._common import GroupedMethod, check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
 from kdprof.methods._divergences import REDUCTIONS, pixel_kl
 from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
-from kdprof.methods._relations import BLOCK_ELEMENTS, LEAST_ROWS
+from kdprof.methods._relations import LEAST_ROWS
 
 EPS = 1e-8
 """Added to a node's length in the original form. A node of this length or less has no direction."""
@@ -66,7 +67,7 @@ def _add_blocks(student: Tensor, teacher: Tensor, total: Tensor, gradient: Tenso
     part.
     """
     images, _, nodes = student.shape
-    rows = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * nodes))
+    rows = max(LEAST_ROWS, block_elements(student) // (images * nodes))
     for first in range(0, nodes, rows):
         here, rest, after = (
             slice(first, first + rows),
@@ -92,7 +93,7 @@ def _add_channel_products(
     """
     images, ours, nodes = student.shape
     both = ours + teacher.shape[1]
-    width = max(LEAST_ROWS, BLOCK_ELEMENTS // (images * both))
+    width = max(LEAST_ROWS, block_elements(student) // (images * both))
     pieces = [slice(first, first + width) for first in range(0, nodes, width)]
 
     def stacked(piece: slice) -> Tensor:
@@ -154,7 +155,7 @@ def unit_nodes(maps: Tensor, fixed_length: bool) -> Tensor:
     length = flat.norm(dim=1, keepdim=True)
     length = length.detach() + EPS if fixed_length else length
     least = 2 * EPS if fixed_length else EPS
-    return torch.where(length > least, flat / length.clamp(min=EPS), 0.0)
+    return (flat / length.clamp(min=EPS)).masked_fill(length <= least, 0)
 
 
 def pairwise_whole(
@@ -178,7 +179,7 @@ def pairwise_local(student: Tensor, teacher: Tensor, window: int = 2) -> Tensor:
     return similarity_gap(*(unit_nodes(m, fixed_length=False) for m in maps))
 
 
-class SKDPlain(Method):
+class SKDPlain(GroupedMethod):
     """SKD without its discriminator: the pixel-wise and the pair-wise term (row +Pi +Pa).
 
     See ``skd`` for both equations. Weights 10 kd + 0.5 pairwise.
@@ -215,7 +216,12 @@ class SKDPlain(Method):
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd`` and ``pairwise``."""
         return {
-            "kd": pixel_kl(student.logits, teacher.logits, reduction=self.kd_reduction),
+            "kd": pixel_kl(
+                student.logits,
+                teacher.logits,
+                reduction=self.kd_reduction,
+                group=self.group_size(len(student.logits)),
+            ),
             "pairwise": pairwise_whole(student.head, teacher.head, self.scale, self.pooling),
         }
 
@@ -224,7 +230,8 @@ class SKD(AdversarialMethod, SKDPlain):
     """Structured knowledge distillation (Liu et al., CVPR 2019, arXiv 1903.04197).
 
     The form is that of the authors' code. Pixel-wise: L_pi = - 1 / (h w) sum_{n,p,c} p^T log p^S of
-    the class probabilities p, T = 1; it is not divided by N. Pair-wise: head features f are
+    the class probabilities p, T = 1; it is not divided by N, which is the 8 images of one GPU
+    (``images_per_group = n`` adds up n images at a time). Pair-wise: head features f are
     max-pooled to a few nodes, with window = stride = half the map rounded down; windows at the
     border may be smaller (3 x 3 nodes from 65 x 65, 2 x 2 from 64 x 128);
     v_i = f_i / (|f_i| + 1e-8) with |f_i| a constant in backward; a_ij = v_i . v_j;
@@ -290,7 +297,7 @@ class SKD(AdversarialMethod, SKDPlain):
 
     def auxiliary_optimizer(self, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the discriminator's SGD; the IFVD and CIRKD repositories use Adam."""
-        return torch.optim.SGD(parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.SGD(parameters, lr=4e-4, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd``, ``pairwise`` and ``adv``."""

@@ -264,12 +264,22 @@ def source_text(recipe: Recipe) -> str:
 
 
 def training_text(recipe: Recipe) -> str:
-    """Return the optimiser, its schedule and the GPUs."""
-    gpus = "" if recipe.gpus is None else f"; GPUs: {recipe.gpus}"
+    """Return the optimiser, its schedule, the GPUs and the images on each."""
+    gpus = _gpus_text(recipe)
     if recipe.optimizer == recipe.schedule == "not stated":
         return f"optimiser not stated{gpus}"
     schedule = "schedule not stated" if recipe.schedule == "not stated" else recipe.schedule
     return f"{recipe.optimizer}; {schedule}{gpus}"
+
+
+def _gpus_text(recipe: Recipe) -> str:
+    """Return ``; 8 RTX 3090, 2 images each``; nothing if it was not published."""
+    if recipe.gpus is None:
+        return ""
+    images = recipe.images_per_gpu
+    share = "" if images is None else f", {images} image{'s' * (images > 1)}"
+    each = " each" if share and recipe.gpus > 1 else ""
+    return f"; {recipe.gpus} {recipe.gpu or 'GPU' + 's' * (recipe.gpus > 1)}{share}{each}"
 
 
 def _recipe_lines(cls: type[Method]) -> list[str]:

@@ -48,6 +48,9 @@ Generated from the classes by `{REGENERATE}`; edit
 - **Every published gain starts from another student alone**: 69.10, 69.85, 72.55, 74.23 and 74.87
   are all "PSPNet-R18 on Cityscapes". Crop, augmentation, teacher and whether the last or the best
   checkpoint is reported differ between recipes.
+- **Images each**: how many images a GPU had. An objective that couples the images of a device has
+  the setting `images_per_group`: with that number in it, one GPU with the whole batch computes what
+  the published GPUs did together.
 - **kdprof's rule** marks a choice of kdprof that no paper states.
 """
 

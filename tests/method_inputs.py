@@ -8,6 +8,7 @@ from builders import tiny_batch
 from torch import nn
 
 from kdprof.discovery import builtin_methods, find_method
+from kdprof.hardware import blocks
 from kdprof.method import NetworkInfo, Taps
 from kdprof.step import TrainStep
 from kdprof.study import StepSettings
@@ -70,6 +71,11 @@ def rounded(taps: Taps, dtype: torch.dtype, *, leaves: bool = False) -> Taps:
 def random(shape, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(shape, generator=generator)
+
+
+def set_block(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """Set the float32 numbers of a block of every computation in blocks."""
+    patch.setattr(blocks, "CPU_BLOCK_BYTES", 4 * elements)
 
 
 def seeded(function, *arguments):

@@ -117,7 +117,7 @@ def _self_attention(case: Case) -> Outcome:
     for part in ("query", "key", "value"):
         names |= {f"{part}_conv.{n}": f"{part}.{n}" for n in ("weight", "bias")}
     install(module, case, names)
-    outputs = {"y": module(case["x"]), "attention": module.attention(case["x"])}
+    outputs = {"y": module(case["x"]), "attention": module.attention(case["x"])[0]}
     return Outcome(outputs, inputs(case))
 
 

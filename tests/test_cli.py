@@ -83,6 +83,10 @@ def test_record_keys_snapshot():
         (["train", "--budget", "9", "--precision", "tf32", "--device", "cpu"], "this is a CPU"),
         (["measure", "--method", "./none.py:My"], "none.py does not exist"),
         (["measure", "--set", "method_settings.kd.temprature=2"], "did you mean 'temperature'?"),
+        (
+            ["measure", "--set", "method_settings.cirkd.images_per_group=3", "--batch", "4"],
+            "method 'cirkd': images_per_group = 3 must divide the 4 images of a device",
+        ),
         (["train"], "no budget given"),
         (["train", "--budget", "40q"], "unknown unit 'q'"),
         (["train", "--budget", "0"], "smaller than one iteration"),

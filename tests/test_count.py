@@ -9,14 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdprof.measure.count import Uncountable, count_step, fake_tensors
-from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
+from kdprof.measure.flop_formulas import OWN_FORMULAS
 from kdprof.measure.module_flop import modules_flop
 from kdprof.method import Method, Taps
 
 
 def flop_of(module: nn.Module, shape: tuple[int, ...], *, first: bool) -> tuple[int, int]:
     """Forward, and forward + backward; ``first``: the input itself needs no gradient."""
-    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTION_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=OWN_FORMULAS)
     x = torch.randn(shape, requires_grad=not first)
     with counter:
         out = module(x)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from method_inputs import CLASSES, NAMES, draw, make, weighted
 
 from kdprof.discovery import find_method
@@ -48,8 +49,26 @@ def test_power_iteration_finds_the_largest_singular_value():
     layer = SpectralConv(3, 8).eval()
     for _ in range(100):
         layer(torch.zeros(1, 3, 8, 8))
-    largest = torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]
-    torch.testing.assert_close(layer._sigma().detach(), largest)
+    matrix = layer.weight.detach().flatten(1)
+    torch.testing.assert_close(
+        torch.dot(layer.u, matrix @ layer.v), torch.linalg.svdvals(matrix)[0]
+    )
+
+
+def test_the_gradient_passes_through_the_weight_and_not_through_the_singular_vectors():
+    """W / (u^T W v), differentiated by torch with u and v fixed."""
+    layer, x = SpectralConv(3, 5, kernel=2).double(), torch.randn(2, 3, 5, 6).double()
+    made = layer(x)
+    u, v = layer.u, layer.v
+    slope = torch.randn_like(made)
+    weight = layer.weight.detach().requires_grad_()
+    sigma = torch.dot(u, weight.flatten(1) @ v)
+    expected = F.conv2d(x, weight / sigma, layer.bias, layer.stride, layer.pad)
+    torch.testing.assert_close(made, expected)
+    ours, theirs = (
+        torch.autograd.grad(m, w, slope)[0] for m, w in ((made, layer.weight), (expected, weight))
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)

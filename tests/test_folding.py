@@ -9,7 +9,7 @@ from small_study import small_study, small_toml
 from torch import nn
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
+from kdprof.measure.flop_formulas import OWN_FORMULAS
 from kdprof.measure.trace import StepTrace
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded, fused
@@ -141,12 +141,12 @@ def test_fused_operators_have_the_flop_of_their_convolution():
     shapes = {"x": (2, 16, 9, 7), "w": (24, 16, 3, 3), "out": (2, 24, 9, 7), "bias": (24,)}
     x, w, out, bias = shapes.values()
     ones = ((1, 1), (1, 1), (1, 1))
-    plain = CONVOLUTION_FORMULAS[aten.convolution](
+    plain = OWN_FORMULAS[aten.convolution](
         x, w, bias, *ones, False, (0, 0), 1, out_shape=out
     )
     assert plain == 2 * 2 * 9 * 7 * 24 * 16 * 9
-    found = CONVOLUTION_FORMULAS[aten.cudnn_convolution_relu](x, w, bias, *ones, 1, out_shape=out)
-    added = CONVOLUTION_FORMULAS[aten.cudnn_convolution_add_relu](
+    found = OWN_FORMULAS[aten.cudnn_convolution_relu](x, w, bias, *ones, 1, out_shape=out)
+    added = OWN_FORMULAS[aten.cudnn_convolution_add_relu](
         x, w, out, 1.0, bias, *ones, 1, out_shape=out
     )
     assert found == added == plain

@@ -530,7 +530,7 @@ def test_one_method_that_cannot_fit_does_not_spoil_the_others(tmp_path, monkeypa
 
     resolved = ResolvedStudy(small_study(methods=["none", "ifvd"]))
     needs = {name: made.least_memory_bytes for name, made in module.counts(
-        resolved, ["none", "ifvd"], Progress(None))}  # fmt: skip
+        resolved, ["none", "ifvd"], Progress(None), "cpu")}  # fmt: skip
     assert needs["none"] < needs["ifvd"]
     monkeypatch.setattr(module, "available_bytes", lambda device: needs["ifvd"] - 1)
     kept = []

@@ -25,7 +25,8 @@ from kdprof.discovery import find_method, method_modules
 from kdprof.errors import UserError
 from kdprof.measure.count import count_step, fake_tensors
 from kdprof.measure.trace import StepTrace
-from kdprof.method import Method
+from kdprof.method import Method, Taps
+from kdprof.methods._common import GroupedMethod
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,6 +149,56 @@ def test_bad_settings_are_named(name):
         if setting == "temperature":
             with pytest.raises(UserError, match="temperature must be above 0"):
                 cls(temperature=0.0)
+
+
+GROUPED = [name for name in NAMES if issubclass(find_method(name).cls, GroupedMethod)]
+
+
+def test_the_methods_that_couple_the_images_of_a_device():
+    assert GROUPED == [
+        "attnfd", "cirkd", "cirkd:memory", "cirkd:minibatch", "cirkdv2", "dist", "pkd", "skd",
+        "skd:plain",
+    ]  # fmt: skip
+
+
+COUPLED_TERMS = {
+    "attnfd": {"attnfd_c5", "attnfd_head"}, "cirkd:minibatch": {"batch"},
+    "dist": {"intra", "aux_intra"}, "pkd": {"pkd"}, "skd:plain": {"kd"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "coupled"), COUPLED_TERMS.items())
+def test_groups_are_the_shares_of_several_devices(name, coupled):
+    """Terms and gradients: their means over the shares. tests/test_parallel.py has whole steps, of
+    the methods with a memory too."""
+    method, alone = make(name, images_per_group=2).eval(), make(name).eval()
+    student, teacher, labels = draw(method, images=6)
+
+    def outcome(method, part):
+        taps = [Taps(**{k: v[part] for k, v in vars(t).items()}) for t in (student, teacher)]
+        terms = method(*taps, None if labels is None else labels[part])
+        wanted = [*vars(student).values(), *method.extra_parameters()]
+        return terms, torch.autograd.grad(weighted(method, terms), wanted)
+
+    together = outcome(method, slice(None))
+    apart = [outcome(alone, slice(first, first + 2)) for first in (0, 2, 4)]
+    for term, value in together[0].items():
+        mean = torch.stack([terms[term] for terms, _ in apart]).mean()
+        torch.testing.assert_close(value, mean)
+    whole = alone(student, teacher, labels)
+    assert {k for k, v in whole.items() if not torch.isclose(v, together[0][k])} == coupled
+    for ours, *theirs in zip(together[1], *(g for _, g in apart), strict=True):
+        torch.testing.assert_close(ours, sum(theirs) / 3, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_unequal_size_are_refused_and_groups_are_told(name):
+    with pytest.raises(UserError, match=r"images_per_group must be 0 .* or more, not -1"):
+        make(name, images_per_group=-1)
+    method = make(name, images_per_group=2)
+    assert [note for note in method.notes if note.startswith("images_per_group = 2: ")]
+    with pytest.raises(UserError, match="images_per_group = 2 must divide the 3 images of a dev"):
+        method(*draw(method, images=3))
 
 
 @pytest.mark.parametrize("module", method_modules())

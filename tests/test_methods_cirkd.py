@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_inputs import real_batch, real_step
+from method_inputs import real_batch, real_step, set_block
 from oracles_cirkd import ORACLES, enqueue, gcn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -246,6 +246,26 @@ def test_of_few_all_are_drawn():
         assert sorted(row[:count]) == list(range(count))
 
 
+@few
+@given(st.integers(1, 20), st.integers(0, 2**16))
+def test_draws_are_those_of_the_loop(number, seed):
+    """Floyd's algorithm, one draw after the other."""
+    torch.manual_seed(seed)
+    counts = torch.randint(0, 40, (3, 5))
+    torch.manual_seed(seed)
+    drawn = _memory.distinct(counts, number)
+    torch.manual_seed(seed)
+    draws = torch.rand(3, 5, number)
+    for row, count, uniform in zip(
+        drawn.view(15, -1).tolist(), counts.flatten().tolist(), draws.view(15, -1), strict=True
+    ):
+        chosen: list[int] = []
+        for highest in range(max(count - number, 0), max(count - number, 0) + number):
+            pick = min(int(uniform[len(chosen)] * (highest + 1)), highest)
+            chosen.append(highest if pick in chosen else pick)
+        assert row == chosen
+
+
 def test_positions_of_ranks():
     labels = torch.tensor([[2, 0, 255, 0, 2, 2], [1, 1, 1, 255, 255, 1]])
     members = membership(labels[:, None], torch.Size((1, 6)), 3)
@@ -364,21 +384,24 @@ class LargestResult(TorchDispatchMode):
         return out
 
 
-def test_no_similarity_map_is_whole(monkeypatch):
+@pytest.mark.parametrize(("images", "side"), [(2, 16), (6, 8)], ids=["rows", "pairs"])
+def test_no_similarity_map_is_whole(monkeypatch, images, side):
+    """Of maps of 512 and 384 positions; one of two images is too large for a block, or is not."""
     monkeypatch.setattr(_relations, "LEAST_ROWS", 8)
-    monkeypatch.setattr(_relations, "BLOCK_ELEMENTS", 2**13)
-    student, teacher = torch.randn(2, 4, 16, 16, requires_grad=True), torch.randn(2, 5, 16, 16)
+    set_block(monkeypatch, 2**13)
+    student = torch.randn(images, 4, side, side, requires_grad=True)
+    teacher = torch.randn(images, 5, side, side)
     with LargestResult() as largest:
         _relations.mini_batch_kl(student, teacher, 0.1).backward()
-    assert largest.elements <= 2**13 < 512**2 / 16
+    # A block of pairs is one allocation for both networks.
+    assert largest.elements <= 2**13 * (1 if side == 16 else 2) < (images * side**2) ** 2 / 8
 
 
-def test_no_attention_map_is_whole(monkeypatch):
-    monkeypatch.setattr(cirkdv2, "BLOCK_ELEMENTS", 2**13)
-    q, k, v = (torch.randn(2, 256, 4, requires_grad=True) for _ in range(3))
+def test_no_attention_map_is_whole():
+    module, x = cirkdv2.GraphModule(4), torch.randn(2, 4, 16, 16, requires_grad=True)
     with LargestResult() as largest:
-        cirkdv2.attention(q, k, v).sum().backward()
-    assert largest.elements <= 2**13
+        module(x).sum().backward()
+    assert largest.elements <= 2 * 2 * 4 * 256 < 256**2
 
 
 @few
@@ -395,7 +418,7 @@ def test_blocks_do_not_matter(rows, images, keyed, seed):
     for least in (rows, 1000):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_relations, "LEAST_ROWS", least)
-            patch.setattr(_relations, "BLOCK_ELEMENTS", 1)
+            set_block(patch, 1)
             value = _relations.relation_kl(student, teacher, 0.7, **setting)
         results.append((value.detach(), *torch.autograd.grad(value, student)))
     torch.testing.assert_close(*results)
@@ -414,8 +437,7 @@ def test_gradient_of_a_relation(keyed):
         assert _relations.relation_kl(student, teacher, 0.5, **setting) > 0
 
 
-def test_attention_in_blocks_is_the_graph_module(monkeypatch):
-    monkeypatch.setattr(cirkdv2, "BLOCK_ELEMENTS", 150)
+def test_attention_is_that_of_the_graph_module():
     module, x = cirkdv2.GraphModule(6), torch.randn(2, 6, 5, 7, requires_grad=True)
     slope = torch.randn(2, 6, 5, 7)
     wanted = [x, *module.parameters()]
@@ -480,7 +502,7 @@ def test_equal_features_have_equal_relations(temperature):
     value = _relations.mini_batch_kl(features, features.detach().clone(), temperature)
     assert value == 0
     assert torch.autograd.grad(value, features)[0].abs().max() < 1e-6
-    units = torch.randn(4, 3, 9)
+    units = F.normalize(torch.randn(4, 3, 9), dim=2)
     assert _relations.batch_relation(units, units.clone(), temperature) == 0
 
 
@@ -554,7 +576,7 @@ def test_notes_tell_of_memory_and_of_a_single_image():
     for _ in range(2):
         method(*draw(1))
     assert len(method.notes) == 2
-    assert "one image per device" in method.notes[1]
+    assert "one image in a group" in method.notes[1]
 
 
 def test_published_sizes():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_inputs import draw, make, random, rounded, seeded
+from method_inputs import draw, make, random, rounded, seeded, set_block
 from oracles_contrast import ORACLES
 from torch import nn
 
@@ -227,7 +227,7 @@ def test_blocks_change_nothing(monkeypatch):
     method, results = make("af_dcd", pool=0, patch_height=3), []
     student, teacher, _ = draw(method)
     for size in (2**24, 1, 40, 500, 3000):
-        monkeypatch.setattr(af_dcd, "BLOCK_ELEMENTS", size)
+        set_block(monkeypatch, size)
         term = seeded(method, student, teacher, None)["ctr"]
         results.append((term, *torch.autograd.grad(term, student.c5)))
     for other in results[1:]:
@@ -243,7 +243,7 @@ def test_no_block_is_larger_than_allowed(monkeypatch):
         return taken(anchors, keys, *rest)
 
     monkeypatch.setattr(af_dcd, "_contrast", spy)
-    monkeypatch.setattr(af_dcd, "BLOCK_ELEMENTS", 5000)
+    set_block(monkeypatch, 5000)
     anchors = random((7, 48, 3))
     PatchContrast.apply(anchors, anchors, 4, 1.0)
     assert 2000 < largest <= 5000

@@ -15,6 +15,7 @@ from method_inputs import (
     make,
     random,
     rounded,
+    set_block,
     weighted,
 )
 from oracles_structure import AUXILIARY, ORACLES, pairwise
@@ -179,16 +180,22 @@ def test_without_an_auxiliary_head_two_of_three_pairs_count():
 
 
 WAYS = {
-    "blocks": {"GRAM_GAIN": math.inf, "BLOCK_ELEMENTS": 1, "LEAST_ROWS": 3},
+    "blocks": {"GRAM_GAIN": math.inf, "LEAST_ROWS": 3},
     "one-block": {"GRAM_GAIN": math.inf},
-    "channels": {"GRAM_GAIN": 0, "BLOCK_ELEMENTS": 1, "LEAST_ROWS": 3},
+    "channels": {"GRAM_GAIN": 0, "LEAST_ROWS": 3},
 }
+
+
+def take(way: str, monkeypatch) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(skd, name, value)
+    if way != "one-block":
+        set_block(monkeypatch, 1)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_same_gap(monkeypatch, way):
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(skd, name, value)
+    take(way, monkeypatch)
     student, teacher = (unit_nodes(random((2, c, 5, 4), c), False) for c in (3, 5))
     for ours in (student, 0.5 * student + 0.1, teacher[:, :3].abs()):
         ours = ours.clone().requires_grad_()
@@ -209,8 +216,7 @@ def test_every_way_gives_the_same_gap(monkeypatch, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_features_that_nearly_agree(monkeypatch, way):
     """Cosines near 1 that differ by 1e-3: what three large sums in float32 would not tell."""
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(skd, name, value)
+    take(way, monkeypatch)
     student = 1 + random((1, 6, 8, 8), 0, 0.03)
     teacher = 1 + random((1, 9, 8, 8), 1, 0.03)
     loss = pairwise_local(student, teacher, 1)
@@ -234,7 +240,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("gain", [0, math.inf], ids=["channels", "blocks"])
 def test_no_map_of_all_pairs_is_held(monkeypatch, gain):
-    monkeypatch.setattr(skd, "BLOCK_ELEMENTS", 2**14)
+    set_block(monkeypatch, 2**14)
     monkeypatch.setattr(skd, "GRAM_GAIN", gain)
     student, teacher = random((2, 2, 32, 32)).requires_grad_(), random((2, 3, 32, 32), 1)
     with Largest() as largest:

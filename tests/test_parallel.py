@@ -41,13 +41,26 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", parallel_case.METHODS)
 def test_two_processes_train_as_one_with_the_same_global_batch(two, name):
-    alone = parallel_case.train(name, None)
+    alone = parallel_case.train(parallel_case.METHODS[name], None)
+    assert_same_training(alone, two, name)
+
+
+def assert_same_training(alone, two, name):
     for rank in two:
         for ours, theirs in zip(alone["losses"], rank[name]["losses"], strict=True):
             assert theirs == pytest.approx(ours, **CLOSE)
         assert rank[name]["sums"] == pytest.approx(alone["sums"], **CLOSE)
     assert two[0][name] == two[1][name]
     assert alone["losses"][0] != pytest.approx(alone["losses"][-1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", parallel_case.COUPLED)
+def test_one_process_with_groups_trains_as_processes_with_a_group_each(two, name):
+    """What couples the images of a device, on two devices with 4 images and on one with 8."""
+    alone = parallel_case.train_coupled(name, None, parallel_case.BATCH // 2)
+    assert_same_training(alone, two, name)
+    whole = parallel_case.train_coupled(name, None)
+    assert whole["losses"][0] != pytest.approx(alone["losses"][0], **CLOSE)
 
 
 def test_batch_norm_of_each_process_alone_is_another_training(two):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdprof.discovery import builtin_methods
 from kdprof.measure import trace as tracing
 from kdprof.measure.count import count_step, fake_tensors
-from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
+from kdprof.measure.flop_formulas import OWN_FORMULAS
 from kdprof.measure.trace import WHOLE, StepTrace
 from kdprof.method import Method
 
@@ -223,7 +223,7 @@ def test_seconds_are_those_of_the_step():
 def test_real_steps_fake_steps_and_torchs_counter_agree(name):
     """Every operator of every built-in method: calls, FLOP and bytes, by phase."""
     step, batch = real_step(name), real_batch()
-    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTION_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=OWN_FORMULAS)
     with counter:
         step(*batch, 0)
     with StepTrace(step) as trace:

@@ -57,7 +57,7 @@ def measure(
     """
     began = time.time()
     needed = dict.fromkeys([REFERENCE, *names])
-    counted = dict(counts(study, list(needed), progress))
+    counted = dict(counts(study, list(needed), progress, study.device.type))
     measured = Measured[Cost](failures=too_large(study, names, counted))
     if study.data_settings.cache == "disk":
         study.data.decoded("train")  # here, with a progress bar; the child processes find it

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from kdprof.errors import UserError
+from kdprof.hardware.blocks import counted_for
 from kdprof.measure.cost import counted_cost
 from kdprof.measure.count import Count, count_step, fake_tensors
 from kdprof.measure.isolation import Failure
@@ -24,6 +25,10 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.factory import Factory
 
 AnyCost = TypeVar("AnyCost", bound=Cost)
+
+COUNTED_FOR = "cuda"
+"""The kind of device whose blocks and kernels a step is counted with. A count is made to plan work
+on GPUs, mostly on a machine that has none; a step on a CPU is traced where it is measured."""
 
 
 @dataclass
@@ -51,7 +56,7 @@ def count_costs(
     """
     measured: Measured[CountedCost] = Measured()
     by_module = _modules_of(study) if modules else None
-    for name, made in counts(study, names, progress):
+    for name, made in counts(study, names, progress, COUNTED_FOR):
         if isinstance(made, Failure):
             measured.failures[name] = str(made)
         else:
@@ -75,7 +80,7 @@ def _counting_factory(study: ResolvedStudy) -> Factory:
 
 
 def counts(
-    study: ResolvedStudy, names: Sequence[str], progress: Progress
+    study: ResolvedStudy, names: Sequence[str], progress: Progress, device_type: str
 ) -> Iterator[tuple[str, Count | Failure]]:
     """Yield the work of each method's step, or why it cannot be counted without running it."""
     factory = _counting_factory(study)
@@ -88,7 +93,7 @@ def counts(
             student = step.student
             try:
                 # Only records go to standard output; what a user's method prints does not.
-                with redirect_stdout(sys.stderr):
+                with redirect_stdout(sys.stderr), counted_for(device_type):
                     made: Count | Failure = count_step(step, mode)
             except (Exception, SystemExit) as error:
                 made = Failure(explain(error))

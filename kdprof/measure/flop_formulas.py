@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 from kdprof.records import OperationKind
 
@@ -56,15 +61,28 @@ def _fused_flop(x: Any, w: Any, *rest: Any, out_shape: Any = None, **kwargs: Any
     return convolution_flop(x, w, out_shape, 1, False)
 
 
-CONVOLUTION_FORMULAS = {
+def _attention_flop(q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flop(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any) -> int:
+    """Return the FLOP of five products: the map is computed again, then four gradients."""
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+OWN_FORMULAS = {
     aten.convolution: _forward_flop,
     aten._convolution: _forward_flop,
     aten.convolution_backward: _backward_flop,
     aten.cudnn_convolution_relu: _fused_flop,
     aten.cudnn_convolution_add_relu: _fused_flop,
+    # torch has these for a GPU's attention only.
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
 }
-"""Formulas over shapes, as FlopCounterMode's ``custom_mapping`` takes them."""
-_CONVOLUTIONS = {packet: shape_wrapper(formula) for packet, formula in CONVOLUTION_FORMULAS.items()}
+"""Formulas over shapes, as FlopCounterMode's ``custom_mapping`` takes them, of the operators for
+which torch's are wrong or missing."""
+_OWN = {packet: shape_wrapper(formula) for packet, formula in OWN_FORMULAS.items()}
 
 
 class OperatorCall(NamedTuple):
@@ -259,6 +277,8 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
     ("optimizer", per_parameter(6), "_fused_adagrad"),
     ("optimizer", per_parameter(2), "_foreach_norm _amp_foreach_non_finite_check_and_unscale"),
     ("optimizer", nothing, "_foreach_copy _foreach_zero _amp_update_scale"),
+    ("reduction", _per_input(10), "kdprof.pair_tile_sums"),
+    ("elementwise", _per_input(8), "kdprof.pair_slope"),
     ("communication", lambda call: sum(t.numel() for t in tensors_in(call.args[:1])),
      "c10d.allreduce"),
     ("communication", nothing, "c10d.broadcast c10d.allgather"),
@@ -273,4 +293,4 @@ TABLE: dict[str, tuple[OperationKind, Formula]] = {
 def matrix_formula(packet: Any) -> Callable[..., int] | None:
     """Return the function of an operator's arguments and ``out_val`` that gives its matrix FLOP;
     None if the operator has no known matrix work."""
-    return _CONVOLUTIONS.get(packet) or flop_registry.get(packet)
+    return _OWN.get(packet) or flop_registry.get(packet)

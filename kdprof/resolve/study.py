@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from kdprof.hardware.device import (
     missing_compiler,
     require_repeatable_cublas,
 )
+from kdprof.method import Method
 from kdprof.models import AnyNetwork, build, is_adapted, parse_name
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, read_weights
@@ -168,10 +171,13 @@ class ResolvedStudy:
                 problems.append(f"budget of '{name}': {unknown('method', name, known)}")
         for name, settings in self.plain.method_settings.items():
             if name in known:
-                problems.attempt(partial(known[name].cls, **settings), None)
+                problems.attempt(partial(self._check_settings, known[name].cls, settings), None)
             else:
                 problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
+
+    def _check_settings(self, method: type[Method], settings: Mapping[str, Any]) -> None:
+        method(**settings).check_images(self.step.share)
 
     def _read_teacher_weights(self) -> Weights | None:
         path = self.plain.teacher_weights
