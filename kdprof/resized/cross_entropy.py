@@ -14,6 +14,12 @@ from kdprof.resized.choice import form_of
 from kdprof.resized.tiles import tiled_cross_entropy, tiled_cross_entropy_backward
 
 
+TWICE = (
+    "the cross-entropy of resized logits can be differentiated only once: its gradient is computed "
+    "in the forward. Call backward without create_graph, or use F.interpolate and F.cross_entropy"
+)
+
+
 def at_least_single(logits: Tensor) -> Tensor:
     """Return logits in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -54,8 +60,10 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        # ``once_differentiable`` would return a gradient that looks like a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
         (gradient,) = ctx.saved_tensors
         return (slope * gradient).to(ctx.dtype), None, None, None
 
@@ -69,12 +77,13 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, align_corners: bool = 
         labels: (N, H, W) integers, :data:`IGNORE` where void. H and W may be larger or smaller.
         align_corners: how the resize aligns.
 
-    It is 0 if every pixel is void. A label that is neither a class nor void is an error on a CPU;
-    on a GPU, which cannot raise one without waiting, it makes the loss NaN. The result can be
-    differentiated once, not twice.
+    It is 0 if every pixel is void. On a GPU, which cannot raise an error without waiting, a label
+    that is neither a class nor void makes the loss NaN.
 
     Raises:
         ValueError: the shapes do not belong together.
+        RuntimeError: on a CPU, a label is neither a class nor void; or from backward, it was asked
+            for a gradient that can be differentiated again.
     """
     if logits.dim() != 4 or labels.dim() != 3 or len(logits) != len(labels):
         raise ValueError(
