@@ -156,13 +156,12 @@ def _sgd(call: OperatorCall) -> float:
     return 2 * (1 + extras) * sum(t.numel() for t in tensors_in(call.args[0]))
 
 
-def _per_resized_logit(multiple: float) -> Formula:
-    """Return the formula of ``multiple`` per class and label, and one FLOP per label.
+def _per_resized_logit(multiple: float, per_label: float) -> Formula:
+    """Return the formula of ``multiple`` per class of each label, and of ``per_label``.
 
-    That is the arithmetic of the resize, the softmax and the negative log-likelihood, each done
-    once, however a form divides it.
+    It is the arithmetic of the resize, the softmax and the negative log-likelihood, each done once.
     """
-    return lambda call: (multiple * call.args[0].shape[1] + 1) * call.args[1].numel()
+    return lambda call: (multiple * call.args[0].shape[1] + per_label) * call.args[1].numel()
 
 
 def per_parameter(multiple: float) -> Formula:
@@ -218,9 +217,9 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
     ("softmax", _per_output(SOFTMAX_FORWARD), "_softmax _log_softmax _safe_softmax"),
     ("softmax", _per_output(SOFTMAX_BACKWARD),
      "_softmax_backward_data _log_softmax_backward_data"),
-    ("softmax", _per_resized_logit(RESIZED_FORWARD), "kdprof.tiled_cross_entropy"),
-    ("softmax", _per_resized_logit(RESIZED_BACKWARD), "kdprof.tiled_cross_entropy_backward"),
-    ("softmax", _per_resized_logit(RESIZED_FORWARD + RESIZED_BACKWARD),
+    ("softmax", _per_resized_logit(RESIZED_FORWARD, 1), "kdprof.tiled_cross_entropy"),
+    ("softmax", _per_resized_logit(RESIZED_BACKWARD, 1), "kdprof.tiled_cross_entropy_backward"),
+    ("softmax", _per_resized_logit(RESIZED_FORWARD + RESIZED_BACKWARD, 2),
      "kdprof.banded_cross_entropy"),
     ("normalisation", _FORWARD_NORM,
      "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit"),

@@ -13,7 +13,6 @@ from kdprof.resized.bands import banded_cross_entropy
 from kdprof.resized.choice import form_of
 from kdprof.resized.tiles import tiled_cross_entropy, tiled_cross_entropy_backward
 
-
 TWICE = (
     "the cross-entropy of resized logits can be differentiated only once: its gradient is computed "
     "in the forward. Call backward without create_graph, or use F.interpolate and F.cross_entropy"

@@ -24,8 +24,8 @@ from kdprof.method import IGNORE
 from kdprof.resized.bilinear import Axis
 
 MOST_CLASSES, MOST_PIXELS = 8, 128
-"""Sides of a tile. Each thread has two pixels and all classes of the tile in registers: more of them
-would spill, and 19 classes in a tile of 32 would leave 13 of its rows unused."""
+"""Sides of a tile. Each thread has two pixels and all classes of the tile in registers: more of
+them would spill, and 19 classes in a tile of 32 would leave 13 of its rows unused."""
 CELLS = 8
 """Neighbouring cells of a row that a program walks along. The gradient of a column of corners has
 parts of the cells on both sides, so a program computes one cell more than it has corners."""
