@@ -18,6 +18,7 @@ from kdprof.models import build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.progress import Progress
+from kdprof.resized import resized_argmax
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,19 @@ def predict(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
     return total
 
 
+def predict_classes(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
+    """Return the class with the highest score at each pixel, (N, H, W) int64.
+
+    The scores are those of :func:`predict`, but their map is not made where it is one resize of the
+    network's logits.
+    """
+    size = _size_of(images)
+    several = views.flip or views.window is not None or views.scales != (1.0,)
+    if several or fitted_size(size, views.fit) != size:
+        return predict(network, images, views).argmax(1)
+    return resized_argmax(network(images, ["logits"]).logits, size, network.align_corners)
+
+
 def _size_of(images: Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     return height, width
@@ -171,8 +185,9 @@ def evaluate(
 ) -> Scores:
     """Return the scores of a network on a data set, at the original size of the images.
 
-    ``decide`` maps logits to the scores whose argmax is the prediction, if these are not the logits
-    themselves; ``advance`` is called with the number of images of every batch.
+    ``decide`` maps logits to the scores whose argmax is the prediction; leave it out if these are
+    the logits themselves, which saves their resized map. ``advance`` is called with the number of
+    images of every batch.
 
     The network is left in training mode, as a run needs it.
     """
@@ -180,10 +195,9 @@ def evaluate(
     total = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64, device=device)
     for images, labels in evaluation_batches(data, batch):
         with autocast:
-            resized = predict(network, images.to(device), views)
-        if decide is not None:
-            resized = decide(resized)
-        total += confusion_matrix(resized.argmax(1), labels.to(device), data.num_classes)
+            found = (predict if decide else predict_classes)(network, images.to(device), views)
+        predicted = decide(found).argmax(1) if decide else found
+        total += confusion_matrix(predicted, labels.to(device), data.num_classes)
         advance(len(images))
     network.train()
     return scores(total)

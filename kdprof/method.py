@@ -255,6 +255,11 @@ class Method(nn.Module):
         these logits, unless the method trains them to mean something else."""
         return logits
 
+    @classmethod
+    def decides(cls) -> bool:
+        """Return whether the method has a :meth:`decide` of its own."""
+        return cls.decide is not Method.decide
+
     def auxiliary(self) -> nn.Module | None:
         """Return the module that a second optimiser trains, such as a discriminator, or None. Its
         parameters are left out of the student's optimiser."""

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.distributed.data_parallel import (
@@ -27,6 +26,7 @@ from kdprof.distributed.ranks import Lead, Ranks
 from kdprof.errors import KdprofError, unknown
 from kdprof.hardware.device import autocast
 from kdprof.method import IGNORE, Method, Network, Taps
+from kdprof.resized import resized_cross_entropy
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -69,10 +69,7 @@ def task_loss(
 
     The mean is over valid pixels, as in CIRKD's code; it is 0 if every pixel is void.
     """
-    logits = F.interpolate(
-        logits.float(), labels.shape[-2:], mode="bilinear", align_corners=align_corners
-    )
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    total = resized_cross_entropy(logits, labels, align_corners)
     return total / (valid_pixels(labels) if pixels is None else pixels).clamp(min=1)
 
 

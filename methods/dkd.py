@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdprof.method import Method, NetworkInfo, Recipe, Taps
 from kdprof.methods._common import check_settings
+from kdprof.resized import resize_backward
 
 BLOCK_ELEMENTS = 2**24
 """The most elements of a full-resolution map that are in memory at a time: 64 MiB in float32. A
@@ -26,16 +27,6 @@ def resized(maps: Tensor, size: torch.Size) -> Tensor:
     if maps.shape[-2:] == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _resized_back(slope: Tensor, shape: torch.Size) -> Tensor:
-    """Return the gradient of maps with ``shape``, given that of their :func:`resized` form.
-
-    It calls torch's operator, because torch.compile cannot trace a call of autograd in a Function.
-    """
-    if slope.shape == shape:
-        return slope
-    return torch.ops.aten.upsample_bilinear2d_backward(slope, slope.shape[-2:], shape, False)
 
 
 def labelled(labels: Tensor, first: int, count: int) -> Target:
@@ -81,7 +72,9 @@ class _OneVsAll(torch.autograd.Function):
                 weight = weight[block, None, None]
             loss, slope = _cross_entropy(full, y, weight)
             total += loss.sum()
-            gradient[:, block] = _resized_back(slope, small.shape)
+            if small.shape != full.shape:
+                slope = resize_backward(slope, small.shape[-2:])
+            gradient[:, block] = slope
         ctx.save_for_backward(gradient)
         return total
 

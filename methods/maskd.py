@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdprof.method import IGNORE, Method, NetworkInfo, Taps
 from kdprof.methods._common import check_settings, match_grid
 from kdprof.methods._recipes import cirkd
+from kdprof.resized import resized_cross_entropy
 
 
 def masked_distance(student: Tensor, teacher: Tensor, masks: Tensor) -> Tensor:
@@ -45,18 +45,6 @@ def overlap(masks: Tensor) -> Tensor:
 def masked_logits(logits: Tensor, masks: Tensor) -> Tensor:
     """Return the sum over masks of the masked logits, (N, C, h, w)."""
     return logits.float() * masks.sum(1, keepdim=True)
-
-
-def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits that are resized to the labels' size.
-
-    The resize is bilinear with aligned corners, as in the authors' code. The result is the mean
-    over valid pixels, and 0 if every pixel is void.
-    """
-    resized = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=True)
-    # Not reduction="sum", whose sum is not deterministic on a GPU.
-    total = F.cross_entropy(resized, labels, ignore_index=IGNORE, reduction="none").sum()
-    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 class ReceptiveTokens(nn.Module):
@@ -188,5 +176,7 @@ class MasKD(Method):
     def auxiliary_forward(self, student: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         """Return ``masked_task`` and ``overlap``, which train the tokens."""
         masks = self.masks(teacher.logits)
-        task = resized_cross_entropy(masked_logits(teacher.logits, masks), labels)
+        # Resized with aligned corners, as in the authors' code.
+        total = resized_cross_entropy(masked_logits(teacher.logits, masks), labels, True)
+        task = total / (labels != IGNORE).sum().clamp(min=1)
         return {"masked_task": task, "overlap": overlap(masks)}

@@ -28,14 +28,15 @@ MAY_IMPORT = {
     "user_files": {"errors"},
     "method": {"errors"},
     "discovery": {"errors", "method", "user_files"},
+    "resized": {"method"},
     "hardware": {"errors"},
     "distributed": {"errors"},
     "data": {"errors", "method", "progress", "store", "study"},
     "models": {"errors", "hardware", "method", "store", "user_files"},
     "schedule": {"study"},
-    "step": {"errors", "distributed", "hardware", "method", "schedule", "study"},
+    "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
     "step_feed": {"data", "step"},
-    "evaluate": {"data", "errors", "hardware", "method", "models", "progress"},
+    "evaluate": {"data", "errors", "hardware", "method", "models", "progress", "resized"},
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     },
     "measure": {
         "data", "distributed", "errors", "hardware", "processes", "progress", "records",
-        "resolve", "stats", "step", "step_feed", "store", "study", "user_files",
+        "resized", "resolve", "stats", "step", "step_feed", "store", "study", "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",
@@ -60,7 +61,7 @@ MAY_IMPORT = {
         "distributed", "errors", "hardware", "processes", "progress", "records", "resolve",
         "store", "study", "train", "workflow",
     },
-    "methods": {"errors", "hardware", "method"},
+    "methods": {"errors", "hardware", "method", "resized"},
     "reports": {
         "budget", "data", "discovery", "errors", "evaluate", "measure",
         "method", "method_checks", "published", "records", "stats", "store", "train",

@@ -82,7 +82,7 @@ def test_counting_neither_runs_nor_allocates():
     small = count_step(tiny_step(Alone, batch=2, crop=(64, 64)), fake_tensors())
     large = count_step(tiny_step(Alone, batch=2, crop=(65536, 65536)), fake_tensors())
     assert large.flop.total == pytest.approx(small.flop.total * 2**20)
-    assert large.least_memory_bytes > 2**38
+    assert large.least_memory_bytes > 2**37
 
 
 def test_a_count_names_every_operation():

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,19 @@ from hypothesis import strategies as st
 from processes import kdprof
 from torch import nn
 
-from kdprof.evaluate import Views, _places, confusion_matrix, predict, scores
+from kdprof import evaluate as evaluation
+from kdprof.evaluate import (
+    Views,
+    _places,
+    confusion_matrix,
+    evaluate,
+    predict,
+    predict_classes,
+    scores,
+)
 from kdprof.method import Taps
 from kdprof.models import build, zoo
+from kdprof.resized import choice
 
 
 def test_by_hand():
@@ -78,6 +89,40 @@ class Local(nn.Module):
 
 PICTURE = torch.randint(0, 256, (1, 3, 5, 6), generator=torch.Generator().manual_seed(0))
 PICTURE = F.interpolate(PICTURE.float(), (40, 48)).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [Views(), Views(window=(24, 24), stride=(16, 24)), Views(flip=True), Views(fit=(80, 400))],
+)
+def test_the_classes_are_those_of_the_highest_scores(views, monkeypatch):
+    monkeypatch.setattr(choice, "LEAST_ELEMENTS", 0)
+    network = Local()
+    wanted = predict(network, PICTURE, views).argmax(1)
+    assert torch.equal(predict_classes(network, PICTURE, views), wanted)
+    assert len(wanted.unique()) > 1
+
+
+@pytest.mark.parametrize("decide", [None, lambda scores: scores.flip(1)])
+def test_the_confusion_is_that_of_the_whole_map(decide, monkeypatch):
+    """As the plain form counts it, in bands and with scores that are decided."""
+    draw = torch.Generator().manual_seed(1)
+    labels = [torch.randint(0, 4, (1, 40, 48), generator=draw) for _ in range(2)]
+    labels = [y.masked_fill(y == 3, 255).to(torch.uint8) for y in labels]
+    batches = [(PICTURE, labels[0]), (PICTURE.roll(1, 1), labels[1])]
+    monkeypatch.setattr(evaluation, "evaluation_batches", lambda data, batch: batches)
+    monkeypatch.setattr(choice, "LEAST_ELEMENTS", 0)
+    network = Local()
+    found = evaluate(
+        network, SimpleNamespace(num_classes=3), torch.device("cpu"), batch=1, decide=decide,
+        autocast=torch.autocast("cpu", enabled=False),
+    )  # fmt: skip
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    for image, labels in batches:
+        logits = F.interpolate(network(image, []).logits, (40, 48), mode="bilinear")
+        predicted = (decide(logits) if decide else logits).argmax(1)
+        confusion += confusion_matrix(predicted, labels, 3)
+    assert found == scores(confusion)
 
 
 def test_windows_cover_a_side_and_end_with_it():

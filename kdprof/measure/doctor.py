@@ -16,6 +16,7 @@ from kdprof.hardware.device import find_device, installed_version, versions
 from kdprof.hardware.nvml import HARMLESS_CLOCK_REASONS
 from kdprof.measure.clock import clock_of
 from kdprof.measure.memory import available_bytes
+from kdprof.resized.tiles import why_no_tiles
 
 PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
 LEAST_SHARED_BYTES = 512 * 2**20
@@ -69,6 +70,7 @@ def findings(device: torch.device, hardware: Hardware) -> list[Finding]:
         _open_files(),
         _resume(device),
         _compiler(),
+        *_task_loss(device),
     ]
 
 
@@ -176,6 +178,16 @@ def _compiler() -> Finding:
     return Finding(
         "torch.compile", "none: no C++ compiler", "a step that calls torch.compile fails"
     )
+
+
+def _task_loss(device: torch.device) -> list[Finding]:
+    if device.type != "cuda":
+        return []
+    reason = why_no_tiles()
+    if reason is None:
+        return [Finding("task loss", "Triton kernels")]
+    cost = "it is several times slower, and equal runs may end with different weights"
+    return [Finding("task loss", f"no Triton kernels: {reason}", cost)]
 
 
 def findings_here() -> list[Finding]:

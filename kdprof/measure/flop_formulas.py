@@ -181,6 +181,14 @@ def _sgd(call: OperatorCall) -> float:
     return 2 * (1 + extras) * sum(t.numel() for t in tensors_in(call.args[0]))
 
 
+def _per_resized_logit(multiple: float, per_label: float) -> Formula:
+    """Return the formula of ``multiple`` per class of each label, and of ``per_label``.
+
+    It is the arithmetic of the resize, the softmax and the negative log-likelihood, each done once.
+    """
+    return lambda call: (multiple * call.args[0].shape[1] + per_label) * call.args[1].numel()
+
+
 def per_parameter(multiple: float) -> Formula:
     """Return the formula of ``multiple`` per element of an optimiser's parameters."""
     return lambda call: multiple * sum(t.numel() for t in tensors_in(call.args[0]))
@@ -190,6 +198,8 @@ BATCH_NORM_FORWARD, BATCH_NORM_FORWARD_INFERENCE = 6, 2
 BATCH_NORM_BACKWARD, BATCH_NORM_BACKWARD_INFERENCE = 9, 5
 SOFTMAX_FORWARD, SOFTMAX_BACKWARD = 5, 4
 BILINEAR_FORWARD, BILINEAR_BACKWARD = 7, 8
+RESIZED_FORWARD = BILINEAR_FORWARD + SOFTMAX_FORWARD
+RESIZED_BACKWARD = BILINEAR_BACKWARD + SOFTMAX_BACKWARD
 
 ELEMENTWISE = _per_output(1)
 _FORWARD_NORM = _normalise(BATCH_NORM_FORWARD, BATCH_NORM_FORWARD_INFERENCE)
@@ -232,6 +242,10 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
     ("softmax", _per_output(SOFTMAX_FORWARD), "_softmax _log_softmax _safe_softmax"),
     ("softmax", _per_output(SOFTMAX_BACKWARD),
      "_softmax_backward_data _log_softmax_backward_data"),
+    ("softmax", _per_resized_logit(RESIZED_FORWARD, 1), "kdprof.tiled_cross_entropy"),
+    ("softmax", _per_resized_logit(RESIZED_BACKWARD, 1), "kdprof.tiled_cross_entropy_backward"),
+    ("softmax", _per_resized_logit(RESIZED_FORWARD + RESIZED_BACKWARD, 2),
+     "kdprof.banded_cross_entropy"),
     ("normalisation", _FORWARD_NORM,
      "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit"),
     ("normalisation", _NEVER_NORM, "_native_batch_norm_legit_no_training _batch_norm_no_update"),
@@ -255,6 +269,7 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
     ("resize", _per_input(16), "upsample_trilinear3d_backward"),
     ("resize", _per_output(31), "upsample_bicubic2d"),
     ("resize", _per_input(32), "upsample_bicubic2d_backward"),
+    ("resize", _per_input(BILINEAR_BACKWARD), "kdprof.resize_bilinear_backward"),
     ("pooling", _per_window,
      "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d"),
     ("pooling", _per_input(1),

@@ -390,7 +390,7 @@ class TrainingRun:
                 self.step.device,
                 batch=validation.batch,
                 autocast=self.step.autocast(),
-                decide=self.step.method.decide,
+                decide=self.step.method.decide if self.step.method.decides() else None,
                 views=validation.views,
             )
             point = CurvePoint(
