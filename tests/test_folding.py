@@ -141,9 +141,7 @@ def test_fused_operators_have_the_flop_of_their_convolution():
     shapes = {"x": (2, 16, 9, 7), "w": (24, 16, 3, 3), "out": (2, 24, 9, 7), "bias": (24,)}
     x, w, out, bias = shapes.values()
     ones = ((1, 1), (1, 1), (1, 1))
-    plain = OWN_FORMULAS[aten.convolution](
-        x, w, bias, *ones, False, (0, 0), 1, out_shape=out
-    )
+    plain = OWN_FORMULAS[aten.convolution](x, w, bias, *ones, False, (0, 0), 1, out_shape=out)
     assert plain == 2 * 2 * 9 * 7 * 24 * 16 * 9
     found = OWN_FORMULAS[aten.cudnn_convolution_relu](x, w, bias, *ones, 1, out_shape=out)
     added = OWN_FORMULAS[aten.cudnn_convolution_add_relu](
