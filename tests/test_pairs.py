@@ -161,7 +161,45 @@ def test_kernels_do_what_the_operators_do():
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 4
+
+
+def test_the_kernels_are_called_as_operators_of_torch():
+    """Their schemas, their shapes on fake tensors, and the whole form with them: torch's operators
+    stand in for the kernels on the CPU, which has none of its own."""
+
+    @_pair_kernels.tile_sums.register_kernel("cpu")
+    def tile_sums(student, teacher):
+        pairs, positions, _ = student.shape
+        sums = student.new_zeros(2, 3, pairs, -(-positions // _pair_kernels.TILE), positions)
+        sums[:, :, :, 0] = _pairs.compare_maps(student.clone(), teacher.clone(), True)
+        return sums
+
+    @_pair_kernels.write_slope.register_kernel("cpu")
+    def write_slope(student, teacher, sums, both):
+        _pairs.compare_maps(student, teacher.clone(), both)
+
+    student, teacher = maps(2, 70)
+    torch.library.opcheck(torch.ops.kdprof.pair_tile_sums.default, (student, teacher))
+    sums = tile_sums(student, teacher).sum(3)
+    torch.library.opcheck(torch.ops.kdprof.pair_slope_.default, (student, teacher, sums, True))
+    student, teacher = vectors(6, 5, 3), vectors(6, 5, 4, 1)
+    expected = value_and_gradient(_pairs.pair_kl, student, teacher, 0.1, 3)
+    with counted_for("cuda"):
+        found = value_and_gradient(_pairs.pair_kl, student, teacher, 0.1, 3)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_memory_of_the_published_size_on_a_gpu():
+    """Two blocks of maps, 1 GiB, and vectors, where both whole maps would need 34 GB."""
+    student, teacher = (vectors(8, 8192, c, 0, torch.float32).cuda() for c in (128, 512))
+    student.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _relations.batch_relation(student, teacher, 0.1).backward()
+    assert torch.cuda.max_memory_allocated() - before <= 2 * 2**30
 
 
 @pytest.mark.gpu
