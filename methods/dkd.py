@@ -26,7 +26,8 @@ def resized(maps: Tensor, size: torch.Size) -> Tensor:
     """Return (N, C, h, w) maps resized bilinearly to ``size``."""
     if maps.shape[-2:] == size:
         return maps
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    # The layout of the labels, whatever the network's: the targets are compared with it.
+    return F.interpolate(maps.contiguous(), size, mode="bilinear", align_corners=False)
 
 
 def labelled(labels: Tensor, first: int, count: int) -> Target:

@@ -196,6 +196,11 @@ def test_shapes_that_do_not_belong_together(logits, labels):
         resized_cross_entropy(torch.zeros(logits), torch.zeros(labels).long())
 
 
+def test_labels_on_another_device():
+    with pytest.raises(ValueError, match="labels on cpu"):
+        resized_cross_entropy(torch.zeros(1, 3, 2, 2, device="meta"), torch.zeros(1, 4, 4).long())
+
+
 @settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 60), st.booleans())
 def test_weights_of_a_side_are_those_of_torch(low, high, align):

@@ -37,33 +37,21 @@ def _spans(length: int, most: int) -> Iterator[Span]:
         yield slice(first, min(first + most, length))
 
 
-class _Buffer:
-    """Memory that blocks of one shape after another are written to."""
-
-    def __init__(self, like: Tensor):
-        self._memory = like.new_empty(0)
-
-    def of(self, *shape: int) -> Tensor:
-        """Return the memory with a shape; the first block is the largest."""
-        elements = torch.Size(shape).numel()
-        if elements > len(self._memory):
-            self._memory = self._memory.new_empty(elements)
-        return self._memory[:elements].view(shape)
-
-
 def _resized_blocks(
     maps: Tensor, size: tuple[int, int], resize: Resize
 ) -> Iterator[tuple[Tensor, tuple[Span, Span, Span]]]:
     """Yield each block of the resized maps, (N, C, rows, columns), and where it lies.
 
-    A block may be overwritten; the next one takes its memory.
+    A block may be changed; the next one overwrites it.
     """
-    buffer = _Buffer(maps)
+    memory = maps.new_empty(0)
     for place in _blocks(maps.shape, size):
         images, rows, columns = place
         some = maps[images]
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        out = buffer.of(len(some), maps.shape[1], height, width)
+        shape = torch.Size((*some.shape[:2], rows.stop - rows.start, columns.stop - columns.start))
+        if not len(memory):  # the first block is the largest
+            memory = maps.new_empty(shape.numel())
+        out = memory[: shape.numel()].view(shape)
         yield resize.block(some, rows, columns, out), place
 
 
@@ -143,13 +131,13 @@ def banded_argmax(logits: Tensor, size: tuple[int, int], align_corners: bool) ->
     """
     maps, classes = logits.contiguous(), logits.shape[1]
     found = torch.empty(len(maps), *size, dtype=torch.int64, device=maps.device)
-    # torch's argmax over the first of two axes takes ten times the time of a maximum.
+    # torch's argmax over classes that are not next to each other takes ten times as long.
     narrow = torch.uint8 if classes < 256 else torch.int64
     rank = torch.arange(classes, 0, -1, dtype=narrow, device=maps.device)[:, None, None]
     with torch.autocast(maps.device.type, enabled=False):
         resize = Resize(maps, size, align_corners)
         for block, (images, rows, columns) in _resized_blocks(maps, size, resize):
             largest = (block == block.amax(1, keepdim=True)).to(narrow).mul_(rank).amax(1)
-            # Where all are NaN, no class is the largest.
+            # Where one is NaN, no class is the largest.
             found[images, rows, columns] = (classes - largest.long()).clamp_(max=classes - 1)
     return found

@@ -80,7 +80,7 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, align_corners: bool = 
     that is neither a class nor void makes the loss NaN.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes or the devices do not belong together.
         RuntimeError: on a CPU, a label is neither a class nor void; or from backward, it was asked
             for a gradient that can be differentiated again.
     """
@@ -88,6 +88,10 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, align_corners: bool = 
         raise ValueError(
             f"logits must be (N, C, h, w) and labels (N, H, W) of as many images, not "
             f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if logits.device != labels.device:
+        raise ValueError(
+            f"logits are on {logits.device}, labels on {labels.device}: move the labels"
         )
     form = form_of(logits, (labels.shape[-2], labels.shape[-1]))
     if form == "plain":

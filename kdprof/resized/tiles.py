@@ -34,6 +34,8 @@ def why_no_tiles() -> str | None:
         try:
             logits = torch.zeros(1, 1, 1, 1, device="cuda")
             _kernels().cross_entropy(logits, torch.zeros(1, 1, 1, device="cuda").long(), False)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None
