@@ -87,7 +87,7 @@ def test_figures_of_the_cards():
 @pytest.mark.parametrize(
     ("name", "dataset", "images"),
     [
-        ("cirkd", "Pascal VOC", {2}), ("cirkdv2", "Cityscapes", {1}), ("cirkdv2", "ADE20K", {None}),
+        ("cirkd", "CamVid", {2}), ("cirkdv2", "Cityscapes", {1}), ("cirkdv2", "ADE20K", {None}),
         ("dist", "Cityscapes", {2}), ("skd:plain", "Cityscapes", {8}), ("cirkd", "ADE20K", {2, 4}),
         ("attnfd", "Cityscapes", {None}),
     ],
