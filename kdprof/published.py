@@ -200,21 +200,23 @@ def _pixels(crop: Iterable[int]) -> int:
 def _differs(one: ConvertedSchedule, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return how the schedule differs from the measured step."""
     networks = published_pair(settings.get("teacher"), str(settings.get("student")))
+    coupled = _coupled(settings)
     same = {
         "networks": networks in {pair.casefold() for pair in one.networks},
         "data": title_of(str(settings.get("data"))).casefold() == str(one.dataset).casefold(),
         "batch": settings["step"]["batch"] == one.batch,
         "crop": tuple(settings["step"]["crop"]) == one.crop,
-        "coupled images": _coupled(settings) in (None, one.images_per_gpu or _coupled(settings)),
+        "coupled images": coupled is None or one.images_per_gpu in (None, coupled),
     }
     return tuple(part for part, equal in same.items() if not equal)
 
 
 def _coupled(settings: Mapping[str, Any]) -> int | None:
     """Return how many images the measured objective couples; None if it couples none."""
-    group = settings.get("method", {}).get("images_per_group")
-    step = settings["step"]
-    return group if group is None else group or step["batch"] // step.get("gpus", 1)
+    group, step = settings.get("method", {}).get("images_per_group"), settings["step"]
+    if group is None:
+        return None
+    return group or step["batch"] // step.get("gpus", 1)
 
 
 def _unreliable(cost: Cost, costs: Mapping[str, Cost]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 def usable(tensor: Tensor) -> bool:
     """Return whether the work of a tensor is done, or is counted, with these kernels."""
-    counted = tensor.device.type == "cpu"
+    counted = tensor.device.type != "cuda"
     return device_type(tensor) == "cuda" and (counted or HAS_TRITON)
 
 

@@ -65,9 +65,7 @@ class _RelationKL(torch.autograd.Function):
             block = slice(first, first + rows)
             log_p = _log_similarity(teacher[block], theirs, parts, temperature)
             log_q = _log_similarity(student[block], ours, parts, temperature)
-            p = log_p.exp()
-            divergence = log_p.sub_(log_q).mul_(p).sum((1, 2))
-            slope = log_q.exp_().sub_(p).flatten(1)
+            divergence, slope = _compare_rows(log_p, log_q)
             here = gradient[block]
             torch.addmm(here, slope, ours, out=here)
             if keys is None:  # each row is also a column that the others are compared with
@@ -76,6 +74,7 @@ class _RelationKL(torch.autograd.Function):
                 here *= weights[block, None]
                 divergence *= weights[block]
             total += divergence.sum()
+            del log_p, log_q, slope  # before the next block takes as much memory
         ctx.save_for_backward(gradient.div_(temperature))
         return total
 
@@ -93,6 +92,13 @@ def _log_similarity(rows: Tensor, columns: Tensor, parts: int, temperature: floa
     """
     similar = (rows / temperature) @ columns.T
     return similar.view(len(rows), parts, -1).log_softmax(2)
+
+
+def _compare_rows(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's KL and the slope q - p, (rows, columns), in the memory of the arguments."""
+    p = log_p.exp()
+    divergence = log_p.sub_(log_q).mul_(p).sum((1, 2))
+    return divergence, log_q.exp_().sub_(p).flatten(1)
 
 
 def relation_kl(

@@ -1,6 +1,7 @@
 """What is said of the methods: on the terminal, and in docs/methods.md."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_recipes_are_whole(name, recipe):
     )
     assert cls.needs_teacher() or recipe.teacher is recipe.teacher_miou is None
     assert recipe.split in ("val", "test")
+    assert recipe.images_per_gpu is None or recipe.images_per_gpu * recipe.gpus == recipe.batch
     for miou in (recipe.student_miou, recipe.miou, recipe.teacher_miou):
         assert miou is None or 20 < miou < 90
     if None not in (recipe.miou, recipe.teacher_miou, recipe.batch):
@@ -80,6 +82,29 @@ def test_figures_of_the_cards():
         (None, 6, (513, 513), 77.85, 67.50, 73.09)
     ]
     assert (40_000, 8, ade, None, None, 69.10) in figures("none", "Cityscapes", "PSPNet-R18")
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "images"),
+    [
+        ("cirkd", "CamVid", {2}), ("cirkdv2", "Cityscapes", {1}), ("cirkdv2", "ADE20K", {None}),
+        ("dist", "Cityscapes", {2}), ("skd:plain", "Cityscapes", {8}), ("cirkd", "ADE20K", {2, 4}),
+        ("attnfd", "Cityscapes", {None}),
+    ],
+)  # fmt: skip
+def test_published_images_of_a_device(name, dataset, images):
+    recipes = [r for r in METHODS[name].cls.recipes if r.dataset == dataset]
+    assert {r.images_per_gpu for r in recipes} == images
+
+
+def test_training_says_the_images_of_a_device():
+    recipe = Recipe("Here", "T", "S", 1, 16, (8, 8), "SGD", "poly", "us", gpus=8, gpu="X1")
+    assert listed.training_text(recipe) == "SGD; poly; 8 X1, 2 images each"
+    assert listed.training_text(replace(recipe, batch=8)) == "SGD; poly; 8 X1, 1 image each"
+    one = replace(recipe, gpus=1, gpu="")
+    assert listed.training_text(one) == "SGD; poly; 1 GPU, 16 images"
+    assert listed.training_text(replace(recipe, gpus=None)) == "SGD; poly"
+    assert listed.training_text(replace(recipe, batch=None)) == "SGD; poly; 8 X1"
 
 
 @pytest.mark.parametrize("width", [80, 120])

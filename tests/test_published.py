@@ -71,6 +71,19 @@ def test_other_networks_and_data_are_said():
     assert one.networks == ("Big -> Other",)
 
 
+@pytest.mark.parametrize(
+    ("group", "gpus", "differs"),
+    [(None, 4, ()), (0, 1, ()), (0, 2, ("coupled images",)), (2, 2, ()), (2, None, ())],
+)
+def test_other_coupled_images_are_said(group, gpus, differs):
+    """Of 4 images in one group, or in groups of 2; published on ``gpus`` devices, or not said."""
+    method = {} if group is None else {"images_per_group": group}
+    measured = cost("mine", 0.4, settings=SETTINGS | {"method": method})
+    (one,) = only(replace(CITY, gpus=gpus), mine=measured)
+    assert one.images_per_gpu == (gpus and 4 // gpus)
+    assert one.differs == differs
+
+
 def test_names_of_studies_are_those_of_the_papers():
     """A Cost names networks and data as a study does: layout, stem and all."""
     names = {"student": "pspnet-resnet18c", "teacher": "pspnet-resnet101c", "data": "voc-aug"}
