@@ -1,17 +1,24 @@
 """Matrix FLOP against formulas written by hand. 1 multiply-add = 2 FLOP."""
 
 import copy
+import weakref
+from collections import Counter
 
 import pytest
 import torch
 from builders import Alone, Mimic, tiny_step
+from method_inputs import NAMES, real_step
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdprof.measure.count import Uncountable, count_step, fake_tensors
+from kdprof.measure.count import Count, Uncountable, count_step, fake_tensors
+from kdprof.measure.counted_step import Parts
 from kdprof.measure.flop_formulas import CONVOLUTION_FORMULAS
 from kdprof.measure.module_flop import modules_flop
+from kdprof.measure.trace import StepTrace
 from kdprof.method import Method, Taps
+from kdprof.step import TrainStep
 
 
 def flop_of(module: nn.Module, shape: tuple[int, ...], *, first: bool) -> tuple[int, int]:
@@ -109,6 +116,67 @@ def test_steps_counted_under_one_mode_share_their_networks():
     second.teacher = first.teacher
     alone = count_step(tiny_step(Mimic), fake_tensors())
     assert count_step(first, mode) == count_step(second, mode) == alone
+
+
+class Holder:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def count_whole_step(step: TrainStep) -> Count:
+    """Count every phase of the plain step on fakes, with a second follower of what is saved."""
+    mode, alive, peak = fake_tensors(), Counter(), 0
+    for module in (step.student, step.teacher, step.method):
+        if module is not None:
+            mode.replace_tensors(module)
+    trained = [*step.student.parameters(), *step.method.parameters()]
+    kept = list(step.teacher.parameters()) if step.teacher is not None else []
+    ignored = {p.untyped_storage()._cdata for p in trained}
+
+    def pack(tensor):
+        nonlocal peak
+        holder, storage = Holder(tensor), tensor.untyped_storage()
+        if storage._cdata not in ignored:
+            key = storage._cdata, storage.nbytes()
+            alive[key] += 1
+            weakref.finalize(holder, alive.subtract, [key])
+            peak = max(peak, sum(size for (_, size), holders in alive.items() if holders))
+        return holder
+
+    parts = {key: getattr(step, key) for key in ("student", "teacher", "method", "settings")}
+    crop, images = step.settings.crop, step.settings.batch
+    with mode:
+        plain = TrainStep(**parts, iterations=9, seed=0, device=torch.device("cpu"))
+        batch = [torch.zeros(*s, *crop, dtype=torch.uint8) for s in ((images, 3), (images,))]
+        plain(*batch, 0)  # makes the state of the optimisers
+        trace = StepTrace(plain)
+        with trace, saved_tensors_hooks(pack, lambda holder: holder.tensor):
+            plain(*batch, 1, trace.mark)
+    trained_bytes, kept_bytes = (4 * sum(p.numel() for p in ps) for ps in (trained, kept))
+    return Count(
+        trace.operations(),
+        trace.terms(step.method.weights),
+        trace.synchronisations(),
+        2 * trained_bytes + kept_bytes + max(peak, trained_bytes),
+    )
+
+
+def without_terms(method: Method) -> Method:
+    """Return a method with the same taps of the student, none of which a gradient reaches."""
+    taps = method.student_taps()
+    return type("Idle", (Alone,), {"taps": taps, "teacher_taps": ()})()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_shared_phases_are_those_of_the_whole_step(name, precision):
+    """Also where a step takes over all that it shares, and where only its student's taps are the
+    same but its gradients reach others."""
+    whole = count_whole_step(real_step(name, precision=precision))
+    mode, step = fake_tensors(), real_step(name, precision=precision)
+    count_step(Parts(step.student, None, without_terms(step.method), step.settings), mode)
+    assert count_step(step, mode) == whole
+    assert count_step(step, mode) == whole
 
 
 class Reads(Method):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from kdprof.errors import UserError
 from kdprof.measure.cost import counted_cost
 from kdprof.measure.count import Count, count_step, fake_tensors
+from kdprof.measure.counted_step import Parts
+from kdprof.measure.fakes import without_values
 from kdprof.measure.isolation import Failure
 from kdprof.measure.memory import available_bytes
 from kdprof.measure.module_flop import modules_flop
@@ -51,7 +54,7 @@ def count_costs(
     """
     measured: Measured[CountedCost] = Measured()
     by_module = _modules_of(study) if modules else None
-    for name, made in _counts(study, names, progress):
+    for name, made in counts(study, names, progress):
         if isinstance(made, Failure):
             measured.failures[name] = str(made)
         else:
@@ -70,25 +73,31 @@ def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
 
 
 def _counting_factory(study: ResolvedStudy) -> Factory:
-    """Return a factory of steps that are only counted: random weights, in this process alone."""
-    return Factory(study, weights=False, ranks=None)
+    """Return a factory of networks that are only counted: random weights, in this process alone."""
+    return Factory(study, weights=False, ranks=None, device=torch.device("meta"))
 
 
-def _counts(
+def counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Count | Failure]]:
-    factory = _counting_factory(study)
-    # All methods share one teacher and one student: counting changes neither, and building them
-    # takes seconds.
-    mode, teacher, student = fake_tensors(), factory.frozen(factory.teacher()), None
+    """Yield each name with the count of its step at the study's full size, or why there is none.
+
+    Neither device nor memory is needed, and nothing runs. One teacher and one student serve all
+    methods, and what their steps have in common is counted once. In a group of ranks any one of
+    them may count: the others take no part.
+    """
+    factory, mode = _counting_factory(study), fake_tensors()
+    student = without_values(lambda: factory.placed_student(0))
+    teacher = without_values(lambda: factory.frozen(factory.placed_teacher()))
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
-            step = factory.step(name, teacher, device=torch.device("cpu"), student=student)
-            student = step.student
             try:
                 # Only records go to standard output; what a user's method prints does not.
                 with redirect_stdout(sys.stderr):
-                    made: Count | Failure = count_step(step, mode)
+                    method = without_values(partial(factory.method, name))
+                    read = teacher if method.needs_teacher() else None
+                    parts = Parts(student, read, method, study.step)
+                    made: Count | Failure = count_step(parts, mode)
             except (Exception, SystemExit) as error:
                 made = Failure(explain(error))
             yield name, made
@@ -110,7 +119,7 @@ def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) ->
         name: f"a step with batch {step.share} and crop {step.crop[0]}x{step.crop[1]} needs at "
         f"least {made.least_memory_bytes / 2**30:.1f} GiB, {study.device} has "
         f"{free / 2**30:.1f} GiB free; lower --crop or --batch"
-        for name, made in _counts(study, names, progress)
+        for name, made in counts(study, names, progress)
         if isinstance(made, Count) and made.least_memory_bytes > free
     }
     if found and len(found) == len(names):

@@ -5,6 +5,8 @@ Here a name becomes a network with taps. Nothing here knows data sets, objective
 
 from __future__ import annotations
 
+import torch
+
 from kdprof.models.adapted import AdaptedNetwork, build_adapted, is_adapted, source_of
 from kdprof.models.folding import folded
 from kdprof.models.names import NetworkName, parse_name
@@ -17,6 +19,7 @@ __all__ = [
     "build",
     "folded",
     "is_adapted",
+    "outlined",
     "parse_name",
     "source_of",
 ]
@@ -46,3 +49,19 @@ def build(
         return build_adapted(name, num_classes, backbone_weights)
     name = parse_name(name) if isinstance(name, str) else name
     return SegmentationNetwork(name, num_classes, backbone_weights)
+
+
+def outlined(name: str | NetworkName, num_classes: int) -> AnyNetwork:
+    """Return the network called ``name`` for what is known of it (``info``, ``check_input``): its
+    parameters have shapes, but no values where it can be built without.
+
+    Raises:
+        UserError: as :func:`build`.
+    """
+    if isinstance(name, str) and is_adapted(name):
+        return build(name, num_classes)
+    try:
+        with torch.device("meta"):
+            return build(name, num_classes)
+    except Exception:  # by backbone: some read numbers from tensors while they are built
+        return build(name, num_classes)

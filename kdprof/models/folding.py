@@ -38,7 +38,8 @@ def folded(network: SegmentationNetwork) -> SegmentationNetwork:
     for convolution, norm in pairs:
         _replace(network, convolution, fuse_conv_bn_eval(convolution, norm))
         _replace(network, norm, _what_follows(norm))
-    _compare(expected, network(images, NETWORK_TAPS), network.info.name)
+    if not network.mean.is_meta:  # without values there is nothing to compare
+        _compare(expected, network(images, NETWORK_TAPS), network.info.name)
     return network
 
 

@@ -16,7 +16,7 @@ from kdprof.distributed.ranks import Ranks
 from kdprof.errors import Problems, UserError, unknown
 from kdprof.hardware import Hardware, hardware_of
 from kdprof.hardware.device import configure_backends, find_device, missing_compiler
-from kdprof.models import AnyNetwork, build, is_adapted, parse_name
+from kdprof.models import AnyNetwork, is_adapted, outlined, parse_name
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, read_weights
 from kdprof.progress import Progress
@@ -201,13 +201,13 @@ class ResolvedStudy:
 
     @cached_property
     def student_shapes(self) -> AnyNetwork:
-        """The student with random weights, on the CPU, for its shapes."""
-        return build(self.plain.student, self.data.num_classes("student"))
+        """The student without weights, for what is known of it."""
+        return outlined(self.plain.student, self.data.num_classes("student"))
 
     @cached_property
     def teacher_shapes(self) -> AnyNetwork:
-        """The teacher with random weights, on the CPU, for its shapes and costs."""
-        return build(self.teacher_name, self.data.num_classes("teacher"))
+        """The teacher without weights, for what is known of it."""
+        return outlined(self.teacher_name, self.data.num_classes("teacher"))
 
     @cached_property
     def hardware(self) -> Hardware:
