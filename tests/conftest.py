@@ -7,9 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Not "explain": it traces every line of torch that a failing test runs, which takes all memory.
+settings.register_profile(
+    "kdprof", phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink]
+)
+settings.load_profile("kdprof")
 
 LONGEST_FIRST = (
     "test_launch_slurm", "test_measure", "test_parallel", "test_method_checks", "test_launch_local",

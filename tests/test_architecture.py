@@ -17,6 +17,7 @@ LEAVES = {"errors", "records", "stats", "store", "budget", "study"}
 
 MAY_IMPORT = {
     "errors": set(),
+    "imports": set(),
     "progress": set(),
     "presets": set(),
     "records": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "hardware": {"errors"},
     "distributed": {"errors"},
     "data": {"errors", "method", "progress", "store", "study"},
-    "models": {"errors", "hardware", "method", "store", "user_files"},
+    "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "schedule", "study"},
     "step_feed": {"data", "step"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
         "method", "models", "progress", "records", "step", "study",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "processes", "progress", "records",
+        "data", "distributed", "errors", "hardware", "method", "processes", "progress", "records",
         "resolve", "stats", "step", "step_feed", "store", "study", "user_files",
     },
     "method_checks": {

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from kdprof.measure.flop_formulas import tensors_in
+from kdprof.measure.flop_formulas import GROUPS, tensors_in
 
 _PLAIN = (
     bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout,
@@ -82,7 +82,7 @@ class Recipes:
             kind = type(value)
             if kind in _PLAIN:
                 found += (kind, value)
-            elif isinstance(value, list | tuple):
+            elif isinstance(value, GROUPS):
                 found += (kind, len(value))
                 if not self._describe(value, found):
                     return False
@@ -109,7 +109,7 @@ class Recipes:
     def make(self, key: Hashable, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of a call whose key is known."""
         recipe = self._recipes[key]
-        given = list(tensors_in([*args, *kwargs.values()])) if recipe.reads else []
+        given = tensors_in([*args, *kwargs.values()]) if recipe.reads else []
         made = [o if o is None else self._output(o, given) for o in recipe.outputs]
         return made[0] if recipe.container is None else recipe.container(made)
 
@@ -128,8 +128,8 @@ class Recipes:
     def learn(self, key: Hashable, args: Args, kwargs: Kwargs, out: object) -> None:
         """Remember how to make a result, if it can be made."""
         container = list if isinstance(out, list) else tuple if isinstance(out, tuple) else None
-        results = list(out) if isinstance(out, list | tuple) else [out]
-        given = list(tensors_in([*args, *kwargs.values()]))
+        results = list(out) if isinstance(out, GROUPS) else [out]
+        given = tensors_in([*args, *kwargs.values()])
         outputs: list[_Output | None] = []
         for result in results:
             output = None

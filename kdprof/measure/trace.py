@@ -113,11 +113,11 @@ class _Flow:
         self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Return the storages that a call read and wrote."""
-        given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
+        given = tensors_in([*args, *kwargs.values()])
         # This operator brings a constant into the graph: its address may be reused, too.
         known = set() if operator.name == "aten.lift_fresh" else {storage_key(t) for t in given}
         reads = frozenset(self.number(t) for t in given)
-        made = list(tensors_in(out))
+        made = tensors_in(out)
         for tensor in made:
             if storage_key(tensor) not in known:
                 self._numbers[storage_key(tensor)] = next(self._fresh)
