@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -15,11 +15,12 @@ from kdprof.errors import UserError
 from kdprof.measure.cost import counted_cost
 from kdprof.measure.count import Count, count_step, fake_tensors
 from kdprof.measure.counted_step import Parts
-from kdprof.measure.fakes import without_values
+from kdprof.measure.fakes import CPU
 from kdprof.measure.isolation import Failure
 from kdprof.measure.memory import available_bytes
 from kdprof.measure.module_flop import modules_flop
 from kdprof.measure.study_step import identity_of
+from kdprof.method import Network
 from kdprof.processes import explain
 from kdprof.progress import Progress
 from kdprof.records import Cost, CountedCost
@@ -64,17 +65,12 @@ def count_costs(
 
 
 def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
-    step, factory = study.step, _counting_factory(study)
+    step, factory = study.step, Factory(study, weights=False, ranks=None, device=CPU)
     taps = ("logits", "aux") if step.aux_weight else ("logits",)
     return {
         "student": modules_flop(factory.student(0), step.share, step.crop, taps=taps),
         "teacher": modules_flop(factory.teacher(), step.share, step.crop),
     }
-
-
-def _counting_factory(study: ResolvedStudy) -> Factory:
-    """Return a factory of networks that are only counted: random weights, in this process alone."""
-    return Factory(study, weights=False, ranks=None, device=torch.device("meta"))
 
 
 def counts(
@@ -86,22 +82,49 @@ def counts(
     methods, and what their steps have in common is counted once. In a group of ranks any one of
     them may count: the others take no part.
     """
-    factory, mode = _counting_factory(study), fake_tensors()
-    student = without_values(lambda: factory.placed_student(0))
-    teacher = without_values(lambda: factory.frozen(factory.placed_teacher()))
+    # Nothing is initialised on the meta device. What fails there is tried on the CPU: some
+    # backbones ask for values while they are built.
+    counters = [_Counter(study, torch.device("meta")), _Counter(study, CPU)]
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
-            try:
-                # Only records go to standard output; what a user's method prints does not.
-                with redirect_stdout(sys.stderr):
-                    method = without_values(partial(factory.method, name))
-                    read = teacher if method.needs_teacher() else None
-                    parts = Parts(student, read, method, study.step)
-                    made: Count | Failure = count_step(parts, mode)
-            except (Exception, SystemExit) as error:
-                made = Failure(explain(error))
+            # Only records go to standard output; what a user's method prints does not.
+            with redirect_stdout(sys.stderr):
+                made = _count(counters, name)
             yield name, made
             advance(1)
+
+
+def _count(counters: Sequence[_Counter], name: str) -> Count | Failure:
+    for counter in counters:
+        try:
+            return counter.count(name)
+        except (Exception, SystemExit) as error:
+            failure = Failure(explain(error))
+    return failure
+
+
+class _Counter:
+    """Counts steps of networks and methods that are built on a device, with random weights; those
+    of users always on the CPU, because they may keep tensors that later steps use."""
+
+    def __init__(self, study: ResolvedStudy, device: torch.device):
+        self._study, self._device, self._mode = study, device, fake_tensors()
+        self._factory = Factory(study, weights=False, ranks=None, device=device)
+
+    def count(self, name: str) -> Count:
+        with self._device if self._study.methods[name].origin == "built-in" else CPU:
+            method = self._factory.method(name)
+        with self._device:
+            student, teacher = self._student, self._teacher if method.needs_teacher() else None
+        return count_step(Parts(student, teacher, method, self._study.step), self._mode)
+
+    @functools.cached_property
+    def _student(self) -> Network:
+        return self._factory.placed_student(0)
+
+    @functools.cached_property
+    def _teacher(self) -> Network:
+        return self._factory.frozen(self._factory.placed_teacher())
 
 
 def too_large(study: ResolvedStudy, names: Sequence[str], progress: Progress) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kdprof.measure.recipes import Recipes
 
-Made = TypeVar("Made")
-
 CPU = torch.device("cpu")
-
-
 DEVICE = torch.ops.prim.device.default
 """The query for a tensor's device, which torch makes several times per operator on fakes."""
 
@@ -72,7 +68,8 @@ class CountingMode(FakeTensorMode):
         """Replace the parameters and buffers of a module by fakes on the CPU."""
         fakes: dict[int, Tensor] = {}
         for part in module.modules():
-            for values in (part._parameters, part._buffers):
+            tables: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+            for values in tables:
                 for name, value in values.items():
                     if value is None or isinstance(value, FakeTensor):
                         continue
@@ -84,17 +81,3 @@ class CountingMode(FakeTensorMode):
         plain = value.detach()
         fake = FakeTensor(self, plain, CPU) if plain.is_meta else self.from_tensor(plain)
         return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
-
-
-def without_values(build: Callable[[], Made]) -> Made:
-    """Return what ``build`` makes on the meta device, so that nothing is initialised; on the CPU if
-    it asks for values.
-
-    Raises:
-        Exception: what ``build`` raises on the CPU.
-    """
-    try:
-        with torch.device("meta"):
-            return build()
-    except Exception:
-        return build()

@@ -24,7 +24,7 @@ _PLAIN = (
     torch.memory_format,
 )  # fmt: skip
 """Types of arguments that say everything by their value."""
-_KEEP_MORE = {"lift", "lift_fresh", "as_strided", "as_strided_", "set_", "set_data"}
+_KEEP_MORE = {"lift", "lift_fresh", "as_strided", "set_data"}
 """Operators that keep a value, place a view by its storage, or change an argument's storage."""
 
 Args = Sequence[object]
@@ -72,22 +72,22 @@ class Recipes:
         """Return everything that the result of a call depends on; None if that is not known."""
         if not _follows_from_shapes(func):
             return None
-        found: list[Hashable] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        found: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         if self._describe(args, found) and self._describe(kwargs.values(), found):
             return (*found, *kwargs)
         return None
 
-    def _describe(self, values: Iterable[object], found: list[Hashable]) -> bool:
+    def _describe(self, values: Iterable[Any], found: list[Any]) -> bool:
         for value in values:
             kind = type(value)
             if kind in _PLAIN:
-                found += (kind, value)
+                found += [kind, value]
             elif isinstance(value, GROUPS):
-                found += (kind, len(value))
+                found += [kind, len(value)]
                 if not self._describe(value, found):
                     return False
             elif isinstance(value, FakeTensor) and self._is_simple(value):
-                found += (*_layout(value), value.fake_device)
+                found += [*_layout(value), value.fake_device]
             else:
                 return False
         return True
@@ -148,11 +148,11 @@ class Recipes:
 
 @functools.cache
 def _follows_from_shapes(func: Any) -> bool:
-    """Return whether the result of an operator follows from the shapes of its arguments."""
+    """Return whether the result of an operator follows from the shapes of its arguments, if it has
+    one: where it follows from their values, fakes raise an exception."""
     if not isinstance(func, OpOverload) or func.namespace != "aten":
         return False
-    tags = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view
-    return not {*tags} & {*func.tags} and func._opname not in _KEEP_MORE
+    return torch.Tag.inplace_view not in func.tags and func._opname not in _KEEP_MORE
 
 
 def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
@@ -169,14 +169,15 @@ def _output(result: FakeTensor, given: Sequence[Tensor]) -> _Output | None:
     same = [number for number, tensor in enumerate(given) if tensor is result]
     if same:
         return _Output(same[0], None, 0, result.fake_device) if len(same) == 1 else None
-    offset, storage = result.storage_offset(), _storage(result)
+    offset, storage = int(result.storage_offset()), _storage(result)
     bases = [number for number, tensor in enumerate(given) if _storage(tensor) == storage]
     if not bases:
         return _Output(None, _layout(result), offset, result.fake_device)
     base = given[bases[0]]
     if len(bases) > 1 or base.dtype.itemsize != result.dtype.itemsize:
         return None
-    return _Output(bases[0], _layout(result), offset - base.storage_offset(), result.fake_device)
+    from_base = offset - int(base.storage_offset())
+    return _Output(bases[0], _layout(result), from_base, result.fake_device)
 
 
 def _alike(results: Sequence[Any], again: Sequence[Any]) -> bool:

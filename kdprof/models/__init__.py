@@ -32,7 +32,8 @@ AnyNetwork = SegmentationNetwork | AdaptedNetwork
 def build(
     name: str | NetworkName, num_classes: int, *, backbone_weights: str = "none"
 ) -> AnyNetwork:
-    """Return the network called ``name`` on the default device, in training mode.
+    """Return the network called ``name`` in training mode, on the default device; an adapted one
+    always on the CPU, because it may be a user's code, which may keep tensors of its own.
 
     The valid names are those of :func:`~kdprof.models.names.parse_name` and of
     :func:`~kdprof.models.adapted.build_adapted`.
@@ -46,7 +47,8 @@ def build(
             name, or the weights are unavailable or do not fit.
     """
     if isinstance(name, str) and is_adapted(name):
-        return build_adapted(name, num_classes, backbone_weights)
+        with torch.device("cpu"):
+            return build_adapted(name, num_classes, backbone_weights)
     name = parse_name(name) if isinstance(name, str) else name
     return SegmentationNetwork(name, num_classes, backbone_weights)
 
@@ -58,8 +60,6 @@ def outlined(name: str | NetworkName, num_classes: int) -> AnyNetwork:
     Raises:
         UserError: as :func:`build`.
     """
-    if isinstance(name, str) and is_adapted(name):
-        return build(name, num_classes)
     try:
         with torch.device("meta"):
             return build(name, num_classes)
