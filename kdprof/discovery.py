@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kdprof.errors import UserError, unknown
@@ -32,7 +35,8 @@ def method_modules() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
 
 
-def builtin_methods() -> dict[str, MethodEntry]:
+@functools.cache
+def builtin_methods() -> Mapping[str, MethodEntry]:
     """Import and return all built-in and installed methods (entry point ``kdprof.methods``), by
     name."""
     found: dict[str, MethodEntry] = {}
@@ -47,7 +51,7 @@ def builtin_methods() -> dict[str, MethodEntry]:
                 "another; change its class attribute 'name'"
             )
         found[cls.name] = MethodEntry(cls, point.value, _source_hash(sys.modules[cls.__module__]))
-    return found
+    return MappingProxyType(found)
 
 
 def find_method(spec: str) -> MethodEntry:
@@ -86,8 +90,10 @@ def _source_hash(module: Any) -> str:
     return source_hash(path.parent, ("*.py",) if builtin else (path.name,))
 
 
+@functools.cache
 def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Return the hash of the files in ``folder`` that match any of the patterns."""
+    """Return the hash of the files in ``folder`` that match any of the patterns, as they were when
+    this process first asked: it runs the code of that time."""
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -95,7 +95,7 @@ def converted_schedules(
 def classes_of(costs: Iterable[str], specs: Iterable[str]) -> dict[str, type[Method]]:
     """Return the classes of measured methods, including those in users' files (``specs``). A method
     whose file can no longer be read is left out."""
-    found: dict[str, MethodEntry] = builtin_methods()
+    found: dict[str, MethodEntry] = dict(builtin_methods())
     for spec in specs:
         try:
             method = find_method(spec)

@@ -221,8 +221,7 @@ class TrainStep:
         mark("data")
         teacher = self.teacher_taps(images)
         mark("teacher_forward")
-        with self.autocast():
-            student = self._run_student(images, self._student_taps)
+        student = self._student_forward(images)
         mark("student_forward")
         cut = Taps(**{k: v.detach().requires_grad_() for k, v in vars(student).items()})
         losses = self._task(cut, labels)
@@ -280,6 +279,10 @@ class TrainStep:
         with self.autocast():
             return self._run_frozen(images, self._teacher_taps)
 
+    def _student_forward(self, images: Tensor) -> Taps:
+        with self.autocast():
+            return self._run_student(images, self._student_taps)
+
     def _task(self, cut: Taps, labels: Tensor) -> dict[str, Tensor]:
         align, pixels = self.student.align_corners, valid_pixels(labels)
         if self._ranks:
@@ -324,8 +327,7 @@ class TrainStep:
         if weighted:
             self._scaler.scale(torch.stack(weighted).sum()).backward()
 
-    @staticmethod
-    def _student_backward(student: Taps, cut: Taps) -> None:
+    def _student_backward(self, student: Taps, cut: Taps) -> None:
         reached = [name for name, leaf in vars(cut).items() if leaf.grad is not None]
         torch.autograd.backward(
             [getattr(student, name) for name in reached],
@@ -344,30 +346,6 @@ class TrainStep:
         self._auxiliary_optimizer.step()
         self._auxiliary_optimizer.zero_grad(set_to_none=True)
         return terms
-
-    def rebuilt(self) -> TrainStep:
-        """Return the same step with new optimisers for the current parameters of its modules, run
-        by this process alone."""
-        return TrainStep(
-            student=self.student,
-            teacher=self.teacher,
-            method=self.method,
-            settings=self.settings,
-            iterations=self.iterations,
-            seed=self.seed,
-            device=self.device,
-        )
-
-    def make_auxiliary_state(self) -> None:
-        """Make the second optimiser create its state now, instead of at its first step."""
-        optimizer = self._auxiliary_optimizer
-        if optimizer is None:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs: student, extras, optimisers, loss scale."""

@@ -17,6 +17,7 @@ LEAVES = {"errors", "records", "stats", "store", "budget", "study"}
 
 MAY_IMPORT = {
     "errors": set(),
+    "imports": set(),
     "progress": set(),
     "presets": set(),
     "records": set(),
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "hardware": {"errors"},
     "distributed": {"errors"},
     "data": {"errors", "method", "progress", "store", "study"},
-    "models": {"errors", "hardware", "method", "store", "user_files"},
+    "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
     "step_feed": {"data", "step"},
@@ -43,8 +44,9 @@ MAY_IMPORT = {
         "method", "models", "progress", "records", "step", "study",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "processes", "progress", "records",
-        "resized", "resolve", "stats", "step", "step_feed", "store", "study", "user_files",
+        "data", "distributed", "errors", "hardware", "method", "models", "processes", "progress",
+        "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
+        "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",

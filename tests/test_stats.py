@@ -5,6 +5,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from kdprof.stats import (
+    _ranks,
     block_length,
     drift_of,
     mean_interval,
@@ -147,3 +148,16 @@ def test_outliers_are_found_and_placed():
     assert (number, step) == (4, 1)
     assert times == pytest.approx(1.5, rel=0.05)
     assert outliers([[1.0, 1.0]] * 5) == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 40])
+def test_the_interval_of_a_mean_is_scipys(count):
+    values = np.random.default_rng(count).normal(size=count)
+    mean, low, high = mean_interval(values)
+    wanted = scipy_stats.t.interval(0.95, count - 1, loc=mean, scale=scipy_stats.sem(values))
+    assert (low, high) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [2.0, 1.0, 2.0, 0.5, 2.0]])
+def test_equal_values_share_a_rank(values):
+    assert list(_ranks(np.array(values))) == list(scipy_stats.rankdata(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -14,10 +15,13 @@ from kdprof.errors import UserError
 from kdprof.hardware.blocks import counted_for
 from kdprof.measure.cost import counted_cost
 from kdprof.measure.count import Count, count_step, fake_tensors
+from kdprof.measure.counted_step import Parts
+from kdprof.measure.fakes import CPU
 from kdprof.measure.isolation import Failure
 from kdprof.measure.memory import available_bytes
 from kdprof.measure.module_flop import modules_flop
 from kdprof.measure.study_step import identity_of
+from kdprof.method import Network
 from kdprof.processes import explain
 from kdprof.progress import Progress
 from kdprof.records import Cost, CountedCost
@@ -66,7 +70,7 @@ def count_costs(
 
 
 def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
-    step, factory = study.step, _counting_factory(study)
+    step, factory = study.step, Factory(study, weights=False, ranks=None, device=CPU)
     taps = ("logits", "aux") if step.aux_weight else ("logits",)
     return {
         "student": modules_flop(factory.student(0), step.share, step.crop, taps=taps),
@@ -74,31 +78,61 @@ def _modules_of(study: ResolvedStudy) -> dict[str, dict[str, float]]:
     }
 
 
-def _counting_factory(study: ResolvedStudy) -> Factory:
-    """Return a factory of steps that are only counted: random weights, in this process alone."""
-    return Factory(study, weights=False, ranks=None)
-
-
 def counts(
     study: ResolvedStudy, names: Sequence[str], progress: Progress, device_type: str
 ) -> Iterator[tuple[str, Count | Failure]]:
-    """Yield the work of each method's step, or why it cannot be counted without running it."""
-    factory = _counting_factory(study)
-    # All methods share one teacher and one student: counting changes neither, and building them
-    # takes seconds.
-    mode, teacher, student = fake_tensors(), factory.frozen(factory.teacher()), None
+    """Yield each name with the count of its step at the study's full size, or why there is none.
+
+    Neither device nor memory is needed, and nothing runs. One teacher and one student serve all
+    methods, and what their steps have in common is counted once. In a group of ranks any one of
+    them may count: the others take no part.
+
+    Args:
+        device_type: type of the device whose sizes of blocks are counted.
+    """
+    # Nothing is initialised on the meta device. What fails there is tried on the CPU: some
+    # backbones ask for values while they are built.
+    counters = [_Counter(study, torch.device("meta")), _Counter(study, CPU)]
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
-            step = factory.step(name, teacher, device=torch.device("cpu"), student=student)
-            student = step.student
-            try:
-                # Only records go to standard output; what a user's method prints does not.
-                with redirect_stdout(sys.stderr), counted_for(device_type):
-                    made: Count | Failure = count_step(step, mode)
-            except (Exception, SystemExit) as error:
-                made = Failure(explain(error))
+            # Only records go to standard output; what a user's method prints does not.
+            with redirect_stdout(sys.stderr), counted_for(device_type):
+                made = _count(counters, name)
             yield name, made
             advance(1)
+
+
+def _count(counters: Sequence[_Counter], name: str) -> Count | Failure:
+    for counter in counters:
+        try:
+            return counter.count(name)
+        except (Exception, SystemExit) as error:
+            failure = Failure(explain(error))
+    return failure
+
+
+class _Counter:
+    """Counts steps of networks and methods that are built on a device, with random weights; those
+    of users always on the CPU, because they may keep tensors that later steps use."""
+
+    def __init__(self, study: ResolvedStudy, device: torch.device):
+        self._study, self._device, self._mode = study, device, fake_tensors()
+        self._factory = Factory(study, weights=False, ranks=None, device=device)
+
+    def count(self, name: str) -> Count:
+        with self._device if self._study.methods[name].origin == "built-in" else CPU:
+            method = self._factory.method(name)
+        with self._device:
+            student, teacher = self._student, self._teacher if method.needs_teacher() else None
+        return count_step(Parts(student, teacher, method, self._study.step), self._mode)
+
+    @functools.cached_property
+    def _student(self) -> Network:
+        return self._factory.placed_student(0)
+
+    @functools.cached_property
+    def _teacher(self) -> Network:
+        return self._factory.frozen(self._factory.placed_teacher())
 
 
 def too_large(

@@ -7,7 +7,7 @@ prints the table of this module. 1 multiply-add = 2 FLOP.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from torch.utils.flop_counter import (
 from kdprof.records import OperationKind
 
 aten = torch.ops.aten
+GROUPS = (list, tuple)
+"""Types of arguments that may hold tensors."""
 
 
 def convolution_flop(
@@ -94,24 +96,29 @@ class OperatorCall(NamedTuple):
 
     def first(self) -> Tensor:
         """Return the first tensor argument."""
-        return next(tensors_in(self.args))
+        return tensors_in(self.args)[0]
 
     def made(self) -> int:
         """Return the elements of the outputs, or of the first argument if there is no output."""
-        made = list(tensors_in(self.out)) or tensors_in(self.args[:1])
+        made = tensors_in(self.out) or tensors_in(self.args[:1])
         return sum(t.numel() for t in made)
 
 
 Formula = Callable[[OperatorCall], float]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of an operator's argument or result: a tensor, or lists of them."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of an operator's argument or result: a tensor, or lists of them."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, GROUPS):
         for item in value:
-            yield from tensors_in(item)
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, GROUPS):
+                found += tensors_in(item)
+    return found
 
 
 def nothing(call: OperatorCall) -> float:
@@ -134,7 +141,7 @@ def _per_row_of_products(multiple: float) -> Formula:
 
 def _per_window(call: OperatorCall) -> float:
     """Return one FLOP per element of the pooling window of each output."""
-    outputs = next(tensors_in(call.out)).numel()
+    outputs = tensors_in(call.out)[0].numel()
     kernel = call.args[1]
     dims = call.args[0].dim() - 2
     return outputs * math.prod(kernel if len(kernel) == dims else [kernel[0]] * dims)

@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdprof.hardware.device import synchronize
+from kdprof.measure.fakes import DEVICE
 from kdprof.measure.flop_formulas import tensors_in
 from kdprof.measure.operators import COMPOSITE, Operator, operator_of
 from kdprof.records import Operation, OperationKind, TermCost
@@ -85,6 +86,14 @@ class _Call:
         return self.took or 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was traced of a part of a step: its calls, and the operators and places that wait."""
+
+    calls: list[_Call]
+    waits: list[tuple[str, str]]
+
+
 class _Flow:
     """The numbers of storages. A new output gets a fresh number even if the allocator reuses an
     address; views and in-place writes keep the number of their storage."""
@@ -104,11 +113,11 @@ class _Flow:
         self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Return the storages that a call read and wrote."""
-        given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
+        given = tensors_in([*args, *kwargs.values()])
         # This operator brings a constant into the graph: its address may be reused, too.
         known = set() if operator.name == "aten.lift_fresh" else {storage_key(t) for t in given}
         reads = frozenset(self.number(t) for t in given)
-        made = list(tensors_in(out))
+        made = tensors_in(out)
         for tensor in made:
             if storage_key(tensor) not in known:
                 self._numbers[storage_key(tensor)] = next(self._fresh)
@@ -161,6 +170,10 @@ class StepTrace(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under a trace, and each guard takes microseconds
 
     def __init__(
         self,
@@ -256,6 +269,18 @@ class StepTrace(TorchDispatchMode):
         if phase in PHASES:
             self._phase = PHASES[(PHASES.index(phase) + 1) % len(PHASES)]
 
+    def take(self) -> Part:
+        """Return what was traced since the last mark, and forget it."""
+        part = Part(self._pending, self._pending_waits)
+        self._pending, self._pending_waits = [], []
+        return part
+
+    def add(self, part: Part) -> None:
+        """Record what was traced elsewhere as if it ran now. It must be neither of the objective
+        nor of its backward, whose calls belong to terms."""
+        self._pending += part.calls
+        self._pending_waits += part.waits
+
     def _close(self, phase: str) -> None:
         if self._pending:
             self._calls.setdefault(phase, []).extend(self._pending)
@@ -270,6 +295,8 @@ class StepTrace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operator and record its work."""
+        if func is DEVICE:
+            return args[0].fake_device  # only fakes ask, several times per operator
         kwargs = kwargs or {}
         operator = operator_of(func)
         if operator.kind is None:

@@ -5,6 +5,8 @@ Here a name becomes a network with taps. Nothing here knows data sets, objective
 
 from __future__ import annotations
 
+import torch
+
 from kdprof.models.adapted import AdaptedNetwork, build_adapted, is_adapted, source_of
 from kdprof.models.folding import folded
 from kdprof.models.names import NetworkName, parse_name
@@ -17,6 +19,7 @@ __all__ = [
     "build",
     "folded",
     "is_adapted",
+    "outlined",
     "parse_name",
     "source_of",
 ]
@@ -29,7 +32,8 @@ AnyNetwork = SegmentationNetwork | AdaptedNetwork
 def build(
     name: str | NetworkName, num_classes: int, *, backbone_weights: str = "none"
 ) -> AnyNetwork:
-    """Return the network called ``name`` on the default device, in training mode.
+    """Return the network called ``name`` in training mode, on the default device; an adapted one
+    always on the CPU, because it may be a user's code, which may keep tensors of its own.
 
     The valid names are those of :func:`~kdprof.models.names.parse_name` and of
     :func:`~kdprof.models.adapted.build_adapted`.
@@ -43,6 +47,21 @@ def build(
             name, or the weights are unavailable or do not fit.
     """
     if isinstance(name, str) and is_adapted(name):
-        return build_adapted(name, num_classes, backbone_weights)
+        with torch.device("cpu"):
+            return build_adapted(name, num_classes, backbone_weights)
     name = parse_name(name) if isinstance(name, str) else name
     return SegmentationNetwork(name, num_classes, backbone_weights)
+
+
+def outlined(name: str | NetworkName, num_classes: int) -> AnyNetwork:
+    """Return the network called ``name`` for what is known of it (``info``, ``check_input``): its
+    parameters have shapes, but no values where it can be built without.
+
+    Raises:
+        UserError: as :func:`build`.
+    """
+    try:
+        with torch.device("meta"):
+            return build(name, num_classes)
+    except Exception:  # by backbone: some read numbers from tensors while they are built
+        return build(name, num_classes)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-from timm.models import FeatureInfo, load_state_dict
-from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
 from kdprof.errors import UserError, unknown
+from kdprof.imports import quick_import
+
+with quick_import():
+    import timm
+    from timm.models import FeatureInfo, load_state_dict
+    from timm.models.resnet import BasicBlock
 
 STAGES = ("c2", "c3", "c4", "c5")
 OUTPUT_STRIDE = 8
@@ -162,7 +166,7 @@ def check_name(name: str) -> None:
     Raises:
         UserError: it does not. The message names the nearest valid name.
     """
-    names = [*OWN, *timm.list_models()]
+    names = _all_names()
     if name in names:
         return
     short = ["r18", "r50", "r101"]
@@ -170,6 +174,11 @@ def check_name(name: str) -> None:
     if close:
         raise UserError(unknown("backbone", name, close))
     raise UserError(f"{unknown('backbone', name, short)}, or a name of timm.list_models()")
+
+
+@functools.cache
+def _all_names() -> tuple[str, ...]:
+    return *OWN, *timm.list_models()
 
 
 def _timm_net(name: str, **arguments: Any) -> nn.Module:

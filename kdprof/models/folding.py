@@ -45,6 +45,9 @@ def folded(network: SegmentationNetwork, dtype: torch.dtype) -> SegmentationNetw
     for convolution, norm in pairs:
         _replace(network, convolution, fuse_conv_bn_eval(convolution, norm))
         _replace(network, norm, _what_follows(norm))
+    if network.mean.is_meta:  # without values there is nothing to compare
+        fuse(network, dtype)
+        return network
     _compare(expected, network(images, NETWORK_TAPS), network.info.name, torch.float32)
     fuse(network, dtype)
     _compare(expected, _run(network, images, dtype), network.info.name, dtype)

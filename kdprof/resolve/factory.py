@@ -31,10 +31,19 @@ class Factory:
         weights: True to load the weights of files into new networks; a step costs the same with
             random weights.
         ranks: the group that runs the steps together; None if this process runs them alone.
+        device: where networks and steps are placed; if not given, the study's device.
     """
 
-    def __init__(self, study: ResolvedStudy, *, weights: bool, ranks: Ranks | None):
+    def __init__(
+        self,
+        study: ResolvedStudy,
+        *,
+        weights: bool,
+        ranks: Ranks | None,
+        device: torch.device | None = None,
+    ):
         self._study, self._weights, self._ranks = study, weights, ranks
+        self._device = device or study.device
 
     def student(self, seed: int) -> AnyNetwork:
         """Return a new student; its initialisation depends on the seed alone, not on the method."""
@@ -43,10 +52,6 @@ class Factory:
         weights = plain.student_backbone_weights if self._weights else "none"
         classes = self._study.data.num_classes("student")
         return build(plain.student, classes, backbone_weights=weights)
-
-    def placed_student(self, seed: int) -> AnyNetwork:
-        """Return a new student on the device."""
-        return self._placed(self.student(seed), self._study.device)
 
     def teacher(self) -> AnyNetwork:
         """Return a new, untrained teacher."""
@@ -57,7 +62,11 @@ class Factory:
 
     def placed_teacher(self) -> AnyNetwork:
         """Return an untrained teacher on the device; its cost is that of the trained one."""
-        return self._placed(self.teacher(), self._study.device)
+        return self._placed(self.teacher())
+
+    def placed_student(self, seed: int) -> AnyNetwork:
+        """Return a new student on the device, not started as the teacher."""
+        return self._placed(self.student(seed))
 
     def published_teacher(self) -> tuple[AnyNetwork, str] | None:
         """Return the teacher on the device, with the weights of its file, and a one-line summary of
@@ -72,7 +81,7 @@ class Factory:
         network = build(study.teacher_name, study.data.num_classes("teacher"))
         loaded = load_weights(network, study.teacher_weights)
         summary = f"{study.teacher_name}, {study.teacher_weights.source} names: {loaded.summary()}"
-        return self._placed(network, study.device), summary
+        return self._placed(network), summary
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
         """Return a teacher as steps use it: unchanged, or a copy with folded batch norms and fused
@@ -82,8 +91,8 @@ class Factory:
         assert isinstance(teacher, SegmentationNetwork), "step_problems() refuses others"
         return folded(teacher, DTYPES[self._study.step.precision])
 
-    def _placed(self, network: AnyNetwork, device: torch.device) -> AnyNetwork:
-        return placed(network, device, channels_last=self._study.step.channels_last)
+    def _placed(self, network: AnyNetwork) -> AnyNetwork:
+        return placed(network, self._device, channels_last=self._study.step.channels_last)
 
     def method(self, name: str) -> Method:
         """Return a new method, built for this study's networks."""
@@ -108,7 +117,6 @@ class Factory:
         *,
         seed: int = 0,
         iterations: int = MEASURED_ITERATIONS,
-        device: torch.device | None = None,
         student: Network | None = None,
     ) -> TrainStep:
         """Return the step of a method, with new extras.
@@ -117,25 +125,21 @@ class Factory:
             iterations: iterations that the learning-rate schedule spans.
             student: the student to use, already on the device; if not given, a new one.
         """
-        study, device = self._study, device or self._study.device
-        if student is None:
-            student = self._started_student(seed, teacher, device)
+        study = self._study
         return TrainStep(
-            student=student,
+            student=student or self._started_student(seed, teacher),
             teacher=teacher if study.methods[name].cls.needs_teacher() else None,
-            method=self.method(name).to(device),
+            method=self.method(name).to(self._device),
             settings=study.step,
             iterations=iterations,
             seed=seed,
-            device=device,
+            device=self._device,
             ranks=self._ranks,
         )
 
-    def _started_student(
-        self, seed: int, teacher: AnyNetwork | None, device: torch.device
-    ) -> AnyNetwork:
+    def _started_student(self, seed: int, teacher: AnyNetwork | None) -> AnyNetwork:
         """Return a new student on the device; it starts as the teacher if the scenario says so."""
-        student, scenario = self._placed(self.student(seed), device), self._study.scenario
+        student, scenario = self.placed_student(seed), self._study.scenario
         if self._study.starts_as_teacher and scenario is not None and teacher is not None:
             assert isinstance(student, SegmentationNetwork), "step_problems() refuses others"
             assert isinstance(teacher, SegmentationNetwork), "it has the student's architecture"
@@ -152,11 +156,11 @@ class Factory:
         return TrainStep(
             student=network,
             teacher=None,
-            method=method.to(study.device),
+            method=method.to(self._device),
             settings=study.step.model_copy(update={"learning_rate": rate}),
             iterations=training.iterations,
             seed=0,
-            device=study.device,
+            device=self._device,
             ranks=self._ranks,
         )
 

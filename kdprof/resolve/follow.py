@@ -6,8 +6,6 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kdprof.distributed.ranks import Ranks, StepOrder
 from kdprof.method import Network
 from kdprof.models import AnyNetwork
@@ -39,15 +37,12 @@ class LeadingFactory(Factory):
         *,
         seed: int = 0,
         iterations: int = MEASURED_ITERATIONS,
-        device: torch.device | None = None,
         student: Network | None = None,
     ) -> TrainStep:
         """Return the step of a method, created on every rank."""
         made = {"name": name, "seed": seed, "iterations": iterations}
         self._order(do="make", **made, teacher=teacher is not None)
-        return super().step(
-            name, teacher, seed=seed, iterations=iterations, device=device, student=student
-        )
+        return super().step(name, teacher, seed=seed, iterations=iterations, student=student)
 
     def teacher_step(self) -> TrainStep:
         """Return the step that trains the teacher, created on every rank."""

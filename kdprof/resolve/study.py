@@ -25,7 +25,7 @@ from kdprof.hardware.device import (
     require_repeatable_cublas,
 )
 from kdprof.method import Method
-from kdprof.models import AnyNetwork, build, is_adapted, parse_name
+from kdprof.models import AnyNetwork, is_adapted, outlined, parse_name
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, read_weights
 from kdprof.progress import Progress
@@ -221,13 +221,13 @@ class ResolvedStudy:
 
     @cached_property
     def student_shapes(self) -> AnyNetwork:
-        """The student with random weights, on the CPU, for its shapes."""
-        return build(self.plain.student, self.data.num_classes("student"))
+        """The student without weights, for what is known of it."""
+        return outlined(self.plain.student, self.data.num_classes("student"))
 
     @cached_property
     def teacher_shapes(self) -> AnyNetwork:
-        """The teacher with random weights, on the CPU, for its shapes and costs."""
-        return build(self.teacher_name, self.data.num_classes("teacher"))
+        """The teacher without weights, for what is known of it."""
+        return outlined(self.teacher_name, self.data.num_classes("teacher"))
 
     @cached_property
     def hardware(self) -> Hardware:
