@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "user_files": {"errors"},
     "method": {"errors"},
     "discovery": {"errors", "method", "user_files"},
-    "resized": {"method"},
+    "resized": {"hardware", "method"},
     "hardware": {"errors"},
     "distributed": {"errors"},
     "data": {"errors", "method", "progress", "store", "study"},

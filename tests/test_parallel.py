@@ -189,7 +189,7 @@ class OneGpu:
     def energy_meter(self):
         return self
 
-    source, reason = "counter", None
+    source, reason, period_s = "counter", None, 0.1
 
     def read_j(self):
         return self.joules
@@ -207,6 +207,7 @@ def test_several_gpus_are_one_device_whose_slowest_part_counts():
     assert gpus.cause(state, state) == "throttled"
     assert gpus.energy_meter().read_j() == 3.0
     assert gpus.energy_meter().power_w() == 3.0
+    assert gpus.energy_meter().period_s == 0.1
     silent = SeveralGpus([OneGpu(), OneGpu(joules=None)]).energy_meter()
     assert silent.read_j() is None
     with pytest.raises(UserError, match="would mix NVIDIA X and NVIDIA Y"):

@@ -309,6 +309,7 @@ def test_which_form_runs_on_a_cpu(shape, size, form):
 )
 def test_which_form_runs_on_a_gpu(reason, size, form, monkeypatch):
     monkeypatch.setattr(choice, "why_no_tiles", lambda: reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     logits = SimpleNamespace(device=torch.device("cuda"), shape=torch.Size((1, 3, 2, 2)))
     assert form_of(logits, size) == form
 

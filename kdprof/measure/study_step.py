@@ -133,10 +133,9 @@ class StudyBench:
             UserError: a file that the loader needs cannot be used.
         """
         before = self._prepare(name)
-        try:
-            cost = self._visit(name, on_round, most_s)
-        finally:
-            self._free()
+        cost = self._visit(name, on_round, most_s)
+        # Not after an error: this bench ends with it, and other ranks may wait within a step.
+        self._free()
         self.spoiled = self._spoiled(name, before)
         return cost
 
@@ -215,7 +214,7 @@ class StudyBench:
 
     def _counted(self, name: str, step: TrainStep) -> StepOperators | None:
         count = self._counts.get(name)
-        if count is None:
+        if count is None or self._study.ranks:  # one process alone does not communicate
             return None
         return StepOperators(
             count.operations, count.terms, count.synchronisations, compiled_notes(step), timed=False

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from kdprof.hardware.blocks import device_type
 from kdprof.resized.tiles import why_no_tiles
 
 Form = Literal["plain", "bands", "tiles"]
@@ -33,11 +35,13 @@ def form_of(logits: Tensor, size: tuple[int, int]) -> Form:
     Logits that have the size already are their own map, so nothing is saved. A CPU reduces a map in
     the plain form too, because the result is smaller than what it is made from.
     """
-    device, small = logits.device.type, logits.shape[-2:]
+    device, small = device_type(logits), logits.shape[-2:]
     if small == size:
         return "plain"
     if device == "cuda":
-        return "tiles" if why_no_tiles() is None else "plain"
+        # A machine without a GPU counts the work of one that has Triton.
+        works = not torch.cuda.is_available() or why_no_tiles() is None
+        return "tiles" if works else "plain"
     elements = logits.shape[:2].numel() * math.prod(size)
     enlarges = math.prod(size) > small.numel()
     return "bands" if device == "cpu" and enlarges and elements >= LEAST_ELEMENTS else "plain"
