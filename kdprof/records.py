@@ -117,10 +117,12 @@ class Energy(Record):
     counter_period_s: float
     """Time between updates of the counter."""
     idle_w: float | None
-    """Power before the steps ran; ``energy_j`` includes it. None if the energy was read around the
-    timed blocks."""
+    """Power before the steps ran; ``energy_j`` includes it."""
     power_integral_j: float | None
-    """Energy per step from integrating sampled power, as a cross-check; None as for ``idle_w``."""
+    """Energy per step from integrating sampled power, as a cross-check."""
+    around_blocks: bool = False
+    """True if it was read around the timed blocks, not in a window of its own; the two values above
+    are None then."""
 
 
 class Ceilings(Record):

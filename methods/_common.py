@@ -50,10 +50,10 @@ class GroupedMethod(Method):
     """A method whose objective couples the images of a device: it compares them with each other, or
     divides by a sum over them.
 
-    Its authors trained it with a few images on each of several devices; on one device with the
-    whole batch it is another objective. With ``images_per_group`` = n every term is computed for n
-    images at a time, as if each group were alone on a device, and averaged over the groups. The
-    subclass asks :meth:`group_size`.
+    Most of these were trained with a few images on each of several devices; on one device with the
+    whole batch they are other objectives. With ``images_per_group`` = n a term that couples images
+    is computed for n images at a time and averaged over the groups. Memories of earlier images are
+    shared by all groups. The subclass asks :meth:`group_size`.
     """
 
     images_per_group: int = 0

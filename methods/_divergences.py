@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kdprof.methods._common import match_grid
 
-REDUCTIONS = ("pixel", "element", "image", "sum", "soft_cross_entropy")
+SUMS = ("sum", "soft_cross_entropy")
+"""Reductions that add up images."""
+REDUCTIONS = ("pixel", "element", "image", *SUMS)
 
 
 def pixel_kl(

@@ -6,22 +6,11 @@ they are operators of torch, which it can trace, compile and count.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from kdprof.hardware.blocks import device_type
-
 TILE = 64
 """Rows and columns of a map that one program of a kernel processes."""
-HAS_TRITON = find_spec("triton") is not None
-
-
-def usable(tensor: Tensor) -> bool:
-    """Return whether the work of a tensor is done, or is counted, with these kernels."""
-    counted = tensor.device.type != "cuda"
-    return device_type(tensor) == "cuda" and (counted or HAS_TRITON)
 
 
 def compare_maps(student: Tensor, teacher: Tensor, both: bool) -> Tensor:

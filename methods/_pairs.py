@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdprof.hardware.blocks import block_elements
 from kdprof.methods import _pair_kernels
+from kdprof.resized.tiles import by_kernels
 
 LEAST_TEMPERATURE = 1 / 60
 """Similarities of unit vectors are within +-1 / T. From this T on, their exponentials and the sums
@@ -90,7 +91,7 @@ def _compare(
     pairs, positions = ours[0].shape[:2]
     at_once = min(pairs, max(1, block_elements(ours[0]) // positions**2))
     maps = ours[0].new_empty(2, at_once, positions, positions)
-    compare = _pair_kernels.compare_maps if _pair_kernels.usable(ours[0]) else compare_maps
+    compare = _pair_kernels.compare_maps if by_kernels(ours[0]) else compare_maps
     slopes, sums = [torch.empty_like(v) for v in ours], []
     for begin in range(0, pairs, at_once):
         here = slice(begin, begin + at_once)

@@ -25,7 +25,7 @@ def standardise(features: Tensor, dims: tuple[int, ...], correction: int) -> Ten
     half precision.
     """
     features = features.float()
-    count = math.prod(features.shape[dim] for dim in dims)
+    count = math.prod([features.shape[dim] for dim in dims])
     std, mean = torch.std_mean(features, dims, correction=correction * (count > 1), keepdim=True)
     # The mean is subtracted first: f * scale - mean * scale would lose all digits of a channel
     # whose mean is far above its standard deviation.

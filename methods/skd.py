@@ -14,7 +14,7 @@ from kdprof.hardware.blocks import block_elements
 from kdprof.method import Recipe, Taps
 from kdprof.methods._common import GroupedMethod, check_settings, match_grid
 from kdprof.methods._discriminator import AdversarialMethod
-from kdprof.methods._divergences import REDUCTIONS, pixel_kl
+from kdprof.methods._divergences import REDUCTIONS, SUMS, pixel_kl
 from kdprof.methods._recipes import SKDS_RERUN, cirkd, cirkd_segformer, mmseg, skd
 from kdprof.methods._relations import LEAST_ROWS
 
@@ -212,6 +212,11 @@ class SKDPlain(GroupedMethod):
         check_settings(self, {"pooling": POOLINGS, "kd_reduction": REDUCTIONS}, positive=("scale",))
         if self.scale > 1:
             raise UserError(f"method '{self.name}': scale must be at most 1, not {self.scale!r}")
+        if self.images_per_group and self.kd_reduction not in SUMS:
+            raise UserError(
+                f"method '{self.name}': images_per_group does nothing with kd_reduction = "
+                f"{self.kd_reduction!r}, which couples no images; leave it out"
+            )
 
     def forward(self, student: Taps, teacher: Taps, labels: Tensor | None) -> dict[str, Tensor]:
         """Return ``kd`` and ``pairwise``."""

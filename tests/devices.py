@@ -7,7 +7,12 @@ import torch
 
 ASKED = os.environ.get("KDPROF_TEST_DEVICE")
 """``cuda``: all checks, on the first GPU. ``cpu``: the same, as a check of the checks, without
-those that only a GPU can pass. Not set: a few of the latter, in an ordinary run of the tests."""
+those that only a GPU can pass. Not set: a few of them on the CPU, in an ordinary run of the
+tests."""
+if ASKED not in (None, "cpu", "cuda"):
+    raise ValueError(f"KDPROF_TEST_DEVICE is cuda or cpu, not {ASKED!r}")
+if ASKED == "cuda" and not torch.cuda.is_available():
+    raise ValueError("KDPROF_TEST_DEVICE=cuda, but torch sees no CUDA GPU")
 DEVICE = torch.device("cuda", 0) if ASKED == "cuda" else torch.device("cpu")
 WHOLE = ASKED is not None
 IS_GPU = DEVICE.type == "cuda"
@@ -16,9 +21,6 @@ if IS_GPU:
     # Before CUDA starts, which is when the first test uses it: see step.deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-available = pytest.mark.skipif(
-    IS_GPU and not torch.cuda.is_available(), reason="torch sees no CUDA GPU"
-)
 needs_gpu = pytest.mark.skipif(
     not IS_GPU, reason="needs a GPU: KDPROF_TEST_DEVICE=cuda make test-gpu"
 )

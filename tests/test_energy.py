@@ -184,14 +184,15 @@ def blocks_of(device, count, steps):
 
 def test_energy_around_long_blocks_costs_no_further_step():
     device = Device(0.2, period_s=0.1)
-    blocks = blocks_of(device, 12, 5)
+    blocks = blocks_of(device, 12, 10)
     steps = device.steps
     joules, how, reason = energy_of_blocks(device, blocks)
     assert reason is None
     assert device.steps == steps == how.steps
-    assert how.window_s == pytest.approx(12.0, rel=1e-3)
+    assert how.window_s == pytest.approx(24.0, rel=1e-3)
     assert (how.counter_period_s, how.idle_w, how.power_integral_j) == (0.1, None, None)
-    assert joules == pytest.approx(0.2 * 500, rel=0.04)
+    assert how.around_blocks
+    assert joules == pytest.approx(0.2 * 500, rel=0.02)
 
 
 def test_short_blocks_say_what_measures_their_energy():
@@ -211,6 +212,13 @@ def test_energy_around_blocks_of_a_counter_that_stops():
     assert energy_of_blocks(device, blocks).reason == "the energy counter stopped answering"
     device.reason = "no counter"
     assert energy_of_blocks(device, blocks).reason == "no counter"
+
+
+def test_energy_around_blocks_of_a_counter_that_is_reset():
+    device = Device(0.2, period_s=0.1)
+    blocks = blocks_of(device, 12, 10)
+    blocks[3].energy = blocks[3].energy._replace(joules=-1e6)
+    assert "was reset" in energy_of_blocks(device, blocks).reason
 
 
 def test_no_counter_runs_no_step():

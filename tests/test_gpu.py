@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import DEVICE, IS_GPU, available, needs_gpu, needs_whole, some
+from devices import DEVICE, IS_GPU, needs_gpu, needs_whole, some
 from method_inputs import NAMES, real_batch, real_step
 from processes import kdprof
 from small_study import small_study, small_toml
@@ -38,7 +38,7 @@ from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
 
-pytestmark = [pytest.mark.gpu, available]
+pytestmark = pytest.mark.gpu
 PRECISIONS = ["fp32", "tf32", "bf16", "fp16"]
 FEW = ("kd", "dkd")
 KILLS = Path(__file__).parents[1] / "benchmarks" / "kills.py"

@@ -102,12 +102,12 @@ def falling():
 def test_warm_up_ends_when_settled_or_says_that_it_never_was(noise):
     clock = SimulatedClock()
     watch = Stopwatch(SimulatedStep("a", 0.01, clock, noise()), clock, QuietHardware())
-    watch.warm_up()
+    unsettled = watch.warm_up()
     if noise is quiet:
-        assert watch.samples.unsettled is None
+        assert unsettled is None
         assert watch.samples.warmup_steps == 2 * latency.WARMUP_WINDOW
     else:
-        assert "still changed by -14%" in watch.samples.unsettled
+        assert "still changed by -14%" in unsettled
         assert watch.samples.warmup_steps == latency.WARMUP_MOST_STEPS
 
 
@@ -116,8 +116,7 @@ def test_a_growing_allocator_is_not_settled(monkeypatch):
     monkeypatch.setattr(latency, "_reserved_bytes", lambda: next(held))
     clock = SimulatedClock()
     watch = Stopwatch(SimulatedStep("a", 0.01, clock, quiet()), clock, QuietHardware())
-    watch.warm_up()
-    assert "allocator still grew" in watch.samples.unsettled
+    assert "allocator still grew" in watch.warm_up()
 
 
 def test_a_slow_machine_is_told_by_the_canary():
@@ -306,7 +305,8 @@ def test_a_slow_loader_is_timed_in_steady_state(workers, expected_s):
     iterations = Iterations(feed, CpuClock(), 0.1, samples)
     feed.begin(0, ENDLESS)
     try:
-        iterations.time_block()
+        assert not iterations.loader_keeps_up()
+        iterations.time_block(keeps_up=False)
     finally:
         feed.close()
     assert samples.end_to_end_s == pytest.approx([expected_s], rel=0.25)
@@ -367,6 +367,48 @@ def test_warm_up_counts_steps_that_ran_before():
     clock = SimulatedClock()
     step = SimulatedStep("a", 0.01, clock, quiet())
     watch = Stopwatch(step, clock, QuietHardware(), ran_s=[0.02, 0.01, 0.01, 0.01, 0.01, 0.01])
-    watch.warm_up()
+    assert watch.warm_up() is None
     assert clock.seconds == 0
-    assert watch.samples.unsettled is None
+
+
+def continued(noises, **settings):
+    """Time a step against itself for 0.1 s, then go on with the second noise."""
+    clock, found = SimulatedClock(), None
+    for noise in noises:
+        samples = found.samples if found else [latency.Samples() for _ in "ab"]
+        watches = [
+            Stopwatch(SimulatedStep(name, 0.01, clock, noise), clock, QuietHardware(), samples=one)
+            for name, one in zip("ab", samples, strict=True)
+        ]
+        found, before = (
+            time_interleaved(
+                watches,
+                MeasureSettings(**settings),
+                clock=clock,
+                canary=SimulatedCanary(clock, quiet()),
+                most_s=0.1,
+                earlier=found,
+            ),
+            found,
+        )
+    return before, found
+
+
+def test_rounds_after_a_warm_up_that_did_not_settle_are_not_added():
+    first, second = continued([quiet(), falling()], precision_target=1e-9)
+    assert second.rounds == first.rounds == len(second.own.blocks)
+    assert second.own.unsettled is None
+    assert second.taken_s > first.taken_s
+
+
+def test_rounds_that_had_not_settled_are_dropped_for_those_that_have():
+    _, second = continued([falling(), quiet()], precision_target=1e-9)
+    assert [one.unsettled for one in second.samples] == [None, None]
+    assert [max(own) for own in second.own.rounds] == pytest.approx([0.01] * second.rounds)
+    assert second.rounds == len(second.own.blocks) == len(second.canary_s)
+
+
+def test_the_time_of_a_method_is_that_of_all_its_visits():
+    first, second = continued([quiet(), quiet()], precision_target=1e-9, max_time_s=1.0)
+    assert first.taken_s == pytest.approx(0.93)
+    assert second.stopped.startswith("1 s were up")

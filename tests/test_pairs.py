@@ -4,11 +4,13 @@ kernels for a GPU against torch's operators."""
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import needs_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_inputs import set_block
@@ -21,10 +23,9 @@ from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import _pair_kernels, _pairs, _relations
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
-without_triton = pytest.mark.skipif(
-    not _pair_kernels.HAS_TRITON, reason="the package triton is not installed"
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="the package triton is not installed"
 )
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def vectors(images, positions, channels, seed=0, dtype=torch.float64):
@@ -153,7 +154,7 @@ def test_the_slope_is_the_derivative_of_the_divergence(both):
 # The kernels.
 
 
-@without_triton
+@needs_triton
 def test_kernels_do_what_the_operators_do():
     script = Path(__file__).with_name("interpreted_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -191,7 +192,7 @@ def test_the_kernels_are_called_as_operators_of_torch():
 
 
 @pytest.mark.gpu
-@no_gpu
+@needs_gpu
 def test_memory_of_the_published_size_on_a_gpu():
     """Two blocks of maps, 1 GiB, and vectors, where both whole maps would need 34 GB."""
     student, teacher = (vectors(8, 8192, c, 0, torch.float32).cuda() for c in (128, 512))
@@ -203,8 +204,8 @@ def test_memory_of_the_published_size_on_a_gpu():
 
 
 @pytest.mark.gpu
-@no_gpu
-@without_triton
+@needs_gpu
+@needs_triton
 def test_a_gpu_gives_what_the_cpu_gives():
     """With its kernels and its blocks; 70 positions do not fill their tiles."""
     student, teacher = (vectors(4, 70, c, c, torch.float32) for c in (6, 9))

@@ -22,6 +22,7 @@ from kdprof.resized import (
     resize_backward,
     resized_argmax,
     resized_cross_entropy,
+    tiles,
 )
 from kdprof.resized.bands import banded_argmax, banded_cross_entropy
 from kdprof.resized.bilinear import Axis
@@ -135,9 +136,18 @@ def test_loss_in_float32_gradient_in_the_logits_own_type(dtype, layout):
 @pytest.mark.usefixtures("always_bands")
 def test_autocast_changes_nothing():
     logits, labels = case(1, 4, (4, 5), (32, 40), 0.1, dtype=torch.float32)
-    outside = resized_cross_entropy(logits, labels), resized_argmax(logits, (32, 40))
+    gradient = torch.randn(1, 4, 32, 40)
+
+    def compute():
+        return (
+            resized_cross_entropy(logits, labels),
+            resized_argmax(logits, (32, 40)),
+            resize_backward(gradient, logits.shape[-2:]),
+        )
+
+    outside = compute()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = resized_cross_entropy(logits, labels), resized_argmax(logits, (32, 40))
+        inside = compute()
     assert all(map(torch.equal, outside, inside))
 
 
@@ -308,8 +318,7 @@ def test_which_form_runs_on_a_cpu(shape, size, form):
     [(None, (8, 8), "tiles"), ("no triton", (8, 8), "plain"), (None, (2, 2), "plain")],
 )
 def test_which_form_runs_on_a_gpu(reason, size, form, monkeypatch):
-    monkeypatch.setattr(choice, "why_no_tiles", lambda: reason)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tiles, "why_no_triton", lambda: reason)
     logits = SimpleNamespace(device=torch.device("cuda"), shape=torch.Size((1, 3, 2, 2)))
     assert form_of(logits, size) == form
 

@@ -49,6 +49,7 @@ def by_kernels(monkeypatch):
         monkeypatch.setattr(module, "form_of", lambda logits, size: "tiles")
 
 
+@pytest.mark.gpu
 @kernels_run
 @pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("name", CASES)
@@ -72,6 +73,7 @@ def test_kernels_are_the_plain_form(name):
     )
 
 
+@pytest.mark.gpu
 @kernels_run
 def test_a_label_that_is_no_class_makes_the_loss_nan():
     logits, labels = draw(1, 2, (1, 2), (2, 3), torch.float64, 0)
@@ -80,6 +82,7 @@ def test_a_label_that_is_no_class_makes_the_loss_nan():
         assert tiles.tiled_cross_entropy(logits.detach(), labels, False)[0].isnan()
 
 
+@pytest.mark.gpu
 @kernels_run
 def test_operators_keep_torch_s_contract():
     logits, labels = draw(1, 2, (1, 2), (2, 3), torch.float32, 0.2)
@@ -119,8 +122,8 @@ def test_interpreted():
 
 @pytest.mark.skipif(INTERPRETED or CUDA, reason="for a machine without a GPU")
 def test_why_there_are_no_tiles_is_said():
-    tiles.why_no_tiles.cache_clear()
-    assert tiles.why_no_tiles()
+    tiles.why_no_triton.cache_clear()
+    assert tiles.why_no_triton()
 
 
 @pytest.mark.gpu
@@ -129,7 +132,7 @@ def test_why_there_are_no_tiles_is_said():
 @pytest.mark.parametrize("classes", [19, 150])
 def test_on_a_gpu_at_the_size_of_a_step(classes, dtype):
     """Right to rounding, the same bits twice, and far less memory than the map."""
-    assert tiles.why_no_tiles() is None
+    assert tiles.why_no_triton() is None
     logits, labels = draw(2, classes, (64, 128), (512, 1024), dtype, 0.1)
     exact = logits.detach().double().requires_grad_()
     wanted = plain_cross_entropy(exact, labels, False)

@@ -144,7 +144,7 @@ def _measure_steps(
     from kdprof.store import Store
     from kdprof.study import load_study
 
-    _refuse_for_steps(study, kind)
+    _refuse_for_steps(study, kind, measuring)
     device, wanted = study.device or "auto", Files(files.trace, files.memory_timeline)
     check_files(wanted, find_device(device))
     baseline = _read_baseline(files.baseline)
@@ -165,13 +165,15 @@ def _measure_steps(
     _conclude(baseline, costs, summary, output)
 
 
-def _refuse_for_steps(study: StudyOptions, kind: KindOptions) -> None:
+def _refuse_for_steps(study: StudyOptions, kind: KindOptions, measuring: MeasuringOptions) -> None:
     """Refuse options that do not apply to a user's step.
 
     Raises:
         UserError: such an option was given.
     """
     given = {name for name, value in vars(study).items() if value} - set(FOR_STEPS)
+    # Each step has a process and a time of its own.
+    given |= {name for name in ("total_time", "isolated") if getattr(measuring, name)}
     parameters = click.get_current_context().command.params
     flags = [parameter.opts[0] for parameter in parameters if parameter.name in given]
     flags += ["--count-only"] if kind.count_only or kind.modules else []

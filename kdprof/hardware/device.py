@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -153,7 +153,9 @@ def tf32_products(allowed: bool) -> Iterator[None]:
     """Within the body, matrix products of a GPU may use TF32 or may not. What was set before is
     restored, in both of torch's interfaces for it."""
     switches, older = torch.backends.cuda.matmul, None
-    newer = getattr(switches, "fp32_precision", None)  # not before torch 2.9
+    both: list[Any] = [switches, getattr(torch.backends.mkldnn, "matmul", None)]
+    # Not before torch 2.9. The older interface sets oneDNN, too.
+    newer = [(one, one.fp32_precision) for one in both if hasattr(one, "fp32_precision")]
     with suppress(RuntimeError):  # raised if only the newer one was set
         older = torch.get_float32_matmul_precision()
     switches.allow_tf32 = allowed
@@ -162,8 +164,8 @@ def tf32_products(allowed: bool) -> Iterator[None]:
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older)
-        if newer is not None:
-            switches.fp32_precision = newer
+        for one, precision in newer:
+            one.fp32_precision = precision
 
 
 def is_autocast(precision: str) -> bool:
@@ -201,6 +203,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": installed_version("timm"),
+        "triton": installed_version("triton"),
         "cuda": torch.version.cuda or "none",
         "cudnn": str(torch.backends.cudnn.version()) if torch.cuda.is_available() else "none",
     }

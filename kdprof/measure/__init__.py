@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from kdprof.measure.count import Count
@@ -27,12 +26,12 @@ from kdprof.measure.isolation import (
 from kdprof.measure.latency import OnRound
 from kdprof.measure.profiles import Files
 from kdprof.measure.study_step import StudyBench
-from kdprof.measure.turns import PlannedTraining, Turns
+from kdprof.measure.turns import TRAINING_SHARE, PlannedTraining, Turns
 from kdprof.progress import Advance, Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 
-__all__ = ["Files", "Measured", "PlannedTraining", "measure"]
+__all__ = ["TRAINING_SHARE", "Files", "Measured", "PlannedTraining", "measure"]
 
 
 def measure(
@@ -103,49 +102,64 @@ class _Work:
         started, restarted_after = self.began, None
         while left:
             part = left[:1] if settings.isolated else left
-            run = self._here if settings.in_process else self._in_a_process
-            outcome = run(part, started, restarted_after)
+            others = len(left) - len(part)
+            if settings.in_process:
+                outcome = self._here(part, started, others)
+            else:
+                why = None if settings.isolated else restarted_after
+                outcome = self._in_a_process(part, started, others, why)
             left = [name for name in left if name not in outcome.costs]
             restarted_after = outcome.spoiled
-            if outcome.failure is not None and left:
-                name = left.pop(0)
-                self.failures[name] = outcome.failure
-                self.display.failed(name, outcome.failure)
+            if outcome.failure is not None:
+                name = left.pop(0) if left else part[-1]
+                self._failed(name, outcome.failure)
                 restarted_after = f"{name} failed"
             started = time.time()
 
-    def _here(self, names: Sequence[str], started: float, restarted_after: str | None) -> Outcome:
-        """Measure in this process; it cannot be started again."""
-        with redirect_stdout(sys.stderr):
+    def _failed(self, name: str, reason: str) -> None:
+        """Report a failure; a method that has a Cost already keeps it."""
+        if name not in self.costs:
+            self.failures[name] = reason
+        self.display.failed(name, reason)
+
+    def _planned(self) -> PlannedTraining | None:
+        """Return the planned training, in seconds once the reference's Cost is known."""
+        reference = self.costs.get(REFERENCE)
+        if self.planned is None or reference is None:
+            return self.planned
+        return PlannedTraining(self.planned.lasts_s(reference.seconds_per_iteration().median))
+
+    def _here(self, names: Sequence[str], started: float, others: int) -> Outcome:
+        """Measure in this process, which goes on after a failure."""
+        costs: dict[str, Cost] = {}
+
+        def ended(cost: Cost) -> None:
+            costs[cost.method] = cost
+            self._ended(cost)
+
+        def take() -> None:
             bench = StudyBench(
-                self.study,
-                self.counts,
-                self.files,
-                started=started,
-                restarted_after=restarted_after,
+                self.study, self.counts, self.files, started=started, restarted_after=None
             )
-            costs: dict[str, Cost] = {}
-
-            def ended(cost: Cost) -> None:
-                costs[cost.method] = cost
-                self._ended(cost)
-
-            turns = Turns(
+            Turns(
                 bench,
                 self.study.measure,
-                self.planned,
+                self._planned(),
                 self.display.on_round,
                 ended,
                 started - self.began,
-            )
-            try:
-                guarded(partial(turns.take, names))
-            except Failure as failure:
-                return Outcome(costs, failure=str(failure))
-        return Outcome(costs, spoiled=bench.spoiled)
+                others,
+            ).take(names)
+
+        try:
+            with redirect_stdout(sys.stderr):
+                guarded(take)
+        except Failure as failure:
+            return Outcome(costs, failure=str(failure))
+        return Outcome(costs)
 
     def _in_a_process(
-        self, names: Sequence[str], started: float, restarted_after: str | None
+        self, names: Sequence[str], started: float, others: int, restarted_after: str | None
     ) -> Outcome:
         arguments: dict[str, Any] = {
             "study": self.study.plain.model_dump(mode="json"),
@@ -156,9 +170,10 @@ class _Work:
                 if name in {REFERENCE, *names}
             },
             "files": {name: self.files[name].to_json() for name in names if name in self.files},
-            "planned": asdict(self.planned) if self.planned else None,
+            "planned": asdict(planned) if (planned := self._planned()) else None,
             "started": started,
             "spent_s": started - self.began,
+            "others": others,
             "restarted_after": restarted_after,
             "parent": os.getpid(),
         }
@@ -225,7 +240,7 @@ class _Display:
         )
 
     def failed(self, name: str, reason: str) -> None:
-        """Say that a method could not be measured."""
+        """Say that a method could not be measured, or not again."""
         self._close()
         self._progress.say(f"{name}: failed: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,14 +39,13 @@ def _on_round(name: str) -> OnRound:
     return lambda done, width: send("round", [name, done, width])
 
 
-def _measure(request: Mapping[str, Any], place: Place, answer: _Answer) -> None:
+def _measure(request: Mapping[str, Any], ranks: Ranks | None, answer: _Answer) -> None:
     if request["kind"] == "step":
         arguments = request["arguments"]
         name = arguments["source"]["function"]
         answer.add(measure_file(**arguments, on_round=_on_round(name)))
-        return
-    ranks = _ranks(request, place) if place.size > 1 else None
-    _measure_methods(**request["arguments"], ranks=ranks, answer=answer)
+    else:
+        _measure_methods(**request["arguments"], ranks=ranks, answer=answer)
 
 
 def _measure_methods(
@@ -56,6 +56,7 @@ def _measure_methods(
     planned: Mapping[str, float] | None,
     started: float,
     spent_s: float,
+    others: int,
     restarted_after: str | None,
     parent: int,
     ranks: Ranks | None,
@@ -69,6 +70,7 @@ def _measure_methods(
 
     plain = Study.model_validate(study)
     resolved = ResolvedStudy(plain, parent=parent, weights=False, ranks=ranks)
+    gc.freeze()  # what was imported is no garbage, and looking through it takes long
     bench = StudyBench(
         resolved,
         {name: count_from_json(count) for name, count in counts.items()},
@@ -83,10 +85,9 @@ def _measure_methods(
         on_round=_on_round,
         ended=answer.add,
         spent_s=spent_s,
+        others=others,
     ).take(names)
     answer.content["spoiled"] = bench.spoiled
-    if ranks:
-        ranks.end()
 
 
 def _ranks(request: Mapping[str, Any], place: Place) -> Ranks:
@@ -111,14 +112,17 @@ def main() -> None:
     if place.rank:
         _follow_rank_0(request, place)
         return
-    answer = _Answer(asked)
+    answer, ranks = _Answer(asked), None
     try:
-        guarded(lambda: _measure(request, place, answer))
+        ranks = _ranks(request, place) if place.size > 1 else None
+        guarded(lambda: _measure(request, ranks, answer))
     except UserError as error:
         answer.content["refused"] = error.problems
     except Failure as failure:
         answer.content["failure"] = str(failure)
     answer.end()
+    if ranks and not {"refused", "failure"} & {*answer.content}:
+        ranks.end()  # after an error the others may wait within a step, until this process ends
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from kdprof.records import (
     Ratio,
     TermCost,
 )
-from kdprof.stats import drift_of, median_interval, paired_ratio, relative_width
+from kdprof.stats import drift_of, median_interval, paired_ratio
 from kdprof.step import PHASES
 
 PARTS = {
@@ -110,10 +110,10 @@ def measured_cost(
             *warnings,
         ],
         unavailable=_unavailable(readings, timed, counted, peak),
-        timing={**_timing(readings, timed["ratio"]), "process_restarted_after": process},
+        timing={**_timing(readings), "process_restarted_after": process},
         hardware={
             "name": bench.hardware.name,
-            "before": bench.began,
+            "before": alone.before,
             "after": readings.after,
             **_seen(readings.during),
         },
@@ -383,7 +383,7 @@ def _no_peak(readings: Readings) -> str:
     return f"no published {bench.precision} peak is known for {bench.hardware.name}"
 
 
-def _timing(readings: Readings, ratio: Ratio) -> dict[str, Any]:
+def _timing(readings: Readings) -> dict[str, Any]:
     settings, own = readings.bench.settings, readings.timed.own
     return {
         "clock": readings.bench.clock.name,
@@ -393,7 +393,10 @@ def _timing(readings: Readings, ratio: Ratio) -> dict[str, Any]:
         "warmup_steps": own.warmup_steps,
         "stopped": readings.timed.stopped,
         "precision_target": settings.precision_target,
-        "ratio_width": relative_width((ratio.median, ratio.low, ratio.high)),
+        "ratio_width": readings.width,
+        "taken_s": readings.timed.taken_s,
+        "most_s": readings.most_s,
+        "total_time_s": settings.total_time_s,
         "interval": "95 %, block bootstrap over rounds, Student's t",
         "garbage_collector": COLLECTED,
         "loader_wait_s": statistics.median(own.waited_s) if own.waited_s else None,

@@ -16,7 +16,7 @@ from kdprof.hardware.device import find_device, installed_version, versions
 from kdprof.hardware.nvml import HARMLESS_CLOCK_REASONS
 from kdprof.measure.clock import clock_of
 from kdprof.measure.memory import available_bytes
-from kdprof.resized.tiles import why_no_tiles
+from kdprof.resized.tiles import why_no_triton
 
 PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
 LEAST_SHARED_BYTES = 512 * 2**20
@@ -70,7 +70,7 @@ def findings(device: torch.device, hardware: Hardware) -> list[Finding]:
         _open_files(),
         _resume(device),
         _compiler(),
-        *_task_loss(device),
+        *_kernels(device),
     ]
 
 
@@ -180,14 +180,14 @@ def _compiler() -> Finding:
     )
 
 
-def _task_loss(device: torch.device) -> list[Finding]:
+def _kernels(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
         return []
-    reason = why_no_tiles()
+    reason = why_no_triton()
     if reason is None:
-        return [Finding("task loss", "Triton kernels")]
-    cost = "it is several times slower, and equal runs may end with different weights"
-    return [Finding("task loss", f"no Triton kernels: {reason}", cost)]
+        return [Finding("Triton kernels", "task loss, pairs of images")]
+    cost = "the task loss and cirkd's pairs of images take several times as long"
+    return [Finding("Triton kernels", f"none: {reason}", cost)]
 
 
 def findings_here() -> list[Finding]:

@@ -30,7 +30,9 @@ SAMPLE_S = 0.02
 """Time between two samples of power, unless one step takes longer."""
 
 BLOCKS_ERROR = 0.02
-"""The largest standard error of energy that is read around timed blocks, as a fraction."""
+"""The largest error of energy that is read around timed blocks, as a fraction."""
+POWER_DIFFERENCE = 0.2
+"""By how much the power before a block, that of another step, may differ from the block's own."""
 
 Change = tuple[float, float]
 """When a change of the counter was seen, and the joules it then showed."""
@@ -108,17 +110,22 @@ class _Counter:
 def energy_of_blocks(meter: EnergyMeter, blocks: Sequence[Block]) -> EnergyReading:
     """Return the joules of one step from readings around timed blocks.
 
-    A reading is up to a period of the counter late, at the start and at the end of each block, so
-    that blocks must be long or many.
+    A reading is up to a period of the counter late, at the start and at the end of each block. So
+    blocks must be long: on average half a period of the block's own power is missing at its end, in
+    place of which half a period of the power before is counted.
     """
     if meter.reason is not None:
         return EnergyReading(None, None, meter.reason)
     read = [block.energy for block in blocks if block.energy is not None]
     if len(read) < len(blocks):
         return EnergyReading(None, None, "the energy counter stopped answering")
+    if any(one.joules < 0 for one in read):
+        return EnergyReading(None, None, "the energy counter was reset while steps ran; --detail")
     seconds, steps = sum(one.seconds for one in read), sum(one.steps for one in read)
     # The lateness at both ends is uniform over a period and independent from block to block.
-    error = meter.period_s * math.sqrt(len(read) / 6) / seconds
+    spread = meter.period_s * math.sqrt(len(read) / 6) / seconds
+    shift = POWER_DIFFERENCE * meter.period_s / 2 * len(read) / seconds
+    error = spread + shift
     if error > BLOCKS_ERROR:
         return EnergyReading(
             None,
@@ -133,6 +140,7 @@ def energy_of_blocks(meter: EnergyMeter, blocks: Sequence[Block]) -> EnergyReadi
         counter_period_s=meter.period_s,
         idle_w=None,
         power_integral_j=None,
+        around_blocks=True,
     )
     return EnergyReading(sum(one.joules for one in read) / steps, how, None)
 

@@ -12,7 +12,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -206,23 +206,28 @@ class Stopwatch:
             stamps.append(("step", self.clock.stamp()))
         return stamps
 
-    def warm_up(self, most_s: float = WARMUP_MOST_S) -> None:
+    def warm_up(self, most_s: float = WARMUP_MOST_S) -> str | None:
         """Step until latency and allocator have settled or a limit is reached, then check the
         result.
 
         Args:
-            most_s: after which no further step starts.
+            most_s: after which no further step starts, if two windows of steps ran.
+
+        Returns:
+            What had not settled; None if everything had.
         """
         reserved = [_reserved_bytes()] * len(self._ran_s)
         began, late = self.clock.now(), False
-        while len(self._ran_s) < 2 or not (late or _unsettled(self._ran_s, reserved) is None):
+        while len(self._ran_s) < 2 * WARMUP_WINDOW or not (
+            late or _unsettled(self._ran_s, reserved) is None
+        ):
             self._ran_s.append(self._timed_step())
             reserved.append(_reserved_bytes())
             late = self.clock.now() - began > most_s or len(self._ran_s) >= WARMUP_MOST_STEPS
-        self.samples.unsettled = _unsettled(self._ran_s, reserved)
         self.samples.warmup_steps += len(self._ran_s)
         if self._result is not None:
             self.subject.check(self._result)
+        return _unsettled(self._ran_s, reserved)
 
     def _timed_step(self) -> float:
         stamps = self._queue()
@@ -287,8 +292,6 @@ def _reserved_bytes() -> int:
 
 def _unsettled(times: Sequence[float], reserved: Sequence[int]) -> str | None:
     """Return what still changes from step to step; None if nothing does."""
-    if len(times) < 2 * WARMUP_WINDOW:
-        return f"only {len(times)} warm-up steps fitted into the time"
     last = statistics.median(times[-WARMUP_WINDOW:])
     before = statistics.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
     if abs(last / before - 1) > SETTLED:
@@ -335,16 +338,25 @@ def time_interleaved(
     subject: its latency's) is narrower than ``settings.precision_target``, or the time is up.
 
     Args:
-        most_s: when no further round starts; ``settings.max_time_s`` if not given.
-        earlier: a session of the same steps whose samples the watches continue.
+        most_s: when no further round starts, if that is before ``settings.max_time_s``.
+        earlier: a session of the same steps whose samples the watches continue. If they did not
+            settle this time, it is returned; if they had not settled then, its rounds are dropped.
 
     Raises:
         BadStep: a loss is not finite.
     """
-    began = clock.now()
-    limit_s = settings.max_time_s if most_s is None else min(most_s, settings.max_time_s)
-    for watch in watches:
-        watch.warm_up(min(WARMUP_MOST_S, limit_s / 2))
+    began, spent_s = clock.now(), earlier.taken_s if earlier else 0.0
+    limit_s = max(0.0, settings.max_time_s - spent_s)
+    limit_s = limit_s if most_s is None else min(most_s, limit_s)
+    unsettled = [watch.warm_up(min(WARMUP_MOST_S, limit_s / 2)) for watch in watches]
+    if earlier and any(unsettled):
+        return replace(earlier, taken_s=spent_s + clock.now() - began)
+    if earlier and any(watch.samples.unsettled for watch in watches):
+        earlier = None
+        for watch in watches:
+            watch.samples.blocks.clear()
+    for watch, reason in zip(watches, unsettled, strict=True):
+        watch.samples.unsettled = reason
     canary.warm_up()
     canary_s = list(earlier.canary_s) if earlier else []
     done = earlier.rounds if earlier else 0
@@ -365,8 +377,8 @@ def time_interleaved(
             narrow = narrow + 1 if width <= settings.precision_target else 0
         on_round(done, width)
         late = done >= least and clock.now() - began > limit_s
-        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, limit_s, settings)
-    taken_s = clock.now() - began + (earlier.taken_s if earlier else 0.0)
+        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, spent_s + limit_s, settings)
+    taken_s = spent_s + clock.now() - began
     return Session([watch.samples for watch in watches], canary_s, done, stopped, taken_s)
 
 

@@ -99,6 +99,15 @@ def empty_allocators(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def held_bytes(device: torch.device) -> int:
+    """Return the memory that is allocated now: on a GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        return _status_bytes("VmRSS")
+    return 0
+
+
 def read_memory(
     subject: Subject, device: torch.device, hardware: Hardware, clock: Clock
 ) -> MemoryReading:

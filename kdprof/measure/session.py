@@ -7,8 +7,9 @@ built as well, and both are timed in interleaved rounds.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +20,16 @@ from kdprof.measure.ceilings import measure_ceilings
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.measure.end_to_end import Iterations, time_end_to_end
 from kdprof.measure.energy import EnergyReading, energy_of_blocks, measure_energy
-from kdprof.measure.latency import OnRound, Samples, Session, Stopwatch, time_interleaved
+from kdprof.measure.latency import (
+    WARMUP_WINDOW,
+    Block,
+    OnRound,
+    Samples,
+    Session,
+    Stopwatch,
+    time_interleaved,
+    widest_interval,
+)
 from kdprof.measure.memory import MemoryReading, read_memory
 from kdprof.measure.operator_times import StepOperators, timed_operators, traced_operators
 from kdprof.measure.stages import Stages
@@ -40,7 +50,6 @@ class Bench:
         precision: that of the steps; None if it is not known.
         ceilings: of fp32 if the precision is not known.
         energy_window: True to measure energy in a window of its own, not around timed blocks.
-        began: state of the hardware before any step ran.
     """
 
     device: torch.device
@@ -50,7 +59,6 @@ class Bench:
     clock: Clock
     canary: CanaryKernel
     ceilings: Ceilings
-    began: State
     stages: Stages
     energy_window: bool
 
@@ -66,7 +74,7 @@ class Bench:
         needs_energy: bool = False,
     ) -> Bench:
         """Return the bench of a device, after measuring its ceilings."""
-        began, clock = hardware.state(), clock_of(device)
+        clock = clock_of(device)
         with stages.timed("ceilings"):
             ceilings = measure_ceilings(device, precision or "fp32")
         return cls(
@@ -77,7 +85,6 @@ class Bench:
             clock=clock,
             canary=CanaryKernel(device, clock),
             ceilings=ceilings,
-            began=began,
             stages=stages,
             energy_window=settings.detail or needs_energy,
         )
@@ -85,12 +92,22 @@ class Bench:
 
 @dataclass(frozen=True)
 class Alone:
-    """Readings of a step with nothing else resident than what it needs."""
+    """Readings of a step with nothing else resident than what it needs.
 
+    Attributes:
+        before: state of the hardware before it ran.
+    """
+
+    before: State
     memory: MemoryReading
     operators: StepOperators
     energy: EnergyReading | None
     """None: to be taken from the timed blocks."""
+
+    @property
+    def step_s(self) -> float:
+        """About how long a step takes, by the last ones."""
+        return statistics.median(self.memory.step_s[-WARMUP_WINDOW:])
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,10 @@ class Readings:
 
     Attributes:
         reference: the operators of the reference's step, which may be this step.
+        reference_step_s: about the latency of the reference's step.
         after: state of the hardware after the timed blocks.
+        most_s: how long the rounds could take because of other methods or of a short training;
+            None: only the settings limited them.
         during: states around and between the timed blocks.
         distrust: why the hardware's state makes the Cost unreliable.
         stages_s: where the time of this measurement went.
@@ -108,13 +128,28 @@ class Readings:
     bench: Bench
     alone: Alone
     reference: list[Operation]
+    reference_step_s: float
     timed: Session
     energy: EnergyReading
     outliers: list[Outlier]
     during: list[State]
     after: State
+    most_s: float | None
     distrust: list[str]
     stages_s: dict[str, float]
+
+    @property
+    def width(self) -> float:
+        """The relative width of the interval of the ratio that budgets are converted with: of
+        end-to-end iterations if there are any, else of steps."""
+        samples = self.timed.samples
+        iterations = [[[seconds] for seconds in one.end_to_end_s] for one in samples]
+        return widest_interval(iterations if iterations[0] else [one.rounds for one in samples])
+
+    @property
+    def least_visit_s(self) -> float:
+        """About the least time in which rounds can be added: a warm-up and a round."""
+        return (2 * WARMUP_WINDOW + 1) * (self.alone.step_s + self.reference_step_s)
 
 
 def read_alone(bench: Bench, subject: Subject, counted: StepOperators | None) -> Alone:
@@ -126,12 +161,13 @@ def read_alone(bench: Bench, subject: Subject, counted: StepOperators | None) ->
     Raises:
         BadStep: a loss is not finite.
     """
+    before = bench.hardware.state()
     with bench.stages.timed("memory"):
         memory = read_memory(subject, bench.device, bench.hardware, bench.clock)
     with bench.stages.timed("operators"):
         operators = _operators(bench, subject, counted)
     if not bench.energy_window:
-        return Alone(memory, operators, None)
+        return Alone(before, memory, operators, None)
 
     def run_steps(count: int) -> None:
         for _ in range(count):
@@ -140,18 +176,15 @@ def read_alone(bench: Bench, subject: Subject, counted: StepOperators | None) ->
     with bench.stages.timed("energy"):
         meter = bench.hardware.energy_meter()
         energy = measure_energy(run_steps, meter, bench.clock.synchronize)
-    return Alone(memory, operators, energy)
+    return Alone(before, memory, operators, energy)
 
 
 def _operators(bench: Bench, subject: Subject, counted: StepOperators | None) -> StepOperators:
     if bench.settings.detail:
         return timed_operators(subject, bench.device)
-    if counted is None:
+    # A step on fake tensors shows neither the waits for a GPU nor the kernels that it chooses.
+    if counted is None or bench.device.type == "cuda":
         return traced_operators(subject, bench.device)
-    if bench.device.type == "cuda":
-        # A step on fake tensors cannot show every wait for a GPU.
-        waits = traced_operators(subject, bench.device).synchronisations
-        return replace(counted, synchronisations=waits)
     return counted
 
 
@@ -178,6 +211,7 @@ def compare(
         BadStep: a loss is not finite.
         UserError: a file that the loader needs cannot be used.
     """
+    began = alone.before if earlier is None else bench.hardware.state()
     with bench.stages.timed("networks"):
         subjects = [subject] if build_reference is None else [subject, build_reference()]
     if reference is None:
@@ -190,6 +224,7 @@ def compare(
         Stopwatch(one, bench.clock, bench.hardware, meter=meter, samples=samples, ran_s=seconds)
         for one, samples, seconds in zip(subjects, before, ran_s, strict=False)
     ]
+    seen = {id(block) for watch in watches for block in watch.samples.blocks}
     gc.collect()  # what the earlier readings left
     with bench.stages.timed("timed rounds"):
         timed = time_interleaved(
@@ -201,22 +236,31 @@ def compare(
             most_s=most_s,
             earlier=earlier.timed if earlier else None,
         )
-    if earlier is None:
-        _time_end_to_end(bench, watches, timed.taken_s)
+    blocks = [block for watch in watches for block in watch.samples.blocks]
+    added = [block for block in blocks if id(block) not in seen]
+    if added:
+        before_s = earlier.timed.taken_s if earlier else 0.0
+        _time_end_to_end(bench, watches, timed.taken_s - before_s)
     after = bench.hardware.state()
-    during = [r for s in timed.samples for b in s.blocks for r in (b.before, b.after)]
+    problems = bench.hardware.problems(began, _states(added), after)
     return Readings(
         bench=bench,
         alone=alone,
         reference=reference,
+        reference_step_s=watches[-1].step_s,
         timed=timed,
         energy=alone.energy or energy_of_blocks(meter, timed.own.blocks),
         outliers=timed.own.outliers(bench.hardware),
-        during=during,
+        during=_states(blocks),
         after=after,
-        distrust=bench.hardware.problems(bench.began, during, after),
+        most_s=most_s,
+        distrust=list(dict.fromkeys([*(earlier.distrust if earlier else []), *problems])),
         stages_s=_added(earlier.stages_s if earlier else {}, bench.stages.taken()),
     )
+
+
+def _states(blocks: Sequence[Block]) -> list[State]:
+    return [state for block in blocks for state in (block.before, block.after)]
 
 
 def _time_end_to_end(bench: Bench, watches: list[Stopwatch], rounds_s: float) -> None:

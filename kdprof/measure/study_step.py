@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdprof.measure.cost import Identity, measured_cost
 from kdprof.measure.count import Count
-from kdprof.measure.latency import OnRound, widest_interval
-from kdprof.measure.memory import empty_allocators
+from kdprof.measure.latency import OnRound
+from kdprof.measure.memory import empty_allocators, held_bytes
 from kdprof.measure.operator_times import StepOperators, compiled_notes
 from kdprof.measure.profiles import Files, write_files
 from kdprof.measure.session import Bench, Readings, compare, read_alone
@@ -23,15 +23,23 @@ from kdprof.measure.stages import Stages
 from kdprof.measure.subject import BadStep
 from kdprof.models import AnyNetwork
 from kdprof.records import REFERENCE, Cost
+from kdprof.resized.tiles import why_no_triton
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key, cost_settings
 from kdprof.step import PHASES, Mark, TrainStep
 from kdprof.step_feed import StepFeed
 
 PLACEHOLDERS = "placeholder images replaced the data set's files: loading is not in these times"
-KEPT_BYTES = 64 * 2**20
-"""What may stay allocated after a method, such as workspaces of libraries. If more stays, the
-memory of the next method would not be its own."""
+KEPT_BYTES = {"cuda": 64 * 2**20, "cpu": 256 * 2**20}
+"""What may stay allocated after methods, such as workspaces of libraries. If more stays, the memory
+of the next method would not be its own. A resident set also has code and pieces of freed memory."""
+
+
+NO_KERNELS = "kdprof's Triton kernels do not run here, so that plain operators take their place"
+
+Limit = Callable[[float], float | None]
+"""Given about how long a step takes: the seconds after which no further round starts; None for the
+settings' own time."""
 
 
 class StudySubject:
@@ -80,9 +88,9 @@ class Visit:
 class StudyBench:
     """Measures the methods of a study, one after the other, in this process.
 
-    The teacher, a pristine student, the resident batch and the device's ceilings are shared. The
-    memory of each method is its own: its step runs before the reference's is built, both are freed
-    afterwards, and no teacher exists before a method needs one.
+    The teacher, the resident batch and the device's ceilings are shared. The memory of each method
+    is its own: its step runs before the reference's is built, both are freed afterwards, and no
+    teacher exists before a method needs one.
 
     Args:
         counts: the work of each method's step, and of the reference's, where it could be counted
@@ -116,68 +124,70 @@ class StudyBench:
         self._batches = study.factory.batches(seed=0)
         with stages.timed("networks"):
             self._resident = self._batches.batch(0, study.device)
-            self._student = study.factory.placed_student(0)
+            self._student = self._kept_student()
         self._teacher: AnyNetwork | None = None
         self._visits: dict[str, Visit] = {}
+        empty_allocators(study.device)
+        self._least_bytes = held_bytes(study.device)
         self.spoiled: str | None = None
         """Why a further method should not be measured in this process; None if it can be."""
 
-    def visit(self, name: str, on_round: OnRound, most_s: float | None = None) -> Cost:
+    def _kept_student(self) -> AnyNetwork | None:
+        """Return a student to copy, which saves building it for every step; None if it would take
+        memory on the device, or if students start as the teacher."""
+        if self._study.device.type == "cpu" or self._study.starts_as_teacher:
+            return None
+        return self._study.factory.student(0)
+
+    def visit(self, name: str, on_round: OnRound, limit: Limit) -> Cost:
         """Measure a method, or continue its measurement, and return its Cost so far.
 
         Args:
-            most_s: when no further round starts, if that is before the settings' time.
+            limit: how long rounds may take.
 
         Raises:
             BadStep: a loss is not finite.
             UserError: a file that the loader needs cannot be used.
         """
-        before = self._prepare(name)
-        cost = self._visit(name, on_round, most_s)
+        if self._study.methods[name].cls.needs_teacher() and self._teacher is None:
+            self._build_teacher()
+        cost = self._visit(name, on_round, limit)
         # Not after an error: this bench ends with it, and other ranks may wait within a step.
         self._free()
-        self.spoiled = self._spoiled(name, before)
+        self.spoiled = self._spoiled(name)
         return cost
 
-    def _prepare(self, name: str) -> int | None:
-        """Build the teacher if the method is the first that needs it, and return the bytes that
-        are held before the method's step is built; None on a CPU."""
-        device, factory = self._study.device, self._study.factory
-        if self._study.methods[name].cls.needs_teacher() and self._teacher is None:
-            with self._bench.stages.timed("networks"):
-                self._teacher = factory.frozen(factory.placed_teacher())
+    def _build_teacher(self) -> None:
+        factory, device = self._study.factory, self._study.device
+        before = held_bytes(device)
+        with self._bench.stages.timed("networks"):
+            self._teacher = factory.frozen(factory.placed_teacher())
         empty_allocators(device)
-        return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+        self._least_bytes += held_bytes(device) - before
 
-    def _spoiled(self, name: str, before: int | None) -> str | None:
-        """Return what a measured method left behind."""
+    def _spoiled(self, name: str) -> str | None:
+        """Return what methods left behind, if the next one's memory would not be its own."""
         if self._visits[name].readings.alone.memory.leaked_bytes:
             return f"{name} leaks memory"
-        if before is None:
+        device = self._study.device
+        kept = held_bytes(device) - self._least_bytes
+        if kept <= KEPT_BYTES[device.type]:
             return None
-        kept = torch.cuda.memory_allocated(self._study.device) - before
-        return f"{name} kept {kept / 2**20:.0f} MiB" if kept > KEPT_BYTES else None
+        return f"{kept / 2**20:.0f} MiB stayed allocated after {name}"
 
-    @property
-    def visited(self) -> bool:
-        """True once a method was measured."""
-        return bool(self._visits)
+    def readings_of(self, name: str) -> Readings:
+        """Return the readings so far of a method that was visited."""
+        return self._visits[name].readings
 
-    def wide(self, name: str) -> float:
-        """Return the relative width of the interval of a method that was visited."""
-        return widest_interval([one.rounds for one in self._visits[name].readings.timed.samples])
-
-    def time_of(self, name: str) -> float:
-        """Return the seconds of a method's warm-up and rounds so far."""
-        return self._visits[name].readings.timed.taken_s
-
-    def reference_iteration_s(self) -> float:
-        """Return about how long an iteration of the reference takes, after the first visit."""
+    def reference_iteration_s(self) -> float | None:
+        """Return about how long an iteration of the reference takes; None before a visit."""
+        if not self._visits:
+            return None
         samples = next(iter(self._visits.values())).readings.timed.reference
         found = samples.end_to_end_s or [s for own in samples.rounds for s in own]
         return statistics.median(found)
 
-    def _visit(self, name: str, on_round: OnRound, most_s: float | None) -> Cost:
+    def _visit(self, name: str, on_round: OnRound, limit: Limit) -> Cost:
         bench, earlier = self._bench, self._visits.get(name)
         with bench.stages.timed("networks"):
             subject = self._subject(name)
@@ -195,7 +205,7 @@ class StudyBench:
             None if name == REFERENCE else lambda: self._subject(REFERENCE),
             reference=None if reference is None else reference.operations,
             on_round=on_round,
-            most_s=most_s,
+            most_s=limit(alone.step_s),
             earlier=None if earlier is None else earlier.readings,
         )
         if earlier is None and name in self._files:
@@ -206,8 +216,8 @@ class StudyBench:
     def _subject(self, name: str) -> StudySubject:
         """Return a new step of a method. Its student starts as that of every other step."""
         study = self._study
-        # One that starts as the teacher is built anew every time.
-        student = None if study.starts_as_teacher else copy.deepcopy(self._student)
+        kept = self._student
+        student = None if kept is None else study.factory.placed(copy.deepcopy(kept))
         step = study.factory.step(name, self._teacher, student=student)
         feed = StepFeed(step, self._batches, self._resident)
         return StudySubject(feed, loads=not self._study.data.uses_placeholders)
@@ -230,11 +240,13 @@ class StudyBench:
     def _cost(self, name: str) -> Cost:
         study, visit = self._study, self._visits[name]
         placeholders = [PLACEHOLDERS] if study.data.uses_placeholders else []
+        kernels = why_no_triton() if study.device.type == "cuda" else None
+        slower = [f"{NO_KERNELS}: {kernels}"] if kernels else []
         return measured_cost(
             identity_of(study, name),
             visit.readings,
             REFERENCE,
-            [*visit.notes, *placeholders],
+            [*visit.notes, *placeholders, *slower],
             self._restarted_after,
         )
 

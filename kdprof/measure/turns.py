@@ -25,6 +25,10 @@ class PlannedTraining:
     seconds: float = 0.0
     iterations: float = 0.0
 
+    def lasts_s(self, iteration_s: float) -> float:
+        """Return its seconds, given those of an iteration of the reference."""
+        return self.seconds + self.iterations * iteration_s
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -34,6 +38,7 @@ class Turns:
         planned: the training that follows; None if nothing is trained.
         ended: called with each method's Cost so far.
         spent_s: what earlier processes of this measurement took.
+        others: how many methods later processes of this measurement will measure.
     """
 
     bench: StudyBench
@@ -42,6 +47,7 @@ class Turns:
     on_round: Callable[[str], OnRound]
     ended: Callable[[Cost], None]
     spent_s: float = 0.0
+    others: int = 0
 
     def take(self, names: Sequence[str]) -> None:
         """Measure every method once, then those again whose intervals are widest, as long as time
@@ -52,36 +58,44 @@ class Turns:
             UserError: a file that the loader needs cannot be used.
         """
         began = time.monotonic() - self.spent_s
-        left = list(names)
-        while left and self.bench.spoiled is None:
-            self._visit(left[0], began, share=len(left))
-            left.pop(0)
+        for done, name in enumerate(names):
+            if self.bench.spoiled is not None:
+                return
+            self._visit(name, began, share=len(names) - done + self.others)
         while self.bench.spoiled is None and (widest := self._widest(names, began)) is not None:
             self._visit(widest, began, share=1)
 
     def _visit(self, name: str, began: float, share: int) -> None:
-        remaining = self._remaining_s(began)
-        most_s = None if remaining is None else max(0.0, remaining) / share
-        self.ended(self.bench.visit(name, self.on_round(name), most_s))
+        def limit(step_s: float) -> float | None:
+            remaining = self._remaining_s(began, step_s)
+            return None if remaining is None else max(0.0, remaining) / share
+
+        self.ended(self.bench.visit(name, self.on_round(name), limit))
 
     def _widest(self, names: Sequence[str], began: float) -> str | None:
         """Return the method to visit again; None if all are precise enough or time is up."""
-        remaining = self._remaining_s(began)
-        if remaining is None or remaining < LEAST_VISIT_S:
+        remaining = self._remaining_s(began, 0.0)
+        if remaining is None or self.others:
             return None
+        found = {name: self.bench.readings_of(name) for name in names}
         wide = {
-            name: self.bench.wide(name)
-            for name in names
-            if self.bench.time_of(name) + LEAST_VISIT_S <= self.settings.max_time_s
+            name: readings.width
+            for name, readings in found.items()
+            if (least_s := max(LEAST_VISIT_S, readings.least_visit_s)) <= remaining
+            and readings.timed.taken_s + least_s <= self.settings.max_time_s
         }
         name = max(wide, key=lambda name: wide[name], default=None)
         return name if name and wide[name] > self.settings.precision_target else None
 
-    def _remaining_s(self, began: float) -> float | None:
-        """Return how much time is left for all methods; None if it is not limited."""
+    def _remaining_s(self, began: float, step_s: float) -> float | None:
+        """Return how much time is left for all methods; None if it is not limited.
+
+        Args:
+            step_s: stands for an iteration of the reference before the first method was measured.
+        """
         total = self.settings.total_time_s
-        if total is None and self.planned is not None and self.bench.visited:
-            iteration_s = self.bench.reference_iteration_s()
-            planned_s = self.planned.seconds + self.planned.iterations * iteration_s
-            total = TRAINING_SHARE * planned_s
+        if total is None and self.planned is not None:
+            total = TRAINING_SHARE * self.planned.lasts_s(
+                self.bench.reference_iteration_s() or step_s
+            )
         return None if total is None else total - (time.monotonic() - began)

@@ -112,6 +112,7 @@ def measure_steps(
     precision: str | None = None,
     precision_target: float = 0.01,
     max_time_s: float = 60.0,
+    detail: bool = False,
 ) -> dict[str, Cost]:
     """Measure callables, each of which runs one whole training step, in this process.
 
@@ -127,6 +128,7 @@ def measure_steps(
             the ceilings that the steps are compared with. None: no MFU, the ceilings of fp32.
         precision_target: stop when the ratio's 95 % interval is this narrow, relative to it.
         max_time_s: stop each step's measurement no later than this.
+        detail: also time single operators, and measure energy in a window of its own.
 
     Returns:
         A Cost per step. All steps are resident at once, so the memory of each includes the others'.
@@ -143,7 +145,10 @@ def measure_steps(
     if reference not in steps:
         raise UserError(f"reference '{reference}' is not a step; {nearest(reference, steps)}")
     settings = MeasureSettings(
-        precision_target=precision_target, max_time_s=max_time_s, in_process=True
+        precision_target=precision_target,
+        max_time_s=max_time_s,
+        detail=detail,
+        in_process=True,
     )
     conditions = _Conditions(find_device(device), precision, settings, reference)
     check_precision(conditions.device, precision or "fp32")

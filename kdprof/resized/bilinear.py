@@ -92,10 +92,11 @@ class Resize:
 )
 def _resize_backward(gradient: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
     made = gradient.new_zeros(*gradient.shape[:2], height, width)
-    resize = Resize(made, (gradient.shape[-2], gradient.shape[-1]), align_corners)
-    for top in range(0, gradient.shape[-2], BAND_ROWS):
-        rows = slice(top, min(top + BAND_ROWS, gradient.shape[-2]))
-        resize.add_transposed(gradient[..., rows, :], rows, slice(0, gradient.shape[-1]), made)
+    with torch.autocast(gradient.device.type, enabled=False):
+        resize = Resize(made, (gradient.shape[-2], gradient.shape[-1]), align_corners)
+        for top in range(0, gradient.shape[-2], BAND_ROWS):
+            rows = slice(top, min(top + BAND_ROWS, gradient.shape[-2]))
+            resize.add_transposed(gradient[..., rows, :], rows, slice(0, gradient.shape[-1]), made)
     return made
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kdprof.hardware.blocks import device_type
-from kdprof.resized.tiles import why_no_tiles
+from kdprof.resized.tiles import by_kernels
 
 Form = Literal["plain", "bands", "tiles"]
 
@@ -39,9 +38,7 @@ def form_of(logits: Tensor, size: tuple[int, int]) -> Form:
     if small == size:
         return "plain"
     if device == "cuda":
-        # A machine without a GPU counts the work of one that has Triton.
-        works = not torch.cuda.is_available() or why_no_tiles() is None
-        return "tiles" if works else "plain"
+        return "tiles" if by_kernels(logits) else "plain"
     elements = logits.shape[:2].numel() * math.prod(size)
     enlarges = math.prod(size) > small.numel()
     return "bands" if device == "cpu" and enlarges and elements >= LEAST_ELEMENTS else "plain"

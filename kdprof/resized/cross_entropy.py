@@ -35,7 +35,9 @@ def plain_resize(logits: Tensor, size: tuple[int, int], align_corners: bool) -> 
 def plain_cross_entropy(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
     """Return what :func:`resized_cross_entropy` does, from the resized logits' whole map."""
     resized = plain_resize(logits, (labels.shape[-2], labels.shape[-1]), align_corners)
-    return F.cross_entropy(resized, labels.long(), ignore_index=IGNORE, reduction="sum")
+    # Summed here: torch's own sum over pixels is not deterministic on a GPU.
+    pixels = F.cross_entropy(resized, labels.long(), ignore_index=IGNORE, reduction="none")
+    return pixels.sum()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -76,7 +78,8 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, align_corners: bool = 
         labels: (N, H, W) integers, :data:`IGNORE` where void. H and W may be larger or smaller.
         align_corners: how the resize aligns.
 
-    It is 0 if every pixel is void. On a GPU, which cannot raise an error without waiting, a label
+    Logits must be finite: one that is not makes the loss NaN. It is 0 if every pixel is void. On a
+    GPU, which cannot raise an error without waiting, a label
     that is neither a class nor void makes the loss NaN.
 
     Raises:

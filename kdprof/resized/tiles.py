@@ -1,4 +1,5 @@
-"""The form of a GPU: Triton kernels that compute the resized logits again where they are needed.
+"""The form of a GPU: Triton kernels that compute the resized logits again where they are needed,
+and whether Triton works here at all.
 
 They are operators of torch, so that a step is counted on fake tensors without a GPU.
 """
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kdprof.hardware.blocks import device_type
+
 
 def _kernels() -> Any:
     """Return the module of kernels, which imports Triton."""
@@ -21,8 +24,8 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def why_no_tiles() -> str | None:
-    """Return why this machine's GPU cannot run the kernels; None if it can.
+def why_no_triton() -> str | None:
+    """Return why this machine's GPU cannot run kdprof's kernels; None if it can.
 
     One tiny run is the test, because Triton needs more than its package: a C compiler, Python's
     headers, a GPU that is not too old.
@@ -39,6 +42,15 @@ def why_no_tiles() -> str | None:
         except Exception as error:
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None
+
+
+def by_kernels(tensor: Tensor) -> bool:
+    """Return whether the work of a tensor is done, or is counted, with kdprof's kernels for GPUs.
+
+    A count assumes a GPU that can run them; no GPU is asked.
+    """
+    on_a_gpu = tensor.device.type == "cuda"
+    return device_type(tensor) == "cuda" and not (on_a_gpu and why_no_triton())
 
 
 @torch.library.custom_op(

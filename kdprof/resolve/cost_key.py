@@ -13,7 +13,7 @@ from kdprof.models import is_adapted, parse_name, source_of
 from kdprof.models.names import NetworkName
 from kdprof.resolve.study import ResolvedStudy
 
-ENGINE = ("step.py", "method.py", "models/*.py", "resized/*.py")
+ENGINE = ("step.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
 """The source files that every step uses, relative to the package."""
 
 

@@ -62,11 +62,11 @@ class Factory:
 
     def placed_teacher(self) -> AnyNetwork:
         """Return an untrained teacher on the device; its cost is that of the trained one."""
-        return self._placed(self.teacher())
+        return self.placed(self.teacher())
 
     def placed_student(self, seed: int) -> AnyNetwork:
         """Return a new student on the device, not started as the teacher."""
-        return self._placed(self.student(seed))
+        return self.placed(self.student(seed))
 
     def published_teacher(self) -> tuple[AnyNetwork, str] | None:
         """Return the teacher on the device, with the weights of its file, and a one-line summary of
@@ -81,7 +81,7 @@ class Factory:
         network = build(study.teacher_name, study.data.num_classes("teacher"))
         loaded = load_weights(network, study.teacher_weights)
         summary = f"{study.teacher_name}, {study.teacher_weights.source} names: {loaded.summary()}"
-        return self._placed(network), summary
+        return self.placed(network), summary
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:
         """Return a teacher as steps use it: unchanged, or a copy with folded batch norms and fused
@@ -91,7 +91,8 @@ class Factory:
         assert isinstance(teacher, SegmentationNetwork), "step_problems() refuses others"
         return folded(teacher, DTYPES[self._study.step.precision])
 
-    def _placed(self, network: AnyNetwork) -> AnyNetwork:
+    def placed(self, network: AnyNetwork) -> AnyNetwork:
+        """Return a network on the device, in the step's memory layout."""
         return placed(network, self._device, channels_last=self._study.step.channels_last)
 
     def method(self, name: str) -> Method:

@@ -7,13 +7,17 @@ from typing import NamedTuple
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure import PlannedTraining, measure
+from kdprof.measure import TRAINING_SHARE, PlannedTraining, measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key
 from kdprof.store import Store
 from kdprof.train.loggers import check_loggers
+
+MORE_TIME = 4
+"""A Cost is measured again if it would get this many times as much time as it had, which makes its
+interval half as wide."""
 
 
 class Prepared(NamedTuple):
@@ -27,7 +31,7 @@ class Prepared(NamedTuple):
 def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Progress) -> Prepared:
     """Return the Costs of the named methods, of those that budgets name and of the reference.
 
-    Only missing Costs are measured.
+    Only missing Costs are measured, and those that a much shorter training had left less time.
 
     Raises:
         UserError: a step cannot fit into the device's memory, a logger is not installed, or the
@@ -39,10 +43,11 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
+    planned = planned_training(study, names)
+    missing += _rough(study, costs, planned)
     if not missing:
         return Prepared(costs, [])
     progress.say(f"measuring {', '.join(missing)}")
-    planned = planned_training(study, names)
     measured = measure(study, missing, progress, keep=store.write_cost, planned=planned)
     if measured.costs:
         progress.say(_precision_of(measured.costs))
@@ -56,8 +61,8 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
 
 
 def planned_training(study: ResolvedStudy, names: Sequence[str]) -> PlannedTraining | None:
-    """Return the least training that a study's budgets mean; None if no Cost is needed to know
-    that it is short, or if a budget is an amount of FLOP or energy."""
+    """Return the least training that a study's budgets mean; None if there are none, or if one is
+    an amount of FLOP or energy."""
     runs, batch = len(names) * study.seeds, study.step.batch
     images = len(study.data.files["train"])
     seconds = iterations = 0.0
@@ -76,6 +81,25 @@ def planned_training(study: ResolvedStudy, names: Sequence[str]) -> PlannedTrain
     if not study.budgets:
         return None
     return PlannedTraining(runs * seconds, runs * iterations)
+
+
+def _rough(
+    study: ResolvedStudy, costs: dict[str, Cost], planned: PlannedTraining | None
+) -> list[str]:
+    """Return the methods whose Costs are not precise, because they were measured for a training so
+    short that they would get several times as much time now."""
+    settings, share_s = study.measure, study.measure.max_time_s
+    if planned is not None and REFERENCE in costs:
+        planned_s = planned.lasts_s(costs[REFERENCE].seconds_per_iteration().median)
+        share_s = min(share_s, TRAINING_SHARE * planned_s / len(costs))
+    return [
+        name
+        for name, cost in costs.items()
+        if cost.timing.get("most_s") is not None
+        and cost.timing["total_time_s"] is None
+        and cost.timing["ratio_width"] > settings.precision_target
+        and MORE_TIME * cost.timing["taken_s"] < share_s
+    ]
 
 
 def _precision_of(costs: Sequence[Cost]) -> str:
@@ -100,8 +124,10 @@ def _read_costs(
 
 
 def _lacks_energy(cost: Cost) -> bool:
-    """Return True if a longer measurement could tell the energy of a step."""
-    return cost.energy_j is None and "--detail" in cost.unavailable.get("energy_j", "")
+    """Return True if a window of its own could tell the energy of a step, or tell it better."""
+    if cost.energy is not None:
+        return cost.energy.around_blocks
+    return "--detail" in cost.unavailable.get("energy_j", "")
 
 
 def stored_costs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> dict[str, Cost]:
