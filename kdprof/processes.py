@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from kdprof.errors import KdprofError
 from kdprof.store import write_atomic
@@ -32,6 +31,8 @@ MARK = "@kdprof "
 """Prefix of the lines of a child's output that are messages."""
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 """Words in torch's error at an operator that step.deterministic does not allow."""
+WAIT_S = 0.01
+"""Time between two looks for a request."""
 LAST_WORDS = 300
 """Characters of an error message that are passed on."""
 
@@ -43,15 +44,21 @@ Message = tuple[str, Any]
 
 
 @contextmanager
-def request_folder(request: Mapping[str, Any]) -> Iterator[Path]:
+def request_folder(request: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """Yield a temporary folder with a request, for the children that work on it.
 
     Args:
-        request: JSON-able.
+        request: JSON-able; if not given, the children wait for :func:`write_request`.
     """
     with tempfile.TemporaryDirectory(prefix="kdprof-") as folder:
-        _request_file(Path(folder)).write_text(json.dumps(request))
+        if request is not None:
+            write_request(Path(folder), request)
         yield Path(folder)
+
+
+def write_request(folder: Path, request: Mapping[str, Any]) -> None:
+    """Tell the children that were started for a folder what to do."""
+    write_atomic(_request_file(folder), json.dumps(request))
 
 
 class Child:
@@ -139,6 +146,41 @@ class Child:
         return last_words(status, self._stderr.read())
 
 
+class Processes:
+    """Children that work on one request together, one for each rank, started before the request
+    exists: what they import takes seconds, in which the parent can do other work.
+
+    As a context manager it ends them and removes the folder of their request.
+
+    Args:
+        module: the module that they run.
+    """
+
+    def __init__(self, module: str, ranks: int):
+        with ExitStack() as running:
+            self.folder = running.enter_context(request_folder())
+            self.child, *others = (
+                running.enter_context(Child(module, self.folder, rank, quiet=rank > 0))
+                for rank in range(ranks)
+            )
+            self._running = running.pop_all()
+        for other in others:
+            pair = (other, self.child)
+            threading.Thread(target=_end_together, args=pair, daemon=True).start()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._running.close()
+
+
+def _end_together(other: Child, child: Child) -> None:
+    """Stop the child when another rank of its step dies: it would wait for it for a long time."""
+    if other.wait():
+        child.stop()
+
+
 def last_words(status: int, stderr: str) -> str:
     """Return why a process failed, in one line, with the fix if it is known."""
     if status == -signal.SIGKILL:
@@ -167,11 +209,20 @@ class Request:
         write_atomic(_result_file(self.folder, self.rank), json.dumps(result))
 
 
-def read_request() -> Request:
-    """Return the request that the command line names; from now on, end when the parent ends."""
+def read_request(meanwhile: Callable[[], object] = lambda: None) -> Request:
+    """Return the request that the command line names; from now on, end when the parent ends.
+
+    Args:
+        meanwhile: called if there is no request yet, before it is waited for.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    return Request(json.loads(_request_file(folder).read_text()), folder, rank)
+    file = _request_file(folder)
+    if not file.exists():
+        meanwhile()
+    while not file.exists():
+        time.sleep(WAIT_S)
+    return Request(json.loads(file.read_text()), folder, rank)
 
 
 def send(kind: str, content: Any) -> None:
@@ -204,6 +255,8 @@ def debugging() -> bool:
 
 def explain(error: BaseException) -> str:
     """Return why a step failed, in one line with the fix."""
+    import torch  # not at the top: a parent starts its children first
+
     if isinstance(error, KdprofError):
         return str(error)
     message = " ".join(str(error).split())[:LAST_WORDS] or "no message"
@@ -222,6 +275,8 @@ def explain(error: BaseException) -> str:
 
 def _origin(error: BaseException) -> str:
     """Return the origin of an error: the innermost frame outside torch."""
+    import torch
+
     frames = traceback.extract_tb(error.__traceback__)
     torch_folder = str(Path(torch.__file__).parent)
     own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]

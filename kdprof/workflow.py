@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdprof.processes import Processes
 from kdprof.progress import Progress
 from kdprof.store import Store
 from kdprof.study import Study, claim_folder, join_study, load_study, with_measuring
@@ -78,8 +80,11 @@ class Workflow:
         """
         from kdprof.resolve import ResolvedStudy
 
-        study = with_measuring(self.study, self.measuring)
+        study = self._measured_study()
         return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks, runs=runs)
+
+    def _measured_study(self) -> Study:
+        return with_measuring(self.study, self.measuring)
 
     def measure(self, files: Files, on_stored: Callable[[Path], object]) -> Measured[Cost]:
         """Measure the study's methods, and first the reference if its Cost is not stored yet.
@@ -87,6 +92,17 @@ class Workflow:
         Args:
             on_stored: called with the file of each Cost as soon as it is stored.
         """
+        study = self._measured_study()
+        with ExitStack() as running:
+            processes = None
+            if not study.measure.in_process:
+                # Now: they import torch at the same time as this process does.
+                processes = running.enter_context(Processes("kdprof.measure", study.step.gpus))
+            return self._measure(files, on_stored, processes)
+
+    def _measure(
+        self, files: Files, on_stored: Callable[[Path], object], processes: Processes | None
+    ) -> Measured[Cost]:
         from kdprof.measure import measure
         from kdprof.measure.profiles import check_files
         from kdprof.records import REFERENCE
@@ -103,7 +119,7 @@ class Workflow:
             claim_folder(self.store.study, self.study)
             on_stored(self.store.write_cost(cost))
 
-        return measure(resolved, names, self.progress, files, store)
+        return measure(resolved, names, self.progress, files, store, processes=processes)
 
     def count(self, *, modules: bool) -> Measured[CountedCost]:
         """Count the steps of the study's methods and of the reference; run and store nothing."""

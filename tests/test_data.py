@@ -18,6 +18,16 @@ def test_decoded_is_the_data_it_was_made_from():
         assert getattr(decoded, name) == getattr(data, name)
 
 
+def test_a_few_images_stand_for_all():
+    """Every second of ten, at most four; unusable ones among the others do not matter."""
+    data = Numbered([(4, 6 + index) for index in range(10)], unusable={1, 3, 8})
+    few = Decoded(data, Progress(None), most=4)
+    assert len(few) == 10
+    shown = [int(few[index][0].shape[-1]) - 6 for index in range(10)]
+    assert shown == [0, 2, 4, 6, 0, 2, 4, 6, 0, 2]
+    assert len(Decoded(Numbered([(4, 6)] * 3), Progress(None), most=64)) == 3
+
+
 def test_decoding_tells_all_unusable_files():
     with pytest.raises(UserError) as caught:
         Decoded(Numbered([(4, 6)] * 5, unusable={1, 3}), Progress(None))

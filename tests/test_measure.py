@@ -186,8 +186,13 @@ def test_flop_are_those_of_counting_without_running(costs):
 
     resolved = ResolvedStudy(small_study(methods=["none", "kd", "fitnet", "ifvd"]))
     for counted in count_costs(resolved, list(costs), Progress(None)).costs:
-        assert costs[counted.method].flop == counted.flop
-        assert costs[counted.method].bytes_moved == counted.bytes_moved
+        measured = costs[counted.method]
+        assert measured.flop == counted.flop
+        # The count is that of a GPU, whose task loss has another form.
+        here, there = (
+            [o for o in c.operations if o.phase != "task_loss"] for c in (measured, counted)
+        )
+        assert here == there
 
 
 def test_hidden_cost_by_hand():
@@ -253,20 +258,13 @@ def test_a_crash_costs_one_method(tmp_path):
 def test_memory_is_that_of_a_process_of_its_own():
     """Networks, momentum and tensors that other methods need or leave are not in it: a third of
     what a step of these networks holds would be seen."""
-    sizes, names = {}, ["none", "fitnet", "kd"]
-    for alone in (False, True):
-        study = small_study(
-            student="pspnet-r18",
-            methods=names,
-            step__aux_weight=0.0,
-            measure__in_process=False,
-            measure__isolated=alone,
-        )
-        found = measure(ResolvedStudy(study), names, Progress(None))
-        sizes[alone] = {cost.method: cost.memory_bytes.process for cost in found.costs}
-    assert sizes[False].keys() == sizes[True].keys() == {*names}
-    for name, size in sizes[True].items():
-        assert sizes[False][name] == pytest.approx(size, abs=64 * 2**20), name
+    changes = {"student": "pspnet-r18", "step.aux_weight": 0.0, "measure.in_process": False}
+    sizes = []
+    for names in (["none", "fitnet", "kd"], ["kd"]):
+        study = ResolvedStudy(small_study(methods=names, **changes))
+        costs = {cost.method: cost for cost in measure(study, names, Progress(None)).costs}
+        sizes.append(costs["kd"].memory_bytes.process)
+    assert sizes[0] == pytest.approx(sizes[1], abs=64 * 2**20)
 
 
 class TakesTurns:
@@ -322,9 +320,8 @@ def test_training_limits_measuring_to_a_tenth_of_its_time():
     """Before the first iteration is known, its method's own step says how long one takes."""
     bench = TakesTurns(none=0.0, kd=0.0)
     bench.take(["none", "kd"], MeasureSettings(), PlannedTraining(seconds=40, iterations=120))
-    assert bench.limits == pytest.approx(
-        [(40 + 120 * 0.1) / 10 / 2, (40 + 120 * 0.5) / 10], abs=0.1
-    )
+    tenths = [(40 + 120 * 0.1) / 10, (40 + 120 * 0.5) / 10]
+    assert bench.limits == pytest.approx([tenths[0] / 2, tenths[1]], abs=0.1)
 
 
 def test_a_child_that_cannot_start_is_told(monkeypatch):

@@ -8,6 +8,7 @@ from kdprof.data.base import DataOnDisk, SegmentationData
 from kdprof.data.batches import ENDLESS, PREFETCHED, Batches, evaluation_batches
 from kdprof.data.cache import decoded, default_folder
 from kdprof.data.dataset import fit_of, open_data, require_files, title_of, uses_placeholders
+from kdprof.data.decoded import Decoded
 from kdprof.data.feeder import Feeder
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Augmentation",
     "Batches",
     "DataOnDisk",
+    "Decoded",
     "Feeder",
     "SegmentationData",
     "decoded",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,33 +18,44 @@ Made = TypeVar("Made")
 
 
 class Decoded(SegmentationData):
-    """A data set in memory. Every image and label of ``data`` is decoded by the constructor.
+    """A data set in memory. Its images and labels are decoded by the constructor.
+
+    Args:
+        most: decode at most so many, spread over the data set, which stand for all of them: enough
+            to measure what loading costs.
 
     Raises:
         UserError: a file cannot be used. It names all such files.
     """
 
-    def __init__(self, data: SegmentationData, progress: Progress):
+    def __init__(self, data: SegmentationData, progress: Progress, most: int | None = None):
         super().__init__(data.name, data.split, data.classes)
-        self._samples = decode_all(data, lambda index, sample: sample, progress)
+        self._length = len(data)
+        step = 1 if most is None else max(1, self._length // most)
+        indices = range(0, self._length, step)[:most]
+        self._samples = decode_all(data, lambda index, sample: sample, progress, indices)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._samples[index]
+        return self._samples[index % len(self._samples)]
 
     def label(self, index: int) -> Tensor:
         """Return the label of an image."""
-        return self._samples[index][1]
+        return self[index][1]
 
 
 def decode_all(
     data: SegmentationData,
     use: Callable[[int, tuple[Tensor, Tensor]], Made],
     progress: Progress,
+    indices: Sequence[int] | None = None,
 ) -> list[Made]:
-    """Decode every image in threads and return the results of ``use``, which the threads call.
+    """Decode images in threads and return the results of ``use``, which the threads call.
+
+    Args:
+        indices: of the images; all if not given.
 
     Raises:
         UserError: a file cannot be used. It names all such files.
@@ -56,8 +67,9 @@ def decode_all(
         except UserError as error:
             return error
 
-    with progress.task(f"decoding {data.name} {data.split}", len(data)) as advance:
-        made = in_threads(make, range(len(data)), lambda: advance(1))
+    indices = range(len(data)) if indices is None else indices
+    with progress.task(f"decoding {data.name} {data.split}", len(indices)) as advance:
+        made = in_threads(make, indices, lambda: advance(1))
     wrong = [problem for m in made if isinstance(m, UserError) for problem in m.problems]
     if wrong:
         raise UserError(*wrong)

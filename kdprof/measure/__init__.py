@@ -27,6 +27,7 @@ from kdprof.measure.latency import OnRound
 from kdprof.measure.profiles import Files
 from kdprof.measure.study_step import StudyBench
 from kdprof.measure.turns import TRAINING_SHARE, PlannedTraining, Turns
+from kdprof.processes import Processes
 from kdprof.progress import Advance, Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
@@ -41,6 +42,7 @@ def measure(
     files: Files | None = None,
     keep: Callable[[Cost], object] | None = None,
     planned: PlannedTraining | None = None,
+    processes: Processes | None = None,
 ) -> Measured[Cost]:
     """Measure the step of each named method, interleaved with the reference, in one process.
 
@@ -50,20 +52,26 @@ def measure(
     Args:
         keep: called with each Cost as soon as it is measured, and again if it becomes more precise.
         planned: the training that follows; None if nothing is trained.
+        processes: processes of ``kdprof.measure`` to measure in first; new ones if not given.
 
     Raises:
         UserError: no step fits into the device's memory, or an image is damaged.
     """
     began = time.time()
     needed = dict.fromkeys([REFERENCE, *names])
-    counted = dict(counts(study, list(needed), progress, study.device.type))
-    measured = Measured[Cost](failures=too_large(study, names, counted))
-    if study.data_settings.cache == "disk":
-        study.data.decoded("train")  # here, with a progress bar; the child processes find it
-    found = {name: made for name, made in counted.items() if isinstance(made, Count)}
-    names = [name for name in _in_order(study, names) if name not in measured.failures]
-    with _Display(study, progress) as display:
-        work = _Work(study, found, _files_of(names, files), planned, display, keep, began)
+    with ExitStack() as running:
+        if processes is None and not study.measure.in_process:
+            processes = running.enter_context(Processes("kdprof.measure", study.step.gpus))
+        counted = dict(counts(study, list(needed), progress, study.device.type))
+        measured = Measured[Cost](failures=too_large(study, names, counted))
+        if study.data_settings.cache == "disk":
+            study.data.decoded("train")  # here, with a progress bar; the child processes find it
+        found = {name: made for name, made in counted.items() if isinstance(made, Count)}
+        names = [name for name in _in_order(study, names) if name not in measured.failures]
+        display = running.enter_context(_Display(study, progress))
+        work = _Work(
+            study, found, _files_of(names, files), planned, display, keep, began, processes
+        )
         work.measure(names)
     measured.costs += [work.costs[name] for name in needed if name in work.costs]
     measured.failures |= work.failures
@@ -93,6 +101,8 @@ class _Work:
     display: _Display
     keep: Callable[[Cost], object] | None
     began: float
+    waiting: Processes | None
+    """Those that measure first."""
     costs: dict[str, Cost] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -186,7 +196,8 @@ class _Work:
                 self.display.on_round(name)(done, width)
 
         request = MeasureRequest("methods", arguments, self.study.step.gpus)
-        return run_isolated(request, on_message)
+        processes, self.waiting = self.waiting, None
+        return run_isolated(request, on_message, processes)
 
     def _ended(self, cost: Cost) -> None:
         self.costs[cost.method] = cost

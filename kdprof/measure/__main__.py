@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from kdprof.distributed.ranks import Place, Ranks
@@ -90,6 +91,10 @@ def _measure_methods(
     answer.content["spoiled"] = bench.spoiled
 
 
+def _import_networks() -> None:
+    import_module("kdprof.measure.study_step")
+
+
 def _ranks(request: Mapping[str, Any], place: Place) -> Ranks:
     return Ranks(place, find_device(request["arguments"]["study"]["device"]).type)
 
@@ -106,7 +111,7 @@ def _follow_rank_0(request: Mapping[str, Any], place: Place) -> None:
 
 def main() -> None:
     """Measure what the request asks for and write the results; other ranks follow rank 0."""
-    asked = read_request()
+    asked = read_request(meanwhile=_import_networks)
     request, rendezvous = asked.content, f"file://{asked.folder / 'rendezvous'}"
     place = Place(asked.rank, request["ranks"], rendezvous)
     if place.rank:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.processes import Child, debugging, explain, request_folder
+from kdprof.processes import Processes, debugging, explain, write_request
 from kdprof.records import Cost
 
 Result = TypeVar("Result")
@@ -61,19 +60,20 @@ OnMessage = Callable[[str, Any], None]
 """Called with ``round``: [name, rounds done, width]; ``cost``: a record, as soon as it exists."""
 
 
-def run_isolated(request: MeasureRequest, on_message: OnMessage) -> Outcome:
+def run_isolated(
+    request: MeasureRequest, on_message: OnMessage, processes: Processes | None = None
+) -> Outcome:
     """Measure in a separate process.
+
+    Args:
+        processes: those to use, which end with it; new ones if not given.
 
     Raises:
         UserError: a cause that every method of the study shares, such as a damaged image.
     """
-    with request_folder(asdict(request)) as folder, ExitStack() as running:
-        child, *others = (
-            running.enter_context(Child("kdprof.measure", folder, rank, quiet=rank > 0))
-            for rank in range(request.ranks)
-        )
-        for other in others:
-            threading.Thread(target=_end_together, args=(other, child), daemon=True).start()
+    with processes or Processes("kdprof.measure", request.ranks) as running:
+        child = running.child
+        write_request(running.folder, asdict(request))
         with _interrupted_by_sigterm():
             for kind, content in child.messages():
                 if kind == "cost":  # the record is in the result file, which is never half-written
@@ -85,12 +85,6 @@ def run_isolated(request: MeasureRequest, on_message: OnMessage) -> Outcome:
         raise UserError(*found["refused"])
     costs = {name: Cost.model_validate(cost) for name, cost in found["costs"].items()}
     return Outcome(costs, found.get("failure") or died, found.get("spoiled"))
-
-
-def _end_together(other: Child, child: Child) -> None:
-    """Stop the child when another rank of its step dies: it would wait for it for a long time."""
-    if other.wait():
-        child.stop()
 
 
 @contextmanager

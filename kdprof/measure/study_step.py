@@ -121,7 +121,8 @@ class StudyBench:
             stages,
             needs_energy=study.needs_energy,
         )
-        self._batches = study.factory.batches(seed=0)
+        with stages.timed("data"):
+            self._batches = study.factory.batches(seed=0)
         with stages.timed("networks"):
             self._resident = self._batches.batch(0, study.device)
             self._student = self._kept_student()

@@ -9,6 +9,7 @@ from kdprof.data import (
     Augmentation,
     Batches,
     DataOnDisk,
+    Decoded,
     SegmentationData,
     decoded,
     default_folder,
@@ -20,6 +21,9 @@ from kdprof.data.scenario import Role, Scenario
 from kdprof.evaluate import Views
 from kdprof.progress import Progress
 from kdprof.study import Study
+
+LEAST_MEASURED_IMAGES, MEASURED_BATCHES = 64, 4
+"""Measuring with ``cache = "memory"`` decodes this many images or batches, whichever is more."""
 
 
 class StudyData:
@@ -89,11 +93,20 @@ class StudyData:
         data = self.files["val"]
         return {fitted_size(data.size(index), self.views.fit) for index in range(len(data))}
 
-    def batches(self, role: Role, seed: int, rank: int = 0) -> Batches:
+    def _few(self, role: Role) -> SegmentationData:
+        """Return images of which only a few are decoded, if all would be kept in memory."""
+        whole = self._settings.cache != "memory" or self._scenario or "train" in self._decoded
+        if whole or self.uses_placeholders:
+            return self.train(role)
+        most = max(LEAST_MEASURED_IMAGES, MEASURED_BATCHES * self._step.batch)
+        return Decoded(self.files["train"], self._progress, most)
+
+    def batches(self, role: Role, seed: int, rank: int = 0, *, few: bool = False) -> Batches:
         """Return the training batches of a network for a seed: the same for every method.
 
         Args:
             rank: the rank whose share of each batch is returned.
+            few: True if a few images may stand for all, because loading is only measured.
         """
         settings = self._settings
         augmentation = Augmentation(
@@ -106,7 +119,7 @@ class StudyData:
             max_class_share=settings.max_class_share,
         )
         return Batches(
-            self.train(role),
+            self._few(role) if few else self.train(role),
             seed=seed,
             batch=self._step.batch,
             augmentation=augmentation,

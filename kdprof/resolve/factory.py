@@ -28,8 +28,8 @@ class Factory:
     """Creates new networks, methods, steps and batches of a study.
 
     Args:
-        weights: True to load the weights of files into new networks; a step costs the same with
-            random weights.
+        weights: True to load the weights of files into new networks. False if nothing is trained: a
+            step costs the same with random weights, and loading with a few of the images.
         ranks: the group that runs the steps together; None if this process runs them alone.
         device: where networks and steps are placed; if not given, the study's device.
     """
@@ -171,7 +171,7 @@ class Factory:
     def batches(self, seed: int, role: Role = "student") -> Batches:
         """Return this process's share of the training batches of a seed."""
         rank = self._ranks.rank if self._ranks else 0
-        return self._study.data.batches(role, seed, rank)
+        return self._study.data.batches(role, seed, rank, few=not self._weights)
 
 
 def _of_classes(info: NetworkInfo, classes: int) -> NetworkInfo:
