@@ -57,7 +57,8 @@ MAY_IMPORT = {
         "study",
     },
     "workflow": {
-        "distributed", "measure", "processes", "progress", "records", "resolve", "store", "study", "train",
+        "distributed", "measure", "processes", "progress", "records", "resolve", "store", "study",
+        "train",
     },
     "launch": {
         "distributed", "errors", "hardware", "processes", "progress", "records", "resolve",

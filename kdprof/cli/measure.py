@@ -107,8 +107,9 @@ def _measure(
         output.progress(),
         measuring=measuring.overrides(),
     )
-    paths: list[Path] = []
-    measured = workflow.measure(Files(files.trace, files.memory_timeline), paths.append)
+    written: list[Path] = []
+    measured = workflow.measure(Files(files.trace, files.memory_timeline), written.append)
+    paths = list(dict.fromkeys(written))  # a Cost that becomes more precise is written again
     _show_costs(measured.costs, output, paths)
     if paths and output.prints_tables:
         name_files(render(workflow.store))
