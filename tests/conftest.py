@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items):
     """Start the files that take longest, or wait for a cluster, first: none is left at the end."""
     ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what was imported: looking through it takes half a second, and
+    every measurement does so many times."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

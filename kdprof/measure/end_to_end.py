@@ -29,14 +29,22 @@ class Iterations:
     Args:
         step_s: about the latency of the step alone.
         samples: to which the blocks are added.
+        block_s: how long a block is, if the iteration takes less.
     """
 
-    def __init__(self, feed: StepFeed, clock: Clock, step_s: float, samples: Samples):
+    def __init__(
+        self,
+        feed: StepFeed,
+        clock: Clock,
+        step_s: float,
+        samples: Samples,
+        block_s: float = BLOCK_S,
+    ):
         self.feed, self.samples, self.step_s = feed, samples, step_s
         self._clock, self._iteration = clock, 0
         # On a GPU the feeder is one batch ahead.
         self._ahead = 1 if feed.step.device.type == "cuda" else 0
-        self._fitting = max(1, math.ceil(BLOCK_S / step_s))
+        self._fitting = max(1, math.ceil(block_s / step_s))
 
     def loader_keeps_up(self) -> bool:
         """Run untimed iterations, and return whether the last of them hardly waited."""

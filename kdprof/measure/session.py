@@ -18,9 +18,10 @@ from kdprof.hardware.base import State
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.ceilings import measure_ceilings
 from kdprof.measure.clock import Clock, clock_of
-from kdprof.measure.end_to_end import Iterations, time_end_to_end
+from kdprof.measure.end_to_end import LEAST_BLOCKS, Iterations, time_end_to_end
 from kdprof.measure.energy import EnergyReading, energy_of_blocks, measure_energy
 from kdprof.measure.latency import (
+    BLOCK_S,
     WARMUP_WINDOW,
     Block,
     OnRound,
@@ -264,8 +265,10 @@ def _states(blocks: Sequence[Block]) -> list[State]:
 
 
 def _time_end_to_end(bench: Bench, watches: list[Stopwatch], rounds_s: float) -> None:
+    most_s = END_TO_END_SHARE * rounds_s
+    block_s = min(BLOCK_S, most_s / (LEAST_BLOCKS * len(watches)))
     steps = [
-        Iterations(feed, bench.clock, watch.step_s, watch.samples)
+        Iterations(feed, bench.clock, watch.step_s, watch.samples, block_s)
         for watch in watches
         if (feed := watch.subject.feed) is not None
     ]
@@ -276,7 +279,7 @@ def _time_end_to_end(bench: Bench, watches: list[Stopwatch], rounds_s: float) ->
             steps,
             clock=bench.clock,
             precision_target=bench.settings.precision_target,
-            most_s=END_TO_END_SHARE * rounds_s,
+            most_s=most_s,
         )
 
 
