@@ -123,7 +123,7 @@ class Workflow:
 
     def count(self, *, modules: bool) -> Measured[CountedCost]:
         """Count the steps of the study's methods and of the reference; run and store nothing."""
-        from kdprof.measure.count_study import count_costs
+        from kdprof.measure.counting.count_study import count_costs
         from kdprof.records import REFERENCE
 
         resolved = self.resolved(weights=False, runs=False)

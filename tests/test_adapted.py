@@ -9,7 +9,7 @@ from small_study import price, small_study, small_toml
 
 from kdprof.discovery import builtin_methods
 from kdprof.errors import UserError
-from kdprof.measure.count_study import count_costs
+from kdprof.measure.counting.count_study import count_costs
 from kdprof.models import build
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy

@@ -11,7 +11,7 @@ from kdprof.hardware.blocks import (
     counted_for,
     device_type,
 )
-from kdprof.measure import count_study
+from kdprof.measure.counting import count_study
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 

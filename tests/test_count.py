@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdprof.measure import count_study
-from kdprof.measure.count import Count, Uncountable, count_step, fake_tensors
-from kdprof.measure.counted_step import Parts
-from kdprof.measure.flop_formulas import OWN_FORMULAS
-from kdprof.measure.module_flop import modules_flop
+from kdprof.measure.counting import count_study
+from kdprof.measure.counting.count import Count, Uncountable, count_step, fake_tensors
+from kdprof.measure.counting.counted_step import Parts
+from kdprof.measure.counting.flop_formulas import OWN_FORMULAS
+from kdprof.measure.counting.module_flop import modules_flop
 from kdprof.measure.trace import StepTrace
 from kdprof.method import Method, Taps
 from kdprof.progress import Progress

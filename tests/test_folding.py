@@ -9,7 +9,7 @@ from small_study import small_study, small_toml
 from torch import nn
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure.flop_formulas import OWN_FORMULAS
+from kdprof.measure.counting.flop_formulas import OWN_FORMULAS
 from kdprof.measure.trace import StepTrace
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded, fused

@@ -182,7 +182,7 @@ def test_the_reference_is_one(costs):
 
 
 def test_flop_are_those_of_counting_without_running(costs):
-    from kdprof.measure.count_study import count_costs
+    from kdprof.measure.counting.count_study import count_costs
 
     resolved = ResolvedStudy(small_study(methods=["none", "kd", "fitnet", "ifvd"]))
     for counted in count_costs(resolved, list(costs), Progress(None)).costs:
@@ -531,7 +531,7 @@ def test_flags_of_one_call_are_not_the_folders(capsys, monkeypatch, tmp_path):
 
 
 def test_one_method_that_cannot_fit_does_not_spoil_the_others(tmp_path, monkeypatch):
-    from kdprof.measure import count_study as module
+    from kdprof.measure.counting import count_study as module
 
     resolved = ResolvedStudy(small_study(methods=["none", "ifvd"]))
     needs = {name: made.least_memory_bytes for name, made in module.counts(

@@ -23,7 +23,7 @@ from method_inputs import (
 
 from kdprof.discovery import find_method, method_modules
 from kdprof.errors import UserError
-from kdprof.measure.count import count_step, fake_tensors
+from kdprof.measure.counting.count import count_step, fake_tensors
 from kdprof.measure.trace import StepTrace
 from kdprof.method import Method, Taps
 from kdprof.methods._common import GroupedMethod

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdprof.hardware.blocks import counted_for
-from kdprof.measure.operators import operator_of
+from kdprof.measure.counting.operators import operator_of
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import _pair_kernels, _pairs, _relations
 

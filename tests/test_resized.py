@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdprof.measure.count import count_step, fake_tensors
-from kdprof.measure.operators import operator_of
+from kdprof.measure.counting.count import count_step, fake_tensors
+from kdprof.measure.counting.operators import operator_of
 from kdprof.measure.trace import StepTrace
 from kdprof.resized import (
     bands,

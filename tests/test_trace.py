@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdprof.discovery import builtin_methods
 from kdprof.measure import trace as tracing
-from kdprof.measure.count import count_step, fake_tensors
-from kdprof.measure.flop_formulas import OWN_FORMULAS
+from kdprof.measure.counting.count import count_step, fake_tensors
+from kdprof.measure.counting.flop_formulas import OWN_FORMULAS
 from kdprof.measure.trace import WHOLE, StepTrace
 from kdprof.method import Method
 

@@ -14,8 +14,8 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdprof.measure.count import Count
-from kdprof.measure.count_study import Measured, counts, too_large
+from kdprof.measure.counting.count import Count
+from kdprof.measure.counting.count_study import Measured, counts, too_large
 from kdprof.measure.isolation import (
     Failure,
     MeasureRequest,

@@ -63,7 +63,7 @@ def _measure_methods(
     ranks: Ranks | None,
     answer: _Answer,
 ) -> None:
-    from kdprof.measure.count import count_from_json
+    from kdprof.measure.counting.count import count_from_json
     from kdprof.measure.study_step import StudyBench
     from kdprof.measure.turns import PlannedTraining, Turns
     from kdprof.resolve import ResolvedStudy

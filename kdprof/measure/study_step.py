@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdprof.measure.cost import Identity, measured_cost
-from kdprof.measure.count import Count
+from kdprof.measure.counting.count import Count
 from kdprof.measure.latency import OnRound
 from kdprof.measure.memory import empty_allocators, held_bytes
 from kdprof.measure.operator_times import StepOperators, compiled_notes

@@ -30,9 +30,9 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdprof.hardware.device import synchronize
-from kdprof.measure.fakes import DEVICE
-from kdprof.measure.flop_formulas import tensors_in
-from kdprof.measure.operators import COMPOSITE, Operator, operator_of
+from kdprof.measure.counting.fakes import DEVICE
+from kdprof.measure.counting.flop_formulas import tensors_in
+from kdprof.measure.counting.operators import COMPOSITE, Operator, operator_of
 from kdprof.records import Operation, OperationKind, TermCost
 from kdprof.step import PHASES, TrainStep
 

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import (
 
 from kdprof.errors import KdprofError
 from kdprof.measure.cost import flop_of
-from kdprof.measure.counted_step import CountedStep, Parts
-from kdprof.measure.fakes import CountingMode
-from kdprof.measure.operators import operator_of
+from kdprof.measure.counting.counted_step import CountedStep, Parts
+from kdprof.measure.counting.fakes import CountingMode
+from kdprof.measure.counting.operators import operator_of
 from kdprof.measure.trace import StepTrace, Synchronisation, location_of
 from kdprof.records import Flop, Operation, TermCost
 from kdprof.step import TrainStep

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdprof.measure.flop_formulas import (
+from kdprof.measure.counting.flop_formulas import (
     ELEMENTWISE,
     TABLE,
     Formula,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from kdprof.measure.flop_formulas import GROUPS, tensors_in
+from kdprof.measure.counting.flop_formulas import GROUPS, tensors_in
 
 _PLAIN = (
     bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout,

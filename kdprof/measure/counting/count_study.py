@@ -14,12 +14,12 @@ import torch
 from kdprof.errors import UserError
 from kdprof.hardware.blocks import counted_for
 from kdprof.measure.cost import counted_cost
-from kdprof.measure.count import Count, count_step, fake_tensors
-from kdprof.measure.counted_step import Parts
-from kdprof.measure.fakes import CPU
+from kdprof.measure.counting.count import Count, count_step, fake_tensors
+from kdprof.measure.counting.counted_step import Parts
+from kdprof.measure.counting.fakes import CPU
+from kdprof.measure.counting.module_flop import modules_flop
 from kdprof.measure.isolation import Failure
 from kdprof.measure.memory import available_bytes
-from kdprof.measure.module_flop import modules_flop
 from kdprof.measure.study_step import identity_of
 from kdprof.method import Network
 from kdprof.processes import explain

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdprof.measure.fakes import CPU, CountingMode
-from kdprof.measure.saved import Saved, SavedForBackward
+from kdprof.measure.counting.fakes import CPU, CountingMode
+from kdprof.measure.counting.saved import Saved, SavedForBackward
 from kdprof.measure.trace import Part, StepTrace
 from kdprof.method import Method, Network, Taps
 from kdprof.step import TrainStep

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from kdprof.measure.recipes import Recipes
+from kdprof.measure.counting.recipes import Recipes
 
 CPU = torch.device("cpu")
 DEVICE = torch.ops.prim.device.default
