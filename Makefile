@@ -30,10 +30,8 @@ types: install
 	ln -s $(CURDIR)/methods $(CURDIR)/reports $(CURDIR)/kdprof/* $(TYPES)/kdprof/
 	MYPYPATH=$(TYPES) $(BIN)/mypy
 
-# One process more than cores: the tests of kills, launchers and clusters wait for other processes.
-TEST_PROCESSES = $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=40
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40
 
 # Checks that need a GPU, in minutes: KDPROF_TEST_DEVICE=cpu runs them on the CPU instead, as a check
 # of the checks. Those marked `alone` follow, because other work on the GPU would disturb them.

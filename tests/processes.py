@@ -18,7 +18,7 @@ VARIABLES = {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     ["pytest", "kdprof.cli", "kdprof.workflow", "kdprof.launch.local", "kdprof.measure.study_step",
-     "kdprof.evaluate", "kdprof.reports.table", "kdprof.reports.costs", "scipy.stats"]
+     "kdprof.evaluate", "kdprof.reports.table", "kdprof.reports.costs", "scipy.stats", "frozen"]
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,14 @@ def test_help_imports_no_torch():
     )
     assert done.returncode == 0, done.stderr
     assert "measure" in done.stdout
+
+
+def test_every_package_is_installed():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    inside = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "kdprof").rglob("__init__.py")}
+    wanted = {name.replace(os.sep, ".") for name in inside} | {"kdprof.methods", "kdprof.reports"}
+    assert sorted(listed) == sorted(wanted)
 
 
 def test_files_say_nothing_of_the_machine_they_were_written_on():
