@@ -18,13 +18,14 @@ from kdprof.errors import UserError
 from kdprof.measure import measure
 from kdprof.measure.cost import hidden_cost
 from kdprof.measure.isolation import Failure, MeasureRequest, run_isolated
-from kdprof.measure.turns import PlannedTraining, Turns
+from kdprof.measure.turns import PlannedTraining, TrainingPlan, Turns
 from kdprof.processes import explain, last_words
 from kdprof.progress import Progress
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import read_record
 from kdprof.study import MeasureSettings, Study
+from kdprof.train.prepare import _rough, training_plan
 
 BAD = '''
 import os, signal
@@ -327,6 +328,35 @@ def test_training_limits_measuring_to_a_tenth_of_its_time():
     bench.take(["none", "kd"], MeasureSettings(), PlannedTraining(seconds=40, iterations=120))
     tenths = [(40 + 120 * 0.1) / 10, (40 + 120 * 0.5) / 10]
     assert bench.limits == pytest.approx([tenths[0] / 2, tenths[1]], abs=0.1)
+
+
+def test_a_plan_of_training_counts_every_run_and_the_teacher():
+    """Runs under 6@kd cost what kd does; those under 12 images are six iterations of their own."""
+    study = small_study(methods=["none", "kd"], budgets=["6@kd", "2s", "12sample"], seeds=3)
+    plan = training_plan(ResolvedStudy(study), ["none", "kd"])
+    assert plan.seconds == 3 * 2 * 2
+    assert plan.iterations == {"none": 3 * 6, "kd": 3 * (2 * 6 + 6)}
+    found = plan.in_reference_iterations({"none": 1.0, "kd": 2.5}, teacher_ratio=4.0)
+    assert found == PlannedTraining(12, 18 + 54 * 2.5 + 4 * 4.0)
+    assert found.lasts_s(0.5) == 12 + 0.5 * found.iterations
+    energy = small_study(methods=["none"], budgets=["6", "5e12flop"])
+    assert training_plan(ResolvedStudy(energy), ["none"]) is None
+
+
+def test_a_cost_of_a_short_training_is_measured_again_for_a_long_one(costs):
+    """Not if a person set its time, if it is precise, or if little more time is allowed now."""
+    study = ResolvedStudy(small_study(methods=["none"], measure__max_time_s=60))
+    taken = {"taken_s": 1.0, "most_s": 1.0, "total_time_s": None, "ratio_width": 0.5}
+
+    def rough(planned_s, **timing):
+        cost = costs["none"].model_copy(update={"timing": taken | timing})
+        return _rough(study, {"none": cost}, TrainingPlan(planned_s, {}, 0))
+
+    assert rough(1000) == ["none"]
+    assert rough(30) == []
+    assert rough(1000, ratio_width=0.001) == []
+    assert rough(1000, most_s=None) == []
+    assert rough(1000, total_time_s=5.0) == []
 
 
 def test_a_child_that_cannot_start_is_told(monkeypatch):

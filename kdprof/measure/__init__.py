@@ -26,13 +26,13 @@ from kdprof.measure.isolation import (
 from kdprof.measure.latency import OnRound
 from kdprof.measure.profiles import Files
 from kdprof.measure.study_step import StudyBench
-from kdprof.measure.turns import TRAINING_SHARE, PlannedTraining, Turns
+from kdprof.measure.turns import TRAINING_SHARE, PlannedTraining, TrainingPlan, Turns
 from kdprof.processes import Processes
 from kdprof.progress import Advance, Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 
-__all__ = ["TRAINING_SHARE", "Files", "Measured", "PlannedTraining", "measure"]
+__all__ = ["TRAINING_SHARE", "Files", "Measured", "TrainingPlan", "measure"]
 
 
 def measure(
@@ -41,7 +41,7 @@ def measure(
     progress: Progress,
     files: Files | None = None,
     keep: Callable[[Cost], object] | None = None,
-    planned: PlannedTraining | None = None,
+    plan: TrainingPlan | None = None,
     processes: Processes | None = None,
 ) -> Measured[Cost]:
     """Measure the step of each named method, interleaved with the reference, in one process.
@@ -51,7 +51,7 @@ def measure(
 
     Args:
         keep: called with each Cost as soon as it is measured, and again if it becomes more precise.
-        planned: the training that follows; None if nothing is trained.
+        plan: the training that follows; None if nothing is trained.
         processes: processes of ``kdprof.measure`` to measure in first; new ones if not given.
 
     Raises:
@@ -68,6 +68,7 @@ def measure(
             study.data.decoded("train")  # here, with a progress bar; the child processes find it
         found = {name: made for name, made in counted.items() if isinstance(made, Count)}
         names = [name for name in _in_order(study, names) if name not in measured.failures]
+        planned = None if plan is None else _planned(plan, found)
         display = running.enter_context(_Display(study, progress))
         work = _Work(
             study, found, _files_of(names, files), planned, display, keep, began, processes
@@ -76,6 +77,18 @@ def measure(
     measured.costs += [work.costs[name] for name in needed if name in work.costs]
     measured.failures |= work.failures
     return measured
+
+
+def _planned(plan: TrainingPlan, counts: Mapping[str, Count]) -> PlannedTraining:
+    """Return a training in iterations of the reference, by FLOP: nothing else is known yet."""
+    flop = {name: count.flop for name, count in counts.items()}
+    reference = flop[REFERENCE].total if REFERENCE in flop else 0.0
+    if not reference:
+        return plan.in_reference_iterations({})
+    # A teacher's training step is its forward, and twice that for its backward.
+    teacher = 3 * max(one.teacher or 0.0 for one in flop.values())
+    ratios = {name: one.total / reference for name, one in flop.items()}
+    return plan.in_reference_iterations(ratios, teacher / reference)
 
 
 def _in_order(study: ResolvedStudy, names: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdprof.measure.latency import OnRound
@@ -18,9 +18,35 @@ LEAST_VISIT_S = 1.0
 
 
 @dataclass(frozen=True)
+class TrainingPlan:
+    """The training that Costs are measured for.
+
+    Attributes:
+        seconds: of budgets that are an amount of time.
+        iterations: of the other budgets, by the method whose cost each of them has.
+        teacher_iterations: of the teacher's own training.
+    """
+
+    seconds: float
+    iterations: Mapping[str, float]
+    teacher_iterations: float
+
+    def in_reference_iterations(
+        self, ratios: Mapping[str, float], teacher_ratio: float = 0.0
+    ) -> PlannedTraining:
+        """Return it in iterations of the reference.
+
+        Args:
+            ratios: about how many of these an iteration of each method takes; 1 where not given.
+            teacher_ratio: the same of the teacher's own training.
+        """
+        found = sum(count * ratios.get(name, 1.0) for name, count in self.iterations.items())
+        return PlannedTraining(self.seconds, found + self.teacher_iterations * teacher_ratio)
+
+
+@dataclass(frozen=True)
 class PlannedTraining:
-    """The training that Costs are measured for: fixed seconds, and iterations that each take at
-    least as long as the reference's."""
+    """About how long a training takes: fixed seconds, and iterations of the reference."""
 
     seconds: float = 0.0
     iterations: float = 0.0

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure import TRAINING_SHARE, PlannedTraining, measure
+from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key
 from kdprof.store import Store
 from kdprof.train.loggers import check_loggers
+from kdprof.train.teacher import needs_teacher
 
 MORE_TIME = 4
 """A Cost is measured again if it would get this many times as much time as it had, which makes its
@@ -43,12 +44,12 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
-    planned = planned_training(study, names)
-    missing += _rough(study, costs, planned)
+    plan = training_plan(study, names)
+    missing += _rough(study, costs, plan)
     if not missing:
         return Prepared(costs, [])
     progress.say(f"measuring {', '.join(missing)}")
-    measured = measure(study, missing, progress, keep=store.write_cost, planned=planned)
+    measured = measure(study, missing, progress, keep=store.write_cost, plan=plan)
     if measured.costs:
         progress.say(_precision_of(measured.costs))
     if lost := [name for name in (REFERENCE, *named) if name in measured.failures]:
@@ -60,37 +61,38 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     return Prepared(costs, measured.summary().splitlines())
 
 
-def planned_training(study: ResolvedStudy, names: Sequence[str]) -> PlannedTraining | None:
-    """Return the least training that a study's budgets mean; None if there are none, or if one is
-    an amount of FLOP or energy."""
-    runs, batch = len(names) * study.seeds, study.step.batch
-    images = len(study.data.files["train"])
-    seconds = iterations = 0.0
+def training_plan(study: ResolvedStudy, names: Sequence[str]) -> TrainingPlan | None:
+    """Return the training that a study's budgets mean; None if there are none, or if one is an
+    amount of FLOP or energy."""
+    images, seconds = len(study.data.files["train"]), 0.0
+    iterations: dict[str, float] = dict.fromkeys(names, 0.0)
     for budget in map(parse_budget, study.budgets):
-        match budget.unit:
-            case "s":
-                seconds += budget.amount
-            case "iterations":
-                iterations += budget.amount
-            case "samples":
-                iterations += budget.amount / batch
-            case "epochs":
-                iterations += budget.amount * images / batch
-            case _:
-                return None
+        if budget.unit == "s":
+            seconds += budget.amount * len(names)
+            continue
+        images_of = {"iterations": study.step.batch, "samples": 1, "epochs": images}
+        if budget.unit not in images_of:
+            return None
+        for name in names:  # a run under "40k@cwd" costs what cwd does
+            like = budget.method or name
+            count = budget.amount * images_of[budget.unit] / study.step.batch
+            iterations[like] = iterations.get(like, 0.0) + count
     if not study.budgets:
         return None
-    return PlannedTraining(runs * seconds, runs * iterations)
+    trained = study.teacher_weights is None and needs_teacher(study, names)
+    teacher = study.teacher_training.iterations if trained else 0
+    runs = {name: study.seeds * count for name, count in iterations.items()}
+    return TrainingPlan(study.seeds * seconds, runs, teacher)
 
 
-def _rough(
-    study: ResolvedStudy, costs: dict[str, Cost], planned: PlannedTraining | None
-) -> list[str]:
+def _rough(study: ResolvedStudy, costs: dict[str, Cost], plan: TrainingPlan | None) -> list[str]:
     """Return the methods whose Costs are not precise, because they were measured for a training so
     short that they would get several times as much time now."""
     settings, share_s = study.measure, study.measure.max_time_s
-    if planned is not None and REFERENCE in costs:
-        planned_s = planned.lasts_s(costs[REFERENCE].seconds_per_iteration().median)
+    if plan is not None and REFERENCE in costs:
+        ratios = {name: cost.ratio_per_iteration().median for name, cost in costs.items()}
+        iteration_s = costs[REFERENCE].seconds_per_iteration().median
+        planned_s = plan.in_reference_iterations(ratios).lasts_s(iteration_s)
         share_s = min(share_s, TRAINING_SHARE * planned_s / len(costs))
     return [
         name
