@@ -198,11 +198,11 @@ def test_a_stopped_run_books_what_it_lost(tmp_path):
 
 
 def test_start_up_is_apart_or_counted(tmp_path):
-    """A first step that compiles for half a second."""
+    """A first step that compiles for a second. The planned time of steps is not exact."""
 
     def compile_slowly(step, iteration):
         if iteration == 0:
-            time.sleep(0.5)
+            time.sleep(1)
 
     found = {}
     for mode in ("apart", "counted"):
@@ -210,9 +210,9 @@ def test_start_up_is_apart_or_counted(tmp_path):
             train_small(tmp_path / mode, methods=["none"], training__startup=mode)
         found[mode] = Store(tmp_path / mode).run_folder("none", "6", 0).read_run()
         assert found[mode].startup == mode
-    assert found["apart"].startup_s >= 0.4
+    assert found["apart"].startup_s >= 0.5
     assert found["counted"].startup_s == 0
-    assert found["counted"].train_s.actual >= 0.5
+    assert found["counted"].train_s.actual >= 1
 
 
 def test_the_log_has_every_term_and_its_lines_once(tmp_path):

@@ -17,7 +17,7 @@ from kdprof.measure.latency import (
 )
 from kdprof.step_feed import StepFeed
 
-LEAST_BLOCKS = 4
+LEAST_BLOCKS = 6
 """Blocks of each step that are always run."""
 KEEPS_UP = 0.01
 """A loader keeps up with steps that wait for it at most this share of their time."""

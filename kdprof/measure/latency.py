@@ -30,7 +30,8 @@ WARMUP_WINDOW = 3
 WARMUP_MOST_STEPS = 60
 WARMUP_MOST_S = 60.0
 SETTLED = 0.03
-"""Warm-up ends when the median of a window of steps is within 3 % of the window's before."""
+"""Warm-up ends when the median of a window of steps is within 3 % of the window's before, or when
+the two windows overlap: then they differ by no more than steps do on this machine."""
 BLOCK_S = 0.3
 """A block has no more steps than this time needs. A step that takes longer is alone in its block,
 and no untimed step comes before it: the caches that such a step finds cold do not matter."""
@@ -292,10 +293,11 @@ def _reserved_bytes() -> int:
 
 def _unsettled(times: Sequence[float], reserved: Sequence[int]) -> str | None:
     """Return what still changes from step to step; None if nothing does."""
-    last = statistics.median(times[-WARMUP_WINDOW:])
-    before = statistics.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
-    if abs(last / before - 1) > SETTLED:
-        return f"the latency still changed by {last / before - 1:+.0%} in {len(times)} steps"
+    last, before = times[-WARMUP_WINDOW:], times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW]
+    change = statistics.median(last) / statistics.median(before) - 1
+    apart = max(last) < min(before) or max(before) < min(last)
+    if apart and abs(change) > SETTLED:
+        return f"the latency still changed by {change:+.0%} in {len(times)} steps"
     if reserved[-1] > reserved[-WARMUP_WINDOW]:
         return f"the allocator still grew after {len(times)} steps"
     return None
