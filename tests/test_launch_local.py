@@ -132,14 +132,13 @@ def test_a_stopped_launcher_has_every_run_saved(tmp_path, number):
     assert all(0 < run.iterations_done < 60 for run in runs)
     assert all(folder.checkpoint.exists() for folder in folders[:2])
     assert not folders[2].record.exists()
-    if number == signal.SIGKILL:  # after which it is hardest to go on
-        assert run(tmp_path, store.root, "-q", **changes).returncode == 0
-        assert all(folder.read_run().finished for folder in folders)
-        alone = Store(tmp_path / "alone")
-        train_small(alone.root, **changes | {"seeds": 1})
-        torch.testing.assert_close(
-            weights(folders[0]), weights(alone.run_folder("slow", "60", 0)), rtol=0, atol=0
-        )
+    assert run(tmp_path, store.root, "-q", **changes).returncode == 0
+    assert all(folder.read_run().finished for folder in folders)
+    alone = Store(tmp_path / "alone")
+    train_small(alone.root, **changes | {"seeds": 1})
+    torch.testing.assert_close(
+        weights(folders[0]), weights(alone.run_folder("slow", "60", 0)), rtol=0, atol=0
+    )
 
 
 def test_a_price_of_another_device_is_refused(tmp_path):

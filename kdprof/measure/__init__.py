@@ -68,7 +68,7 @@ def measure(
             study.data.decoded("train")  # here, with a progress bar; the child processes find it
         found = {name: made for name, made in counted.items() if isinstance(made, Count)}
         names = [name for name in _in_order(study, names) if name not in measured.failures]
-        planned = None if plan is None else _planned(plan, found)
+        planned = None if plan is None else _by_flop(plan, found)
         display = running.enter_context(_Display(study, progress))
         work = _Work(
             study, found, _files_of(names, files), planned, display, keep, began, processes
@@ -79,7 +79,7 @@ def measure(
     return measured
 
 
-def _planned(plan: TrainingPlan, counts: Mapping[str, Count]) -> PlannedTraining:
+def _by_flop(plan: TrainingPlan, counts: Mapping[str, Count]) -> PlannedTraining:
     """Return a training in iterations of the reference, by FLOP: nothing else is known yet."""
     flop = {name: count.flop for name, count in counts.items()}
     reference = flop[REFERENCE].total if REFERENCE in flop else 0.0

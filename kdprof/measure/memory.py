@@ -101,10 +101,8 @@ def empty_allocators(device: torch.device) -> None:
 
 def held_bytes(device: torch.device) -> int:
     """Return the memory that is allocated now: on a GPU, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError):
-        return _status_bytes("VmRSS")
+        return (_CudaPeaks(device) if device.type == "cuda" else _ResidentPeaks()).held_bytes()
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdprof.data import SegmentationData
+from kdprof.data import ENDLESS, SegmentationData
 from kdprof.data.scenario import Role
 from kdprof.distributed.ranks import lost_contact
 from kdprof.errors import KdprofError
@@ -39,8 +39,6 @@ STARTUP_ITERATIONS = 2
 """The first steps of a process, in which torch compiles and searches for algorithms."""
 STEPS_AHEAD = 2
 """Steps that the host may be ahead of the device if the clock ends the run."""
-ENDLESS = 1 << 40
-"""More batches than any run takes."""
 AnyLine = TypeVar("AnyLine", CurvePoint, LogLine)
 
 
