@@ -21,7 +21,7 @@ from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock
 from kdprof.measure.latency import Session, Stopwatch, time_interleaved
 from kdprof.measure.user_step import CallableSubject
-from kdprof.stats import Numbers, paired_ratio
+from kdprof.stats.intervals import Numbers, paired_ratio
 from kdprof.study import MeasureSettings
 
 DELAYS = (0.02, 0.05, 0.20)

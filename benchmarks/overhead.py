@@ -17,7 +17,7 @@ from kdprof.measure.clock import Clock, Stamps, clock_of
 from kdprof.measure.latency import Stopwatch, time_interleaved
 from kdprof.measure.study_step import StudySubject
 from kdprof.resolve import ResolvedStudy
-from kdprof.stats import drift_of, paired_ratio, relative_width
+from kdprof.stats.intervals import drift_of, paired_ratio, relative_width
 from kdprof.step import PHASES, Mark, ignore_phase
 from kdprof.step_feed import StepFeed
 from kdprof.study import MeasureSettings, load_study

@@ -34,7 +34,7 @@ from kdprof.resized.choice import form_of
 from kdprof.resized.cross_entropy import plain_cross_entropy
 from kdprof.resized.prediction import plain_argmax
 from kdprof.resized.tiles import why_no_triton
-from kdprof.stats import paired_ratio
+from kdprof.stats.intervals import paired_ratio
 
 HEADS = {"logits": 1.0, "aux": 0.4}
 RELATIVE = 1e-3

@@ -51,7 +51,7 @@ from kdprof.progress import Advance, Progress
 from kdprof.records import REFERENCE, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.factory import MEASURED_ITERATIONS
-from kdprof.stats import paired_ratio
+from kdprof.stats.intervals import paired_ratio
 from kdprof.step import TrainStep
 from kdprof.step_feed import StepFeed
 from kdprof.store import RunFolder

@@ -14,7 +14,7 @@ from typing import Literal
 
 from kdprof.errors import UserError
 from kdprof.records import REFERENCE, Cost, Interval
-from kdprof.stats import Numbers, median_interval, product_of, ratio_of
+from kdprof.stats.intervals import Numbers, median_interval, product_of, ratio_of
 
 Unit = Literal["iterations", "samples", "epochs", "s", "flop", "J"]
 Matched = Literal["wall-clock", "FLOP", "energy", "iterations", "samples", "epochs"]

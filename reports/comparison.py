@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from kdprof.errors import UserError
 from kdprof.records import Cost
-from kdprof.stats import Numbers, ratio_of, unpaired_ratio
+from kdprof.stats.intervals import Numbers, ratio_of, unpaired_ratio
 from kdprof.store import Store
 
 NOISE_THRESHOLD = 0.01

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from kdprof.stats import Numbers
+from kdprof.stats.intervals import Numbers
 
 from .comparison import Change, Comparison
 from .text import MISSING, UNRELIABLE, Estimate, Grid, digits, flagged, print_notes

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kdprof.errors import UserError
 from kdprof.records import Cost, CountedCost, Interval
-from kdprof.stats import relative_width
+from kdprof.stats.intervals import relative_width
 from kdprof.store import Store, write_atomic
 
 from .cost_grids import (

@@ -24,7 +24,7 @@ from matplotlib.transforms import ScaledTranslation, Transform
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError, unknown
 from kdprof.records import CONTROL, REFERENCE, Run
-from kdprof.stats import mean_interval
+from kdprof.stats.intervals import mean_interval
 from kdprof.store import Store, write_atomic
 
 from .results import (

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kdprof.budget import parse_budget
 from kdprof.records import CONTROL, REFERENCE, Cost, Run
-from kdprof.stats import mean_interval
+from kdprof.stats.intervals import mean_interval
 from kdprof.store import Store, write_atomic
 
 from .results import (

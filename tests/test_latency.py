@@ -27,7 +27,7 @@ from kdprof.measure.latency import Stopwatch, collector_off, time_interleaved
 from kdprof.measure.study_step import StudySubject
 from kdprof.measure.subject import BadStep
 from kdprof.measure.user_step import CallableSubject
-from kdprof.stats import drift_of
+from kdprof.stats.intervals import drift_of
 from kdprof.step import PHASES
 from kdprof.step_feed import StepFeed
 from kdprof.study import MeasureSettings

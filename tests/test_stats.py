@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from kdprof.stats import (
+from kdprof.stats.intervals import (
     _ranks,
     block_length,
     drift_of,

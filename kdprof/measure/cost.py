@@ -30,7 +30,7 @@ from kdprof.records import (
     Ratio,
     TermCost,
 )
-from kdprof.stats import drift_of, median_interval, paired_ratio
+from kdprof.stats.intervals import drift_of, median_interval, paired_ratio
 from kdprof.step import PHASES
 
 PARTS = {

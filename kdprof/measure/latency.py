@@ -23,7 +23,7 @@ from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, phase_seconds
 from kdprof.measure.subject import Subject
 from kdprof.records import Outlier
-from kdprof.stats import Rounds, median_interval, outliers, paired_ratio, relative_width
+from kdprof.stats.intervals import Rounds, median_interval, outliers, paired_ratio, relative_width
 from kdprof.study import MeasureSettings
 
 WARMUP_WINDOW = 3
