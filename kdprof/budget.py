@@ -48,6 +48,13 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "Wh": ("J", 3600),
     "kWh": ("J", 3.6e6),
 }
+_PLAIN: dict[Unit, str] = {
+    "samples": "sample",
+    "epochs": "epoch",
+    "s": "s",
+    "flop": "flop",
+    "J": "J",
+}
 _FORM = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([A-Za-z]*)(?:@(.+))?")
 _SUM = re.compile(r"(?<!e)\+")
 """A plus sign that is not part of an exponent such as 5e+17."""
@@ -77,6 +84,14 @@ class Budget:
         """True if this is an amount of compute; False if it is a number of iterations, samples or
         epochs, for which the methods use different compute."""
         return self.matches in ("wall-clock", "FLOP", "energy")
+
+    def half(self) -> str:
+        """Return about half of this budget, as it is written on the command line."""
+        amount = self.amount / 2
+        if self.unit == "iterations":
+            of = f"@{self.method}" if self.method else ""
+            return f"{max(1, round(amount))}{of}"
+        return f"{amount:g}{_PLAIN[self.unit]}"
 
     def __add__(self, other: Budget) -> Budget:
         """Return the sum of two budgets.

@@ -1,7 +1,6 @@
 """The verdict on a folder of runs: compute-equivalent gain, differences, rank flips, chances.
 
-Everything is computed from stored records. ``docs/verdicts.md`` has the formulas and how often the
-intervals cover the truth in simulated studies.
+These are the nouns; ``judge.py`` computes them and ``verdict_text.py`` writes them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Gain:
     value: float | None
     """None if it is not known; then ``reason`` says why."""
     bound: str = ""
-    """``>`` or ``<`` if the true gain lies outside the measured budgets: ``value`` is the largest or
+    """``>`` or ``<`` if the gain lies outside the measured budgets: ``value`` is the largest or
     smallest gain that they can show. Empty if ``value`` is an estimate."""
     low: float | None = None
     """Lower end of the interval; None if it is open (the budgets can show no smaller gain) or if
@@ -59,12 +58,12 @@ class Pair:
     seeds: int = 1
     more_seeds: int | None = None
     """Further seeds that would show a difference of this size with 90 % power; 0 if it is shown
-    already; None if the differences' spread is not known or over :data:`MOST_SEEDS` are needed."""
+    already; None with one seed, or if over 1000 are needed."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The accuracy of the methods at one equal amount of compute on an axis, read off their curves."""
+    """The accuracy of the methods at one equal amount of compute, read off their curves."""
 
     axis: str
     at: float
