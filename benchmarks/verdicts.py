@@ -8,8 +8,8 @@ Everything is judged by :func:`kdprof.reports.judge.judge`, from records like th
 
     python benchmarks/verdicts.py --studies 1000
 
-prints the table of docs/verdicts.md: how often intervals contain the truth (aim: 93 to 97 %) and how
-often a rank flip is called that is none (aim: at most 5 %). Takes about 20 minutes on one core.
+prints the table of docs/verdicts.md: how often intervals contain the truth (aim: 93 to 97 %) and
+how often a rank flip is called that is none (aim: at most 5 %). Takes about 25 minutes on one core.
 """
 
 from __future__ import annotations
@@ -179,10 +179,10 @@ def score(verdict: Verdict, truth: Truth, results: Results, score: Score) -> Non
         assert pair.low is not None
         assert pair.high is not None
         score.add("pairs", pair.low <= true <= pair.high, 1)
-        if pair.simultaneous_low is not None:
-            assert pair.simultaneous_high is not None
-            inside = pair.simultaneous_low <= true <= pair.simultaneous_high
-            contained[pair.budget] = contained.get(pair.budget, True) and inside
+        assert pair.simultaneous_low is not None
+        assert pair.simultaneous_high is not None
+        inside = pair.simultaneous_low <= true <= pair.simultaneous_high
+        contained[pair.budget] = contained.get(pair.budget, True) and inside
     score.add("together", sum(contained.values()), len(contained))
     for gain in verdict.gains:
         if gain.value is None or gain.axis not in ("iterations", "seconds"):

@@ -23,6 +23,7 @@ from kdprof.stats.seeds import (
     fit_separately,
     further_seeds,
     pooling,
+    t_quantile,
     tukey_factor,
 )
 
@@ -232,11 +233,7 @@ def pair(
         return Pair(budget, first, second, float(values[0] - values[1]), seeds=seeds)
     contrast = found.model(first, second).difference(budget, first, second)
     low, high = contrast.interval(confidence)
-    wide_low = wide_high = None
-    if found.pooled is not None:
-        methods = sum(own == budget for _, own in found.scores)
-        reach = tukey_factor(methods, contrast.freedom, confidence) * contrast.error
-        wide_low, wide_high = contrast.value - reach, contrast.value + reach
+    reach = _simultaneous(found, budget, contrast.freedom, confidence) * contrast.error
     return Pair(
         budget,
         first,
@@ -244,12 +241,22 @@ def pair(
         contrast.value,
         low,
         high,
-        wide_low,
-        wide_high,
+        contrast.value - reach,
+        contrast.value + reach,
         contrast.probability(),
         seeds,
         further_seeds(contrast, seeds, confidence),
     )
+
+
+def _simultaneous(found: Evidence, budget: str, freedom: float, confidence: float) -> float:
+    """Return by how many standard errors the interval of a difference reaches that holds for all
+    pairs of the budget together: Tukey-Kramer, or Bonferroni's bound without a common variance."""
+    methods = sum(own == budget for _, own in found.scores)
+    if found.pooled is not None:
+        return tukey_factor(methods, freedom, confidence)
+    pairs = methods * (methods - 1) / 2
+    return t_quantile(1 - (1 - confidence) / 2 / pairs, freedom)
 
 
 # Ranks

@@ -27,6 +27,7 @@ from .results import (
     drift_text,
     drifted,
     final_miou,
+    shortened,
     study_text,
 )
 from .text import MISSING, UNRELIABLE, Estimate, Grid, duration, flagged, print_notes
@@ -56,6 +57,8 @@ class Row:
     """True if all Costs that the runs were planned with are reliable; None if none is stored."""
     drifted: bool
     """True if any of the runs is more than 2 % off its planned seconds."""
+    drift_by_seed: str
+    """How far each run is off its planned seconds: ``0: +3.0 %; 1: -0.4 %``."""
     groups_percent: dict[str, Estimate] = field(default_factory=dict)
     """mIoU over groups of classes: old and new in a class-incremental scenario."""
     missing: dict[str, str] = field(default_factory=dict)
@@ -115,6 +118,7 @@ def _row(results: Results, group: list[Run]) -> Row:
         latency_ratio=_latency_ratio(results.cost_of(group[-1]), missing),
         reliable=all(cost.reliable for cost in costs) if costs else None,
         drifted=any(map(drifted, group)),
+        drift_by_seed="; ".join(f"{run.seed}: {drift_text(run)}" for run in group),
         groups_percent=_groups(group),
         missing=missing,
     )
@@ -269,16 +273,45 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
             f"Up to {most} concurrent runs on the same machine: they share its memory bandwidth, "
             "so planned seconds may not hold."
         )
-    for run in filter(drifted, results.finished):
-        found.append(f"* Drifted more than 2 % from the plan: {run.label()}, {drift_text(run)}.")
-    for cost in results.unreliable():
-        why = "; ".join(cost.warnings) or "no warning recorded"
-        found.append(f"{UNRELIABLE} Planned with an unreliable cost, {cost.method}: {why}.")
-    for run in results.left_out:
-        state = "has no mIoU" if run.finished else "not finished"
-        done = f"{run.iterations_done:,} of {run.iterations:,} iterations"
-        found.append(f"Left out: {run.label()}, {state} ({done}).")
+    found += drift_notes(results)
+    if bad := results.unreliable():
+        methods = shortened(sorted({cost.method for cost in bad}))
+        found.append(
+            f"{UNRELIABLE} Planned with an unreliable cost: {methods}; costs.md says why of each."
+        )
+    if results.left_out:
+        labels = shortened([_unfinished(run) for run in results.left_out])
+        found.append(f"Left out: {labels}.")
     return found + _missing_notes(made)
+
+
+def _unfinished(run: Run) -> str:
+    state = "no mIoU" if run.finished else "not finished"
+    return f"{run.label()} ({state}, {run.iterations_done:,} of {run.iterations:,} iterations)"
+
+
+def drift_notes(results: Results) -> list[str]:
+    """Return how many runs spent other seconds than planned and how far off they are, in one line;
+    and what it means for the comparison if they are most of the runs."""
+    off = [run.train_s.drift() or 0.0 for run in results.finished if drifted(run)]
+    if not off:
+        return []
+    sizes = sorted(100 * abs(drift) for drift in off)
+    found = [
+        f"* {len(off)} of {count(len(results.finished), 'run')} spent {_range(sizes)} % more or "
+        f"less than planned (median {100 * float(np.median(off)):+.0f} %): table.csv has each."
+    ]
+    if 2 * len(off) > len(results.finished):
+        found.append(
+            "Most runs drifted, as on a busy machine: the budgets matched what was planned, not "
+            "what was spent. Figures and gains use the seconds really spent."
+        )
+    return found
+
+
+def _range(sizes: Sequence[float]) -> str:
+    low, high = f"{sizes[0]:.0f}", f"{sizes[-1]:.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _missing_notes(made: Sequence[Row]) -> list[str]:

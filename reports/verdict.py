@@ -50,8 +50,8 @@ class Pair:
     """Ends of the interval; None with one seed."""
     high: float | None = None
     simultaneous_low: float | None = None
-    """Ends of the Tukey-Kramer interval, which holds for all pairs of the budget together; None
-    where the variances are not pooled."""
+    """Ends of the interval that holds for all pairs of the budget together (Tukey-Kramer, or
+    Bonferroni's bound where variances are not pooled); None with one seed."""
     simultaneous_high: float | None = None
     probability: float | None = None
     """P(``first`` is better); None with one seed."""

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kdprof.budget import parse_budget
-
 from kdprof.store import Store, write_atomic
 
 from .axes import Axis, available, axis
@@ -64,7 +63,7 @@ def _gain_sentence(
             rest = [f"{g.method} {need_text(g)}{_sure(g)}" for g in known[1:NAMED_METHODS]]
             more = len(known) - NAMED_METHODS
             rest += [f"{more} more methods in verdict.md"] if more > 0 else []
-            return "; ".join([f"{first}{_sure(known[0])}", *rest]) + "."
+            return "; ".join([f"{first}{_sure(known[0], seeds=True)}", *rest]) + "."
     if not controls or len(results.methods()) < 2:
         return "No gain: train a control (kd or none) and another method at two budgets."
     if len(results.budgets()) == 1:
@@ -84,12 +83,14 @@ def _need(gain: Gain) -> str:
     return f"{gain.method} needs {need_text(gain)}"
 
 
-def _sure(gain: Gain) -> str:
+def _sure(gain: Gain, *, seeds: bool = False) -> str:
+    """Return in brackets how sure it is that the method needs less compute than the control."""
     if gain.seeds < 2:
-        return " (1 seed: no interval)"
-    if gain.probability is None:
-        return f" ({count(gain.seeds, 'seed')})"
-    return f" (P(less) = {probability_text(gain.probability)}, {count(gain.seeds, 'seed')})"
+        return " (one seed: may be chance)" if seeds else ""
+    name = "P(saves compute)" if seeds else "P"
+    found = [] if gain.probability is None else [f"{name} {chance_text(gain.probability)}"]
+    found += [count(gain.seeds, "seed")] if seeds else []
+    return f" ({', '.join(found)})" if found else ""
 
 
 def need_text(gain: Gain) -> str:
@@ -135,6 +136,12 @@ def probability_text(probability: float) -> str:
     return "< 0.01" if probability < 0.01 else f"{probability:.2f}"
 
 
+def chance_text(probability: float) -> str:
+    """Return ``= 0.98``, ``> 0.99`` or ``< 0.01``."""
+    text = probability_text(probability)
+    return text if text[0] in "<>" else f"= {text}"
+
+
 def _largest_budget(
     results: Results, pairs: Sequence[Pair], best: dict[str, dict[str, float]]
 ) -> str:
@@ -145,12 +152,12 @@ def _largest_budget(
     lead = own[0]
     gap = f"{lead.difference:+.2f} points over {lead.second}"
     if lead.probability is None:
-        return f"At {budget}, {lead.first} is first ({gap}); one seed, so nobody knows how surely."
+        return f"At {budget}, {lead.first} is first ({gap}); one seed, so it may be chance."
     if budget not in best:
         return f"At {budget}, {lead.first} is first ({gap} {_ends(lead)}); some have one seed."
-    chance = probability_text(best[budget].get(lead.first, 0.0))
+    chance = chance_text(best[budget].get(lead.first, 0.0))
     return (
-        f"At {budget}, {lead.first} has the best mean (P(best) = {chance}), {gap} "
+        f"At {budget}, {lead.first} has the best mean (P(best) {chance}), {gap} "
         f"{_ends(lead)}{_decided(lead)}."
     )
 
@@ -190,8 +197,8 @@ def _flip_sentence(flips: Sequence[Flip]) -> str:
 
 
 def _flip_text(flip: Flip) -> str:
-    chance = "" if flip.probability is None else f", P = {probability_text(flip.probability)}"
-    return f"{flip.first} before, {flip.second} after{chance}"
+    chance = "" if flip.probability is None else f" (P {chance_text(flip.probability)})"
+    return f"{flip.first} > {flip.second} reverses{chance}"
 
 
 # verdict.md, verdict.json
@@ -223,13 +230,17 @@ _READING = (
     "the method saves compute. 'needs' is its inverse. It is the shift of one accuracy curve onto "
     "the other over log compute; nothing is extrapolated beyond the budgets.",
     "Intervals are 95 %; P is by Student's t. 'all pairs' holds for all pairs of a budget together "
-    "(Tukey-Kramer). Further seeds: to show a difference of this size with 90 % power.",
+    "(Tukey-Kramer; Bonferroni where variances are not pooled). Further seeds: to show a difference "
+    "of this size with 90 % power.",
+    "With one batch size, gain and ranks at equal samples are those at equal iterations.",
     "Not counted: the teacher's training, tuning, evaluation, checkpoints.",
 )
 
 
 def _gain_grids(verdict: Verdict, each: Axis) -> list[Grid]:
-    own = [gain for gain in verdict.gains if gain.axis == each.name]
+    own = [gain for gain in verdict.gains if gain.axis == each.name and gain.axis != "samples"]
+    if all(gain.value is None for gain in own):
+        return []  # the sentence says what to run
     header = ("method", "gain", "needs", "P(gain > 1)", "seeds", "note")
     return [
         Grid(

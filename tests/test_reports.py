@@ -183,7 +183,10 @@ def test_drift_of_one_seed_flags_the_row_though_the_mean_is_on_plan(tmp_path):
     (row,) = table.rows(store)
     assert row.drifted
     assert row.drift_percent == pytest.approx(0)
-    assert "cwd 40k@cwd seed 0, +3.0 %" in printed(table.print_table, store)
+    note = "* 2 of 2 runs spent 3 % more or less than planned (median +0 %): table.csv has each."
+    assert note in printed(table.print_table, store)
+    table.render(store)
+    assert "0: +3.0 %; 1: -3.0 %" in (store.reports / "table.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,8 @@ def test_unreliable_cost_of_the_budgets_method_taints_every_run_planned_with_it(
     runs = [a_run("kd"), a_run("kd", "2h", train_s=Spent(planned=7200.0, actual=7200.0))]
     store = a_store(tmp_path, runs, stored)
     assert {row.budget: row.reliable for row in table.rows(store)} == {"40k@cwd": False, "2h": True}
-    assert "† Planned with an unreliable cost, cwd: throttled." in printed(table.print_table, store)
+    note = "† Planned with an unreliable cost: cwd; costs.md says why of each."
+    assert note in printed(table.print_table, store)
 
 
 def test_bars_are_extremes_below_three_seeds_and_t_intervals_from_three():
@@ -317,7 +321,7 @@ def test_left_out_runs_are_in_no_mean_and_are_named(tmp_path):
     assert seeds["cwd", "40k@cwd"] == 2
     assert ("kd", "40k@cwd") not in seeds
     text = printed(table.print_table, store)
-    assert "Left out: kd 40k@cwd seed 0, not finished (17 of 40,000 iterations)." in text
+    assert "Left out: kd 40k@cwd seed 0 (not finished, 17 of 40,000 iterations)." in text
     assert "Left out, not finished: 10 runs." in curves.notes(
         results.collect(store), curves.x_axes(results.collect(store), "seconds")[0]
     )

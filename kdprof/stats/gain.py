@@ -65,7 +65,7 @@ def compute_equivalent_gain(
     all d at which D is not significantly different from 0 (Fieller's principle), so it covers the
     truth as often as the t-test does, with few seeds and flat curves, too. Where noise makes D
     cross 0 several times, the length of {d : D(d) > 0} decides, which is the crossing of the
-    monotone rearrangement of D. Nothing is extrapolated: d ends where the curves' ranges only touch.
+    monotone rearrangement of D. Nothing is extrapolated: d ends where the ranges only touch.
 
     Args:
         intervals: False if there is one seed: only the estimate is computed.
