@@ -1,7 +1,7 @@
 """Claims about methods, as they are written on the command line.
 
-``A > B @ BUDGET``, ``A < B @ BUDGET``, ``A ~ B within POINTS @ BUDGET``, ``gain(A, B) > FACTOR`` and
-``gain(A, B) < FACTOR``, the last two also with ``on AXIS``.
+``A > B @ BUDGET``, ``A < B @ BUDGET``, ``A ~ B within POINTS @ BUDGET``, ``gain(A, B) > FACTOR``
+and ``gain(A, B) < FACTOR``, the last two also with ``on AXIS``.
 """
 
 from __future__ import annotations

@@ -425,3 +425,46 @@ class LedgerEntry(Record):
     seconds: float
     energy_j: float | None = None
     """Energy of training, if the device has a counter."""
+
+
+class Effect(Record):
+    """What a claim is about, as measured."""
+
+    unit: Literal["points", "factor"]
+    """Percentage points of mIoU, or a compute-equivalent gain."""
+    value: float | None
+    bound: str = ""
+    """``>`` or ``<`` if a gain lies outside the measured budgets, see ``value``."""
+    low: float | None
+    """End of the interval at the claim's confidence; None if it is open or unknown."""
+    high: float | None
+    probability: float | None
+    """P(difference > 0), or P(gain > 1)."""
+
+
+Outcome = Literal["supported", "contradicted", "undecided"]
+
+
+class ClaimRecord(Record):
+    """A claim with all that is needed to check it (a file of ``claims/``)."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    statement: str
+    confidence: float
+    outcome: Outcome
+    reason: str
+    """Why this outcome, in one sentence."""
+    effect: Effect
+    seeds: dict[str, int]
+    """Finished seeds of each of the two methods that the claim is based on."""
+    cost_ratio: Interval | None
+    """Seconds per iteration of the first method divided by those of the second."""
+    devices: list[str]
+    versions: dict[str, str]
+    study: dict[str, Any]
+    """Content of study.toml."""
+    not_counted: list[str]
+    notes: list[str]
+    unavailable: dict[str, str] = {}
+    files: dict[str, str]
+    """SHA-256 of every record that the claim was computed from, by path in the folder."""

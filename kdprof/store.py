@@ -8,12 +8,14 @@ Only this module knows file names::
     teacher/                          the teacher's run, with its weights
     trunks/<method>/<seed>/           the trunk of a method's wsd runs, state-<iteration>.pt
     runs/<method>/<budget>/<seed>/    run.json ledger.jsonl log.jsonl curve.jsonl checkpoint.pt
+    claims/<name>.json .md .tex       claims, see reports/claims.py
     reports/                          figures and tables
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -222,6 +224,7 @@ class Store:
         self.root = root
         self.study = root / "study.toml"
         self.reports = root / "reports"
+        self.claims = root / "claims"
 
     def check_writable(self) -> None:
         """Refuse a folder that cannot be written to, before any work. It need not exist yet.
@@ -298,6 +301,16 @@ class Store:
                 "measure all methods on one"
             )
         return costs
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of every record that reports are made from, by path in the folder."""
+        paths = [self.study, *self.root.glob("teacher/run.json"), *self.root.glob("costs/*.json")]
+        paths += self.root.glob("runs/*/*/*/run.json")
+        return {
+            path.relative_to(self.root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(paths)
+            if path.is_file()
+        }
 
     def teacher_folder(self) -> RunFolder:
         """Return the folder of the teacher's training."""

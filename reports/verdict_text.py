@@ -230,8 +230,8 @@ _READING = (
     "the method saves compute. 'needs' is its inverse. It is the shift of one accuracy curve onto "
     "the other over log compute; nothing is extrapolated beyond the budgets.",
     "Intervals are 95 %; P is by Student's t. 'all pairs' holds for all pairs of a budget together "
-    "(Tukey-Kramer; Bonferroni where variances are not pooled). Further seeds: to show a difference "
-    "of this size with 90 % power.",
+    "(Tukey-Kramer; Bonferroni where variances are not pooled). Further seeds: to show a "
+    "difference of this size with 90 % power.",
     "With one batch size, gain and ranks at equal samples are those at equal iterations.",
     "Not counted: the teacher's training, tuning, evaluation, checkpoints.",
 )

@@ -1,0 +1,349 @@
+"""Claims: a statement about two methods, judged from the records, that others can check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdprof.budget import cost_ratio, parse_budget
+from kdprof.claims import Claim, parse_claim
+from kdprof.errors import UserError, unknown
+from kdprof.records import ClaimRecord, Effect, Interval, Outcome
+from kdprof.store import Store, read_record, slug, write_atomic, write_record
+
+from .axes import AXES, axis
+from .judge import CONFIDENCE, Evidence, evidence, gain, pair
+from .results import Results, collect, count, device_text, drifted
+from .text import MISSING, Grid
+
+NOT_COUNTED = (
+    "the teacher's training",
+    "the search for settings",
+    "evaluation and checkpoints",
+)
+RELATIVE_TOLERANCE = 1e-6
+"""Numbers that differ less are the same: libraries round differently."""
+
+
+def make_claim(store: Store, statement: str, *, confidence: float = CONFIDENCE) -> ClaimRecord:
+    """Judge a claim from the records of a folder.
+
+    Raises:
+        UserError: the claim is malformed, or names a method, budget or axis that the folder lacks.
+    """
+    claim = parse_claim(statement)
+    if not 0.5 < confidence < 1:
+        raise UserError(f"confidence {confidence:g} must lie between 0.5 and 1, such as 0.95")
+    results = collect(store)
+    _check_names(claim, results)
+    found = evidence(results)
+    effect, seeds = _effect(claim, found, confidence)
+    outcome, reason = _outcome(claim, effect, found, confidence)
+    ratio, why = _cost_ratio(results, claim)
+    return ClaimRecord(
+        statement=claim.text(),
+        confidence=confidence,
+        outcome=outcome,
+        reason=reason,
+        effect=effect,
+        seeds=seeds,
+        cost_ratio=ratio,
+        devices=results.devices(),
+        versions=_versions(results),
+        study=results.study,
+        not_counted=list(NOT_COUNTED),
+        notes=_notes(claim, results),
+        unavailable={"cost_ratio": why} if why else {},
+        files=store.hashes(),
+    )
+
+
+def _check_names(claim: Claim, results: Results) -> None:
+    methods = results.methods()
+    problems = [
+        unknown("trained method", name, methods)
+        for name in (claim.first, claim.second)
+        if name not in methods
+    ]
+    if claim.budget is not None and claim.budget not in results.budgets():
+        problems.append(unknown("trained budget", claim.budget, results.budgets()))
+    elif claim.budget is not None and not problems:
+        problems += [
+            f"{name} has no finished run at {claim.budget}"
+            for name in (claim.first, claim.second)
+            if not results.group(name, claim.budget)
+        ]
+    if claim.axis not in AXES:
+        problems.append(unknown("axis", claim.axis, AXES))
+    if problems:
+        raise UserError(*problems)
+
+
+def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, dict[str, int]]:
+    """Return the effect and the seeds that it is based on."""
+    names = (claim.first, claim.second)
+    seeds = {name: found.seeds(name, budget=claim.budget) for name in names}
+    if claim.budget is None:
+        if len(found.results.devices()) > 1 and claim.axis in ("seconds", "joules"):
+            raise UserError("runs are from different devices: claim a gain on iterations or flop")
+        made = gain(found, *names, axis(found.results, claim.axis), confidence=confidence)
+        if made.value is None:
+            raise UserError(f"no gain of {claim.first} over {claim.second}: {made.reason}")
+        return (
+            Effect(
+                unit="factor",
+                value=made.value,
+                bound=made.bound,
+                low=made.low,
+                high=made.high,
+                probability=made.probability,
+            ),
+            seeds,
+        )
+    made = pair(found, claim.budget, *names, confidence=confidence)
+    effect = Effect(
+        unit="points",
+        value=made.difference,
+        low=made.low,
+        high=made.high,
+        probability=made.probability,
+    )
+    return effect, seeds
+
+
+def _outcome(
+    claim: Claim, effect: Effect, found: Evidence, confidence: float
+) -> tuple[Outcome, str]:
+    if effect.probability is None and effect.low is None and effect.high is None:
+        return "undecided", "one seed: no interval"
+    if claim.relation == "~":
+        return _equivalence(claim, effect, found, confidence)
+    low = -math.inf if effect.low is None else effect.low
+    high = math.inf if effect.high is None else effect.high
+    if claim.relation == "<":
+        low, high, threshold = -high, -low, -claim.threshold
+    else:
+        threshold = claim.threshold
+    percent = f"{100 * confidence:g} %"
+    if low > threshold:
+        return "supported", f"the {percent} interval lies on the claimed side"
+    if high < threshold:
+        return "contradicted", f"the {percent} interval lies on the other side"
+    return "undecided", f"the {percent} interval contains {claim.threshold:g}"
+
+
+def _equivalence(
+    claim: Claim, effect: Effect, found: Evidence, confidence: float
+) -> tuple[Outcome, str]:
+    """Judge equivalence within a margin by two one-sided tests (Schuirmann 1987): the interval of
+    confidence 2 c - 1 must lie within the margin."""
+    assert claim.budget is not None
+    assert effect.low is not None
+    assert effect.high is not None
+    inner = pair(found, claim.budget, claim.first, claim.second, confidence=2 * confidence - 1)
+    assert inner.low is not None
+    assert inner.high is not None
+    margin = claim.threshold
+    if -margin < inner.low and inner.high < margin:
+        both = f"two one-sided tests at {100 * confidence:g} % keep it within the margin"
+        return "supported", both
+    if effect.low > margin or effect.high < -margin:
+        return "contradicted", "the interval lies outside the margin"
+    return "undecided", "the interval reaches beyond the margin, and into it"
+
+
+def _cost_ratio(results: Results, claim: Claim) -> tuple[Interval | None, str]:
+    """Return the ratio of the costs that the runs were planned with, or why there is none."""
+    runs = [
+        next(run for run in reversed(results.finished) if run.method == name)
+        for name in (claim.first, claim.second)
+    ]
+    costs = [results.cost_of(run) for run in runs]
+    if any(cost is None or cost.ratio is None for cost in costs):
+        return None, "the runs were not planned with stored Costs that have a ratio"
+    median, low, high = cost_ratio(*costs)  # type: ignore[arg-type]
+    return Interval(median=median, low=low, high=high), ""
+
+
+def _versions(results: Results) -> dict[str, str]:
+    """Return the versions that the runs were trained with; several are joined."""
+    found: dict[str, dict[str, None]] = {}
+    for run in results.finished:
+        for name, version in run.versions.items():
+            found.setdefault(name, {})[version] = None
+    return {name: " and ".join(versions) for name, versions in sorted(found.items())}
+
+
+def _notes(claim: Claim, results: Results) -> list[str]:
+    own = [
+        run
+        for run in results.finished
+        if run.method in (claim.first, claim.second) and claim.budget in (None, run.budget)
+    ]
+    notes = []
+    if claim.budget is not None and not parse_budget(claim.budget).is_compute:
+        notes.append(f"{claim.budget} is equal work, not equal compute")
+    if off := sum(map(drifted, own)):
+        notes.append(f"{off} of {count(len(own), 'run')} spent over 2 % more or less than planned")
+    bad = {cost.method for run in own for cost in results.planning_costs(run) if not cost.reliable}
+    if bad:
+        notes.append(f"planned with an unreliable Cost of {', '.join(sorted(bad))}")
+    if len(results.devices()) > 1:
+        notes.append("runs are from different devices")
+    return notes
+
+
+# Files
+
+
+def write_claim(store: Store, record: ClaimRecord, name: str | None) -> list[Path]:
+    """Write a claim as JSON, Markdown and LaTeX and return the files.
+
+    Args:
+        name: of the files; by default made from the statement.
+
+    Raises:
+        UserError: the name is a path.
+    """
+    name = name or file_name(record.statement)
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"name '{name}' must be a file name without folders")
+    path = store.claims / f"{name}.json"
+    write_record(path, record)
+    write_atomic(path.with_suffix(".md"), markdown(record))
+    write_atomic(path.with_suffix(".tex"), _grid(record).latex(f"claim:{name}", _small(record)))
+    return [path, path.with_suffix(".md"), path.with_suffix(".tex")]
+
+
+_WORDS = {">": "gt", "<": "lt", "~": "like"}
+
+
+def file_name(statement: str) -> str:
+    """Return the name of a claim's files: ``fitnet-gt-kd-40k@cwd``."""
+    words = statement.replace(" @ ", " ").replace("gain(", "gain ").replace(", ", " ")
+    words = words.replace(")", "")
+    return slug("-".join(_WORDS.get(word, word) for word in words.split()))
+
+
+def effect_text(record: ClaimRecord) -> str:
+    """Return the effect with its interval: ``+0.84 points [+0.21, +1.47]``."""
+    effect = record.effect
+    if effect.value is None:
+        return MISSING
+    sign = "+" if effect.unit == "points" else ""
+    ends = [MISSING if end is None else f"{end:{sign}.2f}" for end in (effect.low, effect.high)]
+    noun = " points" if effect.unit == "points" else "x"
+    value = f"{effect.bound}{' ' if effect.bound else ''}{effect.value:{sign}.2f}{noun}"
+    return value if ends == [MISSING, MISSING] else f"{value} [{ends[0]}, {ends[1]}]"
+
+
+def _grid(record: ClaimRecord) -> Grid:
+    ratio = record.cost_ratio
+    cost = f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]" if ratio else MISSING
+    seeds = ", ".join(f"{name} {number}" for name, number in record.seeds.items())
+    interval = f"effect, {100 * record.confidence:g} % interval"
+    header = ("claim", "outcome", interval, "seeds", "cost ratio")
+    cells = [record.statement, record.outcome, effect_text(record), seeds, cost]
+    return Grid("A claim and its evidence", header, [cells], words=("outcome",))
+
+
+def _small(record: ClaimRecord) -> list[str]:
+    study = record.study
+    return [
+        f"Outcome: {record.outcome}, because {record.reason}.",
+        f"Data {str(study.get('data', '?')).partition(':')[0]}, student {study.get('student')}, "
+        f"teacher {study.get('teacher')}; {device_text(record.devices)}.",
+        f"Not counted: {', '.join(record.not_counted)}.",
+        *(f"Note: {note}." for note in record.notes),
+        *(f"No {name.replace('_', ' ')}: {why}." for name, why in record.unavailable.items()),
+    ]
+
+
+def markdown(record: ClaimRecord) -> str:
+    """Return a claim as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    files = "\n".join(f"{digest}  {path}" for path, digest in record.files.items())
+    parts = [
+        f"# {record.statement}: {record.outcome}",
+        _grid(record).markdown(),
+        "\n".join(f"- {line}" for line in (*_small(record), f"Versions: {versions}.")),
+        f"SHA-256 of the {len(record.files)} records that it was computed from:",
+        f"```\n{files}\n```",
+        "Check it in the folder of results: `kdprof verify claims/NAME.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# Verification
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What differs between a claim's file and the records beside it."""
+
+    record: ClaimRecord
+    problems: list[str]
+    """Empty if the claim is confirmed."""
+
+
+def verify(path: Path) -> Verification:
+    """Compute a claim again from the records in the folder above its own.
+
+    Raises:
+        UserError: the file or a record cannot be read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give the .json of a claim")
+    record = read_record(path, ClaimRecord)
+    store = Store(path.absolute().parent.parent)
+    store.require()
+    problems = _changed(record.files, store.hashes())
+    try:
+        again = make_claim(store, record.statement, confidence=record.confidence)
+    except UserError as error:
+        if not problems:
+            raise
+        # The changed file is what the reader must hear of first.
+        return Verification(record, [*problems, f"cannot be computed again: {error}"])
+    return Verification(record, problems + _differences(record, again))
+
+
+def _changed(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    found = [f"{path} is missing" for path in then if path not in now]
+    found += [f"{path} has changed" for path in then if path in now and then[path] != now[path]]
+    return found + [f"{path} is new" for path in now if path not in then]
+
+
+def _differences(then: ClaimRecord, now: ClaimRecord) -> list[str]:
+    """Return every field of the claim that is another when it is computed again."""
+    found = []
+    before, after = (record.model_dump(mode="json", exclude={"files"}) for record in (then, now))
+    for key, value in before.items():
+        if not _alike(value, after[key]):
+            found.append(f"{key}: {_brief(value)} in the claim, {_brief(after[key])} computed")
+    return found
+
+
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float | int):
+        return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return one == other
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def summary(records: Sequence[ClaimRecord]) -> list[str]:
+    """Return one line per claim: the statement, its outcome and the effect."""
+    return [
+        f"{record.outcome}: {record.statement} ({effect_text(record)}; {record.reason})"
+        for record in records
+    ]
