@@ -8,8 +8,12 @@ Everything is judged by :func:`kdprof.reports.judge.judge`, from records like th
 
     python benchmarks/verdicts.py --studies 1000
 
-prints the table of docs/verdicts.md: how often intervals contain the truth (aim: 93 to 97 %) and
-how often a rank flip is called that is none (aim: at most 5 %). Takes about 25 minutes on one core.
+    python benchmarks/verdicts.py --decide 10000
+
+The first prints the table of docs/verdicts.md: how often intervals contain the truth (aim: 93 to
+97 %) and how often a rank flip is called that is none (aim: at most 5 %); it takes about 25 minutes
+on one core. The second prints how often ``kdprof decide`` is wrong (aim: at most 5 %), and how many
+seeds it needs.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from kdprof.reports.judge import judge
 from kdprof.reports.results import Results
 from kdprof.reports.verdict import Verdict
 from kdprof.reports.verdict_text import SURE
+from kdprof.stats.intervals import mean_interval
+from kdprof.stats.sequential import EFFECT_SCALE, confidence_sequence
 
 FIRST_ITERATIONS = 2000
 SECONDS = 0.1
@@ -229,12 +235,77 @@ def row(setting: Setting, found: Score) -> str:
     return f"| {setting.text()} | " + " | ".join(cells) + " |"
 
 
+# Sequential decisions
+
+EFFECTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+"""True differences in standard deviations of the difference within a seed."""
+MAX_SEEDS = 12
+
+
+@dataclass
+class Decided:
+    """How simulated sequential comparisons of one true difference ended."""
+
+    wrong: int = 0
+    right: int = 0
+    seeds: int = 0
+    fixed_right: int = 0
+    """How often the ordinary t-test with all seeds is right."""
+
+
+def decide(effect: float, studies: int, scale: float, confidence: float = 0.95) -> Decided:
+    """Decide whether A is better than B, looking after every seed, in simulated studies.
+
+    With a true difference of 0 every decision is wrong.
+    """
+    rng = np.random.default_rng(0)
+    found = Decided()
+    for differences in effect + rng.standard_normal((studies, MAX_SEEDS)):
+        for count in range(2, MAX_SEEDS + 1):
+            low, high = confidence_sequence(differences[:count], confidence, scale=scale)
+            if low > 0 or high < 0:
+                found.right += low > 0 and effect > 0
+                found.wrong += high < 0 or effect == 0
+                break
+        found.seeds += count
+        fixed_low, *_ = mean_interval_of(differences)
+        found.fixed_right += effect > 0 and fixed_low > 0
+    return found
+
+
+def mean_interval_of(differences: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the ordinary 95 % interval of the mean."""
+    _, low, high = mean_interval(differences)
+    assert low is not None
+    assert high is not None
+    return low, high
+
+
+def print_decisions(studies: int, scale: float) -> None:
+    """Print the table of sequential decisions."""
+    print("| true difference / sd | wrong % | decided rightly % | mean seeds | all 12 seeds: % |")
+    print("| --: | --: | --: | --: | --: |")
+    for effect in EFFECTS:
+        found = decide(effect, studies, scale)
+        shares = [100 * n / studies for n in (found.wrong, found.right, found.fixed_right)]
+        print(
+            f"| {effect:g} | {shares[0]:.1f} | {shares[1]:.1f} | {found.seeds / studies:.1f} "
+            f"| {shares[2]:.1f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--noise", type=float, help="of all settings, percentage points")
+    parser.add_argument("--decide", type=int, metavar="STUDIES", help="sequential decisions")
+    parser.add_argument("--scale", type=float, default=EFFECT_SCALE, help="prior of --decide")
     given = parser.parse_args()
+    if given.decide:
+        print_decisions(given.decide, given.scale)
+        return
     print(
         "| methods x budgets x seeds | pair | all pairs | gain | false flips | studies with one |"
     )

@@ -468,3 +468,36 @@ class ClaimRecord(Record):
     unavailable: dict[str, str] = {}
     files: dict[str, str]
     """SHA-256 of every record that the claim was computed from, by path in the folder."""
+
+
+class Look(Record):
+    """What a sequential comparison showed after some seeds."""
+
+    seeds: int
+    value: float
+    """Mean difference within seeds, percentage points: of the two methods under the budget, or of
+    their curves after moving one by the claimed gain."""
+    low: float | None
+    """End of the anytime-valid interval; None if it is infinite."""
+    high: float | None
+
+
+class Decision(Record):
+    """A claim for which seeds were trained until it was decided (a file of ``decisions/``)."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    statement: str
+    confidence: float
+    max_seeds: int
+    outcome: Outcome
+    looks: list[Look]
+    """After 2, 3, ... seeds."""
+    saved_runs: int
+    """Runs that ``max_seeds`` seeds would have needed beyond those that were trained."""
+    saved_s: float
+    """Seconds of training of these runs, at the mean of the trained ones."""
+
+    @property
+    def seeds(self) -> int:
+        """Seeds at which it was decided, or at which the limit was reached."""
+        return self.looks[-1].seeds if self.looks else 0

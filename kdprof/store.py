@@ -9,6 +9,7 @@ Only this module knows file names::
     trunks/<method>/<seed>/           the trunk of a method's wsd runs, state-<iteration>.pt
     runs/<method>/<budget>/<seed>/    run.json ledger.jsonl log.jsonl curve.jsonl checkpoint.pt
     claims/<name>.json .md .tex       claims, see reports/claims.py
+    decisions/<name>.json             claims for which seeds were trained until they were decided
     reports/                          figures and tables
 """
 
@@ -18,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +30,7 @@ from typing import IO, Any, TypeVar
 from pydantic import ValidationError
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.records import Cost, CurvePoint, LedgerEntry, Record, Run
+from kdprof.records import Cost, CurvePoint, Decision, LedgerEntry, Record, Run
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -107,6 +109,15 @@ def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
 def slug(name: str) -> str:
     """Return a method or budget name as a folder name (``cwd:feature`` -> ``cwd.feature``)."""
     return name.replace(":", ".").replace("/", "-")
+
+
+_RELATIONS = {">": "gt", "<": "lt", "~": "like"}
+
+
+def claim_slug(statement: str) -> str:
+    """Return a claim as a file name: ``fitnet-gt-kd-40k@cwd``."""
+    words = re.sub(r"[(),]|@ ", " ", statement).split()
+    return slug("-".join(_RELATIONS.get(word, word) for word in words))
 
 
 class RunFolder:
@@ -306,11 +317,23 @@ class Store:
         """Return the SHA-256 of every record that reports are made from, by path in the folder."""
         paths = [self.study, *self.root.glob("teacher/run.json"), *self.root.glob("costs/*.json")]
         paths += self.root.glob("runs/*/*/*/run.json")
+        paths += self.root.glob("decisions/*.json")
         return {
             path.relative_to(self.root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(paths)
             if path.is_file()
         }
+
+    def write_decision(self, decision: Decision) -> Path:
+        """Store a decision and return its file."""
+        path = self.root / "decisions" / f"{claim_slug(decision.statement)}.json"
+        write_record(path, decision)
+        return path
+
+    def decisions(self) -> list[Decision]:
+        """Return every stored decision, ordered by name."""
+        paths = sorted((self.root / "decisions").glob("*.json"))
+        return [read_record(path, Decision) for path in paths]
 
     def teacher_folder(self) -> RunFolder:
         """Return the folder of the teacher's training."""

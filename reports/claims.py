@@ -10,12 +10,12 @@ from pathlib import Path
 from kdprof.budget import cost_ratio, parse_budget
 from kdprof.claims import Claim, parse_claim
 from kdprof.errors import UserError, unknown
-from kdprof.records import ClaimRecord, Effect, Interval, Outcome
-from kdprof.store import Store, read_record, slug, write_atomic, write_record
+from kdprof.records import ClaimRecord, Decision, Effect, Interval, Outcome
+from kdprof.store import Store, claim_slug, read_record, write_atomic, write_record
 
 from .axes import AXES, axis
 from .judge import CONFIDENCE, Evidence, evidence, gain, pair
-from .results import Results, collect, count, device_text, drifted
+from .results import Results, collect, count, decision_note, device_text, drifted
 from .text import MISSING, Grid
 
 NOT_COUNTED = (
@@ -42,6 +42,9 @@ def make_claim(store: Store, statement: str, *, confidence: float = CONFIDENCE) 
     effect, seeds = _effect(claim, found, confidence)
     outcome, reason = _outcome(claim, effect, found, confidence)
     ratio, why = _cost_ratio(results, claim)
+    methods = {claim.first, claim.second}
+    own = [decision for decision in results.decisions if methods & _methods_of(decision)]
+    notes = _notes(claim, results) + list(map(decision_note, own))
     return ClaimRecord(
         statement=claim.text(),
         confidence=confidence,
@@ -54,7 +57,7 @@ def make_claim(store: Store, statement: str, *, confidence: float = CONFIDENCE) 
         versions=_versions(results),
         study=results.study,
         not_counted=list(NOT_COUNTED),
-        notes=_notes(claim, results),
+        notes=notes,
         unavailable={"cost_ratio": why} if why else {},
         files=store.hashes(),
     )
@@ -195,6 +198,11 @@ def _notes(claim: Claim, results: Results) -> list[str]:
     return notes
 
 
+def _methods_of(decision: Decision) -> set[str]:
+    claim = parse_claim(decision.statement)
+    return {claim.first, claim.second}
+
+
 # Files
 
 
@@ -207,7 +215,7 @@ def write_claim(store: Store, record: ClaimRecord, name: str | None) -> list[Pat
     Raises:
         UserError: the name is a path.
     """
-    name = name or file_name(record.statement)
+    name = name or claim_slug(record.statement)
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"name '{name}' must be a file name without folders")
     path = store.claims / f"{name}.json"
@@ -215,16 +223,6 @@ def write_claim(store: Store, record: ClaimRecord, name: str | None) -> list[Pat
     write_atomic(path.with_suffix(".md"), markdown(record))
     write_atomic(path.with_suffix(".tex"), _grid(record).latex(f"claim:{name}", _small(record)))
     return [path, path.with_suffix(".md"), path.with_suffix(".tex")]
-
-
-_WORDS = {">": "gt", "<": "lt", "~": "like"}
-
-
-def file_name(statement: str) -> str:
-    """Return the name of a claim's files: ``fitnet-gt-kd-40k@cwd``."""
-    words = statement.replace(" @ ", " ").replace("gain(", "gain ").replace(", ", " ")
-    words = words.replace(")", "")
-    return slug("-".join(_WORDS.get(word, word) for word in words.split()))
 
 
 def effect_text(record: ClaimRecord) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError
-from kdprof.records import Cost, Run
+from kdprof.records import Cost, Decision, Run
 from kdprof.store import Store
 
 from .text import MISSING
@@ -34,6 +34,8 @@ class Results:
     """Content of study.toml."""
     costs: list[Cost]
     """Every stored Cost, the newest last."""
+    decisions: list[Decision] = field(default_factory=list)
+    """Comparisons whose seeds were added until they were decided."""
 
     def methods(self) -> list[str]:
         """Return the names of the compared methods, in alphabetical order."""
@@ -104,7 +106,7 @@ def collect(store: Store) -> Results:
     store.require()
     left_out = [run for run in runs if not _usable(run)]
     study = tomllib.loads(store.study.read_text())
-    return Results(usable, left_out, store.teacher_run(), study, store.costs())
+    return Results(usable, left_out, store.teacher_run(), study, store.costs(), store.decisions())
 
 
 def _usable(run: Run) -> bool:
@@ -156,3 +158,12 @@ def shortened(names: Sequence[str]) -> str:
 def count(number: int, noun: str) -> str:
     """Return ``1 seed`` or ``3 seeds``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def decision_note(decision: Decision) -> str:
+    """Return what a reader of ordinary intervals must know about a comparison that was stopped."""
+    return (
+        f"Seeds were added until '{decision.statement}' was decided ({decision.outcome} after "
+        f"{count(decision.seeds, 'seed')}, of {decision.max_seeds} at most): ordinary intervals do "
+        "not allow for that; its own interval, in decisions/, does."
+    )

@@ -23,6 +23,7 @@ from .results import (
     Results,
     collect,
     count,
+    decision_note,
     device_text,
     drift_text,
     drifted,
@@ -282,6 +283,7 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
     if results.left_out:
         labels = shortened([_unfinished(run) for run in results.left_out])
         found.append(f"Left out: {labels}.")
+    found += map(decision_note, results.decisions)
     return found + _missing_notes(made)
 
 

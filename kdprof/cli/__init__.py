@@ -12,6 +12,7 @@ import click
 
 from kdprof import __version__
 from kdprof.cli.budget import convert
+from kdprof.cli.claims import claim, decide, verify
 from kdprof.cli.data import data
 from kdprof.cli.machine import demo, doctor
 from kdprof.cli.measure import compare, measure
@@ -22,8 +23,8 @@ from kdprof.cli.train import plan, train
 from kdprof.errors import KdprofError
 
 COMMANDS = (
-    measure, compare, convert, plan, train, status, plot, evaluate, export, methods, data, demo,
-    doctor,
+    measure, compare, convert, plan, train, status, plot, claim, verify, decide, evaluate, export,
+    methods, data, demo, doctor,
 )  # fmt: skip
 
 

@@ -49,12 +49,7 @@ class LauncherOptions:
             raise UserError("--slurm sets options of a cluster; add --launcher slurm")
 
 
-@click.command()
-@study_options
-@output_options
-@training_options
-@measuring_options
-@grouped(
+launcher_options = grouped(
     "launching",
     LauncherOptions,
     click.option(
@@ -76,6 +71,14 @@ class LauncherOptions:
         help="With --launcher slurm: partition, account, qos, constraint, time, cpus, ...",
     ),
 )
+
+
+@click.command()
+@study_options
+@output_options
+@training_options
+@measuring_options
+@launcher_options
 def train(
     study: StudyOptions,
     output: OutputOptions,

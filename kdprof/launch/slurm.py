@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ OPTIONS = {
 WHOLE = ("cpus", "gpus", "parallel", "signal_delay_s")
 DEFAULTS = {"time": 240, "cpus_per_task": 4, "signal_delay_s": 120}
 """Minutes; cores; seconds between the signal that announces a job's end and the end."""
+POLL_S = 5.0
+"""Seconds between two looks at the queue."""
 REQUEUED_AT_MOST = 1000
 """How often one task may reach its time limit."""
 
@@ -137,6 +140,29 @@ def submit(workflow: Workflow, options: Mapping[str, Any]) -> Submitted:
     return Submitted(preparation, ids, sum(len(job.budgets) for job in jobs))
 
 
+def train_on_cluster(workflow: Workflow, options: Mapping[str, Any]) -> list[str]:
+    """Submit the unfinished runs of a study, wait until no job is queued, and return what failed.
+
+    Interrupting the wait leaves the jobs in the queue; a second call must wait for them to end.
+
+    Raises:
+        UserError: as for :func:`submit`, but a study whose runs are all finished is no error.
+    """
+    study, store = workflow.study, workflow.store
+    resolved = replace(workflow, study=_without_device(study)).resolved()
+    names = resolved.method_names(control=workflow.control)
+    if not jobs_of(resolved, store, names):
+        return []
+    made = submit(workflow, options)
+    workflow.progress.say(f"waiting for {made.runs} runs on the cluster ({made.tasks[0]} ...)")
+    while _queued(store):
+        time.sleep(POLL_S)
+    return [
+        f"{job.label()} did not finish on the cluster; logs: {store.slurm}"
+        for job in jobs_of(resolved, store, names)
+    ]
+
+
 def _without_device(study: Study) -> Study:
     """Return the study without the settings that can only be checked on a node of the cluster."""
     step = study.step.model_copy(update={"compile": "none", "precision": "fp32"})
@@ -154,6 +180,19 @@ def _refuse_twice(store: Store) -> None:
     Raises:
         UserError: such jobs are in the queue, or the cluster does not answer.
     """
+    if ids := _queued(store):
+        raise UserError(
+            f"jobs of {store.root} are in the queue already: {', '.join(ids)}; wait for them, or "
+            f"'scancel --name={job_name(store)}' first"
+        )
+
+
+def _queued(store: Store) -> list[str]:
+    """Return the ids of the jobs of a folder that are waiting or running.
+
+    Raises:
+        UserError: the cluster does not answer.
+    """
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--name={job_name(store)}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -163,11 +202,7 @@ def _refuse_twice(store: Store) -> None:
         ) from error
     except subprocess.CalledProcessError as error:
         raise UserError(f"the cluster does not answer: {_last_line(error)}") from error
-    if ids := done.stdout.split():
-        raise UserError(
-            f"jobs of {store.root} are in the queue already: {', '.join(ids)}; wait for them, or "
-            f"'scancel --name={job_name(store)}' first"
-        )
+    return done.stdout.split()
 
 
 def _last_line(error: subprocess.CalledProcessError) -> str:

@@ -7,6 +7,7 @@ elsewhere; video coding compares rates at equal quality in the same way (Bjonteg
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,7 @@ def compute_equivalent_gain(
             the interval by adding in quadrature.
     """
     shifts = np.linspace(control.logs[0] - curve.logs[-1], control.logs[-1] - curve.logs[0], STEPS)
-    weights = _difference_weights(model, curve, control, shifts)
+    weights = difference_weights(model.cells, curve, control, shifts)
     values, errors = model.contrasts(weights)
     estimate, bound = _crossing(shifts, values)
     if not intervals:
@@ -92,20 +93,20 @@ def compute_equivalent_gain(
     return Shift(math.exp(estimate), bound, *ends, probability, True, probability is not None)
 
 
-def _difference_weights(
-    model: SeedModel, curve: Curve, control: Curve, shifts: np.ndarray
+def difference_weights(
+    cells: Sequence[Cell], curve: Curve, control: Curve, shifts: np.ndarray
 ) -> np.ndarray:
-    """Return the weights of the model's cells in D, shifts x cells."""
+    """Return the weights of ``cells`` in D (see above) at each shift, shifts x cells."""
     low = np.maximum(curve.logs[0], control.logs[0] - shifts)
     high = np.minimum(curve.logs[-1], control.logs[-1] - shifts)
     middles = (np.arange(POINTS) + 0.5) / POINTS
     at = low[:, None] + middles * (high - low)[:, None]
-    weights = np.zeros((len(shifts), len(model.cells)))
-    for cells, found in (
+    weights = np.zeros((len(shifts), len(cells)))
+    for own, found in (
         (curve.cells, curve.weights(at).mean(axis=1)),
         (control.cells, -control.weights(at + shifts[:, None]).mean(axis=1)),
     ):
-        weights[:, [model.cells.index(cell) for cell in cells]] = found
+        weights[:, [cells.index(cell) for cell in own]] = found
     return weights
 
 
@@ -158,7 +159,7 @@ def _probability(
     if not control.logs[0] - curve.logs[-1] <= 0 <= control.logs[-1] - curve.logs[0]:
         return None
     near = np.array([-0.05, 0.0, 0.05])
-    values, errors = model.contrasts(_difference_weights(model, curve, control, near))
+    values, errors = model.contrasts(difference_weights(model.cells, curve, control, near))
     slope = abs(values[2] - values[0]) / 0.1
     error = math.hypot(errors[1], slope * cost_error / t_quantile(0.975, 1e6))
     if error == 0:

@@ -1,0 +1,100 @@
+"""Sequential comparisons: what the seeds trained so far say about a claim."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kdprof.claims import Claim
+from kdprof.errors import UserError
+from kdprof.records import Decision, Look, Outcome
+from kdprof.stats.gain import difference_weights
+from kdprof.stats.sequential import confidence_sequence
+
+from .axes import axis
+from .judge import evidence
+from .results import Results, count, final_miou
+from .text import MISSING, duration
+
+
+def looks(claim: Claim, results: Results, confidence: float) -> list[Look]:
+    """Return what is known after 2, 3, ... seeds that both methods have, up to the decision.
+
+    Raises:
+        UserError: a claimed gain lies outside what the budgets can show.
+    """
+    differences = within_seeds(claim, results)
+    found = []
+    for seeds in range(2, len(differences) + 1):
+        low, high = confidence_sequence(differences[:seeds], confidence)
+        mean = float(np.mean(differences[:seeds]))
+        found.append(Look(seeds=seeds, value=mean, low=_finite(low), high=_finite(high)))
+        if outcome(claim, found[-1]) != "undecided":
+            break
+    return found
+
+
+def _finite(end: float) -> float | None:
+    return end if math.isfinite(end) else None
+
+
+def outcome(claim: Claim, look: Look) -> Outcome:
+    """Return what an anytime-valid interval says about a claim."""
+    low = -math.inf if look.low is None else look.low
+    high = math.inf if look.high is None else look.high
+    if claim.relation == "~":
+        margin = claim.threshold
+        if -margin < low and high < margin:
+            return "supported"
+        return "contradicted" if low > margin or high < -margin else "undecided"
+    if claim.relation == "<":
+        low, high = -high, -low
+    return "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
+
+
+def within_seeds(claim: Claim, results: Results) -> list[float]:
+    """Return the difference of each seed that both methods have, in the order of the seeds.
+
+    For a claim about a gain g it is the mean over the common range of the first method's curve
+    minus the second's at g times the compute: above 0 exactly if the gain is larger.
+    """
+    if claim.budget is not None:
+        first, second = (
+            {run.seed: 100 * final_miou(run) for run in results.group(name, claim.budget)}
+            for name in (claim.first, claim.second)
+        )
+        return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return _along_curves(claim, results)
+
+
+def _along_curves(claim: Claim, results: Results) -> list[float]:
+    found = evidence(results)
+    chosen = axis(results, claim.axis)
+    curve, control = (found.curve(name, chosen) for name in (claim.first, claim.second))
+    cells = [*curve.cells, *control.cells]
+    shift = math.log(claim.threshold)
+    if not control.logs[0] - curve.logs[-1] <= shift <= control.logs[-1] - curve.logs[0]:
+        raise UserError(
+            f"claim '{claim.text()}': the budgets cannot show a gain of {claim.threshold:g}; train "
+            "budgets that are further apart"
+        )
+    (weights,) = difference_weights(cells, curve, control, np.array([shift]))
+    seeds = set.intersection(*(set(found.scores[cell]) for cell in cells))
+    return [float(weights @ [found.scores[cell][seed] for cell in cells]) for seed in sorted(seeds)]
+
+
+def decision_line(decision: Decision) -> str:
+    """Return a decision with its interval and what was saved against training every seed."""
+    last = decision.looks[-1]
+    ends = [MISSING if end is None else f"{end:+.2f}" for end in (last.low, last.high)]
+    saved = (
+        f"saved {count(decision.saved_runs, 'run')} ({duration(decision.saved_s)}) of the "
+        f"{decision.max_seeds} seeds planned"
+        if decision.saved_runs
+        else "the limit"
+    )
+    return (
+        f"{decision.outcome}: {decision.statement} ({last.value:+.2f} points "
+        f"[{ends[0]}, {ends[1]}] after {count(decision.seeds, 'seed')}; {saved})"
+    )
