@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdprof.budget import cost_ratio, parse_budget
 from kdprof.claims import Claim, parse_claim
@@ -267,9 +268,9 @@ def markdown(record: ClaimRecord) -> str:
         f"# {record.statement}: {record.outcome}",
         _grid(record).markdown(),
         "\n".join(f"- {line}" for line in (*_small(record), f"Versions: {versions}.")),
-        f"SHA-256 of the {len(record.files)} records that it was computed from:",
-        f"```\n{files}\n```",
         "Check it in the folder of results: `kdprof verify claims/NAME.json`.",
+        f"<details><summary>SHA-256 of the {len(record.files)} records that it was computed from"
+        f"</summary>\n\n```\n{files}\n```\n\n</details>",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -316,21 +317,28 @@ def _changed(then: dict[str, str], now: dict[str, str]) -> list[str]:
 
 def _differences(then: ClaimRecord, now: ClaimRecord) -> list[str]:
     """Return every field of the claim that is another when it is computed again."""
-    found = []
-    before, after = (record.model_dump(mode="json", exclude={"files"}) for record in (then, now))
-    for key, value in before.items():
-        if not _alike(value, after[key]):
-            found.append(f"{key}: {_brief(value)} in the claim, {_brief(after[key])} computed")
+    before, after = (_flat(r.model_dump(mode="json", exclude={"files"})) for r in (then, now))
+    return [
+        f"{key}: {_brief(before.get(key))} in the claim, {_brief(after.get(key))} computed"
+        for key in dict.fromkeys([*before, *after])
+        if not _alike(before.get(key), after.get(key))
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Return nested values with dotted keys, such as ``effect.low``."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
     return found
 
 
 def _alike(one: object, other: object) -> bool:
     if isinstance(one, float) and isinstance(other, float | int):
         return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_alike, one, other))
     return one == other
 
 

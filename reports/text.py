@@ -173,6 +173,7 @@ def latex_text(text: str) -> str:
     for pattern, sign in (
         (r"(?<=\d)-(?=\d)", "--"),
         (r"(?<!\S)-(?=\d)", "$-$"),
+        (r"(?<=\{\[\})-(?=\d)", "$-$"),
         (r"(?<!\S)'", "`"),
     ):
         escaped = re.sub(pattern, sign, escaped)
