@@ -27,7 +27,7 @@ POWER = 0.9
 MOST_SEEDS = 1000
 """More seeds than this are not proposed."""
 NULL_DRAWS = 4000
-POSTERIOR_DRAWS = 20_000
+POSTERIOR_DRAWS = 10_000
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ iterations) and a gain (an iteration of it counts as several). Noise has an effe
 all methods share, and a part of each run, which under a trunk is correlated between budgets.
 Everything is judged by :func:`kdprof.reports.judge.judge`, from records like those on disk.
 
-    python benchmarks/verdicts.py --studies 1000
+    python benchmarks/simulated_verdicts.py --studies 1000
 
-    python benchmarks/verdicts.py --decide 10000
+    python benchmarks/simulated_verdicts.py --decide 10000
 
 The first prints the table of docs/verdicts.md: how often intervals contain the truth (aim: 93 to
 97 %) and how often a rank flip is called that is none (aim: at most 5 %); it takes about 25 minutes
