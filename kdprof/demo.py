@@ -12,6 +12,9 @@ from kdprof.reports import costs as cost_report
 from kdprof.reports import curves, table
 from kdprof.reports.conversion import conversion_table
 from kdprof.reports.costs import measure_table
+from kdprof.reports.judge import judge
+from kdprof.reports.results import collect
+from kdprof.reports.verdict_text import print_sentences
 from kdprof.train.runs import train
 from kdprof.workflow import Workflow
 
@@ -29,3 +32,4 @@ def run(out: Path, progress: Progress, console: Console) -> None:
     table.print_table(store, console)
     for path in [store.study, *paths]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    print_sentences(judge(collect(store)), console)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Console
+
 from kdprof.budget import parse_budget
 from kdprof.store import Store, write_atomic
 
 from .axes import Axis, available, axis
 from .results import Results, count, shortened
-from .text import MISSING, Grid
+from .text import MISSING, Grid, print_notes
 from .verdict import Flip, Gain, Pair, Verdict
 
 NAMED_METHODS = 6
@@ -199,6 +201,11 @@ def _flip_sentence(flips: Sequence[Flip]) -> str:
 def _flip_text(flip: Flip) -> str:
     chance = "" if flip.probability is None else f" (P {chance_text(flip.probability)})"
     return f"{flip.first} > {flip.second} reverses{chance}"
+
+
+def print_sentences(verdict: Verdict, console: Console) -> None:
+    """Print the verdict, one sentence per line."""
+    print_notes(["", *verdict.sentences, ""], console)
 
 
 # verdict.md, verdict.json

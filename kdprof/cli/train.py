@@ -148,13 +148,17 @@ def _train(workflow: Workflow, launching: LauncherOptions) -> Summary | None:
 
 
 def _conclude(summary: Summary, store: Store, output: OutputOptions) -> None:
+    from kdprof.reports.judge import judge
+    from kdprof.reports.results import collect
     from kdprof.reports.table import print_table
+    from kdprof.reports.verdict_text import print_sentences
 
     if output.as_json:
         print_records(store.runs())
     elif not output.quiet:
-        if store.runs():
+        if any(run.finished and run.miou is not None for run in store.runs()):
             print_table(store, stdout())
+            print_sentences(judge(collect(store)), stdout())
         click.echo(
             f"{len(summary.finished)} runs trained, {summary.skipped} were finished before, "
             f"{len(summary.elsewhere)} are held by other processes, {len(summary.failures)} "
