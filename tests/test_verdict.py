@@ -73,6 +73,23 @@ def test_a_method_with_fewer_seeds_is_not_judged_by_which_seeds_it_got():
     assert found.difference("x", "b", "a").error == pytest.approx(0.0, abs=1e-9)
 
 
+def test_methods_that_share_no_seed_are_compared_by_the_unpaired_t_test():
+    a, b = [70.0, 71.0, 70.4], [68.0, 69.5, 69.1]
+    table = {("a", "x"): dict(enumerate(a)), ("b", "x"): dict(enumerate(b, 10))}
+    found = fit(table, pool_budgets=False).difference("x", "a", "b")
+    oracle = scipy.stats.ttest_ind(a, b)
+    assert found.freedom == 4
+    assert found.value / found.error == pytest.approx(oracle.statistic)
+
+
+def test_a_budget_that_one_method_alone_was_trained_at_is_part_of_its_curve():
+    runs = [run for run in _line("kd", 0.1, 0.0) if run.budget != "400s"]
+    verdict = judge(_results([*runs, *_line("a", 0.2, 2.5)]))
+    (found,) = [g for g in verdict.gains if (g.method, g.axis) == ("a", "seconds")]
+    assert found.low < found.value < found.high
+    assert found.value == pytest.approx(math.sqrt(2) / 2, rel=0.1)
+
+
 def test_noise_shared_by_the_budgets_of_a_trunk_is_not_counted_as_several_observations():
     rng = np.random.default_rng(1)
     common = rng.standard_normal((3, 6))

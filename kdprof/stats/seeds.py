@@ -143,26 +143,38 @@ def _least_squares(
     cells: list[Cell], index: list[tuple[str, str, int]]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Return the maps from observations to adjusted means and to residuals, and the degrees of
-    freedom by budget. Every budget is a fit of its own: method + seed."""
+    freedom by budget. Every budget is a fit of its own: method + seed, or the method alone where
+    seeds do not connect the methods."""
     means_of = np.zeros((len(cells), len(index)))
     residual_of = np.zeros((len(index), len(index)))
     freedom = {}
     for budget in dict.fromkeys(budget for _, budget in cells):
         rows = [i for i, (_, own, _) in enumerate(index) if own == budget]
         methods = [method for method, own in cells if own == budget]
-        seeds = sorted({index[i][2] for i in rows})
-        design = np.zeros((len(rows), len(methods) + len(seeds)))
-        for row, i in enumerate(rows):
-            design[row, methods.index(index[i][0])] = 1
-            design[row, len(methods) + seeds.index(index[i][2])] = 1
+        design = _design([index[i] for i in rows], methods)
         inverse = np.linalg.pinv(design)
         # Adjusted mean: the method's effect plus the mean effect of all seeds.
-        average = inverse[len(methods) :].mean(axis=0)
+        average = inverse[len(methods) :].sum(axis=0) / max(1, design.shape[1] - len(methods))
         places = [cells.index((method, budget)) for method in methods]
         means_of[np.ix_(places, rows)] = inverse[: len(methods)] + average
         residual_of[np.ix_(rows, rows)] = np.eye(len(rows)) - design @ inverse
         freedom[budget] = float(len(rows) - np.linalg.matrix_rank(design))
     return means_of, residual_of, freedom
+
+
+def _design(rows: list[tuple[str, str, int]], methods: list[str]) -> np.ndarray:
+    """Return the design matrix of a budget: one column per method, then one per seed.
+
+    Without the seeds' columns if a budget has one method, or methods that share no seed, directly
+    or through others: their differences could not be told from the seeds' effects.
+    """
+    seeds = sorted({seed for _, _, seed in rows})
+    design = np.zeros((len(rows), len(methods) + len(seeds)))
+    for row, (method, _, seed) in enumerate(rows):
+        design[row, methods.index(method)] = 1
+        design[row, len(methods) + seeds.index(seed)] = 1
+    connected = np.linalg.matrix_rank(design) == len(methods) + len(seeds) - 1
+    return design if connected and len(methods) > 1 else design[:, : len(methods)]
 
 
 def _noise(
