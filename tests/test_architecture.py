@@ -166,7 +166,9 @@ def test_every_package_is_installed():
     with (ROOT / "pyproject.toml").open("rb") as file:
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
     inside = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "kdprof").rglob("__init__.py")}
-    wanted = {name.replace(os.sep, ".") for name in inside} | {"kdprof.methods", "kdprof.reports"}
+    beside = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "reports").rglob("__init__.py")}
+    wanted = {name.replace(os.sep, ".") for name in inside} | {"kdprof.methods"}
+    wanted |= {f"kdprof.{name.replace(os.sep, '.')}" for name in beside}
     assert sorted(listed) == sorted(wanted)
 
 
