@@ -14,7 +14,7 @@ from kdprof.budget import parse_budget
 from kdprof.errors import UserError
 
 EXAMPLES = "'fitnet > kd @ 40k@cwd', 'fitnet ~ kd within 0.3 @ 40k@cwd' or 'gain(cwd, kd) > 1.2'"
-_NUMBER = r"(\d+(?:\.\d+)?)"
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 _DIFFERENCE = re.compile(rf"(\S+)\s*([<>~])\s*(\S+?)(?:\s+within\s+{_NUMBER})?\s+@\s+(.+)")
 _GAIN = re.compile(
     rf"gain\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)\s*([<>])\s*{_NUMBER}(?:\s+on\s+(\S+))?"
@@ -45,9 +45,16 @@ class Claim:
         """Return the claim as :func:`parse_claim` reads it."""
         if self.budget is None:
             on = f" on {self.axis}" if self.axis != "seconds" else ""
-            return f"gain({self.first}, {self.second}) {self.relation} {self.threshold:g}{on}"
-        within = f" within {self.threshold:g}" if self.relation == "~" else ""
+            return (
+                f"gain({self.first}, {self.second}) {self.relation} {_digits(self.threshold)}{on}"
+            )
+        within = f" within {_digits(self.threshold)}" if self.relation == "~" else ""
         return f"{self.first} {self.relation} {self.second}{within} @ {self.budget}"
+
+
+def _digits(value: float) -> str:
+    """Return a number with all its digits: another number would be another claim."""
+    return repr(value).removesuffix(".0")
 
 
 def parse_claim(text: str) -> Claim:

@@ -490,8 +490,11 @@ class Decision(Record):
     confidence: float
     max_seeds: int
     outcome: Outcome
+    """``undecided`` also while seeds are still added."""
+    reason: str = ""
+    """Why it could not be decided, if not for too few seeds."""
     looks: list[Look]
-    """After 2, 3, ... seeds."""
+    """After 2, 3, ... seeds, up to the decision."""
     saved_runs: int
     """Runs that ``max_seeds`` seeds would have needed beyond those that were trained."""
     saved_s: float

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdprof.budget import cost_ratio, parse_budget
+from kdprof.budget import parse_budget
 from kdprof.claims import Claim, parse_claim
 from kdprof.errors import UserError, unknown
-from kdprof.records import ClaimRecord, Decision, Effect, Interval, Outcome
+from kdprof.records import ClaimRecord, Decision, Effect, Outcome
 from kdprof.store import Store, claim_slug, read_record, write_atomic, write_record
 
 from .axes import AXES, axis
-from .judge import CONFIDENCE, Evidence, evidence, gain, pair
+from .judge import CONFIDENCE, Evidence, evidence, gain, pair, ratio_of_costs
 from .results import Results, collect, count, decision_note, device_text, drifted
 from .text import MISSING, Grid
 
@@ -42,7 +42,8 @@ def make_claim(store: Store, statement: str, *, confidence: float = CONFIDENCE) 
     found = evidence(results)
     effect, seeds = _effect(claim, found, confidence)
     outcome, reason = _outcome(claim, effect, found, confidence)
-    ratio, why = _cost_ratio(results, claim)
+    ratio = ratio_of_costs(results, claim.first, claim.second)
+    why = "" if ratio else "the runs were not planned with stored Costs that have a ratio"
     methods = {claim.first, claim.second}
     own = [decision for decision in results.decisions if methods & _methods_of(decision)]
     notes = _notes(claim, results) + list(map(decision_note, own))
@@ -90,8 +91,6 @@ def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, d
     names = (claim.first, claim.second)
     seeds = {name: found.seeds(name, budget=claim.budget) for name in names}
     if claim.budget is None:
-        if len(found.results.devices()) > 1 and claim.axis in ("seconds", "joules"):
-            raise UserError("runs are from different devices: claim a gain on iterations or flop")
         made = gain(found, *names, axis(found.results, claim.axis), confidence=confidence)
         if made.value is None:
             raise UserError(f"no gain of {claim.first} over {claim.second}: {made.reason}")
@@ -121,7 +120,7 @@ def _outcome(
     claim: Claim, effect: Effect, found: Evidence, confidence: float
 ) -> tuple[Outcome, str]:
     if effect.probability is None and effect.low is None and effect.high is None:
-        return "undecided", "one seed: no interval"
+        return "undecided", "no interval: one seed, or no equal compute"
     if claim.relation == "~":
         return _equivalence(claim, effect, found, confidence)
     low = -math.inf if effect.low is None else effect.low
@@ -158,19 +157,6 @@ def _equivalence(
     return "undecided", "the interval reaches beyond the margin, and into it"
 
 
-def _cost_ratio(results: Results, claim: Claim) -> tuple[Interval | None, str]:
-    """Return the ratio of the costs that the runs were planned with, or why there is none."""
-    runs = [
-        next(run for run in reversed(results.finished) if run.method == name)
-        for name in (claim.first, claim.second)
-    ]
-    costs = [results.cost_of(run) for run in runs]
-    if any(cost is None or cost.ratio is None for cost in costs):
-        return None, "the runs were not planned with stored Costs that have a ratio"
-    median, low, high = cost_ratio(*costs)  # type: ignore[arg-type]
-    return Interval(median=median, low=low, high=high), ""
-
-
 def _versions(results: Results) -> dict[str, str]:
     """Return the versions that the runs were trained with; several are joined."""
     found: dict[str, dict[str, None]] = {}
@@ -191,8 +177,9 @@ def _notes(claim: Claim, results: Results) -> list[str]:
         notes.append(f"{claim.budget} is equal work, not equal compute")
     if off := sum(map(drifted, own)):
         notes.append(f"{off} of {count(len(own), 'run')} spent over 2 % more or less than planned")
-    bad = {cost.method for run in own for cost in results.planning_costs(run) if not cost.reliable}
-    if bad:
+    # Only Costs that the runs name: another choice would depend on the files' times.
+    costs = [results.cost_of(run) for run in own if run.cost_key]
+    if bad := {cost.method for cost in costs if cost is not None and not cost.reliable}:
         notes.append(f"planned with an unreliable Cost of {', '.join(sorted(bad))}")
     if len(results.devices()) > 1:
         notes.append("runs are from different devices")
@@ -221,9 +208,19 @@ def write_claim(store: Store, record: ClaimRecord, name: str | None) -> list[Pat
         raise UserError(f"name '{name}' must be a file name without folders")
     path = store.claims / f"{name}.json"
     write_record(path, record)
-    write_atomic(path.with_suffix(".md"), markdown(record))
-    write_atomic(path.with_suffix(".tex"), _grid(record).latex(f"claim:{name}", _small(record)))
-    return [path, path.with_suffix(".md"), path.with_suffix(".tex")]
+    texts = _texts(record, path)
+    for file, text in texts.items():
+        write_atomic(file, text)
+    return [path, *texts]
+
+
+def _texts(record: ClaimRecord, path: Path) -> dict[Path, str]:
+    """Return what people read of a claim, by file."""
+    latex = _grid(record).latex(f"claim:{path.stem}", _small(record))
+    return {
+        path.with_suffix(".md"): markdown(record, path.name),
+        path.with_suffix(".tex"): latex + "\n",
+    }
 
 
 def effect_text(record: ClaimRecord) -> str:
@@ -260,15 +257,15 @@ def _small(record: ClaimRecord) -> list[str]:
     ]
 
 
-def markdown(record: ClaimRecord) -> str:
-    """Return a claim as Markdown."""
+def markdown(record: ClaimRecord, file: str) -> str:
+    """Return a claim as Markdown; ``file`` is the name of its JSON."""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     files = "\n".join(f"{digest}  {path}" for path, digest in record.files.items())
     parts = [
         f"# {record.statement}: {record.outcome}",
         _grid(record).markdown(),
         "\n".join(f"- {line}" for line in (*_small(record), f"Versions: {versions}.")),
-        "Check it in the folder of results: `kdprof verify claims/NAME.json`.",
+        f"Check it in the folder of results: `kdprof verify claims/{file}`.",
         f"<details><summary>SHA-256 of the {len(record.files)} records that it was computed from"
         f"</summary>\n\n```\n{files}\n```\n\n</details>",
     ]
@@ -299,6 +296,11 @@ def verify(path: Path) -> Verification:
     store = Store(path.absolute().parent.parent)
     store.require()
     problems = _changed(record.files, store.hashes())
+    problems += [
+        f"{file.name} is not what {path.name} says"
+        for file, text in _texts(record, path).items()
+        if file.is_file() and file.read_text(errors="replace") != text
+    ]
     try:
         again = make_claim(store, record.statement, confidence=record.confidence)
     except UserError as error:
@@ -326,10 +328,12 @@ def _differences(then: ClaimRecord, now: ClaimRecord) -> list[str]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Return nested values with dotted keys, such as ``effect.low``."""
+    """Return nested values with dotted keys, such as ``effect.low`` and ``notes.0``."""
     found: dict[str, object] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            found |= _flat({str(place): one for place, one in enumerate(value)}, f"{prefix}{key}.")
+        elif isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
@@ -344,7 +348,7 @@ def _alike(one: object, other: object) -> bool:
 
 def _brief(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def summary(records: Sequence[ClaimRecord]) -> list[str]:

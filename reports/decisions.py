@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -18,13 +20,13 @@ from .results import Results, count, final_miou
 from .text import MISSING, duration
 
 
-def looks(claim: Claim, results: Results, confidence: float) -> list[Look]:
-    """Return what is known after 2, 3, ... seeds that both methods have, up to the decision.
+def looks(claim: Claim, results: Results, confidence: float, max_seeds: int) -> list[Look]:
+    """Return what is known after 2, 3, ... seeds, up to the decision.
 
     Raises:
         UserError: a claimed gain lies outside what the budgets can show.
     """
-    differences = within_seeds(claim, results)
+    differences = within_seeds(claim, results)[:max_seeds]
     found = []
     for seeds in range(2, len(differences) + 1):
         low, high = confidence_sequence(differences[:seeds], confidence)
@@ -54,18 +56,22 @@ def outcome(claim: Claim, look: Look) -> Outcome:
 
 
 def within_seeds(claim: Claim, results: Results) -> list[float]:
-    """Return the difference of each seed that both methods have, in the order of the seeds.
+    """Return the difference of each seed from 0 on, up to the first that a method lacks: an order
+    that does not depend on which run ended first.
 
     For a claim about a gain g it is the mean over the common range of the first method's curve
     minus the second's at g times the compute: above 0 exactly if the gain is larger.
     """
     if claim.budget is not None:
-        first, second = (
-            {run.seed: 100 * final_miou(run) for run in results.group(name, claim.budget)}
-            for name in (claim.first, claim.second)
-        )
-        return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+        groups = [results.group(name, claim.budget) for name in (claim.first, claim.second)]
+        first, second = ({run.seed: 100 * final_miou(run) for run in group} for group in groups)
+        return [first[seed] - second[seed] for seed in _first_seeds([set(first), set(second)])]
     return _along_curves(claim, results)
+
+
+def _first_seeds(sets: Sequence[set[int]]) -> list[int]:
+    common = set.intersection(*sets) if sets else set()
+    return list(takewhile(lambda seed: seed in common, range(len(common))))
 
 
 def _along_curves(claim: Claim, results: Results) -> list[float]:
@@ -76,16 +82,21 @@ def _along_curves(claim: Claim, results: Results) -> list[float]:
     shift = math.log(claim.threshold)
     if not control.logs[0] - curve.logs[-1] <= shift <= control.logs[-1] - curve.logs[0]:
         raise UserError(
-            f"claim '{claim.text()}': the budgets cannot show a gain of {claim.threshold:g}; train "
-            "budgets that are further apart"
+            f"the budgets cannot show a gain of {claim.threshold:g}; train budgets that are "
+            "further apart"
         )
     (weights,) = difference_weights(cells, curve, control, np.array([shift]))
-    seeds = set.intersection(*(set(found.scores[cell]) for cell in cells))
-    return [float(weights @ [found.scores[cell][seed] for cell in cells]) for seed in sorted(seeds)]
+    return [
+        float(weights @ [found.scores[cell][seed] for cell in cells])
+        for seed in _first_seeds([set(found.scores[cell]) for cell in cells])
+    ]
 
 
 def decision_line(decision: Decision) -> str:
     """Return a decision with its interval and what was saved against training every seed."""
+    if not decision.looks:
+        why = decision.reason or "too few finished seeds"
+        return f"{decision.outcome}: {decision.statement} ({why})"
     last = decision.looks[-1]
     ends = [MISSING if end is None else f"{end:+.2f}" for end in (last.low, last.high)]
     saved = (

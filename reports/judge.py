@@ -14,7 +14,7 @@ import numpy as np
 
 from kdprof.budget import cost_ratio
 from kdprof.errors import UserError, unknown
-from kdprof.records import CONTROL, REFERENCE, Run
+from kdprof.records import CONTROL, REFERENCE, Interval, Run
 from kdprof.stats.gain import Curve, compute_equivalent_gain
 from kdprof.stats.seeds import (
     Cell,
@@ -28,11 +28,15 @@ from kdprof.stats.seeds import (
 )
 
 from .axes import Axis, available
-from .results import Results, decision_note, final_miou
+from .results import Results, decision_note, final_miou, shortened
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 from .verdict_text import sentences
 
 CONFIDENCE = 0.95
+SAME_COMPUTE = 1e-6
+"""Budgets whose log compute differs less are at one amount."""
+EXACT_AXES = ("iterations", "samples", "flop")
+"""Axes on which the cost of a step is known without error."""
 ORDERED_BY = "iterations"
 """Rank flips are searched between this axis, at which papers compare, and every other."""
 
@@ -66,14 +70,28 @@ class Evidence:
         return fit(both, pool_budgets=False)
 
     def curve(self, method: str, axis: Axis) -> Curve:
-        """Return a method's budgets on an axis, at the mean compute of their runs."""
-        places = {}
-        for cell in self.scores:
-            if cell[0] == method:
-                spent = [axis.quantity(run) for run in self.results.group(*cell)]
-                places[cell] = float(np.log(np.mean([x for x in spent if x is not None])))
-        cells = sorted(places, key=lambda cell: places[cell])
-        return Curve(cells, np.array([places[cell] for cell in cells]))
+        """Return a method's budgets on an axis, at the mean compute of their runs.
+
+        Budgets with one seed are left out if two or more have several: they would leave the whole
+        curve without an interval.
+
+        Raises:
+            UserError: a run has no such quantity.
+        """
+        cells = [cell for cell in self.scores if cell[0] == method]
+        repeated = [cell for cell in cells if len(self.scores[cell]) > 1]
+        places = {
+            cell: self._log_compute(cell, axis) for cell in (repeated if repeated[1:] else cells)
+        }
+        ordered = sorted(places, key=lambda cell: places[cell])
+        return Curve(ordered, np.array([places[cell] for cell in ordered]))
+
+    def _log_compute(self, cell: Cell, axis: Axis) -> float:
+        spent = [axis.quantity(run) for run in self.results.group(*cell)]
+        known = [value for value in spent if value is not None and value > 0]
+        if len(known) < len(spent):
+            raise UserError(f"{axis.name} of {cell[0]} {cell[1]}: not recorded for every run")
+        return float(np.log(np.mean(known)))
 
 
 def evidence(results: Results) -> Evidence:
@@ -84,10 +102,9 @@ def evidence(results: Results) -> Evidence:
             if group := results.group(method, budget):
                 scores[method, budget] = {run.seed: 100 * final_miou(run) for run in group}
     found = pooling(scores, independent=not _share_trunk(results.finished))
-    replicated = any(len(seeds) > 1 for seeds in scores.values())
-    model = fit(scores, pool_budgets=found.budgets) if found.methods and replicated else None
+    model = fit(scores, pool_budgets=found.budgets) if found.methods else None
     if model is not None and min(model.freedom.values()) < 1:
-        model = None  # under one budget all methods have one seed
+        model = None  # every cell has one seed
     return Evidence(results, scores, model, found.budgets)
 
 
@@ -122,7 +139,7 @@ def judge(
         if method != control
     ]
     pairs = [
-        pair(found, budget, first, second, confidence=confidence)
+        _better_first(found, budget, first, second, confidence)
         for budget in results.budgets()
         for first, second in combinations(_ranked(found, budget), 2)
     ]
@@ -132,16 +149,20 @@ def judge(
     flips = _flips(found, axes, standings, draws)
     best = _best(found, draws)
     notes = _notes(found, axes, standings)
-    headline = sentences(results, gains, pairs, best, flips, axis, controls)
+    headline = sentences(results, gains, pairs, best, flips, standings, axis, controls)
     return Verdict(headline, gains, pairs, best, standings, flips, notes)
 
 
 def _comparable_axes(results: Results) -> list[Axis]:
-    """Return the axes; seconds and joules of different devices cannot be compared."""
-    axes = available(results)
-    if len(results.devices()) > 1:
-        axes = [axis for axis in axes if axis.name not in ("seconds", "joules")]
-    return axes
+    return [axis for axis in available(results) if not incomparable(results, axis.name)]
+
+
+def incomparable(results: Results, axis_name: str) -> str:
+    """Return why runs cannot be compared on an axis, or nothing: seconds and joules of different
+    devices are different things."""
+    if axis_name in ("seconds", "gpu-hours", "joules") and len(results.devices()) > 1:
+        return "runs are from different devices; use iterations or flop"
+    return ""
 
 
 def _controls(methods: list[str], versus: Sequence[str]) -> list[str]:
@@ -151,13 +172,18 @@ def _controls(methods: list[str], versus: Sequence[str]) -> list[str]:
 
 
 def _ranked(found: Evidence, budget: str) -> list[str]:
-    """Return the methods of a budget, the best mean first."""
+    """Return the methods of a budget, the best mean, adjusted for seeds, first."""
+    model = _model_of_all(found)
     means = {
-        method: float(np.mean(list(seeds.values())))
-        for (method, own), seeds in found.scores.items()
+        method: float(mean)
+        for (method, own), mean in zip(model.cells, model.means, strict=True)
         if own == budget
     }
     return sorted(means, key=lambda method: (-means[method], method))
+
+
+def _model_of_all(found: Evidence) -> SeedModel:
+    return found.pooled or fit_separately(found.scores)
 
 
 # Gain
@@ -167,10 +193,15 @@ def gain(
     found: Evidence, method: str, versus: str, axis: Axis, *, confidence: float = CONFIDENCE
 ) -> Gain:
     """Return the compute-equivalent gain of a method over a control on an axis."""
-    seeds = found.seeds(method, versus)
-    curves = [found.curve(name, axis) for name in (method, versus)]
-    if single := [c.cells[0][0] for c in curves if len(c.cells) < 2]:
-        reason = f"{' and '.join(single)} trained at one budget: a curve needs two"
+    if why := incomparable(found.results, axis.name):
+        return Gain(method, versus, axis.name, None, reason=why)
+    try:
+        curves = [found.curve(name, axis) for name in (method, versus)]
+    except UserError as error:
+        return Gain(method, versus, axis.name, None, reason=str(error))
+    seeds = min(len(found.scores[cell]) for curve in curves for cell in curve.cells)
+    if short := [c.cells[0][0] for c in curves if np.ptp(c.logs) < SAME_COMPUTE]:
+        reason = f"{' and '.join(short)} trained at one amount of compute: a curve needs two"
         return Gain(method, versus, axis.name, None, seeds=seeds, reason=reason)
     repeated = seeds > 1
     model = found.model(method, versus)
@@ -179,7 +210,7 @@ def gain(
         *curves,
         confidence=confidence,
         intervals=repeated,
-        cost_error=_cost_error(found, method, versus) if axis.name in ("seconds", "joules") else 0,
+        cost_error=0.0 if axis.name in EXACT_AXES else _cost_error(found, method, versus),
     )
     reasons = []
     if shift.bound:
@@ -209,15 +240,22 @@ def gain(
 def _cost_error(found: Evidence, method: str, versus: str) -> float:
     """Return the half-width of the 95 % interval of the log of the ratio of the two steps' costs; 0
     if the runs were not planned with Costs that have one."""
-    costs = [found.results.cost_of(_a_run(found.results, name)) for name in (method, versus)]
-    if any(cost is None or cost.ratio is None for cost in costs):
-        return 0.0
-    _, low, high = cost_ratio(*costs)  # type: ignore[arg-type]
-    return float(np.log(high / low)) / 2
+    ratio = ratio_of_costs(found.results, method, versus)
+    return 0.0 if ratio is None else float(np.log(ratio.high / ratio.low)) / 2
 
 
-def _a_run(results: Results, method: str) -> Run:
-    return next(run for run in reversed(results.finished) if run.method == method)
+def ratio_of_costs(results: Results, first: str, second: str) -> Interval | None:
+    """Return the ratio of the costs of two methods' iterations that their runs were planned with;
+    None if a run names no stored Cost that has a ratio."""
+    costs = []
+    for name in (first, second):
+        planned = [run for run in results.finished if run.method == name and run.cost_key]
+        cost = results.cost_of(planned[-1]) if planned else None
+        if cost is None or cost.ratio is None:
+            return None
+        costs.append(cost)
+    median, low, high = cost_ratio(*costs)
+    return Interval(median=median, low=low, high=high)
 
 
 # Differences
@@ -229,8 +267,9 @@ def pair(
     """Return the difference between two methods under a budget."""
     seeds = found.seeds(first, second, budget=budget)
     if seeds < 2:
-        values = [np.mean(list(found.scores[name, budget].values())) for name in (first, second)]
-        return Pair(budget, first, second, float(values[0] - values[1]), seeds=seeds)
+        return Pair(
+            budget, first, second, _raw_difference(found, budget, first, second), seeds=seeds
+        )
     contrast = found.model(first, second).difference(budget, first, second)
     low, high = contrast.interval(confidence)
     reach = _simultaneous(found, budget, contrast.freedom, confidence) * contrast.error
@@ -249,6 +288,23 @@ def pair(
     )
 
 
+def _raw_difference(found: Evidence, budget: str, first: str, second: str) -> float:
+    """Return the difference of means, over the seeds that both have if there are any."""
+    here, there = found.scores[first, budget], found.scores[second, budget]
+    common = here.keys() & there.keys()
+    means = [np.mean([values[s] for s in common or values]) for values in (here, there)]
+    return float(means[0] - means[1])
+
+
+def _better_first(found: Evidence, budget: str, first: str, second: str, confidence: float) -> Pair:
+    """Return the pair so that its difference is not negative: adjusted for the seeds of the two
+    methods alone, it may be another than in the ranking of all."""
+    made = pair(found, budget, first, second, confidence=confidence)
+    if made.difference >= 0:
+        return made
+    return pair(found, budget, second, first, confidence=confidence)
+
+
 def _simultaneous(found: Evidence, budget: str, freedom: float, confidence: float) -> float:
     """Return by how many standard errors the interval of a difference reaches that holds for all
     pairs of the budget together: Tukey-Kramer, or Bonferroni's bound without a common variance."""
@@ -263,19 +319,18 @@ def _simultaneous(found: Evidence, budget: str, freedom: float, confidence: floa
 
 
 def _draws(found: Evidence, rng: np.random.Generator) -> tuple[SeedModel, np.ndarray] | None:
-    """Return a model of all methods and draws of their true means; None if one seed is all."""
-    model = found.pooled
-    if model is None:
-        if min(map(len, found.scores.values())) < 2:
-            return None
-        model = fit_separately(found.scores)
+    """Return a model of all cells and draws of their true means; None if one seed is all."""
+    model = _model_of_all(found)
+    if min(model.freedom.values()) < 1:
+        return None
     return model, model.draws(rng)
 
 
 def _best(
     found: Evidence, draws: tuple[SeedModel, np.ndarray] | None
 ) -> dict[str, dict[str, float]]:
-    """Return P(best) by budget and method, the most likely first."""
+    """Return P(best) by budget and method, the most likely first; of budgets in which all methods
+    have several seeds."""
     chances = {}
     for budget in found.results.budgets():
         cells = [cell for cell in found.scores if cell[1] == budget]
@@ -290,19 +345,27 @@ def _best(
 
 
 def _standing(found: Evidence, axis: Axis) -> Standing | None:
-    """Return the accuracy of all methods at the largest compute that all of them reached, or None
-    if there is no amount that all budgets cover."""
-    curves = {method: found.curve(method, axis) for method in found.results.methods()}
+    """Return the accuracy of all methods with a curve at the largest compute that all of them
+    reached, or None if there is no amount that all budgets cover."""
+    curves = _curves(found, axis)
+    if len(curves) < 2:
+        return None
     at = min(curve.logs[-1] for curve in curves.values())
     if at < max(curve.logs[0] for curve in curves.values()):
         return None
-    model = found.pooled or fit_separately(found.scores)
+    model = _model_of_all(found)
     scores = {
         method: float(curve.weights(at) @ model.means[[model.cells.index(c) for c in curve.cells]])
         for method, curve in curves.items()
     }
     order = sorted(scores, key=lambda method: (-scores[method], method))
     return Standing(axis.name, float(np.exp(at)), {method: scores[method] for method in order})
+
+
+def _curves(found: Evidence, axis: Axis) -> dict[str, Curve]:
+    """Return the curves of the methods that have two budgets or more."""
+    curves = {method: found.curve(method, axis) for method in found.results.methods()}
+    return {m: curve for m, curve in curves.items() if np.ptp(curve.logs) >= SAME_COMPUTE}
 
 
 def _flips(
@@ -322,17 +385,24 @@ def _flips(
     for other in standings:
         if other.axis in (ORDERED_BY, "samples"):  # one batch size: samples order as iterations
             continue
-        for first, second in combinations(base.miou_percent, 2):
+        both = [m for m in base.miou_percent if m in other.miou_percent]
+        for first, second in combinations(both, 2):
             gaps = [s.miou_percent[first] - s.miou_percent[second] for s in (base, other)]
             if gaps[0] * gaps[1] < 0:
                 chance = None
-                if drawn and found.seeds(first, second) > 1:
+                if drawn and _repeated(found, first, second):
                     here, there = drawn[base.axis], drawn[other.axis]
                     kept = (here[first] > here[second]) & (there[first] < there[second])
                     chance = float(kept.mean())
                 axes_pair = (base.axis, other.axis)
                 flips.append(Flip(first, second, axes_pair, (gaps[0], gaps[1]), chance))
     return sorted(flips, key=lambda flip: (-(flip.probability or 0), flip.axes, flip.first))
+
+
+def _repeated(found: Evidence, *methods: str) -> bool:
+    """Return whether the curves of some methods have several seeds."""
+    numbers = [[len(s) for (m, _), s in found.scores.items() if m == method] for method in methods]
+    return all(sum(number > 1 for number in own) > 1 for own in numbers)
 
 
 def _drawn_at(
@@ -346,28 +416,31 @@ def _drawn_at(
         return {}
     model, drawn = draws
     at = np.log(standings[axis.name].at)
-    curves = {method: found.curve(method, axis) for method in found.results.methods()}
     return {
         method: drawn[:, [model.cells.index(c) for c in curve.cells]] @ curve.weights(at)
-        for method, curve in curves.items()
+        for method, curve in _curves(found, axis).items()
     }
 
 
 def _notes(found: Evidence, axes: Sequence[Axis], standings: Sequence[Standing]) -> list[str]:
     """Return how the verdict was computed and what it leaves out."""
     notes = []
-    if max(map(len, found.scores.values())) > 1:
+    results = found.results
+    if max(map(len, found.scores.values())) > 1 and len(results.methods()) > 1:
         how = {
             (True, True): "one variance for all methods and budgets",
             (True, False): "one variance per budget for all methods",
             (False, False): "each pair's own variance, because those of the methods differ",
         }[found.pooled is not None, found.pool_budgets and found.pooled is not None]
-        shared = _share_trunk(found.results.finished)
+        shared = _share_trunk(results.finished)
         trunk = "; budgets share a trunk, so their noise is correlated" if shared else ""
         notes.append(f"Differences are within seeds, with {how}{trunk}.")
+    ranked = {method for standing in standings for method in standing.miou_percent}
+    if standings and (left := sorted(set(results.methods()) - ranked)):
+        notes.append(f"In no rank on an axis, because trained at one budget: {shortened(left)}.")
     without = [a.name for a in axes if a.name not in {s.axis for s in standings}]
-    if without and len(found.results.budgets()) > 1:
+    if without and len(results.budgets()) > 1:
         notes.append(f"No rank at equal {', '.join(without)}: no amount is covered by all methods.")
-    if len(found.results.devices()) > 1:
+    if len(results.devices()) > 1:
         notes.append("Runs are from different devices: no gain in seconds or joules.")
-    return notes + list(map(decision_note, found.results.decisions))
+    return notes + list(map(decision_note, results.decisions))

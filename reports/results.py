@@ -93,7 +93,7 @@ def collect(store: Store) -> Results:
     """Read what a report of runs needs.
 
     Raises:
-        UserError: the store has no run, or no finished one.
+        UserError: the store has no run, or no finished one, or a file is damaged.
     """
     runs = store.runs()
     usable = [run for run in runs if _usable(run)]
@@ -105,7 +105,10 @@ def collect(store: Store) -> Results:
         )
     store.require()
     left_out = [run for run in runs if not _usable(run)]
-    study = tomllib.loads(store.study.read_text())
+    try:
+        study = tomllib.loads(store.study.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{store.study} is damaged ({error}); restore it") from None
     return Results(usable, left_out, store.teacher_run(), study, store.costs(), store.decisions())
 
 

@@ -15,7 +15,7 @@ from kdprof.store import Store, write_atomic
 from .axes import Axis, available, axis
 from .results import Results, count, shortened
 from .text import MISSING, Grid, print_notes
-from .verdict import Flip, Gain, Pair, Verdict
+from .verdict import Flip, Gain, Pair, Standing, Verdict
 
 NAMED_METHODS = 6
 """The sentences name at most this many methods."""
@@ -36,6 +36,7 @@ def sentences(
     pairs: Sequence[Pair],
     best: dict[str, dict[str, float]],
     flips: Sequence[Flip],
+    standings: Sequence[Standing],
     chosen: str,
     controls: Sequence[str],
 ) -> list[str]:
@@ -48,7 +49,7 @@ def sentences(
     if len(results.methods()) > 1:
         found.append(_largest_budget(results, pairs, best))
     if len(results.budgets()) > 1 and len(results.methods()) > 1:
-        found.append(_flip_sentence(flips))
+        found.append(_flip_sentence(flips, [standing.axis for standing in standings]))
     return [sentence for sentence in found if sentence]
 
 
@@ -88,7 +89,7 @@ def _need(gain: Gain) -> str:
 def _sure(gain: Gain, *, seeds: bool = False) -> str:
     """Return in brackets how sure it is that the method needs less compute than the control."""
     if gain.seeds < 2:
-        return " (one seed: may be chance)" if seeds else ""
+        return " (one seed: may be chance)"
     name = "P(saves compute)" if seeds else "P"
     found = [] if gain.probability is None else [f"{name} {chance_text(gain.probability)}"]
     found += [count(gain.seeds, "seed")] if seeds else []
@@ -119,11 +120,11 @@ def _range(gain: Gain, *, inverse: bool) -> str:
     if inverse:
         low, high = (None if high is None else 1 / high), (None if low is None else 1 / low)
     if low is None and high is None:
-        return " [no limit]"
+        return " [anything]"
     if low is None:
-        return f" [at most {high:.2f}]"
+        return f" [{high:.2f} or less]"
     if high is None:
-        return f" [at least {low:.2f}]"
+        return f" [{low:.2f} or more]"
     return f" [{low:.2f}-{high:.2f}]"
 
 
@@ -156,7 +157,7 @@ def _largest_budget(
     if lead.probability is None:
         return f"At {budget}, {lead.first} is first ({gap}); one seed, so it may be chance."
     if budget not in best:
-        return f"At {budget}, {lead.first} is first ({gap} {_ends(lead)}); some have one seed."
+        return f"At {budget}, {lead.first} is first ({gap} {_ends(lead)}{_decided(lead)})."
     chance = chance_text(best[budget].get(lead.first, 0.0))
     return (
         f"At {budget}, {lead.first} has the best mean (P(best) {chance}), {gap} "
@@ -172,30 +173,32 @@ def _decided(pair: Pair) -> str:
     if pair.more_seeds == 0:
         return ""
     if pair.more_seeds is None:
-        return ": undecided, and no number of seeds that one would train decides it"
+        return ": undecided, over 1000 further seeds would be needed"
     return f": undecided, about {count(pair.more_seeds, 'further seed')} would decide it"
 
 
-def _flip_sentence(flips: Sequence[Flip]) -> str:
-    in_time = [flip for flip in flips if flip.axes[1] == "seconds"] or list(flips)
-    sure = [flip for flip in in_time if (flip.probability or 0) >= SURE]
-    if sure:
-        named = shortened([_flip_text(flip) for flip in sure])
+def _flip_sentence(flips: Sequence[Flip], axes: Sequence[str]) -> str:
+    """Return the flips between equal iterations and equal wall-clock, or another axis without it.
+
+    Args:
+        axes: those on which all methods can be ranked.
+    """
+    others = [axis for axis in axes if axis not in ("iterations", "samples")]
+    if "iterations" not in axes or not others:
         return (
-            f"Rank flips between equal iterations and equal {_COMPUTE[sure[0].axes[1]]}: {named}."
+            "Ranks at equal iterations and at equal compute: no amounts that all methods reached."
         )
-    if in_time:
-        known = [flip for flip in in_time if flip.probability is not None]
-        why = (
-            f"none surely (the likeliest: {_flip_text(known[0])})"
-            if known
-            else f"{count(len(in_time), 'pair')} changed order, from one seed each, which shows "
-            "nothing"
-        )
-        return (
-            f"Rank flips between equal iterations and equal {_COMPUTE[in_time[0].axes[1]]}: {why}."
-        )
-    return "No method changes its rank between equal iterations and the other axes."
+    other = "seconds" if "seconds" in others else others[0]
+    between = f"between equal iterations and equal {_COMPUTE[other]}"
+    own = [flip for flip in flips if flip.axes[1] == other]
+    if sure := [flip for flip in own if (flip.probability or 0) >= SURE]:
+        return f"Rank flips {between}: {shortened([_flip_text(flip) for flip in sure])}."
+    if not own:
+        return f"No rank flips {between}."
+    known = [flip for flip in own if flip.probability is not None]
+    if not known:
+        return f"{count(len(own), 'rank flip')} {between}, from one seed: may be chance."
+    return f"No sure rank flip {between}; the likeliest: {_flip_text(known[0])}."
 
 
 def _flip_text(flip: Flip) -> str:

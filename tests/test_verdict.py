@@ -90,6 +90,42 @@ def test_a_budget_that_one_method_alone_was_trained_at_is_part_of_its_curve():
     assert found.value == pytest.approx(math.sqrt(2) / 2, rel=0.1)
 
 
+def test_what_seeds_share_between_budgets_does_not_cancel_in_a_gain():
+    """With seed effects above the noise, D of two budgets varies by them, too."""
+    found = run(Setting(4, 3, 4, noise=0.2, seed_effect=0.8), 60)
+    hits, trials = found.gains
+    assert hits / trials == pytest.approx(0.95, abs=0.05)
+
+
+def test_equal_scores_are_no_evidence():
+    table = {m: {"x": [70.1, 70.7, 69.9], "y": [71.3, 71.1, 72.2]} for m in ("a", "b", "c")}
+    found = fit(scores(**table), pool_budgets=True).difference("x", "a", "b")
+    assert (found.value, found.error) == (0.0, 0.0)
+    assert found.probability() == 0.5
+
+
+def test_the_better_method_of_a_pair_is_named_first_with_unequal_seeds():
+    runs = a_study(Setting(4, 2, 4, seed_effect=3.0)).finished
+    fewer = [run for run in runs if run.method != "m0" or run.seed < 2]
+    verdict = judge(_results(fewer))
+    assert all(pair.difference >= 0 for pair in verdict.pairs)
+    assert all(pair.probability >= 0.5 for pair in verdict.pairs)
+
+
+def test_nothing_is_not_a_number(tmp_path):
+    """Folders as they are left: seeds missing here and there, budgets of one method."""
+    rng = np.random.default_rng(7)
+    for number in range(40):
+        runs = a_study(Setting(4, 3, 3, trunk=bool(number % 2)), number).finished
+        kept = [run for run in runs if rng.random() < 0.7]
+        verdict = judge(_results(kept)) if kept else None
+        numbers = [] if verdict is None else [
+            value for one in (*verdict.gains, *verdict.pairs, *verdict.flips)
+            for value in vars(one).values() if isinstance(value, float)
+        ]  # fmt: skip
+        assert np.isfinite(numbers).all()
+
+
 def test_noise_shared_by_the_budgets_of_a_trunk_is_not_counted_as_several_observations():
     rng = np.random.default_rng(1)
     common = rng.standard_normal((3, 6))
@@ -99,9 +135,9 @@ def test_noise_shared_by_the_budgets_of_a_trunk_is_not_counted_as_several_observ
     for cell, sign in (("m0", 1), ("m1", -1)):
         for budget in "xyz":
             weights[0, model.cells.index((cell, budget))] = sign / 3
-    _, (error,) = model.contrasts(weights)
+    _, (error,), (freedom,) = model.contrasts(weights)
     assert error == pytest.approx(model.difference("x", "m0", "m1").error)
-    assert model.freedom_of("xyz") == 10
+    assert freedom == pytest.approx(10)
 
 
 def test_equal_variances_is_bartletts_test_and_holds_with_two_values_per_group():

@@ -76,14 +76,21 @@ def verify(files: tuple[Path, ...]) -> None:
     """
     from kdprof.reports.claims import verify as check
 
-    checked = [(path, check(path)) for path in files]
-    for path, found in checked:
+    unreadable = different = False
+    for path in files:
+        try:
+            found = check(path)
+        except UserError as error:
+            click.echo(f"kdprof: {error}", err=True)
+            unreadable = True
+            continue
         state = "DIFFERENT" if found.problems else "confirmed"
         click.echo(f"{path}: {state}: {found.record.outcome}: {found.record.statement}")
         for problem in found.problems:
             click.echo(f"  {problem}")
-    if any(found.problems for _, found in checked):
-        raise click.exceptions.Exit(1)
+        different |= bool(found.problems)
+    if unreadable or different:
+        raise click.exceptions.Exit(2 if unreadable else 1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class DecideOptions:
         "--max-seeds", type=int, default=12, show_default=True, help="Stop undecided after these."
     ),
     click.option(
-        "--budget", "budgets", multiple=True, help="Budgets of claims about a gain; repeatable."
+        "--budget", "budgets", multiple=True, help="For claims about a gain: two or more budgets."
     ),
 )
 @measuring_options
@@ -133,19 +140,16 @@ def decide(
 
     launching.check()
     claims = [parse_claim(text) for text in statements]
-    overrides = study.overrides() | (
-        {"budgets": list(deciding.budgets)} if deciding.budgets else {}
-    )
     workflow = Workflow.open(
         study.source,
-        overrides,
+        study.overrides(),
         output.out,
         output.progress(),
         control=False,
         measuring=measuring.overrides(),
     )
     require_files(workflow.study.data)
-    plan = Plan(claims, deciding.confidence, deciding.max_seeds)
+    plan = Plan(claims, deciding.budgets, deciding.confidence, deciding.max_seeds)
     decisions, failures = run(workflow, plan, _trainer(workflow, launching))
     _report(decisions, output)
     if failures:

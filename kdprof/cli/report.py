@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from kdprof.cli.options import FolderCommand, json_option, out_option
+from kdprof.cli.options import FolderCommand, grouped, json_option, out_option
 from kdprof.cli.output import name_files, print_records, stdout
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """Options for the files of figures; None or empty if they were not given."""
+
+    formats: tuple[str, ...]
+    width: float | None
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments ``formats`` and ``width_mm`` that the options set."""
+        found = {"formats": self.formats or None, "width_mm": self.width}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+figure_options = grouped(
+    "figure_files",
+    FigureOptions,
+    click.option(
+        "--format",
+        "formats",
+        multiple=True,
+        type=click.Choice(["png", "svg", "pdf"]),
+        help="Of the figures; repeatable; all three by default.",
+    ),
+    click.option(
+        "--width",
+        type=float,
+        metavar="MM",
+        help="Of the figures: 84 is one column of a paper, 174 (the default) two.",
+    ),
+)
 
 
 @click.command(cls=FolderCommand)
@@ -30,21 +64,30 @@ def status(out: Path, as_json: bool) -> None:
 @out_option()
 @click.option(
     "--x",
-    type=click.Choice(["seconds", "gpu-hours", "flop", "iterations"]),
+    type=click.Choice(["seconds", "gpu-hours", "flop", "joules", "samples", "iterations"]),
     default="seconds",
     show_default=True,
     help="Compute axis.",
 )
-def plot(out: Path, x: str) -> None:
-    """Plot accuracy against compute and write the tables."""
-    from kdprof.reports import costs, curves, table
+@click.option(
+    "--method", "methods", multiple=True, help="Draw only these methods in figures; repeatable."
+)
+@figure_options
+def plot(out: Path, x: str, methods: tuple[str, ...], figure_files: FigureOptions) -> None:
+    """Draw figures of accuracy, cost and gain, and write the tables."""
+    from kdprof.reports import costs, table
+    from kdprof.reports.figures.files import render
+    from kdprof.reports.judge import judge
+    from kdprof.reports.results import collect
     from kdprof.store import Store
 
     store = Store(out)
     store.require()
     made = costs.render(store)
+    verdict = None
     if made and not store.runs():
         click.echo("no run is trained yet; plotting the costs only")
     else:
-        made = [*curves.render(store, x=x), *table.render(store), *made]
-    name_files(made)
+        verdict = judge(collect(store), axis=x)
+    figures = render(store, verdict, x=x, methods=methods, **figure_files.given())
+    name_files([*figures, *(table.render(store) if verdict else []), *made])

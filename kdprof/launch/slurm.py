@@ -47,6 +47,8 @@ DEFAULTS = {"time": 240, "cpus_per_task": 4, "signal_delay_s": 120}
 """Minutes; cores; seconds between the signal that announces a job's end and the end."""
 POLL_S = 5.0
 """Seconds between two looks at the queue."""
+TRIES = 60
+"""How often in a row the cluster may not answer: five minutes."""
 REQUEUED_AT_MOST = 1000
 """How often one task may reach its time limit."""
 
@@ -155,12 +157,23 @@ def train_on_cluster(workflow: Workflow, options: Mapping[str, Any]) -> list[str
         return []
     made = submit(workflow, options)
     workflow.progress.say(f"waiting for {made.runs} runs on the cluster ({made.tasks[0]} ...)")
-    while _queued(store):
+    while _still_queued(store):
         time.sleep(POLL_S)
     return [
         f"{job.label()} did not finish on the cluster; logs: {store.slurm}"
         for job in jobs_of(resolved, store, names)
     ]
+
+
+def _still_queued(store: Store) -> bool:
+    """Return whether jobs are queued; a cluster that does not answer is asked again for a while."""
+    for _ in range(TRIES):
+        try:
+            return bool(_queued(store))
+        except UserError as error:
+            refused = error
+            time.sleep(POLL_S)
+    raise refused
 
 
 def _without_device(study: Study) -> Study:

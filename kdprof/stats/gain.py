@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 
-from .seeds import Cell, SeedModel, t_quantile
+from .seeds import Cell, Contrast, SeedModel, t_quantile
 
 STEPS = 401
 """Shifts that are tried; the result is interpolated between them."""
@@ -75,13 +76,12 @@ def compute_equivalent_gain(
     """
     shifts = np.linspace(control.logs[0] - curve.logs[-1], control.logs[-1] - curve.logs[0], STEPS)
     weights = difference_weights(model.cells, curve, control, shifts)
-    values, errors = model.contrasts(weights)
+    values, errors, freedom = model.contrasts(weights)
     estimate, bound = _crossing(shifts, values)
     if not intervals:
         overlap = bool(shifts[0] <= 0 <= shifts[-1])
         return Shift(math.exp(estimate), bound, None, None, None, False, overlap)
-    freedom = model.freedom_of(budget for _, budget in (*curve.cells, *control.cells))
-    reach = t_quantile(0.5 + confidence / 2, freedom)
+    reach = scipy.special.stdtrit(freedom, 0.5 + confidence / 2)
     low, high = _accepted(shifts, np.abs(values) - reach * errors, values)
     # The interval of the cost ratio has 95 %; at another confidence it is scaled like a normal's.
     extra = cost_error * t_quantile(0.5 + confidence / 2, 1e6) / t_quantile(0.975, 1e6)
@@ -89,7 +89,7 @@ def compute_equivalent_gain(
         None if low is None else math.exp(estimate - math.hypot(estimate - low, extra)),
         None if high is None else math.exp(estimate + math.hypot(high - estimate, extra)),
     )
-    probability = _probability(model, curve, control, freedom, cost_error)
+    probability = _probability(model, curve, control, cost_error)
     return Shift(math.exp(estimate), bound, *ends, probability, True, probability is not None)
 
 
@@ -152,18 +152,12 @@ def _root(shifts: np.ndarray, excess: np.ndarray, place: int) -> float:
     return float(shifts[place] + (shifts[place + 1] - shifts[place]) * left / (left - right))
 
 
-def _probability(
-    model: SeedModel, curve: Curve, control: Curve, freedom: float, cost_error: float
-) -> float | None:
+def _probability(model: SeedModel, curve: Curve, control: Curve, cost_error: float) -> float | None:
     """Return P(gain > 1), which is P(D(0) > 0); None if the two have no equal compute."""
     if not control.logs[0] - curve.logs[-1] <= 0 <= control.logs[-1] - curve.logs[0]:
         return None
     near = np.array([-0.05, 0.0, 0.05])
-    values, errors = model.contrasts(difference_weights(model.cells, curve, control, near))
+    values, errors, freedom = model.contrasts(difference_weights(model.cells, curve, control, near))
     slope = abs(values[2] - values[0]) / 0.1
     error = math.hypot(errors[1], slope * cost_error / t_quantile(0.975, 1e6))
-    if error == 0:
-        return 0.5 + 0.5 * float(np.sign(values[1]))
-    from scipy.special import stdtr
-
-    return float(stdtr(freedom, values[1] / error))
+    return Contrast(float(values[1]), error, float(freedom[1])).probability()

@@ -21,13 +21,16 @@ Cell = tuple[str, str]
 Scores = Mapping[Cell, Mapping[int, float]]
 """The mIoU of each seed of each cell, in percentage points."""
 
-POOLING_SIGNIFICANCE = 0.05
-"""Variances are pooled unless a test at this level says that they differ."""
+POOLING_SIGNIFICANCE = 0.2
+"""Variances are pooled unless a test at this level says that they differ. Few seeds give the test
+little power, and pooling what differs makes intervals of noisy methods too narrow."""
 POWER = 0.9
 MOST_SEEDS = 1000
 """More seeds than this are not proposed."""
 NULL_DRAWS = 4000
 POSTERIOR_DRAWS = 10_000
+ROUNDING = 1e-9
+"""Percentage points below which a value or an error is 0."""
 
 
 @dataclass(frozen=True)
@@ -57,49 +60,69 @@ def t_quantile(level: float, freedom: float) -> float:
 
 @dataclass(frozen=True)
 class SeedModel:
-    """Cell means adjusted for the seeds' effects, and their covariance.
+    """Cell means adjusted for the seeds' effects, and how they vary.
 
-    Only differences between methods are meaningful in ``covariance``: the level that all methods
-    share is not estimated.
+    Only differences between methods are estimated: the level that all methods share is not.
     """
 
     cells: list[Cell]
     means: np.ndarray
     """Of each cell, adjusted for the effects of its seeds."""
     covariance: np.ndarray
-    """Of the means, cells x cells."""
+    """Of the means, from the noise of single runs, cells x cells."""
     freedom: dict[str, float]
-    """Degrees of freedom of the variance, by budget."""
+    """Degrees of freedom of the noise's variance, by budget."""
+    seed_covariance: np.ndarray
+    """Of what the means of each budget share through its seeds, cells x cells. It cancels in a
+    difference under one budget, not between budgets."""
+    seed_freedom: float
 
-    def contrasts(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the values and standard errors of linear combinations of the cells.
+    def contrasts(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return values, standard errors and degrees of freedom of linear combinations of cells.
 
         Args:
             weights: combinations x cells; the weights of each combination add up to 0.
+
+        The degrees of freedom are those of Satterthwaite 1946 for the sum of two variances.
         """
-        variance = np.einsum("ij,ij->i", weights @ self.covariance, weights)
-        return weights @ self.means, np.sqrt(np.maximum(variance, 0))
+        noise = np.maximum(np.einsum("ij,ij->i", weights @ self.covariance, weights), 0)
+        seeds = np.maximum(np.einsum("ij,ij->i", weights @ self.seed_covariance, weights), 0)
+        budgets = [budget for _, budget in self.cells]
+        every = np.array([self.freedom[budget] for budget in budgets])
+        least = np.where(weights != 0, np.maximum(every, ROUNDING), np.inf).min(axis=1)
+        total = noise + seeds
+        parts = noise**2 / least + (seeds**2 / self.seed_freedom if self.seed_freedom else 0)
+        freedom = np.where(total > ROUNDING**2, total**2 / np.where(parts > 0, parts, 1), least)
+        values, errors = weights @ self.means, np.sqrt(total)
+        return _exact_zero(values), _exact_zero(errors), freedom
 
     def difference(self, budget: str, first: str, second: str) -> Contrast:
         """Return the difference between two methods under a budget."""
         weights = np.zeros((1, len(self.cells)))
         weights[0, self.cells.index((first, budget))] = 1
         weights[0, self.cells.index((second, budget))] = -1
-        (value,), (error,) = self.contrasts(weights)
-        return Contrast(float(value), float(error), self.freedom[budget])
-
-    def freedom_of(self, budgets: Iterable[str]) -> float:
-        """Return the degrees of freedom of a contrast over several budgets: the smallest."""
-        return min(self.freedom[budget] for budget in budgets)
+        (value,), (error,), (freedom,) = self.contrasts(weights)
+        return Contrast(float(value), float(error), float(freedom))
 
     def draws(self, rng: np.random.Generator) -> np.ndarray:
         """Return draws of the true means, draws x cells: multivariate t around the estimates."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0))
-        noise = rng.standard_normal((POSTERIOR_DRAWS, len(self.cells))) @ root.T
-        freedom = min(self.freedom.values())
-        scale = np.sqrt(rng.chisquare(freedom, (POSTERIOR_DRAWS, 1)) / freedom)
-        return self.means + noise / scale
+        noise = _scaled_normal(rng, self.covariance, min(self.freedom.values()))
+        if not self.seed_freedom:
+            return self.means + noise
+        return self.means + noise + _scaled_normal(rng, self.seed_covariance, self.seed_freedom)
+
+
+def _exact_zero(values: np.ndarray) -> np.ndarray:
+    """Return the values without what rounding made of 0: ties must be no evidence."""
+    return np.where(np.abs(values) < ROUNDING, 0.0, values)
+
+
+def _scaled_normal(rng: np.random.Generator, covariance: np.ndarray, freedom: float) -> np.ndarray:
+    """Return draws of a multivariate t around 0."""
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    normal = rng.standard_normal((POSTERIOR_DRAWS, len(covariance))) @ root.T
+    return normal / np.sqrt(rng.chisquare(freedom, (POSTERIOR_DRAWS, 1)) / freedom)
 
 
 def fit(scores: Scores, *, pool_budgets: bool) -> SeedModel:
@@ -108,18 +131,29 @@ def fit(scores: Scores, *, pool_budgets: bool) -> SeedModel:
     Args:
         pool_budgets: True if the variance is the same under all budgets and their noise is
             independent; else each budget has its variance, and the covariance between budgets is
-            that of the residuals of one method and seed (runs that share a trunk).
+            that of the residuals of one method and seed (runs that share a trunk). A budget whose
+            runs say nothing about its variance, such as one seed of each method, gets that of the
+            others.
     """
-    cells = list(scores)
-    index = [(method, budget, seed) for method, budget in cells for seed in scores[method, budget]]
-    observed = np.array([scores[method, budget][seed] for method, budget, seed in index])
-    means_of, residual_of, freedom = _least_squares(cells, index)
-    residuals = residual_of @ observed
-    noise = _noise(index, residuals, freedom, pool_budgets)
-    covariance = means_of @ noise @ means_of.T
-    if pool_budgets:
-        freedom = dict.fromkeys(freedom, sum(freedom.values()))
-    return SeedModel(cells, means_of @ observed, covariance, freedom)
+    rows = [(method, budget, seed) for method, budget in scores for seed in scores[method, budget]]
+    observed = np.array([scores[method, budget][seed] for method, budget, seed in rows])
+    maps = _least_squares(list(scores), rows)
+    table = dict(zip(rows, maps.residuals @ observed, strict=True))
+    between = _between_budgets(table, maps.freedom, pool_budgets)
+    noise = _noise(rows, between)
+    seed_covariance, seed_freedom = _seed_covariance(maps, observed, rows, between)
+    budget_of = np.array([[own == budget for budget in maps.freedom] for _, own in scores], float)
+    known = [value for value in maps.freedom.values() if value >= 1]
+    least = min(known, default=0.0)
+    freedom = {b: sum(known) if pool_budgets else max(v, least) for b, v in maps.freedom.items()}
+    return SeedModel(
+        list(scores),
+        maps.means @ observed,
+        maps.means @ noise @ maps.means.T,
+        freedom,
+        budget_of @ seed_covariance @ budget_of.T,
+        seed_freedom,
+    )
 
 
 def fit_separately(scores: Scores) -> SeedModel:
@@ -136,39 +170,53 @@ def fit_separately(scores: Scores) -> SeedModel:
     ]
     freedom = float(min((v.size - 1 for v in values if v.size > 1), default=0))
     means = np.array([v.mean() for v in values])
-    return SeedModel(cells, means, np.diag(errors), {budget: freedom for _, budget in cells})
+    nothing = np.zeros((len(cells), len(cells)))
+    by_budget = {budget: freedom for _, budget in cells}
+    return SeedModel(cells, means, np.diag(errors), by_budget, nothing, 0.0)
 
 
-def _least_squares(
-    cells: list[Cell], index: list[tuple[str, str, int]]
-) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Return the maps from observations to adjusted means and to residuals, and the degrees of
-    freedom by budget. Every budget is a fit of its own: method + seed, or the method alone where
-    seeds do not connect the methods."""
-    means_of = np.zeros((len(cells), len(index)))
-    residual_of = np.zeros((len(index), len(index)))
-    freedom = {}
+@dataclass(frozen=True)
+class _Maps:
+    """Linear maps from the observed scores to estimates, and degrees of freedom by budget."""
+
+    means: np.ndarray
+    residuals: np.ndarray
+    seeds: dict[tuple[str, int], np.ndarray]
+    """To the effect of each seed of each budget, against the mean of the budget's seeds."""
+    freedom: dict[str, float]
+
+
+def _least_squares(cells: list[Cell], rows: list[tuple[str, str, int]]) -> _Maps:
+    """Return the fit of every budget: method + seed, or the method alone where seeds do not connect
+    the methods."""
+    means = np.zeros((len(cells), len(rows)))
+    residuals = np.zeros((len(rows), len(rows)))
+    seeds, freedom = {}, {}
     for budget in dict.fromkeys(budget for _, budget in cells):
-        rows = [i for i, (_, own, _) in enumerate(index) if own == budget]
-        methods = [method for method, own in cells if own == budget]
-        design = _design([index[i] for i in rows], methods)
+        own = [place for place, (_, of, _) in enumerate(rows) if of == budget]
+        methods = [method for method, of in cells if of == budget]
+        numbers = sorted({rows[place][2] for place in own})
+        design = _design([rows[place] for place in own], methods, numbers)
         inverse = np.linalg.pinv(design)
+        effects = inverse[len(methods) :]
         # Adjusted mean: the method's effect plus the mean effect of all seeds.
-        average = inverse[len(methods) :].sum(axis=0) / max(1, design.shape[1] - len(methods))
+        average = effects.sum(axis=0) / max(1, len(effects))
         places = [cells.index((method, budget)) for method in methods]
-        means_of[np.ix_(places, rows)] = inverse[: len(methods)] + average
-        residual_of[np.ix_(rows, rows)] = np.eye(len(rows)) - design @ inverse
-        freedom[budget] = float(len(rows) - np.linalg.matrix_rank(design))
-    return means_of, residual_of, freedom
+        means[np.ix_(places, own)] = inverse[: len(methods)] + average
+        residuals[np.ix_(own, own)] = np.eye(len(own)) - design @ inverse
+        freedom[budget] = float(len(own) - np.linalg.matrix_rank(design))
+        for number, effect in zip(numbers[: len(effects)], effects - average, strict=True):
+            seeds[budget, number] = np.zeros(len(rows))
+            seeds[budget, number][own] = effect
+    return _Maps(means, residuals, seeds, freedom)
 
 
-def _design(rows: list[tuple[str, str, int]], methods: list[str]) -> np.ndarray:
+def _design(rows: list[tuple[str, str, int]], methods: list[str], seeds: list[int]) -> np.ndarray:
     """Return the design matrix of a budget: one column per method, then one per seed.
 
     Without the seeds' columns if a budget has one method, or methods that share no seed, directly
     or through others: their differences could not be told from the seeds' effects.
     """
-    seeds = sorted({seed for _, _, seed in rows})
     design = np.zeros((len(rows), len(methods) + len(seeds)))
     for row, (method, _, seed) in enumerate(rows):
         design[row, methods.index(method)] = 1
@@ -177,34 +225,74 @@ def _design(rows: list[tuple[str, str, int]], methods: list[str]) -> np.ndarray:
     return design if connected and len(methods) > 1 else design[:, : len(methods)]
 
 
-def _noise(
-    index: list[tuple[str, str, int]],
-    residuals: np.ndarray,
+def _between_budgets(
+    residuals: Mapping[tuple[str, str, int], float],
     freedom: Mapping[str, float],
     pool_budgets: bool,
 ) -> np.ndarray:
-    """Return the covariance of the observations."""
-    if pool_budgets:
-        variance = float(residuals @ residuals) / max(sum(freedom.values()), 1)
-        return variance * np.eye(len(index))
-    table = dict(zip(index, residuals, strict=True))
-    between = {}
-    for first in freedom:
-        for second in freedom:
+    """Return the covariance of one method and seed's noise between budgets, budgets x budgets."""
+    informed = [place for place, value in enumerate(freedom.values()) if value >= 1]
+    total = max(sum(value for value in freedom.values() if value >= 1), 1)
+    pooled = sum(value**2 for value in residuals.values()) / total
+    if pool_budgets or not informed:
+        return pooled * np.eye(len(freedom))
+    between = np.zeros((len(freedom), len(freedom)))
+    for i, first in enumerate(freedom):
+        for j, second in enumerate(freedom):
             products = [
-                value * table[method, second, seed]
-                for (method, budget, seed), value in table.items()
-                if budget == first and (method, second, seed) in table
+                value * residuals[method, second, seed]
+                for (method, budget, seed), value in residuals.items()
+                if budget == first and (method, second, seed) in residuals
             ]
-            between[first, second] = sum(products) / max(min(freedom[first], freedom[second]), 1)
-    noise = np.zeros((len(index), len(index)))
+            between[i, j] = sum(products) / max(min(freedom[first], freedom[second]), 1)
+    for place in set(range(len(freedom))) - set(informed):
+        between[place, place] = pooled
+    return _semidefinite(between)
+
+
+def _semidefinite(matrix: np.ndarray) -> np.ndarray:
+    """Return the nearest covariance matrix: negative eigenvalues become 0."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * np.maximum(values, 0)) @ vectors.T
+
+
+def _noise(rows: list[tuple[str, str, int]], between: np.ndarray) -> np.ndarray:
+    """Return the covariance of the observations: only those of one method and seed share noise."""
+    budgets = list(dict.fromkeys(budget for _, budget, _ in rows))
+    noise = np.zeros((len(rows), len(rows)))
     series: dict[tuple[str, int], list[int]] = {}
-    for i, (method, _, seed) in enumerate(index):
-        series.setdefault((method, seed), []).append(i)
+    for place, (method, _, seed) in enumerate(rows):
+        series.setdefault((method, seed), []).append(place)
     for places in series.values():
-        budgets = [index[i][1] for i in places]
-        noise[np.ix_(places, places)] = [[between[a, b] for b in budgets] for a in budgets]
+        own = [budgets.index(rows[place][1]) for place in places]
+        noise[np.ix_(places, places)] = between[np.ix_(own, own)]
     return noise
+
+
+def _seed_covariance(
+    maps: _Maps, observed: np.ndarray, rows: list[tuple[str, str, int]], between: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Return the covariance of the mean seed effect of each budget, and its degrees of freedom.
+
+    The spread of the estimated effects, less the part that is noise: each is a mean over methods.
+    """
+    budgets = list(maps.freedom)
+    effects = {key: float(weights @ observed) for key, weights in maps.seeds.items()}
+    methods = {key: sum((b, s) == key for _, b, s in rows) for key in effects}
+    of = {budget: {s for b, s in effects if b == budget} for budget in budgets}
+    found = np.zeros((len(budgets), len(budgets)))
+    freedom = []
+    for i, first in enumerate(budgets):
+        for j, second in enumerate(budgets):
+            common = of[first] & of[second]
+            if len(common) < 2:
+                continue
+            products = [effects[first, s] * effects[second, s] for s in common]
+            shared = np.mean([1 / max(methods[first, s], methods[second, s]) for s in common])
+            spread = sum(products) / (len(common) - 1) - between[i, j] * shared
+            found[i, j] = spread * len(common) / (len(of[first]) * len(of[second]))
+            freedom.append(len(common) - 1)
+    return _semidefinite(found), float(min(freedom, default=0))
 
 
 # May variances be pooled?

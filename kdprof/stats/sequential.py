@@ -42,3 +42,11 @@ def confidence_sequence(
     largest = (limit - 1) / (1 - limit * shrink)
     reach = deviation / math.sqrt(count) * math.sqrt((count - 1) * largest)
     return mean - reach, mean + reach
+
+
+def fewest_seeds(confidence: float, *, scale: float = EFFECT_SCALE) -> int:
+    """Return the smallest number of seeds after which an interval can be finite."""
+    count = 2
+    while math.isinf(confidence_sequence(np.arange(float(count)), confidence, scale=scale)[0]):
+        count += 1
+    return count
