@@ -39,7 +39,7 @@ def main_grid(costs: Sequence[Cost], *, brief: bool = False, wide: bool = False)
         brief: for a terminal: narrow intervals as ``±``, without columns of the throughput grid.
         wide: with those columns nevertheless.
     """
-    unit, scale = _time_unit(costs)
+    unit, scale = time_unit(costs)
     all_process = all(cost.memory_bytes.peak_allocated is None for cost in costs)
     moved = {"moved (GB)": _moved} if wide or not brief else {}
     used = {"MFU %": _mfu} if wide or not brief else {}
@@ -228,7 +228,7 @@ def _figures(value: float | None, number: int = 3, scale: float = 1) -> str:
     return MISSING if value is None else figures(value * scale, number)
 
 
-def _time_unit(costs: Sequence[Cost]) -> tuple[str, float]:
+def time_unit(costs: Sequence[Cost]) -> tuple[str, float]:
     """Return the time unit of the whole table, and how many of them are a second."""
     longest = max((cost.latency_s.median for cost in costs if cost.latency_s), default=0.0)
     return ("s", 1.0) if longest >= 1 else ("ms", 1e3)

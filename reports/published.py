@@ -26,7 +26,7 @@ def published_table(
     for dataset in dict.fromkeys(one.dataset for one in converted):
         rows = [one for one in converted if one.dataset == dataset]
         _grid(f"{dataset}: published schedules", rows).print(console)
-    print_notes(_notes(converted, costs), console)
+    print_notes(notes(converted, costs), console)
     _print_missing([one for one in found if one.reason is not None], console)
 
 
@@ -40,7 +40,7 @@ def _cells(one: ConvertedSchedule) -> list[str]:
     forecast = FORECAST if one.scale != 1 else ""
     return [
         flagged(one.method, bool(one.unreliable)),
-        _schedule(one),
+        schedule_text(one),
         MISSING if one.seconds is None else forecast + duration(one.seconds),
         MISSING if one.kd_iterations is None else _interval(one),
     ]
@@ -50,7 +50,7 @@ def _interval(one: ConvertedSchedule) -> str:
     return f"{one.kd_iterations:,} [{one.kd_iterations_low:,}-{one.kd_iterations_high:,}]"
 
 
-def _schedule(one: ConvertedSchedule) -> str:
+def schedule_text(one: ConvertedSchedule) -> str:
     """Return ``80k x 8 x 512x1024``."""
     assert one.iterations is not None
     assert one.crop is not None
@@ -59,11 +59,12 @@ def _schedule(one: ConvertedSchedule) -> str:
     return f"{length} x {one.batch} x {one.crop[0]}x{one.crop[1]}"
 
 
-def _notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> list[str]:
+def notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> list[str]:
+    """Return how the conversions are to be read."""
     if not converted:
         return []
-    here = _measured(costs)
-    notes = [
+    here = measured(costs)
+    found = [
         f"Schedule: iterations x batch x crop. Device time: on one {here['device']}, without "
         "evaluation.",
         f"Networks and classes are the measured ones ({here['networks']}), not the paper's: these "
@@ -71,10 +72,10 @@ def _notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> lis
         "= kd iterations: iterations of plain kd that take as long at the schedule's own batch and "
         f"crop; the ratio of the costs was measured at {here['step']}.",
     ]
-    notes += _forecast_notes({one.scale for one in converted if one.scale} - {1}, here["step"])
+    found += _forecast_notes({one.scale for one in converted if one.scale} - {1}, here["step"])
     if all(one.kd_iterations is None for one in converted):
-        notes.append("No cost of kd here: run 'kdprof measure --method kd' for its iterations.")
-    return notes + unreliable_note(method for one in converted for method in one.unreliable)
+        found.append("No cost of kd here: run 'kdprof measure --method kd' for its iterations.")
+    return found + unreliable_note(method for one in converted for method in one.unreliable)
 
 
 def _forecast_notes(scales: set[float], step: str) -> list[str]:
@@ -95,7 +96,7 @@ def _forecast_notes(scales: set[float], step: str) -> list[str]:
     return notes
 
 
-def _measured(costs: Sequence[Cost]) -> dict[str, str]:
+def measured(costs: Sequence[Cost]) -> dict[str, str]:
     """Return the networks, the batch and crop, and the device of the Costs, as text."""
     settings = [cost.settings for cost in costs]
     students = _distinct(s.get("student") for s in settings)

@@ -1,7 +1,6 @@
 import ast
 import csv
 import io
-import itertools
 import os
 import re
 import subprocess
@@ -9,116 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from cost_records import GFLOP, alike, counted, gpu_cost, make_cost, memory, outlier
-from matplotlib.text import Text
+from cost_records import GFLOP, alike, counted, gpu_cost, outlier
 from rich.console import Console
+from run_records import (
+    STORES,
+    a_cost,
+    a_run,
+    a_store,
+    allocated,
+    half_finished,
+)
 
 import kdprof.reports
 from kdprof.budget import Conversion
 from kdprof.errors import UserError
-from kdprof.records import Canary, Cost, CountedCost, Interval, Memory, Ratio, Run, Spent, TermCost
-from kdprof.reports import conversion, costs, curves, results, table
+from kdprof.records import Canary, Cost, CountedCost, Interval, Ratio, Spent, TermCost
+from kdprof.reports import conversion, costs, results, table
 from kdprof.reports.text import Estimate, Grid, duration, figures, size
-from kdprof.store import Store, write_record
+from kdprof.store import Store
 
-SIX = ("none", "kd", "cwd", "cirkd", "mgd", "af_dcd")
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-BUDGETS = ("5k@cwd", "10k@cwd", "40k@cwd")
-
-
-def a_run(method="cwd", budget="40k@cwd", seed=0, miou=0.7, **changes) -> Run:
-    values = {
-        "method": method,
-        "budget": budget,
-        "seed": seed,
-        "device": "NVIDIA H200",
-        "iterations": 40_000,
-        "iterations_done": 40_000,
-        "miou": miou,
-        "miou_per_class": None,
-        "best_miou": miou,
-        "train_s": Spent(planned=7200.0, actual=7200.0),
-        "eval_s": 30.0,
-        "checkpoint_s": 1.0,
-        "flop": 1.8e17,
-        "energy_j": None,
-        "cost_key": "key",
-        "finished": True,
-        "versions": {},
-    }
-    values["schedule_iterations"] = (values | changes)["iterations"]
-    return Run(**(values | changes))
-
-
-def a_cost(method="cwd", latency=0.2, **changes) -> Cost:
-    values = {
-        "device": "NVIDIA H200",
-        "key": "key",
-        "latency_s": Interval(median=latency, low=0.99 * latency, high=1.02 * latency),
-        "ratio": Ratio(median=latency / 0.1, low=latency / 0.11, high=latency / 0.09, to="none"),
-        "phases_s": {"teacher_forward": 0.3 * latency, "objective": 0.7 * latency, "data": 0.0},
-        "memory_bytes": allocated(3 * 2**30),
-    }
-    return make_cost(method, latency, **(values | changes))
-
-
-def allocated(peak: int | None, process: int | None = None) -> Memory:
-    return memory(peak_allocated=peak, process=process)
-
-
-def a_store(root: Path, runs=(), stored_costs=(), teacher: float | None = 0.79) -> Store:
-    root.mkdir(parents=True, exist_ok=True)
-    store = Store(root)
-    store.study.write_text('data = "camvid:/d"\nstudent = "pspnet-r18"\nteacher = "pspnet-r101"\n')
-    for run in runs:
-        write_record(store.run_folder(run.method, run.budget, run.seed).record, run)
-    for cost in stored_costs:
-        store.write_cost(cost)
-    if teacher is not None:
-        record = a_run("none", "80k", miou=teacher, train_s=Spent(planned=None, actual=36_000.0))
-        write_record(store.teacher_folder().record, record)
-    return store
-
-
-def matrix(methods=SIX, budgets=BUDGETS, seeds=3) -> list[Run]:
-    """Dearer methods are better per iteration, and get fewer of them."""
-    found = []
-    for (m, method), (b, budget), seed in itertools.product(
-        enumerate(methods), enumerate(budgets), range(seeds)
-    ):
-        seconds = (900.0, 1800.0, 7200.0)[b]
-        done = int(seconds / (0.1 + 0.02 * m))
-        miou = 0.6 + 0.04 * b + 0.002 * (m * 7 % 5) + 0.003 * ((seed * 5 + m) % 3)
-        spent = Spent(planned=seconds, actual=seconds * (1 + 0.002 * (seed - 1)))
-        found.append(a_run(method, budget, seed, miou, iterations_done=done, train_s=spent))
-    return found
-
-
-def half_finished() -> list[Run]:
-    return [
-        run.model_copy(update={"finished": False, "miou": None, "iterations_done": 17})
-        if run.budget == "40k@cwd" and (run.method in ("kd", "mgd") or run.seed == 2)
-        else run
-        for run in matrix()
-    ]
-
-
-def with_drift() -> list[Run]:
-    runs = matrix()
-    runs[4] = runs[4].model_copy(update={"train_s": Spent(planned=1800.0, actual=1890.0)})
-    return runs
-
-
-COSTS = [a_cost(method, 0.1 + 0.02 * place) for place, method in enumerate(SIX)]
-STORES = {
-    "one run": lambda root: a_store(root, [a_run(device="Some Model @ 2 GHz (2 threads)")]),
-    "full": lambda root: a_store(root, matrix(), COSTS),
-    "half-finished": lambda root: a_store(root, half_finished(), COSTS),
-    "no teacher": lambda root: a_store(root, matrix(), COSTS, teacher=None),
-    "drifted": lambda root: a_store(
-        root, with_drift(), [*COSTS[:4], a_cost("mgd", reliable=False, warnings=["throttled"])]
-    ),
-}
 
 
 @pytest.fixture(params=STORES)
@@ -216,7 +125,6 @@ def test_iteration_budget_has_no_plan_and_says_so(tmp_path):
     assert "'-' in planned, drift: no seconds were planned (all)." in printed(
         table.print_table, store
     )
-    curves.render(store, formats=["svg"])
 
 
 def test_latency_ratio_is_the_costs_own(tmp_path):
@@ -247,56 +155,13 @@ def test_unreliable_cost_of_the_budgets_method_taints_every_run_planned_with_it(
     assert note in printed(table.print_table, store)
 
 
-def test_bars_are_extremes_below_three_seeds_and_t_intervals_from_three():
-    assert curves.spread([70.0, 72.0]) == (71, 70, 72)
-    assert curves.spread([70.0, 71.0, 72.0]) == pytest.approx((71, 68.51586, 73.48414), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "label", "value"),
-    [(90, "(s)", 90), (600, "(min)", 10), (7200, "(h)", 2)],
-)
-def test_time_axis_has_a_readable_unit(tmp_path, seconds, label, value):
-    run = a_run(train_s=Spent(planned=None, actual=seconds))
-    axis = curves.x_axes(results.collect(a_store(tmp_path, [run])), "seconds")[0]
-    assert axis.label == f"training wall-clock {label}"
-    assert axis.of(run) == value
-
-
-def test_device_hours_count_devices_and_name_their_kind(tmp_path):
-    run = a_run(device="4 x NVIDIA H200", gpus=4)
-    axis = curves.x_axes(results.collect(a_store(tmp_path, [run])), "gpu-hours")[0]
-    assert (axis.label, axis.of(run)) == ("training compute (GPU-hours)", 8)
-    run = a_run(device="AMD EPYC 7763 64-Core Processor (8 threads)")
-    axis = curves.x_axes(results.collect(a_store(tmp_path, [run])), "gpu-hours")[0]
-    assert axis.label == "training compute (CPU-hours)"
-
-
-def test_flop_axis_states_its_convention_and_refuses_a_store_without_flop(tmp_path):
-    axis = curves.x_axes(results.collect(a_store(tmp_path / "a", [a_run()])), "flop")[0]
-    assert axis.label == "training compute (PFLOP; 1 multiply-add = 2 FLOP)"
-    assert axis.of(a_run()) == pytest.approx(180)
-    bare = a_run(flop=None, unavailable={"flop": "unknown operator"})
-    with pytest.raises(UserError, match=r"unknown operator.*plot against seconds"):
-        curves.render(a_store(tmp_path / "b", [bare]), "flop")
-
-
-def test_axis_is_logarithmic_only_over_a_wide_range(tmp_path):
-    narrow, wide = BUDGETS[:2], BUDGETS
-    for budgets, scale in ((narrow, "linear"), (wide, "log")):
-        store = a_store(tmp_path / scale, matrix(budgets=budgets))
-        assert curves.draw(results.collect(store)).axes[0].get_xscale() == scale
-
-
 # Every report over every kind of store
 
 
 def test_every_report_of_runs_renders_and_files_stay_the_same(store):
-    first = [path.read_bytes() for path in curves.render(store) + table.render(store)]
-    again = curves.render(store) + table.render(store)
-    assert [path.name for path in again] == [
-        "curves.png", "curves.svg", "curves.pdf", "table.md", "table.csv",
-    ]  # fmt: skip
+    first = [path.read_bytes() for path in table.render(store)]
+    again = table.render(store)
+    assert [path.name for path in again] == ["table.md", "table.csv"]
     assert [path.read_bytes() for path in again] == first
     assert printed(table.print_table, store)
 
@@ -322,83 +187,14 @@ def test_left_out_runs_are_in_no_mean_and_are_named(tmp_path):
     assert ("kd", "40k@cwd") not in seeds
     text = printed(table.print_table, store)
     assert "Left out: kd 40k@cwd seed 0 (not finished, 17 of 40,000 iterations)." in text
-    assert "Left out, not finished: 10 runs." in curves.notes(
-        results.collect(store), curves.x_axes(results.collect(store), "seconds")[0]
-    )
 
 
-@pytest.mark.parametrize("report", [curves.render, table.render, table.rows])
+@pytest.mark.parametrize("report", [table.render, table.rows])
 def test_nothing_to_report_names_the_command(report, tmp_path):
     with pytest.raises(UserError, match="no runs yet; run 'kdprof train"):
         report(Store(tmp_path))
     with pytest.raises(UserError, match="none of its 1 runs is finished; run 'kdprof train"):
         report(a_store(tmp_path, [a_run(finished=False, miou=None)]))
-
-
-def test_unknown_axis_and_format_are_refused(tmp_path):
-    store = a_store(tmp_path, [a_run()])
-    with pytest.raises(UserError, match="did you mean 'seconds'"):
-        curves.render(store, "second")
-    with pytest.raises(UserError, match="unknown figure format 'jpg'"):
-        curves.render(store, formats=["jpg"])
-
-
-# The look of the figure
-
-
-def assert_texts_apart(figure) -> None:
-    figure.canvas.draw()
-    whole = figure.bbox
-    boxes = {}
-    for text in figure.findobj(lambda a: isinstance(a, Text) and a.get_visible() and a.get_text()):
-        box = text.get_window_extent()
-        if box.width and box.height:
-            boxes[text] = box
-            assert whole.x0 <= box.x0 <= box.x1 <= whole.x1, text
-            assert whole.y0 <= box.y0 <= box.y1 <= whole.y1, text
-            assert text.get_fontsize() >= 7
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
-        assert apart, (one, other)
-
-
-def test_no_text_overlaps_or_leaves_the_figure(store):
-    assert_texts_apart(curves.draw(results.collect(store)))
-
-
-@pytest.mark.parametrize("x", ["gpu-hours", "flop", "iterations"])
-def test_texts_stay_apart_on_every_axis(x, tmp_path):
-    assert_texts_apart(curves.draw(results.collect(STORES["drifted"](tmp_path)), x))
-
-
-def test_twenty_two_methods_with_long_names_still_fit(tmp_path):
-    names = [*SIX, *(f"a_very_long_outside_method_{n}" for n in range(16))]
-    figure = curves.draw(results.collect(a_store(tmp_path, matrix(names))))
-    assert_texts_apart(figure)
-    looks = curves._looks(names)
-    assert len({(look.colour, look.marker) for look in looks.values()}) == 22
-
-
-def test_a_drifted_point_is_hollow_in_both_panels(tmp_path):
-    figure = curves.draw(results.collect(STORES["drifted"](tmp_path)))
-    for panel in figure.axes:
-        assert sum(line.get_markerfacecolor() == "white" for line in panel.lines) == 1
-
-
-def test_rendering_leaves_the_users_matplotlib_alone(tmp_path):
-    import matplotlib as mpl
-
-    before = dict(mpl.rcParams)
-    curves.render(a_store(tmp_path, [a_run()]), formats=["png"])
-    assert dict(mpl.rcParams) == before
-
-
-def test_key_positions_keep_their_gap_order_and_bounds():
-    found = curves._apart([0.5, 0.5, 0.51, 0.9], 0.1, 0.05, 0.95)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(found))
-    assert found[0] >= 0.05
-    assert found[-1] <= 0.95
-    assert sum(found[:3]) / 3 == pytest.approx(0.503, abs=0.01)
 
 
 # Costs, conversion, text
@@ -640,7 +436,7 @@ def test_reports_need_neither_torch_nor_the_engine():
                     "kdprof.budget", "kdprof.reports.comparison",
                 }  # fmt: skip
     code = (
-        "import sys; from kdprof.reports import curves, table, costs, conversion, comparison; "
+        "import sys; from kdprof.reports import table, costs, conversion, comparison; "
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
