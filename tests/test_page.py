@@ -281,6 +281,13 @@ def test_without_a_script_the_first_axis_shows(tmp_path):
         assert ["checked" in one.attributes for one in radios].count(True) == 1
 
 
+def test_the_chosen_axis_is_the_first(tmp_path):
+    store = FOLDERS["three"](tmp_path)
+    root = read(page.render(store, judged(store), "flop"))
+    shown = [one for one in root.all("input") if "checked" in one.attributes]
+    assert [one.attributes["value"] for one in shown] == ["flop", "flop", "flop"]
+
+
 def test_forty_methods_take_little_time_and_space(tmp_path):
     store = a_folder(tmp_path, Setting(40, 4, 5))
     verdict = judged(store)

@@ -19,11 +19,12 @@ from .content import Content
 from .document import document
 
 
-def render(store: Store, verdict: Verdict | None) -> Path:
+def render(store: Store, verdict: Verdict | None, x: str = "seconds") -> Path:
     """Write ``reports/index.html`` and return it.
 
     Args:
         verdict: None if no run is finished; then the page shows the costs alone.
+        x: name of the axis of compute that is shown first, if every run has it.
 
     Raises:
         UserError: the folder has neither a finished run nor a Cost.
@@ -34,5 +35,5 @@ def render(store: Store, verdict: Verdict | None) -> Path:
         raise UserError(f"nothing to show in {store.root}: no finished run and no cost")
     rows = table.rows(store) if results else []
     path = store.reports / "index.html"
-    write_atomic(path, document(Content(store, results, verdict, costs, rows)))
+    write_atomic(path, document(Content(store, results, verdict, costs, rows, x)))
     return path

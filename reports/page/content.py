@@ -33,6 +33,8 @@ class Content:
     costs: list[Cost]
     """Every stored Cost, the newest last."""
     rows: list[table.Row]
+    x: str
+    """Name of the axis that is shown first, if every run has it."""
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -48,7 +50,8 @@ class Content:
     @cached_property
     def looks(self) -> dict[str, Look]:
         """The look of each method, measured or trained."""
-        return looks(self.results.finished if self.results else [], self.costs)
+        runs = [*self.results.finished, *self.results.left_out] if self.results else []
+        return looks(runs, self.costs)
 
     @cached_property
     def phases(self) -> dict[str, str]:
@@ -58,8 +61,9 @@ class Content:
 
     @cached_property
     def axes(self) -> list[Axis]:
-        """The axes of compute that every run has."""
-        return available(self.results) if self.results else []
+        """The axes of compute that every run has, the chosen one first."""
+        found = available(self.results) if self.results else []
+        return sorted(found, key=lambda axis: axis.name != self.x)
 
 
 @dataclass(frozen=True)

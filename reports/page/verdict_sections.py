@@ -82,7 +82,8 @@ def flip_section(content: Content) -> Section | None:
     standings = {standing.axis: standing for standing in verdict.standings}
     pairs = dict.fromkeys(flip.axes for flip in verdict.flips)
     if "iterations" in standings:
-        others = [name for name in standings if name not in ("iterations", "samples")]
+        names = [axis.name for axis in content.axes if axis.name in standings]
+        others = [name for name in names if name not in ("iterations", "samples")]
         pairs = dict.fromkeys([*(("iterations", name) for name in others), *pairs])
     if not pairs or len(results.methods()) < 2:
         return None
