@@ -374,6 +374,9 @@ def test_texts_stay_apart_on_every_axis(x, tmp_path):
 
 def test_a_drifted_point_is_hollow_in_both_panels(tmp_path):
     figure = curves_of(STORES["drifted"](tmp_path))
+    assert "Hollow: more than 2 % off the planned wall-clock (1 of 54 runs;" in " ".join(
+        texts_of(figure)
+    )
     for panel in figure.axes:
         assert sum(line.get_markerfacecolor() == "white" for line in panel.lines) == 1
 

@@ -186,7 +186,7 @@ def test_left_out_runs_are_in_no_mean_and_are_named(tmp_path):
     assert seeds["cwd", "40k@cwd"] == 2
     assert ("kd", "40k@cwd") not in seeds
     text = printed(table.print_table, store)
-    assert "Left out: kd 40k@cwd seed 0 (not finished, 17 of 40,000 iterations)." in text
+    assert "kd 40k@cwd seed 0 (not finished, 17 of 40,000 iterations) and 6 more." in text
 
 
 @pytest.mark.parametrize("report", [table.render, table.rows])

@@ -24,7 +24,6 @@ from ..results import (
     Results,
     count,
     device_text,
-    drift_text,
     drifted,
     final_miou,
     shortened,
@@ -412,8 +411,8 @@ def notes(results: Results, each: Axis) -> list[str]:
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clock times cannot be compared.")
     if off := [run for run in results.finished if drifted(run)]:
-        drifts = shortened([f"{run.label()} {drift_text(run)}" for run in off])
-        found.append(f"Hollow: wall-clock more than 2 % off plan ({drifts}).")
+        number = f"{len(off)} of {count(len(results.finished), 'run')}"
+        found.append(f"Hollow: more than 2 % off the planned wall-clock ({number}; see table.csv).")
     if bad := results.unreliable():
         methods = shortened(sorted({cost.method for cost in bad}))
         found.append(
