@@ -9,6 +9,7 @@ from kdprof.errors import UserError, unknown
 from kdprof.records import Run
 
 from .results import Results, is_cpu
+from .text import figures
 
 TIME_UNITS = ((1, "s", "seconds"), (60, "min", "minutes"), (3600, "h", "hours"))
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
@@ -37,7 +38,7 @@ class Axis:
 
     def text(self, value: float) -> str:
         """Return a quantity in the readable unit: ``2.5 h``."""
-        return f"{value / self.unit:.3g} {self.unit_name}".strip()
+        return f"{figures(value / self.unit)} {self.unit_name}".strip()
 
 
 AXES = ("seconds", "gpu-hours", "flop", "joules", "samples", "iterations")

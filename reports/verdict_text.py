@@ -17,7 +17,7 @@ from .results import Results, count, shortened
 from .text import MISSING, Grid, print_notes
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 
-NAMED_METHODS = 6
+NAMED_METHODS = 4
 """The sentences name at most this many methods."""
 SURE = 0.95
 """A flip with at least this probability is called one."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kdprof": ROOT / "kdprof", "kdprof.methods": ROOT / "methods"}
 FOLDERS["kdprof.reports"] = ROOT / "reports"
 
-LEAVES = {"errors", "records", "stats", "store", "budget", "study"}
+LEAVES = {"errors", "records", "stats", "store", "budget", "study", "claims"}
 """Know neither torch nor each other's users."""
 
 MAY_IMPORT = {
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "stats": set(),
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
+    "claims": {"budget", "errors"},
     "study": {"budget", "errors", "store"},
     "processes": {"errors", "store"},
     "user_files": {"errors"},
@@ -67,8 +68,12 @@ MAY_IMPORT = {
     },
     "methods": {"errors", "hardware", "method", "resized"},
     "reports": {
-        "budget", "data", "discovery", "errors", "evaluate", "measure",
+        "budget", "claims", "data", "discovery", "errors", "evaluate", "measure",
         "method", "method_checks", "published", "records", "stats", "store", "train",
+    },
+    "decide": {
+        "claims", "discovery", "errors", "records", "reports", "stats", "store", "study",
+        "workflow",
     },
     "demo": {"budget", "progress", "reports", "train", "workflow"},
 }  # fmt: skip

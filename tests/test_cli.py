@@ -245,7 +245,7 @@ def test_whole_road_as_processes_with_a_method_from_outside(tmp_path):
     assert plotted.returncode == 0, plotted.stderr
     written = re.findall(r"wrote (.+)", plotted.stdout)
     names = {"curves.png", "curves.svg", "curves.pdf", "table.md", "table.csv"}
-    names |= {"costs.md", "costs.csv", "costs.tex"}
+    names |= {"costs.md", "costs.csv", "costs.tex", "verdict.md", "verdict.json", "index.html"}
     names |= {f"{figure}.{kind}" for figure in ("cost", "memory") for kind in ("png", "svg", "pdf")}
     assert {Path(p).name for p in written} == names
     assert all(Path(p).stat().st_size > 0 for p in written)

@@ -72,10 +72,21 @@ def status(out: Path, as_json: bool) -> None:
 @click.option(
     "--method", "methods", multiple=True, help="Draw only these methods in figures; repeatable."
 )
+@click.option(
+    "--versus",
+    multiple=True,
+    help="Control of the compute-equivalent gain; repeatable; kd and none by default.",
+)
 @figure_options
-def plot(out: Path, x: str, methods: tuple[str, ...], figure_files: FigureOptions) -> None:
-    """Draw figures of accuracy, cost and gain, and write the tables."""
-    from kdprof.reports import costs, table
+def plot(
+    out: Path,
+    x: str,
+    methods: tuple[str, ...],
+    versus: tuple[str, ...],
+    figure_files: FigureOptions,
+) -> None:
+    """Say what each method buys; write figures, tables, the verdict and a page."""
+    from kdprof.reports import costs, page, table, verdict_text
     from kdprof.reports.figures.files import render
     from kdprof.reports.judge import judge
     from kdprof.reports.results import collect
@@ -84,10 +95,14 @@ def plot(out: Path, x: str, methods: tuple[str, ...], figure_files: FigureOption
     store = Store(out)
     store.require()
     made = costs.render(store)
-    verdict = None
     if made and not store.runs():
         click.echo("no run is trained yet; plotting the costs only")
+        verdict = None
     else:
-        verdict = judge(collect(store), axis=x)
+        results = collect(store)
+        verdict = judge(results, versus, axis=x)
+        made = [*table.render(store), *verdict_text.render(store, results, verdict), *made]
     figures = render(store, verdict, x=x, methods=methods, **figure_files.given())
-    name_files([*figures, *(table.render(store) if verdict else []), *made])
+    name_files([*figures, *made, page.render(store, verdict, x)])
+    if verdict is not None:
+        verdict_text.print_sentences(verdict, stdout())
