@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kdprof.budget import parse_budget
@@ -50,8 +51,14 @@ class Results:
 
     def group(self, method: str, budget: str) -> list[Run]:
         """Return the finished runs of a method under a budget, by seed."""
-        found = [run for run in self.finished if (run.method, run.budget) == (method, budget)]
-        return sorted(found, key=lambda run: run.seed)
+        return self._groups.get((method, budget), [])
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, str], list[Run]]:
+        found: dict[tuple[str, str], list[Run]] = {}
+        for run in sorted(self.finished, key=lambda run: run.seed):
+            found.setdefault((run.method, run.budget), []).append(run)
+        return found
 
     def cost_of(self, run: Run) -> Cost | None:
         """Return the Cost that a run was planned with; if it had no plan, the newest Cost of its

@@ -85,15 +85,17 @@ class SeedModel:
 
         The degrees of freedom are those of Satterthwaite 1946 for the sum of two variances.
         """
-        noise = np.maximum(np.einsum("ij,ij->i", weights @ self.covariance, weights), 0)
-        seeds = np.maximum(np.einsum("ij,ij->i", weights @ self.seed_covariance, weights), 0)
-        budgets = [budget for _, budget in self.cells]
-        every = np.array([self.freedom[budget] for budget in budgets])
+        used = np.flatnonzero(weights.any(axis=0))  # two methods' cells out of those of forty
+        weights = weights[:, used]
+        square = np.ix_(used, used)
+        noise = np.maximum(_quadratic(weights, self.covariance[square]), 0)
+        seeds = np.maximum(_quadratic(weights, self.seed_covariance[square]), 0)
+        every = np.array([self.freedom[self.cells[place][1]] for place in used])
         least = np.where(weights != 0, np.maximum(every, ROUNDING), np.inf).min(axis=1)
         total = noise + seeds
         parts = noise**2 / least + (seeds**2 / self.seed_freedom if self.seed_freedom else 0)
         freedom = np.where(total > ROUNDING**2, total**2 / np.where(parts > 0, parts, 1), least)
-        values, errors = weights @ self.means, np.sqrt(total)
+        values, errors = weights @ self.means[used], np.sqrt(total)
         return _exact_zero(values), _exact_zero(errors), freedom
 
     def difference(self, budget: str, first: str, second: str) -> Contrast:
@@ -110,6 +112,11 @@ class SeedModel:
         if not self.seed_freedom:
             return self.means + noise
         return self.means + noise + _scaled_normal(rng, self.seed_covariance, self.seed_freedom)
+
+
+def _quadratic(weights: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return w M w for each row w."""
+    return np.einsum("ij,ij->i", weights @ matrix, weights)
 
 
 def _exact_zero(values: np.ndarray) -> np.ndarray:
