@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`.
+# On a fresh machine: `make demo`, `make test` and, before a merge, `make test-slow`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint types install
+.PHONY: demo test test-slow test-gpu lint types install
 .DELETE_ON_ERROR:
 
 # The stamp is newer than the files that say what to install, or the install is made again.
@@ -30,8 +30,14 @@ types: install
 	ln -s $(CURDIR)/methods $(CURDIR)/reports $(CURDIR)/kdprof/* $(TYPES)/kdprof/
 	MYPYPATH=$(TYPES) $(BIN)/mypy
 
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40
+
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40
+	$(PYTEST) -m "not slow"
+
+# Processes that are killed, groups of them, a cluster, compilers, the largest networks.
+test-slow: install
+	$(PYTEST) -m slow
 
 # Checks that need a GPU, in minutes: KDPROF_TEST_DEVICE=cpu runs them on the CPU instead, as a check
 # of the checks. Those marked `alone` follow, because other work on the GPU would disturb them.

@@ -19,6 +19,7 @@ from kdprof.train import checkpoint
 KILLS = Path(__file__).parents[1] / "benchmarks" / "kills.py"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_bit_for_bit_the_same(tmp_path):
     """In a fresh process: what forks must not have computed with torch before it does."""
     done = subprocess.run(
@@ -66,6 +67,7 @@ def dying_at(call: int, before: bool):
     Path.open = wrapped(Path.open)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_killed_at_every_file_operation_of_the_checkpoint_writer(tmp_path, before):
     """Open, write, fsync of the file, both renames and the fsyncs of the folder, in turn."""

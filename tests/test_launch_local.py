@@ -21,6 +21,8 @@ from kdprof.study import claim_folder
 from kdprof.train import checkpoint
 from kdprof.train.runs import train_named
 
+pytestmark = pytest.mark.slow
+
 METHODS = '''
 import os, signal, time
 from pathlib import Path

@@ -17,6 +17,8 @@ from kdprof.launch import slurm
 from kdprof.store import RunFolder, Store
 from kdprof.train import checkpoint
 
+pytestmark = pytest.mark.slow
+
 METHOD = '''
 import time
 from pathlib import Path

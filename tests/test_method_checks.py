@@ -300,7 +300,12 @@ def not_applicable(name: str, check: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("check", ALONE)
+COMPILING_IS_SLOW = [
+    pytest.param(one, marks=pytest.mark.slow) if one == "compile" else one for one in ALONE
+]
+
+
+@pytest.mark.parametrize("check", COMPILING_IS_SLOW)
 @pytest.mark.parametrize("name", NAMES)
 def test_built_in(name, check):
     expected = not_applicable(name, check)

@@ -257,6 +257,7 @@ def together(tmp_path_factory):
     return folder, Store(out)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_says_so_and_books_both(together):
     _, store = together
     cost = next(cost for cost in store.costs() if cost.method == "kd")
@@ -268,6 +269,7 @@ def test_a_run_of_two_processes_says_so_and_books_both(together):
     assert {o.kind for o in cost.operations if o.name.startswith("c10d.")} == {"communication"}
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_it_is_the_training_without_a_break(together, tmp_path):
     """One rank is killed: torchrun starts both again. Ctrl-C: the same command goes on."""
     folder, store = together
@@ -310,6 +312,7 @@ class Raises(Method):
 '''
 
 
+@pytest.mark.slow
 def test_a_method_that_raises_on_one_rank_does_not_keep_the_others_from_being_made(
     together, tmp_path
 ):
