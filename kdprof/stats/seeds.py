@@ -76,6 +76,8 @@ class SeedModel:
     """Of what the means of each budget share through its seeds, cells x cells. It cancels in a
     difference under one budget, not between budgets."""
     seed_freedom: float
+    cell_freedom: np.ndarray | None = None
+    """Degrees of freedom of each cell's own variance, if methods have no common one."""
 
     def contrasts(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return values, standard errors and degrees of freedom of linear combinations of cells.
@@ -108,6 +110,11 @@ class SeedModel:
 
     def draws(self, rng: np.random.Generator) -> np.ndarray:
         """Return draws of the true means, draws x cells: multivariate t around the estimates."""
+        if self.cell_freedom is not None:
+            size = (POSTERIOR_DRAWS, len(self.cells))
+            return self.means + rng.standard_t(self.cell_freedom, size) * np.sqrt(
+                np.diag(self.covariance)
+            )
         noise = _scaled_normal(rng, self.covariance, min(self.freedom.values()))
         if not self.seed_freedom:
             return self.means + noise
@@ -175,11 +182,13 @@ def fit_separately(scores: Scores) -> SeedModel:
         (worst if math.isnan(variance) else variance) / v.size
         for variance, v in zip(variances, values, strict=True)
     ]
-    freedom = float(min((v.size - 1 for v in values if v.size > 1), default=0))
+    every = np.array([float(v.size - 1) for v in values])
+    least = float(every[every > 0].min(initial=np.inf)) if every.any() else 0.0
     means = np.array([v.mean() for v in values])
     nothing = np.zeros((len(cells), len(cells)))
-    by_budget = {budget: freedom for _, budget in cells}
-    return SeedModel(cells, means, np.diag(errors), by_budget, nothing, 0.0)
+    by_budget = {budget: least for _, budget in cells}
+    own = np.maximum(every, 1.0)
+    return SeedModel(cells, means, np.diag(errors), by_budget, nothing, 0.0, own)
 
 
 @dataclass(frozen=True)
