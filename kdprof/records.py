@@ -355,6 +355,9 @@ class Run(Record):
     logging_s: float = 0.0
     lost_s: float = 0.0
     """Recorded seconds of work that a crash lost and that was done again."""
+    paused_s: float = 0.0
+    """Seconds in which its process was stopped or the machine suspended; part of no other time. Its
+    energy contains what the device drew meanwhile."""
     data_wait_s: float | None = None
     """The part of ``train_s`` in which the step waited for its batch."""
     flop: float | None
@@ -419,7 +422,7 @@ class LogLine(Record):
 class LedgerEntry(Record):
     """Compute spent between two moments of a run (a line of ledger.jsonl)."""
 
-    kind: Literal["train", "trunk", "startup", "eval", "checkpoint", "logging", "lost"]
+    kind: Literal["train", "trunk", "startup", "eval", "checkpoint", "logging", "lost", "paused"]
     iteration: int
     """Iterations done when the entry was written."""
     seconds: float

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
     "study": {"budget", "errors", "store"},
+    "pauses": {"errors"},
     "processes": {"errors", "store"},
     "user_files": {"errors"},
     "method": {"errors"},
@@ -33,20 +34,20 @@ MAY_IMPORT = {
     "resized": {"hardware", "method"},
     "hardware": {"errors"},
     "distributed": {"errors"},
-    "data": {"errors", "method", "progress", "store", "study"},
+    "data": {"errors", "method", "pauses", "progress", "store", "study"},
     "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
     "step_feed": {"data", "step"},
-    "evaluate": {"data", "errors", "hardware", "method", "models", "progress", "resized"},
+    "evaluate": {"data", "errors", "hardware", "method", "models", "pauses", "progress", "resized"},
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
         "method", "models", "progress", "records", "step", "study",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "method", "models", "processes", "progress",
-        "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
+        "data", "distributed", "errors", "hardware", "method", "models", "pauses", "processes",
+        "progress", "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
         "user_files",
     },
     "method_checks": {
@@ -54,8 +55,8 @@ MAY_IMPORT = {
     },
     "train": {
         "budget", "data", "distributed", "errors", "evaluate", "step_feed", "hardware", "measure",
-        "models", "processes", "progress", "published", "records", "resolve", "schedule", "store",
-        "study",
+        "models", "pauses", "processes", "progress", "published", "records", "resolve", "schedule",
+        "store", "study",
     },
     "workflow": {
         "distributed", "measure", "processes", "progress", "records", "resolve", "store", "study",
