@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "pauses": {"errors"},
     "processes": {"errors", "store"},
     "user_files": {"errors"},
-    "method": {"errors"},
+    "method": {"errors", "records"},
     "discovery": {"errors", "method", "user_files"},
     "resized": {"hardware", "method"},
     "hardware": {"errors"},
