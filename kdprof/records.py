@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from kdprof.visible import printable
 
 REFERENCE = "none"
 """The method that cost ratios refer to: training without distillation."""
@@ -30,18 +31,6 @@ LONGEST_NAME = 300
 """Characters of a device's or a step's name."""
 ROUNDING = 1e-6
 """By how much two numbers that were computed apart may be out of order."""
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of characters that control a terminal or the direction of text."""
-
-
-def printable(text: str) -> str:
-    """Return text in which characters that control a terminal are spelled out: ``\\x1b``."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in HIDDEN else c
-        for c in text
-    )
 
 
 def _name(text: str) -> str:

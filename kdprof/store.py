@@ -15,6 +15,7 @@ Only this module knows file names::
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,10 +23,10 @@ import os
 import re
 import socket
 import stat
-import time
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -151,7 +152,12 @@ def replace_durably(source: Path, target: Path) -> None:
 
 def write_record(path: Path, record: Record) -> None:
     """Write a record as JSON, atomically."""
-    write_atomic(path, record.model_dump_json(indent=2, by_alias=True) + "\n")
+    write_atomic(path, record_json(record))
+
+
+def record_json(record: Record) -> str:
+    """Return a record as the text of its file."""
+    return record.model_dump_json(indent=2, by_alias=True) + "\n"
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
@@ -272,8 +278,9 @@ class RunFolder:
         """Lock the run for this process.
 
         The operating system releases the lock when the process ends, for whatever reason. Another
-        machine may see the folder but not that lock; for it the lease in the file counts. The lease
-        is renewed while the run is trained, and expires :data:`LEASE_S` after its last renewal.
+        machine may see the folder but not that lock, and some file systems have no locks; then the
+        lease in the file counts. The lease is renewed while the run is trained, and expires
+        :data:`LEASE_S` after its last renewal.
 
         Raises:
             Held: another process is training this run.
@@ -288,9 +295,9 @@ class RunFolder:
                 file.truncate(0)
 
     def renew_lease(self) -> None:
-        """Show other machines that the holder of the lock is alive."""
-        lease = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
-        self._lock.write_text(json.dumps(lease))
+        """Show other processes that the holder of the lock is alive."""
+        with naming(self._lock):
+            self._lock.write_text(json.dumps({"host": _host(), "pid": os.getpid()}))
 
     def is_held(self) -> bool:
         """Return True if a process is training this run now."""
@@ -306,42 +313,86 @@ class RunFolder:
 
 LEASE_S = 900.0
 """How long a lease of another machine is valid; longer than any evaluation."""
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""Errors of a file system that has no locks."""
 
 
 class Held(KdprofError):
     """Another process is training the run."""
 
 
+def has_locks(folder: Path) -> bool:
+    """Return whether files in a folder can be locked. Without locks, leases are used alone."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _flock(file)
+
+
+def _flock(file: IO[Any]) -> bool:
+    """Lock a file; return False if its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _host() -> str:
+    """Return the name of this machine and an id of its system, for machines of the same name."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot[:8]}"
+    return socket.gethostname()
+
+
 def _take(file: IO[str], run: Path) -> None:
     """Take the lock of a run.
 
     Raises:
-        Held: a process of this machine holds the lock, or one of another machine a lease.
+        Held: a process of this machine holds the lock or, without locks, a lease; or one of another
+            machine a lease.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = _flock(file)
     except BlockingIOError:
         raise Held(
             f"{run} is being trained by another process; wait for it or use another --out"
         ) from None
     file.seek(0)
     lease = _lease(file.read())
-    # A lease of this machine belongs to a crashed process: a living one would still hold the lock.
-    # A clock that was set back must not keep a lease valid for ever.
-    if lease and lease["host"] != socket.gethostname():
-        age = time.time() - lease["renewed"]
-        if -LEASE_S < age < LEASE_S:
-            raise Held(
-                f"{run} is being trained on {lease['host']} (process {lease['pid']}); wait for it, "
-                "or use another --out"
-            )
+    if lease is not None and _is_alive(lease, file, locked=locked):
+        raise Held(
+            f"{run} is being trained on {lease['host'].split()[0]} (process {lease['pid']}); wait "
+            "for it, or use another --out"
+        )
+
+
+def _is_alive(lease: dict[str, Any], file: IO[str], *, locked: bool) -> bool:
+    """Return whether the process of a lease may still train.
+
+    One of this machine that lost its lock has ended; without locks, its id tells. The age of a
+    lease of another machine is told by one clock, that of the file system: calendars of two
+    machines differ, and may be set while the lease lasts.
+    """
+    if lease["host"] == _host():
+        return not locked and lease["pid"] != os.getpid() and Path(f"/proc/{lease['pid']}").exists()
+    with tempfile.NamedTemporaryFile(dir=Path(file.name).parent, prefix=".clock-") as now:
+        age = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+    return -LEASE_S < age < LEASE_S
 
 
 def _lease(text: str) -> dict[str, Any] | None:
     """Return the lease in a text; None if it is incomplete."""
     try:
         found = json.loads(text)
-        return {"host": found["host"], "pid": found["pid"], "renewed": float(found["renewed"])}
+        return {"host": str(found["host"]), "pid": int(found["pid"])}
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -361,11 +412,19 @@ class Store:
         Raises:
             UserError: the folder, or the one that it would be created in, cannot be written to.
         """
-        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        there = self._nearest()
         if not there.is_dir():
             raise UserError(f"{there} is a file, not a folder; use another --out")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"{there} cannot be written to; use another --out")
+
+    def _nearest(self) -> Path:
+        """Return the folder, or the one that exists among those that it would be created in."""
+        return next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+
+    def has_locks(self) -> bool:
+        """Return whether runs in this folder can be locked; if not, leases are used alone."""
+        return has_locks(self._nearest())
 
     def require(self) -> None:
         """Refuse a folder that holds no study.
@@ -373,6 +432,13 @@ class Store:
         Raises:
             UserError: the folder holds no study, so nothing was measured or trained in it.
         """
+        if self.study.exists() and not self.study.is_file():
+            raise UserError(f"{self.study} is not a file; use another --out")
+        if not self.study.is_file() and any((self.root / "costs").glob("*.json")):
+            raise UserError(
+                f"{self.root} holds costs but no study yet: 'kdprof train' is measuring there, or "
+                "was stopped while it did; wait for it, or give its command again"
+            )
         if not self.study.is_file():
             raise UserError(
                 f"{self.root} holds no study; run 'kdprof measure' or 'kdprof train' with "

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kdprof.budget import parse_budget
-from kdprof.store import Store, write_atomic
+from kdprof.store import Store, write_together
 
 from .axes import Axis, available, axis
 from .results import Results, count, shortened
@@ -214,8 +214,8 @@ def print_sentences(verdict: Verdict, console: Console) -> None:
 def render(store: Store, results: Results, verdict: Verdict) -> list[Path]:
     """Write ``reports/verdict.md`` and ``reports/verdict.json`` and return the files."""
     paths = [store.reports / "verdict.md", store.reports / "verdict.json"]
-    write_atomic(paths[0], markdown(results, verdict))
-    write_atomic(paths[1], json.dumps(asdict(verdict), indent=2) + "\n")
+    made = json.dumps(asdict(verdict), indent=2) + "\n"
+    write_together({paths[0]: markdown(results, verdict), paths[1]: made})
     return paths
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kdprof": ROOT / "kdprof", "kdprof.methods": ROOT / "methods"}
 FOLDERS["kdprof.reports"] = ROOT / "reports"
 
-LEAVES = {"errors", "records", "stats", "store", "budget", "study"}
+LEAVES = {"errors", "visible", "records", "stats", "store", "budget", "study"}
 """Know neither torch nor each other's users."""
 
 MAY_IMPORT = {
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "imports": set(),
     "progress": set(),
     "presets": set(),
-    "records": set(),
+    "records": {"visible"},
+    "visible": set(),
     "stats": set(),
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
@@ -69,7 +70,7 @@ MAY_IMPORT = {
     "methods": {"errors", "hardware", "method", "resized"},
     "reports": {
         "budget", "data", "discovery", "errors", "evaluate", "measure",
-        "method", "method_checks", "published", "records", "stats", "store", "train",
+        "method", "method_checks", "published", "records", "stats", "store", "train", "visible",
     },
     "demo": {"budget", "progress", "reports", "train", "workflow"},
 }  # fmt: skip

@@ -26,9 +26,9 @@ from kdprof.records import (
     Record,
     Run,
     Spent,
-    printable,
 )
 from kdprof.store import Store, read_file, read_record, read_text, write_record
+from kdprof.visible import printable
 
 IMPOSSIBLE = (math.nan, math.inf, -math.inf)
 MAY_BE_NEGATIVE = {

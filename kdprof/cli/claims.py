@@ -21,7 +21,7 @@ from kdprof.cli.options import (
     output_options,
     study_options,
 )
-from kdprof.cli.output import name_files, print_records
+from kdprof.cli.output import name_files, print_records, say
 from kdprof.cli.train import LauncherOptions, launcher_options
 from kdprof.errors import KdprofError, UserError
 
@@ -63,7 +63,7 @@ def claim(
         print_records(made)
         return
     for line in summary(made):
-        click.echo(line)
+        say(line)
     name_files(paths)
 
 
@@ -79,9 +79,9 @@ def verify(files: tuple[Path, ...]) -> None:
     checked = [(path, check(path)) for path in files]
     for path, found in checked:
         state = "DIFFERENT" if found.problems else "confirmed"
-        click.echo(f"{path}: {state}: {found.record.outcome}: {found.record.statement}")
+        say(f"{path}: {state}: {found.record.outcome}: {found.record.statement}")
         for problem in found.problems:
-            click.echo(f"  {problem}")
+            say(f"  {problem}")
     if any(found.problems for _, found in checked):
         raise click.exceptions.Exit(1)
 
@@ -175,4 +175,4 @@ def _report(decisions: Sequence[Decision], output: OutputOptions) -> None:
         print_records(decisions)
     elif not output.quiet:
         for decision in decisions:
-            click.echo(decision_line(decision))
+            say(decision_line(decision))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kdprof.cli.options import FolderCommand, json_option, out_option
-from kdprof.cli.output import name_files, print_records, stdout
+from kdprof.cli.output import name_files, print_records, say, stdout
 
 
 @click.command(cls=FolderCommand)
@@ -44,7 +44,7 @@ def plot(out: Path, x: str) -> None:
     store.require()
     made = costs.render(store)
     if made and not store.runs():
-        click.echo("no run is trained yet; plotting the costs only")
+        say("no run is trained yet; plotting the costs only")
     else:
         made = [*curves.render(store, x=x), *table.render(store), *made]
     name_files(made)
