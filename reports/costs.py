@@ -138,7 +138,9 @@ def costs_markdown(costs: Sequence[Cost]) -> str:
         *detail_grids(ordered),
     ]
     parts = [
-        part for grid in _with_content(grids) for part in (f"## {grid.title}", grid.markdown())
+        part
+        for grid in _with_content(grids)
+        for part in (f"## {markdown_text(grid.title)}", grid.markdown())
     ]
     notes = "\n".join(f"- {markdown_text(note)}" for note in _notes(ordered))
     return "\n\n".join([*parts, "## Notes", notes]) + "\n"

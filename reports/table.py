@@ -348,7 +348,7 @@ def _markdown(results: Results, made: Sequence[Row]) -> str:
         "\n".join(f"- {markdown_text(line)}" for line in header(results)),
     ]
     for grid in grids(made):
-        parts += [f"## {grid.title}", grid.markdown()]
+        parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     parts += ["## Notes", "\n".join(f"- {markdown_text(note)}" for note in notes(results, made))]
     return "\n\n".join(parts) + "\n"
 

@@ -185,7 +185,9 @@ def latex_text(text: str) -> str:
     """Return text escaped for LaTeX; characters that no standard font has become question marks."""
     if text == MISSING:
         return "--"
-    escaped = "".join(_LATEX.get(c, c if ord(c) < _LATIN else "?") for c in " ".join(text.split()))
+    escaped = "".join(
+        _LATEX.get(c, c if ord(c) < _LATIN else "?") for c in printable(" ".join(text.split()))
+    )
     # A dash between numbers is a range and one before a number is its sign; opening quotes differ.
     for pattern, sign in (
         (r"(?<=\d)-(?=\d)", "--"),

@@ -14,7 +14,7 @@ from kdprof.store import Store, write_together
 
 from .axes import Axis, available, axis
 from .results import Results, count, shortened
-from .text import MISSING, Grid, print_notes
+from .text import MISSING, Grid, markdown_text, print_notes
 from .verdict import Flip, Gain, Pair, Verdict
 
 NAMED_METHODS = 6
@@ -224,10 +224,10 @@ def markdown(results: Results, verdict: Verdict) -> str:
     parts = ["# Verdict", "\n".join(f"- {sentence}" for sentence in verdict.sentences)]
     for each in available(results):
         for grid in _gain_grids(verdict, each):
-            parts += [f"## {grid.title}", grid.markdown()]
+            parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     for grid in (_flip_grid(results, verdict), *_pair_grids(verdict)):
         if grid.rows:
-            parts += [f"## {grid.title}", grid.markdown()]
+            parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     parts += ["## Notes", "\n".join(f"- {note}" for note in (*_READING, *verdict.notes))]
     return "\n\n".join(parts) + "\n"
 

@@ -20,7 +20,7 @@ from kdprof.cli.machine import demo, doctor
 from kdprof.cli.measure import compare, measure
 from kdprof.cli.methods import methods
 from kdprof.cli.networks import evaluate, export
-from kdprof.cli.output import complain, replace_unknown_characters
+from kdprof.cli.output import complain, keep_for_records, replace_unknown_characters
 from kdprof.cli.report import plot, status
 from kdprof.cli.train import plan, train
 from kdprof.errors import KdprofError
@@ -50,6 +50,8 @@ def main() -> None:
     """Run the command line; every failure is one line unless ``--debug`` asks for more."""
     replace_unknown_characters()
     settle()
+    if "--json" in sys.argv:
+        keep_for_records()
     if "--debug" in sys.argv:
         os.environ["KDPROF_DEBUG"] = "1"  # for child processes, too
         _leave(cli(standalone_mode=False))

@@ -37,5 +37,7 @@ def explained(error: OSError) -> str:
     """Return an error of the system in one line, with the file and the mend."""
     file = f"{str(error.filename)[:200]}: " if error.filename else ""
     reason = error.strerror or str(error)
+    if "temporary directory" in reason:
+        return f"{reason}: set TMPDIR to a folder that has space and can be written to"
     mend = MENDS.get(error.errno or 0, "run 'kdprof --debug ...' for details")
     return f"{file}{reason}: {mend}"

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -24,6 +24,16 @@ LONGEST_LINE = 1000
 """Characters of a message; the rest of a longer one helps nobody."""
 
 
+_records: TextIO | None = None
+"""Where records go while standard output is shared with users' code; None: standard output."""
+
+
+def keep_for_records() -> None:
+    """Keep standard output for what kdprof prints: what users' code prints goes to stderr."""
+    global _records
+    _records, sys.stdout = sys.stdout, sys.stderr
+
+
 def replace_unknown_characters() -> None:
     """Make the standard streams replace characters that their encoding does not have."""
     for stream in (sys.stdout, sys.stderr):
@@ -34,7 +44,7 @@ def replace_unknown_characters() -> None:
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print plain text."""
-    click.echo(_visible(text), err=err, nl=nl)
+    click.echo(_visible(text), file=None if err else _records, err=err, nl=nl)
 
 
 def complain(message: str) -> None:
@@ -55,7 +65,7 @@ def console(*, stderr: bool = False) -> Console:
     """Return a console that reads no markup and prints no control characters but its own."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, markup=False, emoji=False)
+    made = Console(file=None if stderr else _records, stderr=stderr, markup=False, emoji=False)
     made.push_render_hook(_visible_hook())
     return made
 
