@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from kdprof.method import IGNORE, Network
 from kdprof.models import build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
+from kdprof.pauses import running_s
 from kdprof.progress import Progress
 from kdprof.resized import resized_argmax
 
@@ -256,7 +256,7 @@ def evaluate_file(
     configure_backends(device, precision)
     placed(network, device, channels_last=True)
     with progress.task("images", len(data)) as advance:
-        began = time.perf_counter()
+        began = running_s()
         found = evaluate(
             network,
             data,
@@ -266,7 +266,7 @@ def evaluate_file(
             views=views,
             advance=advance,
         )
-        elapsed_s = time.perf_counter() - began
+        elapsed_s = running_s() - began
     return Evaluation(
         network=str(name),
         loaded=f"{weights.source} names: {loaded.summary()}",

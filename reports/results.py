@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError
 from kdprof.records import Cost, Decision, Run
-from kdprof.store import Store
+from kdprof.store import Store, read_toml
 
 from .text import MISSING
 
@@ -112,10 +111,7 @@ def collect(store: Store) -> Results:
         )
     store.require()
     left_out = [run for run in runs if not _usable(run)]
-    try:
-        study = tomllib.loads(store.study.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{store.study} is damaged ({error}); restore it") from None
+    study = read_toml(store.study)
     return Results(usable, left_out, store.teacher_run(), study, store.costs(), store.decisions())
 
 

@@ -70,6 +70,12 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if run.failure
     ]
+    notes += [
+        f"{run.label()} was stopped for {duration(run.paused_s)}: off the clock, but its energy "
+        "contains what the device drew meanwhile."
+        for run in runs
+        if run.paused_s
+    ]
     drifts = [
         abs(drift) for run in runs if run.finished and (drift := run.train_s.drift()) is not None
     ]

@@ -17,7 +17,7 @@ from rich.console import Console
 from kdprof.budget import parse_budget
 from kdprof.records import CONTROL, REFERENCE, Cost, Run
 from kdprof.stats.intervals import mean_interval
-from kdprof.store import Store, write_atomic
+from kdprof.store import Store, write_together
 
 from .results import (
     Results,
@@ -31,7 +31,17 @@ from .results import (
     shortened,
     study_text,
 )
-from .text import MISSING, UNRELIABLE, Estimate, Grid, duration, flagged, print_notes
+from .text import (
+    MISSING,
+    UNRELIABLE,
+    Estimate,
+    Grid,
+    csv_cell,
+    duration,
+    flagged,
+    markdown_text,
+    print_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -170,8 +180,7 @@ def render(store: Store) -> list[Path]:
     results = collect(store)
     made = _rows(results)
     paths = [store.reports / "table.md", store.reports / "table.csv"]
-    write_atomic(paths[0], _markdown(results, made))
-    write_atomic(paths[1], _csv(made))
+    write_together({paths[0]: _markdown(results, made), paths[1]: _csv(made)})
     return paths
 
 
@@ -334,10 +343,13 @@ def _missing_notes(made: Sequence[Row]) -> list[str]:
 
 
 def _markdown(results: Results, made: Sequence[Row]) -> str:
-    parts = ["# Accuracy at matched compute", "\n".join(f"- {line}" for line in header(results))]
+    parts = [
+        "# Accuracy at matched compute",
+        "\n".join(f"- {markdown_text(line)}" for line in header(results)),
+    ]
     for grid in grids(made):
-        parts += [f"## {grid.title}", grid.markdown()]
-    parts += ["## Notes", "\n".join(f"- {note}" for note in notes(results, made))]
+        parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
+    parts += ["## Notes", "\n".join(f"- {markdown_text(note)}" for note in notes(results, made))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -348,7 +360,7 @@ def _csv(made: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: csv_cell(cell) for name, cell in line.items()} for line in lines)
     return text.getvalue()
 
 

@@ -118,7 +118,7 @@ def test_titles_say_what_a_budget_makes_equal(tmp_path, budget, matched):
 
 
 def test_iteration_budget_has_no_plan_and_says_so(tmp_path):
-    run = a_run("mine.MyKD", "40k", cost_key=None, train_s=Spent(planned=None, actual=7200.0))
+    run = a_run("mykd", "40k", cost_key=None, train_s=Spent(planned=None, actual=7200.0))
     store = a_store(tmp_path, [run])
     (row,) = table.rows(store)
     assert (row.planned_s, row.drift_percent, row.reliable) == (None, None, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kdprof.cli.options import FILE, grouped, out_option, progress
-from kdprof.cli.output import stdout
+from kdprof.cli.output import say, stdout
 from kdprof.errors import Problems, UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def evaluate(
         progress=progress(as_json),
     )
     if as_json:
-        click.echo(json.dumps(to_json(found), indent=2))
+        say(json.dumps(to_json(found), indent=2))
     else:
         print_evaluation(found, stdout())
 
@@ -172,7 +172,7 @@ def export(
         folder, name = _run_folder(store, method or "", budget or "", seed), study.student
     network, classes = trained_network(folder, name)
     described = run(network, file, classes, study.step.crop)
-    click.echo(f"wrote {file} ({described})")
+    say(f"wrote {file} ({described})")
 
 
 def _run_folder(store: Store, method: str, budget: str, seed: int) -> RunFolder:

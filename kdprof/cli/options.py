@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kdprof.cli.output import console
 from kdprof.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,11 +97,9 @@ class LoudnessOptions:
 
 def progress(silent: bool = False, verbose: bool = False) -> Progress:
     """Return the display of progress on stderr, or a silent one."""
-    from rich.console import Console
-
     from kdprof.progress import Progress
 
-    return Progress(None if silent else Console(stderr=True), verbose=verbose)
+    return Progress(None if silent else console(stderr=True), verbose=verbose)
 
 
 output_options = grouped("output", OutputOptions, out_option(), json_option, *_loudness)
