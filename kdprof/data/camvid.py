@@ -11,15 +11,16 @@ from pathlib import Path
 from kdprof.data.files import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
+    UNREAD_LABELS,
     LabelValues,
     Pair,
     PairedImages,
-    by_stem,
     classes_of,
     no_root,
     paired,
 )
-from kdprof.errors import UserError
+from kdprof.data.tree import UNREAD, by_name
+from kdprof.errors import Problems, UserError
 from kdprof.method import IGNORE
 
 UNLABELLED = 11
@@ -40,7 +41,7 @@ class CamVid(PairedImages):
     """
 
     def __init__(self, root: Path, split: str):
-        super().__init__("camvid", split, CLASSES, VALUES, _pairs(root, split))
+        super().__init__("camvid", split, CLASSES, VALUES, _pairs(root, split), root=root)
 
 
 def _pairs(root: Path, split: str) -> list[Pair]:
@@ -48,11 +49,11 @@ def _pairs(root: Path, split: str) -> list[Pair]:
     if not root.is_dir():
         raise UserError(no_root(root, "camvid", "ROOT holds train, trainannot, val, valannot"))
     folder, label_folder = root / split, root / f"{split}annot"
-    problems: list[str] = []
-    images = by_stem(folder, IMAGE_SUFFIXES, problems)
-    labels = by_stem(label_folder, LABEL_SUFFIXES, problems)
-    if problems:
-        raise UserError(*problems)
+    problems = Problems()
+    images = problems.attempt(lambda: by_name(folder, IMAGE_SUFFIXES, refused=UNREAD), {})
+    refused = (*UNREAD, *UNREAD_LABELS)
+    labels = problems.attempt(lambda: by_name(label_folder, LABEL_SUFFIXES, refused=refused), {})
+    problems.refuse()
     return paired(
         images,
         labels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,9 @@ import numpy as np
 from kdprof.data.base import DataOnDisk
 from kdprof.data.dataset import open_data
 from kdprof.data.decoded import in_threads
+from kdprof.data.files import PairedImages
 from kdprof.data.layouts import PUBLISHED_DATA_SETS, PublishedDataSet
+from kdprof.data.tree import passed_over
 from kdprof.errors import UserError
 from kdprof.method import IGNORE
 from kdprof.progress import Progress
@@ -37,6 +40,7 @@ class SplitCheck:
         problems: what is wrong, one line each.
         images_per_second: speed of decoding with all cores.
         shown: index, image (H, W, 3) and label (H, W) of some images, evenly spread.
+        notes: what was passed over or converted, one sentence each.
     """
 
     split: str
@@ -48,6 +52,7 @@ class SplitCheck:
     problems: list[str] = field(default_factory=list)
     images_per_second: float | None = None
     shown: list[_Shown] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -57,6 +62,7 @@ class DataCheck:
     Attributes:
         class_names, palette: empty if no split could be opened.
         usual: facts about the published data set; None if the data set is not a published one.
+        passed_over: number of files below ROOT that no checked split uses, by place and ending.
     """
 
     name: str
@@ -64,6 +70,7 @@ class DataCheck:
     palette: tuple[tuple[int, int, int], ...]
     splits: list[SplitCheck]
     usual: PublishedDataSet | None = None
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     @property
     def problems(self) -> list[str]:
@@ -82,6 +89,7 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
     name = spec.partition(":")[0]
     usual = PUBLISHED_DATA_SETS.get(name)
     found: list[SplitCheck] = []
+    opened: list[PairedImages] = []
     class_names: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     for split in splits:
@@ -94,7 +102,31 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
             continue
         class_names, palette = data.class_names, data.palette
         _read(data, made, progress)
-    return DataCheck(name, class_names, palette, found, usual)
+        if isinstance(data, PairedImages):
+            opened.append(data)
+            made.notes += [*data.notes, *_conversions(data)]
+    return DataCheck(name, class_names, palette, found, usual, _passed_over(opened))
+
+
+def _passed_over(opened: Sequence[PairedImages]) -> Counter[str]:
+    """Return the number of files below the root of some splits that none of them uses."""
+    if not opened:
+        return Counter()
+    return passed_over(opened[0].root, [path for data in opened for path in data.used()])
+
+
+def _conversions(data: PairedImages) -> list[str]:
+    """Return which images are not 8-bit RGB as they are stored, in sentences."""
+    headers = [data.header(index) for index in range(len(data))]
+    modes = Counter(header.mode for header in headers if header.mode != "RGB")
+    turned = sum(header.orientation != 1 for header in headers)
+    found = [f"{_images(count)} {mode}, converted to RGB" for mode, count in modes.items()]
+    found += [f"{_images(turned)} turned as EXIF says"] if turned else []
+    return found
+
+
+def _images(count: int) -> str:
+    return "1 image is" if count == 1 else f"{count:,} images are"
 
 
 def _read(data: DataOnDisk, made: SplitCheck, progress: Progress) -> None:

@@ -15,16 +15,18 @@ from kdprof.data.camvid import CamVid
 from kdprof.data.files import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
+    UNREAD_LABELS,
     LabelValues,
     Pair,
     PairedImages,
     classes_of,
     colour_of,
-    folders,
     paired,
     root_of,
 )
-from kdprof.errors import UserError, nearest, unknown
+from kdprof.data.lists import Listed, lines_of, read_list
+from kdprof.data.tree import UNREAD, by_name, folders
+from kdprof.errors import Problems, UserError, nearest, unknown
 from kdprof.method import IGNORE
 
 
@@ -80,6 +82,7 @@ CITYSCAPES_TRAINED = (
     7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33,
 )  # fmt: skip
 """The ids of the 19 classes, in the order of their train ids (cityscapesScripts, labels.py)."""
+CITYSCAPES_IMAGES = tuple(f"_leftImg8bit{suffix}" for suffix in IMAGE_SUFFIXES)
 COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 """Ids of 0-181 that belong to none of the 171 classes (COCO's removed categories)."""
 
@@ -110,14 +113,10 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
     found: dict[str, dict[str, Path]] = {"labelTrainIds": {}, "labelIds": {}}
     for part, kind in parts:
         folder = root / "leftImg8bit" / part
-        ending = "_leftImg8bit.png"
-        images |= _by_name(folder, ending, f"{part}/")
+        images |= by_name(folder, CITYSCAPES_IMAGES, f"{part}/", refused=UNREAD)
         for suffix, labels in found.items():
-            labels |= _by_name(root / kind / part, f"_{kind}_{suffix}.png", f"{part}/", empty=True)
-    if not images:
-        raise UserError(
-            f"{root / 'leftImg8bit' / split} holds no *_leftImg8bit.png in city folders"
-        )
+            ending = f"_{kind}_{suffix}.png"
+            labels |= by_name(root / kind / part, (ending,), f"{part}/", empty=True)
     # Train ids are used if every image has them; ids are converted to the same labels.
     trained = len(images.keys() & found["labelTrainIds"].keys()) == len(images)
     kind = "labelTrainIds" if trained else "labelIds"
@@ -131,7 +130,7 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
     ids |= {value: index for index, value in enumerate(CITYSCAPES_TRAINED)}
     values = LabelValues.indices(19) if trained else LabelValues.of(ids, "ids 0-33 or 255 (void)")
     pairs = paired(images, found[kind], label_of)
-    return PairedImages(name, split, classes_of("cityscapes"), values, pairs)
+    return PairedImages(name, split, classes_of("cityscapes"), values, pairs, root=root)
 
 
 # ADE20K
@@ -144,7 +143,7 @@ def _ade20k(root: Path, split: str) -> PairedImages:
     part = _known_split("ade20k", split, {"train": "training", "val": "validation"})
     pairs = _mirrored(root / "images" / part, root / "annotations" / part)
     classes = classes_of("ade20k")
-    return PairedImages("ade20k", split, classes, LabelValues.from_one(150), pairs)
+    return PairedImages("ade20k", split, classes, LabelValues.from_one(150), pairs, root=root)
 
 
 # Pascal
@@ -172,9 +171,17 @@ def _pascal_voc(
         wanted = " or ".join(label_folders)
         raise UserError(f"{root} holds no {wanted} ({layout}); in it: {', '.join(folders(root))}")
     lists = train_lists if split == "train" else ("val",)
-    names = _listed(root / "ImageSets" / "Segmentation", lists)
-    pairs = _named(names, root / "JPEGImages", folder)
-    return PairedImages(name, split, classes_of("voc"), LabelValues.indices(21), pairs)
+    listed, pairs = _listed(root, lists, "Segmentation", folder)
+    return PairedImages(
+        name,
+        split,
+        classes_of("voc"),
+        LabelValues.indices(21),
+        pairs,
+        root=root,
+        lists=[listed.file],
+        notes=_repeats(listed),
+    )
 
 
 def _pascal_context(root: Path, split: str) -> PairedImages:
@@ -183,10 +190,18 @@ def _pascal_context(root: Path, split: str) -> PairedImages:
     candidates = ["VOC2010", "VOCdevkit/VOC2010"]
     root = root_of(root, "pascal-context", layout, candidates, "SegmentationClassContext")
     _known_split("pascal-context", split, {"train", "val"})
-    names = _listed(root / "ImageSets" / "SegmentationContext", (split,))
-    pairs = _named(names, root / "JPEGImages", root / "SegmentationClassContext")
-    classes = classes_of("pascal-context")
-    return PairedImages("pascal-context", split, classes, LabelValues.from_one(59), pairs)
+    labels = root / "SegmentationClassContext"
+    listed, pairs = _listed(root, (split,), "SegmentationContext", labels)
+    return PairedImages(
+        "pascal-context",
+        split,
+        classes_of("pascal-context"),
+        LabelValues.from_one(59),
+        pairs,
+        root=root,
+        lists=[listed.file],
+        notes=_repeats(listed),
+    )
 
 
 # COCO-Stuff
@@ -200,16 +215,17 @@ def _coco_stuff(root: Path, split: str) -> PairedImages:
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise UserError(f"no folder {places[0]} or {places[1]} ({layout})")
-    images = _by_name(root / "images" / part, ".jpg")
-    labels = _by_name(folder, "_labelTrainIds.png", empty=True)
+    images = by_name(root / "images" / part, IMAGE_SUFFIXES, refused=UNREAD)
+    labels = by_name(folder, ("_labelTrainIds.png",), empty=True)
     values, ending = LabelValues.indices(171), "_labelTrainIds.png"
     if images.keys() - labels.keys():
         used = [value for value in range(182) if value not in COCO_UNUSED]
         meaning = {value: index for index, value in enumerate(used)} | {IGNORE: IGNORE}
         values = LabelValues.of(meaning, "0-181 without COCO's removed ids, or 255 (void)")
-        labels, ending = _by_name(folder, ".png"), ".png"
+        labels, ending = by_name(folder, LABEL_SUFFIXES), ".png"
     pairs = paired(images, labels, lambda name: folder / f"{name}{ending}")
-    return PairedImages("coco-stuff", split, classes_of("coco-stuff"), values, pairs)
+    classes = classes_of("coco-stuff")
+    return PairedImages("coco-stuff", split, classes, values, pairs, root=root)
 
 
 # The user's own data set
@@ -229,13 +245,15 @@ def _folder(root: Path, split: str) -> PairedImages:
     classes = _own_classes(root / "classes.txt")
     pairs = _mirrored(root / "images" / split, root / "masks" / split)
     name = f"folder:{root.name}"
-    return PairedImages(name, split, classes, LabelValues.indices(len(classes.names)), pairs)
+    values = LabelValues.indices(len(classes.names))
+    lists = [root / "classes.txt"]
+    return PairedImages(name, split, classes, values, pairs, root=root, lists=lists)
 
 
 def _own_classes(path: Path) -> Classes:
     if not path.is_file():
         raise UserError(f"no file {path}; write a class per line, in order of the masks' values")
-    lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.split("\t") for line in lines_of(path) if line.strip()]
     names = [name.strip() for name, *_ in lines]
     if len(names) != len(set(names)) or not 1 <= len(names) < IGNORE:
         raise UserError(f"{path} must hold 1 to 254 classes of different names, has {len(names)}")
@@ -280,48 +298,13 @@ def _known_split(name: str, split: str, splits: Iterable[str]) -> str:
     return splits[split] if isinstance(splits, Mapping) else split
 
 
-def _by_name(
-    folder: Path, ending: str, prefix: str = "", *, empty: bool = False
-) -> dict[str, Path]:
-    """Return the files below a folder that have an ending, by their path without the ending.
-
-    Args:
-        empty: whether the folder may be missing or have no such file.
-    """
-    if not folder.is_dir() and not empty:
-        parent = folder.parent
-        there = nearest(folder.name, folders(parent)) if parent.is_dir() else f"no folder {parent}"
-        raise UserError(f"no folder {folder}; in {parent}: {there}")
-    paths = sorted(folder.rglob(f"*{ending}"))
-    found = {
-        f"{prefix}{path.relative_to(folder).as_posix().removesuffix(ending)}": path
-        for path in paths
-    }
-    if not found and not empty:
-        raise UserError(f"{folder} holds no *{ending}; put the split there")
-    return found
-
-
 def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
     """Return the pairs of two folders whose files have the same names except for the suffix."""
-    images, labels = (
-        {
-            key: path
-            for ending in endings
-            for key, path in _by_name(folder, ending, empty=True).items()
-        }
-        for folder, endings in ((image_folder, IMAGE_SUFFIXES), (label_folder, LABEL_SUFFIXES))
-    )
-    problems = [
-        f"{folder} holds no {', '.join(endings)} file; put the split there"
-        for folder, found, endings in (
-            (image_folder, images, IMAGE_SUFFIXES), (label_folder, labels, LABEL_SUFFIXES)
-        )
-        if not found
-    ]  # fmt: skip
-    if problems:
-        raise UserError(*problems)
-    images = dict(sorted(images.items()))
+    problems = Problems()
+    images = problems.attempt(lambda: by_name(image_folder, IMAGE_SUFFIXES, refused=UNREAD), {})
+    refused = (*UNREAD, *UNREAD_LABELS)
+    labels = problems.attempt(lambda: by_name(label_folder, LABEL_SUFFIXES, refused=refused), {})
+    problems.refuse()
     return paired(
         images,
         labels,
@@ -330,29 +313,20 @@ def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
     )
 
 
-def _listed(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names in the first of these lists that exists."""
-    path = next((folder / f"{n}.txt" for n in names if (folder / f"{n}.txt").is_file()), None)
-    if path is None:
-        wanted = " or ".join(f"{name}.txt" for name in names)
-        raise UserError(f"no list {wanted} in {folder}; it comes with the data set")
-    # Some lists name two files per line, as /JPEGImages/x.jpg /SegmentationClassAug/x.png.
-    found = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
-    if not found:
-        raise UserError(f"{path} lists nothing; download it again")
-    return found
+def _listed(
+    root: Path, lists: Iterable[str], list_folder: str, label_folder: Path
+) -> tuple[Listed, list[Pair]]:
+    """Return a list below ``root/ImageSets`` and its images of ``JPEGImages`` with their labels."""
+    folder = root / "JPEGImages"
+    images = by_name(folder, IMAGE_SUFFIXES)
+    labels = by_name(label_folder, LABEL_SUFFIXES)
+    listed = read_list(root / "ImageSets" / list_folder, lists, images, folder.name)
+    chosen = {name: images[name] for name in listed.names}
+    return listed, paired(chosen, labels, lambda name: label_folder / f"{name}.png")
 
 
-def _named(names: Iterable[str], image_folder: Path, label_folder: Path) -> list[Pair]:
-    """Return the pairs of the listed names."""
-    images = {name: image_folder / f"{name}.jpg" for name in names}
-    labels = {name: label_folder / f"{name}.png" for name in names}
-    problems = [
-        f"no file {path}, which is listed; get it, or remove {name} from the list"
-        for files in (images, labels)
-        for name, path in files.items()
-        if not path.is_file()
-    ]
-    if problems:
-        raise UserError(*problems)
-    return paired(images, labels, labels.__getitem__)
+def _repeats(listed: Listed) -> list[str]:
+    """Return what is passed over in a list."""
+    if not listed.repeated:
+        return []
+    return [f"{listed.repeated} lines of {listed.file} repeat an image, which is used once"]
