@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.data import SegmentationData, evaluation_batches, fitted_size
+from kdprof.data import DataOnDisk, SegmentationData, evaluation_batches, fitted_size
+from kdprof.errors import Problems
 from kdprof.hardware.device import autocast, configure_backends, placed
 from kdprof.method import IGNORE, Network
-from kdprof.models import build, is_adapted
+from kdprof.models import AnyNetwork, build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.progress import Progress
@@ -58,6 +59,10 @@ class Views:
 
 
 WHOLE = Views()
+SIZE_PERIOD = 32
+"""Networks that halve an image five times refuse a side by its remainder modulo 32."""
+SIZES_NAMED = 3
+"""How many problems with image sizes are reported."""
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -165,6 +170,40 @@ def _places(length: int, window: int, stride: int) -> list[slice]:
     return [slice(max(0, end - window), end) for end in ends]
 
 
+def evaluated_sizes(data: DataOnDisk, views: Views) -> set[tuple[int, int]]:
+    """Return the heights and widths that a network gets in evaluation, pixels, from the headers of
+    the images."""
+    found = set()
+    for size in {data.size(index) for index in range(len(data))}:
+        for scale in views.scales:
+            height, width = fitted_size(size, views.fit, scale)
+            window = views.window or (height, width)
+            found.add((min(height, window[0]), min(width, window[1])))
+    return found
+
+
+def size_problems(networks: Iterable[AnyNetwork], sizes: Collection[tuple[int, int]]) -> list[str]:
+    """Return why networks cannot be evaluated on images of some sizes (height, width), pixels.
+
+    Of many sizes it tries some: the smallest, the largest, and for each remainder of a height or a
+    width modulo :data:`SIZE_PERIOD` one.
+    """
+    tried = [(network, size) for network in networks for size in _different(sizes)]
+    refused = [network.check_input(1, size, training=False) for network, size in tried]
+    found = list(dict.fromkeys(problem for problem in refused if problem))
+    more = len(found) - SIZES_NAMED
+    return found[:SIZES_NAMED] + ([f"and {more} more sizes of images"] if more > 0 else [])
+
+
+def _different(sizes: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return sizes that stand for all."""
+    ordered = sorted(sizes, key=lambda size: (min(size), max(size)))
+    heights = {height % SIZE_PERIOD: (height, width) for height, width in ordered}
+    widths = {width % SIZE_PERIOD: (height, width) for height, width in ordered}
+    chosen = {*ordered[:1], *ordered[-1:], *heights.values(), *widths.values()}
+    return [size for size in ordered if size in chosen]
+
+
 def mean_iou(per_class: Iterable[float | None]) -> float | None:
     """Return the mean over the classes present in the labels; None if no class is present."""
     found = [iou for iou in per_class if iou is not None]
@@ -232,7 +271,7 @@ class Evaluation:
 def evaluate_file(
     model: str,
     path: Path,
-    data: SegmentationData,
+    data: DataOnDisk,
     device: torch.device,
     *,
     batch: int,
@@ -247,11 +286,13 @@ def evaluate_file(
         precision: fp32, tf32, bf16 or fp16.
 
     Raises:
-        UserError: the file holds another network, or other classes.
+        UserError: the file holds another network, or other classes, or the network cannot take
+            images of these sizes.
     """
     weights = read_weights(path, adapted=is_adapted(model))
     name = check_weights(weights, model, data.class_names)
     network = build(name, data.num_classes)
+    Problems(size_problems([network], evaluated_sizes(data, views))).refuse()
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
     placed(network, device, channels_last=True)

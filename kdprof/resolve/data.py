@@ -14,11 +14,10 @@ from kdprof.data import (
     decoded,
     default_folder,
     fit_of,
-    fitted_size,
     uses_placeholders,
 )
 from kdprof.data.scenario import Role, Scenario
-from kdprof.evaluate import Views
+from kdprof.evaluate import Views, evaluated_sizes
 from kdprof.progress import Progress
 from kdprof.study import Study
 
@@ -89,9 +88,9 @@ class StudyData:
         return Path(given).expanduser() if given else default_folder()
 
     def evaluated_sizes(self) -> set[tuple[int, int]]:
-        """Return the heights and widths that images are evaluated at, pixels."""
-        data = self.files["val"]
-        return {fitted_size(data.size(index), self.views.fit) for index in range(len(data))}
+        """Return the heights and widths that images are evaluated at, pixels, from their
+        headers."""
+        return evaluated_sizes(self.files["val"], self.views)
 
     def _few(self, role: Role) -> SegmentationData:
         """Return images of which only a few are decoded, if all would be kept in memory."""
