@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdprof.store import write_atomic
 
+from .results import count
 from .text import MISSING, Grid
 
 if TYPE_CHECKING:
@@ -44,10 +45,20 @@ def print_check(found: DataCheck, console: Console) -> None:
             console.print(f"{split.split}: {line}", highlight=False, soft_wrap=True, markup=False)
         for note in split.notes:
             console.print(f"{split.split}: {note}", highlight=False, soft_wrap=True, markup=False)
+    for line in found.content.problems:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for line in found.content.warnings:
+        console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
     if found.passed_over:
         console.print(_passed_over(found), highlight=False, soft_wrap=True, markup=False)
-    total = f"{len(found.problems)} problems" if found.problems else "no problems"
-    console.print(total, highlight=False)
+    console.print(_total(found), highlight=False)
+
+
+def _total(found: DataCheck) -> str:
+    parts = [count(len(found.problems), "problem") if found.problems else "no problems"]
+    if found.content.warnings:
+        parts.append(count(len(found.content.warnings), "warning"))
+    return ", ".join(parts)
 
 
 def _counts(found: DataCheck) -> Grid:
