@@ -12,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdprof.data import DataOnDisk, SegmentationData, evaluation_batches, fitted_size
-from kdprof.errors import Problems
+from kdprof.errors import Problems, UserError
 from kdprof.hardware.device import autocast, configure_backends, placed
 from kdprof.method import IGNORE, Network
 from kdprof.models import AnyNetwork, build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.progress import Progress
+from kdprof.records import AbsentClasses
 from kdprof.resized import resized_argmax
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as fractions. None for a class absent from the labels.
+    """Scores as fractions. None for a class that is left out of the mean.
 
     Attributes:
         miou, per_class: intersection over union.
@@ -77,17 +78,24 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def scores(confusion: Tensor) -> Scores:
-    """Return IoU per class and its mean over the classes present in the labels."""
+def scores(confusion: Tensor, absent_classes: AbsentClasses = "skip") -> Scores:
+    """Return IoU per class and its mean.
+
+    Args:
+        absent_classes: ``skip`` for the mean over the classes present in the labels; ``zero`` to
+            count a class that is predicted, but not in the labels, with an IoU of 0, as
+            mmsegmentation and CIRKD do. A class that is neither has no IoU.
+    """
     confusion = confusion.double().cpu()
     hit = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hit
     present = confusion.sum(1) > 0
+    counted = present if absent_classes == "skip" else union > 0
     iou = hit / union.clamp(min=1)
-    per_class = [float(v) if p else None for v, p in zip(iou, present, strict=True)]
+    per_class = [float(v) if c else None for v, c in zip(iou, counted, strict=True)]
     recall = (hit / confusion.sum(1).clamp(min=1))[present]
     accuracy = hit.sum() / confusion.sum().clamp(min=1)
-    return Scores(float(iou[present].mean()), per_class, float(recall.mean()), float(accuracy))
+    return Scores(float(iou[counted].mean()), per_class, float(recall.mean()), float(accuracy))
 
 
 def predict(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
@@ -205,7 +213,7 @@ def _different(sizes: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def mean_iou(per_class: Iterable[float | None]) -> float | None:
-    """Return the mean over the classes present in the labels; None if no class is present."""
+    """Return the mean over the classes that have an IoU; None if no class has one."""
     found = [iou for iou in per_class if iou is not None]
     return sum(found) / len(found) if found else None
 
@@ -220,6 +228,7 @@ def evaluate(
     autocast: torch.autocast,
     decide: Callable[[Tensor], Tensor] | None = None,
     views: Views = WHOLE,
+    absent_classes: AbsentClasses = "skip",
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
     """Return the scores of a network on a data set, at the original size of the images.
@@ -229,6 +238,9 @@ def evaluate(
     images of every batch.
 
     The network is left in training mode, as a run needs it.
+
+    Raises:
+        UserError: every pixel of the labels is void, or a file cannot be used.
     """
     network.eval()
     total = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64, device=device)
@@ -239,7 +251,12 @@ def evaluate(
         total += confusion_matrix(predicted, labels.to(device), data.num_classes)
         advance(len(images))
     network.train()
-    return scores(total)
+    if not total.any():
+        raise UserError(
+            f"every label of {data.name} {data.split} is void, so nothing can be scored; check the "
+            "label values"
+        )
+    return scores(total, absent_classes)
 
 
 @dataclass(frozen=True)
@@ -251,6 +268,7 @@ class Evaluation:
         loaded: one-line summary of the entries that were loaded.
         missing: entries of the network's auxiliary head that the file lacks.
         left: entries of the file's auxiliary head that the network does not have.
+        absent_classes: which classes the mIoU is the mean over, see :func:`scores`.
         images_per_second: including the time to read the images.
         reported: published scores of the file; None if it is not a known file.
     """
@@ -264,6 +282,7 @@ class Evaluation:
     images: int
     class_names: tuple[str, ...]
     scores: Scores
+    absent_classes: AbsentClasses
     images_per_second: float
     reported: Reported | None
 
@@ -277,6 +296,7 @@ def evaluate_file(
     batch: int,
     precision: str,
     views: Views,
+    absent_classes: AbsentClasses = "skip",
     progress: Progress,
 ) -> Evaluation:
     """Evaluate a file of weights on a data set.
@@ -305,6 +325,7 @@ def evaluate_file(
             batch=batch,
             autocast=autocast(device, precision),
             views=views,
+            absent_classes=absent_classes,
             advance=advance,
         )
         elapsed_s = time.perf_counter() - began
@@ -318,6 +339,7 @@ def evaluate_file(
         images=len(data),
         class_names=data.class_names,
         scores=found,
+        absent_classes=absent_classes,
         images_per_second=len(data) / elapsed_s,
         reported=reported(path),
     )

@@ -200,6 +200,9 @@ class EvaluationSettings(Section):
     points: int = Field(4, ge=1)
     """Evaluations per run, evenly spaced, the last after the last iteration."""
     batch: int = Field(4, ge=1)
+    absent_classes: Literal["skip", "zero"] = "skip"
+    """Classes in no validation label. skip: mIoU is the mean over the other classes; zero: such a
+    class counts with an IoU of 0 if it is predicted anywhere, as in mmsegmentation and CIRKD."""
 
 
 class MeasureSettings(Section):

@@ -29,6 +29,7 @@ from kdprof.store import Store, write_atomic
 
 from .results import (
     Results,
+    classes_notes,
     collect,
     count,
     device_text,
@@ -467,6 +468,7 @@ def notes(results: Results, axis: XAxis) -> list[str]:
     ]
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clock times cannot be compared.")
+    found += classes_notes(results.finished)
     if off := [run for run in results.finished if drifted(run)]:
         drifts = shortened([f"{run.label()} {drift_text(run)}" for run in off])
         found.append(f"Hollow: wall-clock more than 2 % off plan ({drifts}).")

@@ -28,7 +28,7 @@ from kdprof.stats.seeds import (
 )
 
 from .axes import Axis, available
-from .results import Results, decision_note, final_miou
+from .results import Results, classes_notes, decision_note, final_miou
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 from .verdict_text import sentences
 
@@ -370,4 +370,5 @@ def _notes(found: Evidence, axes: Sequence[Axis], standings: Sequence[Standing])
         notes.append(f"No rank at equal {', '.join(without)}: no amount is covered by all methods.")
     if len(found.results.devices()) > 1:
         notes.append("Runs are from different devices: no gain in seconds or joules.")
+    notes += classes_notes(found.results.finished)
     return notes + list(map(decision_note, found.results.decisions))

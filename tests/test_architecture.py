@@ -38,7 +38,9 @@ MAY_IMPORT = {
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
     "step_feed": {"data", "step"},
-    "evaluate": {"data", "errors", "hardware", "method", "models", "progress", "resized"},
+    "evaluate": {
+        "data", "errors", "hardware", "method", "models", "progress", "records", "resized",
+    },
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",

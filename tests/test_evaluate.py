@@ -45,6 +45,37 @@ def test_class_predicted_but_absent_only_hurts_the_others():
     assert found.per_class == [0.75, None]
 
 
+def test_absent_classes_that_are_predicted_may_count_as_zero():
+    """mmsegmentation's mean: class 2 is predicted and never there, class 3 is neither."""
+    labels = torch.tensor([[0, 0, 0, 1, 1, 0]])
+    predicted = torch.tensor([[0, 0, 1, 1, 0, 2]])
+    found = scores(confusion_matrix(predicted, labels, 4), "zero")
+    assert found.per_class == [pytest.approx(2 / 5), pytest.approx(1 / 3), 0.0, None]
+    assert found.miou == pytest.approx((2 / 5 + 1 / 3) / 3)
+    skipped = scores(confusion_matrix(predicted, labels, 4))
+    assert skipped.per_class == [*found.per_class[:2], None, None]
+    assert (found.macc, found.pixel_accuracy) == (skipped.macc, skipped.pixel_accuracy)
+
+
+def nanmean_iou(predicted, labels, classes):
+    """mmsegmentation's intersect_and_union and total_area_to_metrics, with nanmean."""
+    predicted, labels = (np.array(values) for values in (predicted, labels))
+    predicted, labels = predicted[labels != 255], labels[labels != 255]
+    hit = np.histogram(predicted[predicted == labels], classes, (0, classes - 1))[0]
+    area = [np.histogram(values, classes, (0, classes - 1))[0] for values in (predicted, labels)]
+    with np.errstate(invalid="ignore"):
+        return np.nanmean(hit / (area[0] + area[1] - hit))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 3, 255])), min_size=1))
+def test_zero_is_the_mean_of_mmsegmentation(pairs):
+    predicted, labels = zip(*pairs, strict=True)
+    confusion = confusion_matrix(torch.tensor(predicted), torch.tensor(labels), 4)
+    if confusion.sum():
+        wanted = nanmean_iou(predicted, labels, 4)
+        assert scores(confusion, "zero").miou == pytest.approx(wanted)
+
+
 def literal_iou(predicted, labels, classes):
     values = []
     for c in range(classes):

@@ -15,6 +15,7 @@ from kdprof.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from kdprof.evaluate import Views
+    from kdprof.records import AbsentClasses
     from kdprof.store import RunFolder, Store
 
 
@@ -101,6 +102,13 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
     ),
     click.option("--flip", is_flag=True, help="Average over mirrored images, too."),
 )
+@click.option(
+    "--absent-classes",
+    type=click.Choice(["skip", "zero"]),
+    default="skip",
+    show_default=True,
+    help="Classes in no label; zero: IoU 0 if predicted, as in mmsegmentation.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print only the record, as JSON.")
 def evaluate(
     model: str,
@@ -111,6 +119,7 @@ def evaluate(
     precision: str,
     batch: int,
     views: ViewOptions,
+    absent_classes: AbsentClasses,
     as_json: bool,
 ) -> None:
     """Score a file of weights: IoU per class, mIoU, mAcc, pixel accuracy, images per second."""
@@ -137,6 +146,7 @@ def evaluate(
         batch=batch,
         precision=precision,
         views=seen,
+        absent_classes=absent_classes,
         progress=progress(as_json),
     )
     if as_json:
