@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdprof.cli.options import FILE, grouped, out_option, progress
+from kdprof.cli.options import (
+    FILE,
+    LABELS_HELP,
+    grouped,
+    label_settings,
+    out_option,
+    progress,
+)
 from kdprof.cli.output import stdout
 from kdprof.errors import Problems, UserError
 
@@ -109,6 +116,7 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
     show_default=True,
     help="Classes in no label; zero: IoU 0 if predicted, as in mmsegmentation.",
 )
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help=LABELS_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print only the record, as JSON.")
 def evaluate(
     model: str,
@@ -120,6 +128,7 @@ def evaluate(
     batch: int,
     views: ViewOptions,
     absent_classes: AbsentClasses,
+    assignments: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Score a file of weights: IoU per class, mIoU, mAcc, pixel accuracy, images per second."""
@@ -127,16 +136,17 @@ def evaluate(
     from kdprof.evaluate import evaluate_file
     from kdprof.hardware.device import check_precision, find_device
     from kdprof.reports.evaluation import print_evaluation, to_json
-    from kdprof.study import DataSettings
 
-    seen, synthetic = views.views(data), DataSettings()
+    seen = views.views(data)
+    settings, _ = label_settings(None, assignments)
     where = find_device(device)
     check_precision(where, precision)
     opened = open_data(
         data,
         split,
-        synthetic_size=synthetic.synthetic_size,
-        synthetic_count=synthetic.synthetic_val,
+        synthetic_size=settings.synthetic_size,
+        synthetic_count=settings.synthetic_val,
+        labels=settings,
     )
     found = evaluate_file(
         model,

@@ -8,19 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdprof.data.files import (
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIXES,
-    UNREAD_LABELS,
-    LabelValues,
-    Pair,
-    PairedImages,
-    classes_of,
-    no_root,
-    paired,
-)
-from kdprof.data.tree import UNREAD, by_name
-from kdprof.errors import Problems, UserError
+from kdprof.data.files import Pair, PairedImages, classes_of, mirrored, no_root
+from kdprof.data.labels import LabelValues
+from kdprof.errors import UserError
 from kdprof.method import IGNORE
 
 UNLABELLED = 11
@@ -48,15 +38,4 @@ def _pairs(root: Path, split: str) -> list[Pair]:
     """Return the (image, label) files of a split in order of name, or raise every problem."""
     if not root.is_dir():
         raise UserError(no_root(root, "camvid", "ROOT holds train, trainannot, val, valannot"))
-    folder, label_folder = root / split, root / f"{split}annot"
-    problems = Problems()
-    images = problems.attempt(lambda: by_name(folder, IMAGE_SUFFIXES, refused=UNREAD), {})
-    refused = (*UNREAD, *UNREAD_LABELS)
-    labels = problems.attempt(lambda: by_name(label_folder, LABEL_SUFFIXES, refused=refused), {})
-    problems.refuse()
-    return paired(
-        images,
-        labels,
-        lambda stem: label_folder / f"{stem}.png",
-        lambda stem: folder / f"{stem}.png",
-    )
+    return mirrored(root / split, root / f"{split}annot", VALUES)

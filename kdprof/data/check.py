@@ -19,6 +19,7 @@ from kdprof.data.tree import passed_over
 from kdprof.errors import UserError
 from kdprof.method import IGNORE
 from kdprof.progress import Progress
+from kdprof.study import DataSettings
 
 SHOWN = 8
 """Images of a split on the contact sheet."""
@@ -84,13 +85,16 @@ class DataCheck:
         return of_files + self.content.problems
 
 
-def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCheck:
+def check_data(
+    spec: str, splits: tuple[str, ...], progress: Progress, labels: DataSettings | None = None
+) -> DataCheck:
     """Read every image and label of some splits.
 
     A file that cannot be used becomes a problem of its split, and the other files are still read.
 
     Args:
         spec: ``NAME:ROOT``.
+        labels: settings that say what label files mean; None = the usual ones.
     """
     name = spec.partition(":")[0]
     usual = PUBLISHED_DATA_SETS.get(name)
@@ -102,7 +106,9 @@ def check_data(spec: str, splits: tuple[str, ...], progress: Progress) -> DataCh
         made = SplitCheck(split, published=usual.counts.get(split) if usual else None)
         found.append(made)
         try:
-            data = open_data(spec, split, synthetic_size=(120, 160), synthetic_count=80)
+            data = open_data(
+                spec, split, synthetic_size=(120, 160), synthetic_count=80, labels=labels
+            )
         except UserError as error:
             made.problems += error.problems
             continue

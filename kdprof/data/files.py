@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,16 +16,14 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from kdprof.data.base import Classes, DataOnDisk
-from kdprof.data.tree import folders
-from kdprof.errors import UserError, nearest
-from kdprof.method import IGNORE
+from kdprof.data.labels import REFUSED, LabelPixels
+from kdprof.data.tree import UNREAD, by_name, folders
+from kdprof.errors import Problems, UserError, nearest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LABEL_SUFFIXES = (".png",)
 UNREAD_LABELS = (".jpg", ".jpeg")
 """Endings of images that cannot be labels: a JPEG changes their values."""
-LABEL_MODES = ("L", "P")
-"""Pillow's modes of 8-bit grey and palette images, whose values are class indices."""
 DEEP_MODES = ("I", "F")
 """The first letters of Pillow's modes of 16 bits and more. Pillow clips such images to white in a
 conversion to RGB."""
@@ -46,8 +43,6 @@ SIDEWAYS = (5, 6, 7, 8)
 """The EXIF orientations that exchange height and width."""
 EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Where Pillow puts metadata that may have an orientation."""
-REFUSED = 254
-"""Marks a value that no label may have in a table of label values."""
 
 Pair = tuple[Path, Path]
 """An image and its label."""
@@ -84,44 +79,11 @@ def colour_of(numbers: Iterable[str]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-@dataclass(frozen=True)
-class LabelValues:
-    """The meaning of the values in a label file.
-
-    Attributes:
-        table: class of each value 0-255; :data:`IGNORE` for void, :data:`REFUSED` for a value that
-            is not allowed.
-        allowed: the allowed values, in words.
-    """
-
-    table: np.ndarray
-    allowed: str
-
-    @classmethod
-    def of(cls, meaning: dict[int, int], allowed: str) -> LabelValues:
-        """Return the values whose classes ``meaning`` gives; no other value is allowed."""
-        table = np.full(256, REFUSED, dtype=np.uint8)
-        for value, index in meaning.items():
-            table[value] = index
-        return cls(table, allowed)
-
-    @classmethod
-    def indices(cls, classes: int) -> LabelValues:
-        """Return the values of class indices, with 255 for void."""
-        meaning = {index: index for index in range(classes)} | {IGNORE: IGNORE}
-        return cls.of(meaning, f"0-{classes - 1} or 255 (void)")
-
-    @classmethod
-    def from_one(cls, classes: int) -> LabelValues:
-        """Return the values of class indices that begin with 1, with 0 for void."""
-        meaning = {index + 1: index for index in range(classes)} | {0: IGNORE, IGNORE: IGNORE}
-        return cls.of(meaning, f"1-{classes} or 0 (void)")
-
-
 class PairedImages(DataOnDisk):
     """One split of a data set. Images are (3, H, W), labels (H, W), both as viewers show them.
 
     Args:
+        pixels: what the pixels of the labels mean.
         pairs: files that exist, checked by :func:`paired`.
         root: the folder that holds the data set.
         lists: other files that were read, such as lists.
@@ -133,7 +95,7 @@ class PairedImages(DataOnDisk):
         name: str,
         split: str,
         classes: Classes,
-        values: LabelValues,
+        pixels: LabelPixels,
         pairs: Sequence[Pair],
         *,
         root: Path,
@@ -141,7 +103,7 @@ class PairedImages(DataOnDisk):
         notes: Sequence[str] = (),
     ):
         super().__init__(name, split, classes)
-        self.pairs, self._values = list(pairs), values
+        self.pairs, self.pixels = list(pairs), pixels
         self.root, self.lists, self.notes = root, tuple(lists), tuple(notes)
 
     def used(self) -> list[Path]:
@@ -162,14 +124,10 @@ class PairedImages(DataOnDisk):
             UserError: the label's file cannot be read, or a value in it is not allowed.
         """
         path = self.pairs[index][1]
-        values = _decoded(path)
-        label = self._values.table[values]
-        if (label == REFUSED).any():
-            wrong = int(values[label == REFUSED].max())
-            raise UserError(
-                f"label value {wrong} in {path}; expected {self._values.allowed}: convert the "
-                "labels to class indices"
-            )
+        values = _decoded(path, self.pixels.read_as)
+        label = self.pixels.classes_of(values)
+        if (refused := label == REFUSED).any():
+            raise UserError(self.pixels.refusal(path, values, refused))
         return torch.from_numpy(label)
 
     def size(self, index: int) -> tuple[int, int]:
@@ -185,32 +143,35 @@ class PairedImages(DataOnDisk):
         return _header(self.pairs[index][0])
 
     def identity(self) -> list[Any]:
-        """Return the files with their sizes and times of modification."""
+        """Return the files with their sizes and times of modification, and what labels mean."""
         paths = [path.absolute() for pair in self.pairs for path in pair]
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        return [*files, self.pixels.identity()]
 
 
 def paired(
     images: Mapping[str, Path],
     labels: Mapping[str, Path],
     label_of: Callable[[str], Path],
+    pixels: LabelPixels,
     image_of: Callable[[str], Path] | None = None,
 ) -> list[Pair]:
     """Return image and label of each name, in order of the images, after a check of their headers.
 
     Args:
         label_of: returns the path where the label of a name should be.
+        pixels: what the pixels of the labels mean.
         image_of: the same for images; None = a label may have no image.
 
     Raises:
         UserError: a label or an image is missing, a header cannot be read, an image is not 8-bit,
-            a label is not an 8-bit image of indices, or the sizes of a pair differ. It names every
+            a label has another kind of pixels, or the sizes of a pair differ. It names every
             problem. What only decoding shows is raised when an image is read.
     """
     problems = []
     for name, path in images.items():
         if name in labels:
-            problems += _pair_problems(path, labels[name])
+            problems += _pair_problems(path, labels[name], pixels)
         else:
             problems.append(f"{path} has no label; add {label_of(name)} or remove the image")
     problems += [
@@ -221,6 +182,26 @@ def paired(
     if problems:
         raise UserError(*problems)
     return [(path, labels[name]) for name, path in images.items()]
+
+
+def mirrored(image_folder: Path, label_folder: Path, pixels: LabelPixels) -> list[Pair]:
+    """Return the pairs of two folders whose files have the same names except for the suffix.
+
+    Raises:
+        UserError: as :func:`paired` and :func:`kdprof.data.tree.by_name`.
+    """
+    problems = Problems()
+    images = problems.attempt(lambda: by_name(image_folder, IMAGE_SUFFIXES, refused=UNREAD), {})
+    refused = (*UNREAD, *UNREAD_LABELS)
+    labels = problems.attempt(lambda: by_name(label_folder, LABEL_SUFFIXES, refused=refused), {})
+    problems.refuse()
+    return paired(
+        images,
+        labels,
+        lambda name: label_folder / f"{name}.png",
+        pixels,
+        lambda name: image_folder / f"{name}.png",
+    )
 
 
 def root_of(root: Path, name: str, layout: str, candidates: Sequence[str], needed: str) -> Path:
@@ -253,7 +234,7 @@ def no_root(root: Path, name: str, layout: str) -> str:
     return f"no folder {root}; {fix} ({layout})"
 
 
-def _pair_problems(image: Path, label: Path) -> list[str]:
+def _pair_problems(image: Path, label: Path, pixels: LabelPixels) -> list[str]:
     """Return the problems that the headers of an image and its label show."""
     problems: list[str] = []
     headers = []
@@ -267,10 +248,8 @@ def _pair_problems(image: Path, label: Path) -> list[str]:
     ours, theirs = headers
     if ours.mode.startswith(DEEP_MODES):
         problems.append(f"{image} is {ours.mode}, not 8 bits per channel; convert it to 8-bit RGB")
-    if theirs.mode not in LABEL_MODES:
-        problems.append(
-            f"{label} is {theirs.mode}, not 8-bit class indices; convert colours to class indices"
-        )
+    if theirs.mode not in pixels.modes:
+        problems.append(f"{label} {pixels.wrong_mode(theirs.mode)}")
     if theirs.format in LOSSY_FORMATS:
         problems.append(f"{label} is a JPEG, which changes label values; save labels as PNG")
     if ours.size != theirs.size:

@@ -10,23 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdprof.data.base import Classes
 from kdprof.data.camvid import CamVid
 from kdprof.data.files import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
-    UNREAD_LABELS,
-    LabelValues,
     Pair,
     PairedImages,
     classes_of,
-    colour_of,
+    mirrored,
     paired,
     root_of,
 )
-from kdprof.data.lists import Listed, lines_of, read_list
+from kdprof.data.labels import LabelValues
+from kdprof.data.lists import Listed, read_list
+from kdprof.data.own import open_folder
 from kdprof.data.tree import UNREAD, by_name, folders
-from kdprof.errors import Problems, UserError, nearest, unknown
+from kdprof.errors import UserError, unknown
 from kdprof.method import IGNORE
 
 
@@ -129,7 +128,7 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
     ids = dict.fromkeys(range(34), IGNORE) | {IGNORE: IGNORE}
     ids |= {value: index for index, value in enumerate(CITYSCAPES_TRAINED)}
     values = LabelValues.indices(19) if trained else LabelValues.of(ids, "ids 0-33 or 255 (void)")
-    pairs = paired(images, found[kind], label_of)
+    pairs = paired(images, found[kind], label_of, values)
     return PairedImages(name, split, classes_of("cityscapes"), values, pairs, root=root)
 
 
@@ -141,9 +140,9 @@ def _ade20k(root: Path, split: str) -> PairedImages:
     candidates = ["ADEChallengeData2016", "ade/ADEChallengeData2016", "ade20k"]
     root = root_of(root, "ade20k", layout, candidates, "annotations")
     part = _known_split("ade20k", split, {"train": "training", "val": "validation"})
-    pairs = _mirrored(root / "images" / part, root / "annotations" / part)
-    classes = classes_of("ade20k")
-    return PairedImages("ade20k", split, classes, LabelValues.from_one(150), pairs, root=root)
+    values = LabelValues.from_one(150)
+    pairs = mirrored(root / "images" / part, root / "annotations" / part, values)
+    return PairedImages("ade20k", split, classes_of("ade20k"), values, pairs, root=root)
 
 
 # Pascal
@@ -171,12 +170,13 @@ def _pascal_voc(
         wanted = " or ".join(label_folders)
         raise UserError(f"{root} holds no {wanted} ({layout}); in it: {', '.join(folders(root))}")
     lists = train_lists if split == "train" else ("val",)
-    listed, pairs = _listed(root, lists, "Segmentation", folder)
+    values = LabelValues.indices(21)
+    listed, pairs = _listed(root, lists, "Segmentation", folder, values)
     return PairedImages(
         name,
         split,
         classes_of("voc"),
-        LabelValues.indices(21),
+        values,
         pairs,
         root=root,
         lists=[listed.file],
@@ -191,12 +191,13 @@ def _pascal_context(root: Path, split: str) -> PairedImages:
     root = root_of(root, "pascal-context", layout, candidates, "SegmentationClassContext")
     _known_split("pascal-context", split, {"train", "val"})
     labels = root / "SegmentationClassContext"
-    listed, pairs = _listed(root, (split,), "SegmentationContext", labels)
+    values = LabelValues.from_one(59)
+    listed, pairs = _listed(root, (split,), "SegmentationContext", labels, values)
     return PairedImages(
         "pascal-context",
         split,
         classes_of("pascal-context"),
-        LabelValues.from_one(59),
+        values,
         pairs,
         root=root,
         lists=[listed.file],
@@ -223,50 +224,9 @@ def _coco_stuff(root: Path, split: str) -> PairedImages:
         meaning = {value: index for index, value in enumerate(used)} | {IGNORE: IGNORE}
         values = LabelValues.of(meaning, "0-181 without COCO's removed ids, or 255 (void)")
         labels, ending = by_name(folder, LABEL_SUFFIXES), ".png"
-    pairs = paired(images, labels, lambda name: folder / f"{name}{ending}")
+    pairs = paired(images, labels, lambda name: folder / f"{name}{ending}", values)
     classes = classes_of("coco-stuff")
     return PairedImages("coco-stuff", split, classes, values, pairs, root=root)
-
-
-# The user's own data set
-
-
-def _folder(root: Path, split: str) -> PairedImages:
-    """Return a data set of ``images/SPLIT`` and ``masks/SPLIT``, whose files have the same stems.
-
-    ``classes.txt`` has a class per line, in order of the masks' values, and optionally a colour
-    (``R G B``) after a tab.
-    """
-    layout = "ROOT holds images/SPLIT, masks/SPLIT and classes.txt"
-    root = root_of(root, "folder", layout, [], "images")
-    if not (root / "images" / split).is_dir():
-        there = nearest(split, folders(root / "images"))
-        raise UserError(f"no folder {root / 'images' / split}; in {root / 'images'}: {there}")
-    classes = _own_classes(root / "classes.txt")
-    pairs = _mirrored(root / "images" / split, root / "masks" / split)
-    name = f"folder:{root.name}"
-    values = LabelValues.indices(len(classes.names))
-    lists = [root / "classes.txt"]
-    return PairedImages(name, split, classes, values, pairs, root=root, lists=lists)
-
-
-def _own_classes(path: Path) -> Classes:
-    if not path.is_file():
-        raise UserError(f"no file {path}; write a class per line, in order of the masks' values")
-    lines = [line.split("\t") for line in lines_of(path) if line.strip()]
-    names = [name.strip() for name, *_ in lines]
-    if len(names) != len(set(names)) or not 1 <= len(names) < IGNORE:
-        raise UserError(f"{path} must hold 1 to 254 classes of different names, has {len(names)}")
-    spread = classes_of("ade20k").palette
-    colours = []
-    for index, (_, *colour) in enumerate(lines):
-        numbers = colour[0].split() if colour else []
-        if numbers and (
-            len(numbers) != 3 or not all(n.isdigit() and int(n) < 256 for n in numbers)
-        ):
-            raise UserError(f"{path}, line {index + 1}: write a colour as R G B, each 0-255")
-        colours.append(colour_of(numbers) if numbers else spread[index % len(spread)])
-    return Classes(tuple(names), tuple(colours))
 
 
 LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
@@ -278,7 +238,7 @@ LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
     "voc-aug": _voc_aug,
     "coco-stuff": _coco_stuff,
     "pascal-context": _pascal_context,
-    "folder": _folder,
+    "folder": open_folder,
 }
 """Functions that open a split of a data set in a folder. Their UserError names every problem of its
 files."""
@@ -298,23 +258,8 @@ def _known_split(name: str, split: str, splits: Iterable[str]) -> str:
     return splits[split] if isinstance(splits, Mapping) else split
 
 
-def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
-    """Return the pairs of two folders whose files have the same names except for the suffix."""
-    problems = Problems()
-    images = problems.attempt(lambda: by_name(image_folder, IMAGE_SUFFIXES, refused=UNREAD), {})
-    refused = (*UNREAD, *UNREAD_LABELS)
-    labels = problems.attempt(lambda: by_name(label_folder, LABEL_SUFFIXES, refused=refused), {})
-    problems.refuse()
-    return paired(
-        images,
-        labels,
-        lambda name: label_folder / f"{name}.png",
-        lambda name: image_folder / f"{name}.png",
-    )
-
-
 def _listed(
-    root: Path, lists: Iterable[str], list_folder: str, label_folder: Path
+    root: Path, lists: Iterable[str], list_folder: str, label_folder: Path, values: LabelValues
 ) -> tuple[Listed, list[Pair]]:
     """Return a list below ``root/ImageSets`` and its images of ``JPEGImages`` with their labels."""
     folder = root / "JPEGImages"
@@ -322,7 +267,7 @@ def _listed(
     labels = by_name(label_folder, LABEL_SUFFIXES)
     listed = read_list(root / "ImageSets" / list_folder, lists, images, folder.name)
     chosen = {name: images[name] for name in listed.names}
-    return listed, paired(chosen, labels, lambda name: label_folder / f"{name}.png")
+    return listed, paired(chosen, labels, lambda name: label_folder / f"{name}.png", values)
 
 
 def _repeats(listed: Listed) -> list[str]:

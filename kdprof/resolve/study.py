@@ -218,6 +218,7 @@ class ResolvedStudy:
             synthetic_size=settings.synthetic_size,
             synthetic_count=count,
             placeholders=True,
+            labels=settings,
         )
 
     @cached_property
