@@ -52,19 +52,20 @@ def examine_labels(
             f"'{class_names[0]}' is the only class: its cross-entropy is 0 and its IoU 1 whatever "
             "a network does; add a class for the other pixels, such as background"
         )
-    present = {split: labels[:, :count].any(0) for split, labels in shown.items()}
+    present = {split: _any(labels[:, :count], 0) for split, labels in shown.items()}
     for split, labels in shown.items():
         wanted = taught if split == "train" else class_names
         _examine_split(found, split, class_names, labels[:, :count], wanted)
     if {"train", "val"} <= present.keys() and present["train"].any():
-        absent = [name not in taught for name in class_names]
-        found.warnings += _unlearned(class_names, present["train"] | absent, present["val"])
+        absent = np.array([name not in taught for name in class_names])
+        seen = np.logical_or(present["train"], absent)
+        found.warnings += _unlearned(class_names, seen, present["val"])
     return found
 
 
 def _unlearned(class_names: Sequence[str], seen: np.ndarray, scored: np.ndarray) -> list[str]:
     """Return which classes are scored, but never seen in training."""
-    names = [class_names[index] for index in np.flatnonzero(scored & ~seen)]
+    names = [class_names[index] for index in np.flatnonzero(scored & ~seen).tolist()]
     if not names:
         return []
     return [
@@ -86,7 +87,7 @@ def _examine_split(
         labels: which classes each image shows, (images, classes) booleans.
         wanted: the classes that some image should show.
     """
-    present, word = labels.any(0), WORDS.get(split, split)
+    present, word = _any(labels, 0), WORDS.get(split, split)
     if not present.any():
         use = "learned from" if split == "train" else "scored on"
         found.problems.append(
@@ -94,9 +95,9 @@ def _examine_split(
             "label values"
         )
         return
-    if void := int((~labels.any(1)).sum()):
+    if void := int((~_any(labels, 1)).sum()):
         found.warnings.append(f"{void} of {len(labels)} {word} images have only void pixels")
-    absent = [class_names[index] for index in np.flatnonzero(~present)]
+    absent = [class_names[index] for index in np.flatnonzero(~present).tolist()]
     absent = [name for name in absent if name in wanted]
     if absent:
         mean = f": mIoU is the mean over {present.sum()} of {len(present)} classes"
@@ -113,6 +114,10 @@ def _examine_split(
             f"each of the {len(labels)} {word} images has one class throughout; are these labels "
             "of whole images instead of pixels?"
         )
+
+
+def _any(values: np.ndarray, axis: int) -> np.ndarray:
+    return np.asarray(values.any(axis))
 
 
 def _listed(names: Sequence[str]) -> str:
