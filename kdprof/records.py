@@ -347,6 +347,9 @@ class Failure(Record):
     """Iterations of the last good checkpoint; None if none exists."""
 
 
+AbsentClasses = Literal["skip", "zero"]
+"""skip: a class in no validation label has no IoU; zero: it has an IoU of 0 if it is predicted
+anywhere, and none otherwise."""
 RunKind = Literal["run", "teacher", "trunk"]
 """run: the training of one (method, budget, seed); teacher: the training of the teacher; trunk: the
 part of training that a method's wsd runs share."""
@@ -362,7 +365,7 @@ def run_label(kind: RunKind, method: str, budget: str, seed: int) -> str:
 class Run(Record):
     """One training."""
 
-    schema_version: Literal[3] = Field(default=3, alias="schema")
+    schema_version: Literal[4] = Field(default=4, alias="schema")
     kind: RunKind = "run"
     method: MethodName
     """The method of a run or trunk; for the teacher, the method that it is trained with."""
@@ -385,9 +388,11 @@ class Run(Record):
     share its memory bandwidth, so that planned seconds do not hold. None = not known (a cluster's
     node)."""
     iterations_done: Count
+    absent_classes: AbsentClasses = "skip"
+    """How classes that are in no validation label count."""
     miou: Share | None
-    """mIoU after the last iteration, over the classes present in the validation labels; a
-    fraction."""
+    """mIoU after the last iteration, the mean over the classes of ``miou_per_class`` that have a
+    value; a fraction."""
     miou_per_class: dict[str, Share | None] | None
     miou_of: dict[str, Share | None] = {}
     """mIoU over groups of classes: old and new in a class-incremental scenario, else empty."""
@@ -426,6 +431,14 @@ class Run(Record):
             return "finished"
         return "failed" if self.failure else "begun"
 
+    def classes_scored(self) -> tuple[int, int] | None:
+        """Return how many classes the mIoU is the mean over, and of how many; None before it was
+        scored."""
+        if not self.miou_per_class:
+            return None
+        scored = sum(iou is not None for iou in self.miou_per_class.values())
+        return scored, len(self.miou_per_class)
+
     def label(self) -> str:
         """Return its name in messages and reports."""
         return run_label(self.kind, self.method, self.budget, self.seed)
@@ -438,11 +451,14 @@ class Run(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_schema_2(cls, values: Any) -> Any:
-        """Read a record of schema 2, in which ``teacher`` was a method and ``trunk`` a budget."""
+    def _from_older_schemas(cls, values: Any) -> Any:
+        """Read a record of schema 3, without ``absent_classes``, or 2, in which ``teacher`` was a
+        method and ``trunk`` a budget."""
+        if isinstance(values, dict) and values.get("schema") == 3:
+            return dict(values, schema=4)
         if not isinstance(values, dict) or values.get("schema") != 2:
             return values
-        values = dict(values, schema=3)
+        values = dict(values, schema=4)
         if "beside" in values:
             values["concurrent_runs"] = values.pop("beside")
         if values.get("method") == "teacher" and values.get("cost_key") is None:

@@ -65,6 +65,9 @@ Size = Annotated[
 ]
 
 
+LabelValue = Annotated[int, Field(ge=0, le=255)]
+
+
 class Section(BaseModel):
     """Base class of the parts of a study: immutable, and unknown keys are errors."""
 
@@ -142,6 +145,15 @@ class DataSettings(Section):
     """Probability of a horizontal flip."""
     photometric: bool = True
     """Random brightness, contrast, saturation and hue."""
+    masks: Literal["indices", "colours"] = "indices"
+    """What the masks of a ``folder:`` hold: class indices, or the colours of classes.txt."""
+    label_map: dict[LabelValue, str] = {}
+    """The class of each value in the label files, or ``void``; other values are refused. Empty =
+    as docs/data.md says for the data set."""
+    reduce_zero_label: bool = False
+    """For a ``folder:``: 0 is void, and the classes begin with 1."""
+    ignore_index: LabelValue = 255
+    """For a ``folder:``: the value of void."""
     synthetic_size: Size = (120, 160)
     """Height x width of the synthetic scenes, pixels."""
     synthetic_train: int = Field(400, ge=1)
@@ -217,6 +229,9 @@ class EvaluationSettings(Section):
     points: int = Field(4, ge=1)
     """Evaluations per run, evenly spaced, the last after the last iteration."""
     batch: int = Field(4, ge=1)
+    absent_classes: Literal["skip", "zero"] = "skip"
+    """Classes in no validation label. skip: mIoU is the mean over the other classes; zero: such a
+    class counts with an IoU of 0 if it is predicted anywhere, as in mmsegmentation and CIRKD."""
 
 
 class MeasureSettings(Section):

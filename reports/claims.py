@@ -16,7 +16,7 @@ from kdprof.store import Store, claim_slug, read_record, record_json, write_toge
 
 from .axes import AXES, axis
 from .judge import CONFIDENCE, Evidence, evidence, gain, pair, ratio_of_costs
-from .results import Results, collect, count, decision_note, device_text, drifted
+from .results import Results, classes_notes, collect, count, decision_note, device_text, drifted
 from .text import MISSING, Grid, markdown_text
 
 NOT_COUNTED = (
@@ -183,7 +183,7 @@ def _notes(claim: Claim, results: Results) -> list[str]:
         notes.append(f"planned with an unreliable Cost of {', '.join(sorted(bad))}")
     if len(results.devices()) > 1:
         notes.append("runs are from different devices")
-    return notes
+    return notes + [note[:1].lower() + note[1:].removesuffix(".") for note in classes_notes(own)]
 
 
 def _methods_of(decision: Decision) -> set[str]:

@@ -166,6 +166,29 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def classes_notes(runs: Sequence[Run]) -> list[str]:
+    """Return over which classes the mIoU of some runs is a mean, if not over all or not as usual.
+
+    Without such a sentence an mIoU over 2 of 19 classes looks like any other.
+    """
+    scored = {found for run in runs if (found := run.classes_scored()) is not None}
+    notes = []
+    if any(number < every for number, every in scored):
+        numbers = sorted({number for number, _ in scored})
+        every = max(every for _, every in scored)
+        over = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        notes.append(
+            f"mIoU is the mean over {over} of {every} classes: the others are in no validation "
+            "label."
+        )
+    if any(run.absent_classes == "zero" for run in runs):
+        notes.append(
+            "A class that is predicted, but in no validation label, counts with an IoU of 0 "
+            "(evaluation.absent_classes)."
+        )
+    return notes
+
+
 def decision_note(decision: Decision) -> str:
     """Return what a reader of ordinary intervals must know about a comparison that was stopped."""
     return (

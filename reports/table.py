@@ -21,6 +21,7 @@ from kdprof.store import Store, write_together
 
 from .results import (
     Results,
+    classes_notes,
     collect,
     count,
     decision_note,
@@ -70,6 +71,8 @@ class Row:
     """True if any of the runs is more than 2 % off its planned seconds."""
     drift_by_seed: str
     """How far each run is off its planned seconds: ``0: +3.0 %; 1: -0.4 %``."""
+    classes: str = ""
+    """How many classes the mIoU is the mean over: ``2 of 19``; empty if not recorded."""
     groups_percent: dict[str, Estimate] = field(default_factory=dict)
     """mIoU over groups of classes: old and new in a class-incremental scenario."""
     missing: dict[str, str] = field(default_factory=dict)
@@ -114,6 +117,8 @@ def _row(results: Results, group: list[Run]) -> Row:
     costs = [cost for run in group for cost in results.planning_costs(run)]
     if not costs:
         missing["reliable"] = "not planned with a stored cost"
+    if not (classes := _classes(group)):
+        missing["classes"] = "no IoU by class was recorded"
     return Row(
         budget=first.budget,
         matched=parse_budget(first.budget).matches,
@@ -130,9 +135,15 @@ def _row(results: Results, group: list[Run]) -> Row:
         reliable=all(cost.reliable for cost in costs) if costs else None,
         drifted=any(map(drifted, group)),
         drift_by_seed="; ".join(f"{run.seed}: {drift_text(run)}" for run in group),
+        classes=classes,
         groups_percent=_groups(group),
         missing=missing,
     )
+
+
+def _classes(group: list[Run]) -> str:
+    found = sorted({scored for run in group if (scored := run.classes_scored()) is not None})
+    return "; ".join(f"{number} of {every}" for number, every in found)
 
 
 def _groups(group: list[Run]) -> dict[str, Estimate]:
@@ -263,6 +274,7 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {CONTROL}' is in "
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
+    found += classes_notes(results.finished)
     if gpus := {run.gpus for run in results.finished} - {1}:
         found.append(
             f"A run is trained by {' or '.join(map(str, sorted(gpus)))} devices together: its "

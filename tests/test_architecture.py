@@ -41,7 +41,10 @@ MAY_IMPORT = {
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
     "step_feed": {"data", "step"},
-    "evaluate": {"data", "errors", "hardware", "method", "models", "pauses", "progress", "resized"},
+    "evaluate": {
+        "data", "errors", "hardware", "method", "models", "pauses", "progress", "records",
+        "resized",
+    },
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",

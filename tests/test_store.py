@@ -37,6 +37,9 @@ def test_records_of_the_schemas_before_are_read(tmp_path):
         energy_j=None, cost_key="k", finished=True, versions={},
     )  # fmt: skip
     old = {key: v for key, v in run.model_dump(by_alias=True).items() if key != "kind"}
+    third = {k: v for k, v in old.items() if k != "absent_classes"} | {"schema": 3}
+    assert Run.model_validate(third) == run
+    old = {key: v for key, v in third.items() if key != "kind"}
     old |= {"schema": 2, "beside": old.pop("concurrent_runs")}
     assert Run.model_validate(old) == run
     trunk = Run.model_validate(old | {"budget": "trunk", "beside": None})

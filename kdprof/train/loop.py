@@ -399,6 +399,7 @@ class TrainingRun:
                 autocast=self.step.autocast(),
                 decide=self.step.method.decide if self.step.method.decides() else None,
                 views=validation.views,
+                absent_classes=self.run.absent_classes,
             )
             point = CurvePoint(
                 iteration=self.done,
@@ -543,12 +544,20 @@ def _summary(point: CurvePoint) -> str:
     return f"iteration {point.iteration}: mIoU {100 * point.miou:.2f} %; {losses}"
 
 
+def _over(run: Run) -> str:
+    """Return which classes an mIoU leaves out, for a message."""
+    scored = run.classes_scored()
+    if scored is None or scored[0] == scored[1]:
+        return ""
+    return f" over {scored[0]} of {scored[1]} classes"
+
+
 def outcome(run: Run) -> str:
     """Return the score and the time of a finished run, in one line."""
     drift = run.train_s.drift()
     deviation = "" if drift is None else f" ({drift:+.1%} of plan)"
     paused = f"; it was stopped for {run.paused_s:.1f} s, off the clock" if run.paused_s else ""
     return (
-        f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations_done} iterations, "
+        f"mIoU {100 * (run.miou or 0):.2f} %{_over(run)} after {run.iterations_done} iterations, "
         f"{run.train_s.actual:.1f} s{deviation}{paused}"
     )
