@@ -105,13 +105,13 @@ def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, d
             ),
             seeds,
         )
-    made = pair(found, claim.budget, *names, confidence=confidence)
+    gap = pair(found, claim.budget, *names, confidence=confidence)
     effect = Effect(
         unit="points",
-        value=made.difference,
-        low=made.low,
-        high=made.high,
-        probability=made.probability,
+        value=gap.difference,
+        low=gap.low,
+        high=gap.high,
+        probability=gap.probability,
     )
     return effect, seeds
 

@@ -24,6 +24,7 @@ from kdprof.budget import Conversion
 from kdprof.errors import UserError
 from kdprof.records import Canary, Cost, CountedCost, Interval, Ratio, Spent, TermCost
 from kdprof.reports import claims, conversion, costs, judge, results, table
+from kdprof.reports.axes import axis
 from kdprof.reports.figures import curves
 from kdprof.reports.status import status_table
 from kdprof.reports.text import Estimate, Grid, duration, figures, size
@@ -467,7 +468,7 @@ def texts_of(store: Store) -> dict[str, str]:
         "status": console.file.getvalue(),
         "markdown": paths[0].read_text(),
         "csv": paths[1].read_text(),
-        "figure": " ".join(curves.notes(found, curves.x_axes(found, "seconds")[0])),
+        "figure": " ".join(curves.notes(found, axis(found, "seconds"))),
         "verdict": " ".join(judge.judge(found).notes),
         "claim": " ".join(claims.make_claim(store, "cwd > kd @ 40k@cwd").notes),
     }
