@@ -22,7 +22,7 @@ from run_records import (
 import kdprof.reports
 from kdprof.budget import Conversion
 from kdprof.errors import UserError
-from kdprof.records import Canary, Cost, CountedCost, Interval, Ratio, Spent, TermCost
+from kdprof.records import Canary, Cost, CountedCost, Interval, Ratio, Run, Spent, TermCost
 from kdprof.reports import claims, conversion, costs, judge, results, table
 from kdprof.reports.axes import axis
 from kdprof.reports.figures import curves
