@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kdprof.errors import UserError
-from kdprof.records import REFERENCE, Cost, Interval
+from kdprof.records import METHOD_NAME, REFERENCE, Cost, Interval
 from kdprof.stats.intervals import Numbers, median_interval, product_of, ratio_of
 
 Unit = Literal["iterations", "samples", "epochs", "s", "flop", "J"]
@@ -48,6 +48,17 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "Wh": ("J", 3600),
     "kWh": ("J", 3.6e6),
 }
+_MOST: dict[Unit, float] = {
+    "iterations": 1e9,
+    "samples": 1e12,
+    "epochs": 1e6,
+    "s": 3.2e9,
+    "flop": 1e27,
+    "J": 1e15,
+}
+"""The largest budgets: a hundred years, a billion iterations, more than any training has used."""
+LONGEST_TEXT = 100
+"""Characters of a budget, which is also the name of a folder."""
 _PLAIN: dict[Unit, str] = {
     "samples": "sample",
     "epochs": "epoch",
@@ -137,11 +148,20 @@ def parse_budget(text: str) -> Budget:
     Raises:
         UserError: the text is malformed, is less than one iteration, or adds different units.
     """
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"budget '{text[:20]}...' has {len(text):,} characters; give at most {LONGEST_TEXT}"
+        )
     parts = [part.strip() for part in _SUM.split(text.strip())]
     if "" in parts:
         raise UserError(f"budget '{text}' is malformed; write {EXAMPLES}")
     terms = [_parse_term(part) for part in parts]
-    return sum(terms[1:], start=terms[0])
+    total = sum(terms[1:], start=terms[0])
+    if not total.amount <= _MOST[total.unit]:
+        raise UserError(
+            f"budget '{text}' is more than {_MOST[total.unit]:g} {_of(total)}; give less"
+        )
+    return total
 
 
 def _parse_term(text: str) -> Budget:
@@ -158,8 +178,10 @@ def _parse_term(text: str) -> Budget:
             f"budget '{text}': only iterations can be those of a method; write {number}k@{method} "
             f"or {number}{unit}"
         )
-    if kind == "iterations" and amount != round(amount):
+    if kind == "iterations" and amount < 1e15 and amount != round(amount):
         raise UserError(f"budget '{text}' is not a whole number of iterations; round it")
+    if method and not METHOD_NAME.fullmatch(method):
+        raise UserError(f"budget '{text}': {method!r} is no name of a method; write {EXAMPLES}")
     if amount <= 0 or (kind == "iterations" and amount < 1):
         raise UserError(f"budget '{text}' is smaller than one iteration; give more")
     return Budget(text, amount, kind, method)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdprof.data import SegmentationData, evaluation_batches, fitted_size
+from kdprof.data import DataOnDisk, SegmentationData, evaluation_batches, fitted_size
+from kdprof.errors import Problems, UserError
 from kdprof.hardware.device import autocast, configure_backends, placed
 from kdprof.method import IGNORE, Network
-from kdprof.models import build, is_adapted
+from kdprof.models import AnyNetwork, build, is_adapted
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
+from kdprof.pauses import running_s
 from kdprof.progress import Progress
+from kdprof.records import AbsentClasses
 from kdprof.resized import resized_argmax
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as fractions. None for a class absent from the labels.
+    """Scores as fractions. None for a class that is left out of the mean.
 
     Attributes:
         miou, per_class: intersection over union.
@@ -58,6 +60,10 @@ class Views:
 
 
 WHOLE = Views()
+SIZE_PERIOD = 32
+"""Networks that halve an image five times refuse a side by its remainder modulo 32."""
+SIZES_NAMED = 3
+"""How many problems with image sizes are reported."""
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -72,17 +78,24 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def scores(confusion: Tensor) -> Scores:
-    """Return IoU per class and its mean over the classes present in the labels."""
+def scores(confusion: Tensor, absent_classes: AbsentClasses = "skip") -> Scores:
+    """Return IoU per class and its mean.
+
+    Args:
+        absent_classes: ``skip`` for the mean over the classes present in the labels; ``zero`` to
+            count a class that is predicted, but not in the labels, with an IoU of 0, as
+            mmsegmentation and CIRKD do. A class that is neither has no IoU.
+    """
     confusion = confusion.double().cpu()
     hit = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hit
     present = confusion.sum(1) > 0
+    counted = present if absent_classes == "skip" else union > 0
     iou = hit / union.clamp(min=1)
-    per_class = [float(v) if p else None for v, p in zip(iou, present, strict=True)]
+    per_class = [float(v) if c else None for v, c in zip(iou, counted, strict=True)]
     recall = (hit / confusion.sum(1).clamp(min=1))[present]
     accuracy = hit.sum() / confusion.sum().clamp(min=1)
-    return Scores(float(iou[present].mean()), per_class, float(recall.mean()), float(accuracy))
+    return Scores(float(iou[counted].mean()), per_class, float(recall.mean()), float(accuracy))
 
 
 def predict(network: Network, images: Tensor, views: Views = WHOLE) -> Tensor:
@@ -165,8 +178,42 @@ def _places(length: int, window: int, stride: int) -> list[slice]:
     return [slice(max(0, end - window), end) for end in ends]
 
 
+def evaluated_sizes(data: DataOnDisk, views: Views) -> set[tuple[int, int]]:
+    """Return the heights and widths that a network gets in evaluation, pixels, from the headers of
+    the images."""
+    found = set()
+    for size in {data.size(index) for index in range(len(data))}:
+        for scale in views.scales:
+            height, width = fitted_size(size, views.fit, scale)
+            window = views.window or (height, width)
+            found.add((min(height, window[0]), min(width, window[1])))
+    return found
+
+
+def size_problems(networks: Iterable[AnyNetwork], sizes: Collection[tuple[int, int]]) -> list[str]:
+    """Return why networks cannot be evaluated on images of some sizes (height, width), pixels.
+
+    Of many sizes it tries some: the smallest, the largest, and for each remainder of a height or a
+    width modulo :data:`SIZE_PERIOD` one.
+    """
+    tried = [(network, size) for network in networks for size in _different(sizes)]
+    refused = [network.check_input(1, size, training=False) for network, size in tried]
+    found = list(dict.fromkeys(problem for problem in refused if problem))
+    more = len(found) - SIZES_NAMED
+    return found[:SIZES_NAMED] + ([f"and {more} more sizes of images"] if more > 0 else [])
+
+
+def _different(sizes: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return sizes that stand for all."""
+    ordered = sorted(sizes, key=lambda size: (min(size), max(size)))
+    heights = {height % SIZE_PERIOD: (height, width) for height, width in ordered}
+    widths = {width % SIZE_PERIOD: (height, width) for height, width in ordered}
+    chosen = {*ordered[:1], *ordered[-1:], *heights.values(), *widths.values()}
+    return [size for size in ordered if size in chosen]
+
+
 def mean_iou(per_class: Iterable[float | None]) -> float | None:
-    """Return the mean over the classes present in the labels; None if no class is present."""
+    """Return the mean over the classes that have an IoU; None if no class has one."""
     found = [iou for iou in per_class if iou is not None]
     return sum(found) / len(found) if found else None
 
@@ -181,6 +228,7 @@ def evaluate(
     autocast: torch.autocast,
     decide: Callable[[Tensor], Tensor] | None = None,
     views: Views = WHOLE,
+    absent_classes: AbsentClasses = "skip",
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
     """Return the scores of a network on a data set, at the original size of the images.
@@ -190,6 +238,9 @@ def evaluate(
     images of every batch.
 
     The network is left in training mode, as a run needs it.
+
+    Raises:
+        UserError: every pixel of the labels is void, or a file cannot be used.
     """
     network.eval()
     total = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64, device=device)
@@ -200,7 +251,12 @@ def evaluate(
         total += confusion_matrix(predicted, labels.to(device), data.num_classes)
         advance(len(images))
     network.train()
-    return scores(total)
+    if not total.any():
+        raise UserError(
+            f"every label of {data.name} {data.split} is void, so nothing can be scored; check the "
+            "label values"
+        )
+    return scores(total, absent_classes)
 
 
 @dataclass(frozen=True)
@@ -212,6 +268,7 @@ class Evaluation:
         loaded: one-line summary of the entries that were loaded.
         missing: entries of the network's auxiliary head that the file lacks.
         left: entries of the file's auxiliary head that the network does not have.
+        absent_classes: which classes the mIoU is the mean over, see :func:`scores`.
         images_per_second: including the time to read the images.
         reported: published scores of the file; None if it is not a known file.
     """
@@ -225,6 +282,7 @@ class Evaluation:
     images: int
     class_names: tuple[str, ...]
     scores: Scores
+    absent_classes: AbsentClasses
     images_per_second: float
     reported: Reported | None
 
@@ -232,12 +290,13 @@ class Evaluation:
 def evaluate_file(
     model: str,
     path: Path,
-    data: SegmentationData,
+    data: DataOnDisk,
     device: torch.device,
     *,
     batch: int,
     precision: str,
     views: Views,
+    absent_classes: AbsentClasses = "skip",
     progress: Progress,
 ) -> Evaluation:
     """Evaluate a file of weights on a data set.
@@ -247,16 +306,18 @@ def evaluate_file(
         precision: fp32, tf32, bf16 or fp16.
 
     Raises:
-        UserError: the file holds another network, or other classes.
+        UserError: the file holds another network, or other classes, or the network cannot take
+            images of these sizes.
     """
     weights = read_weights(path, adapted=is_adapted(model))
     name = check_weights(weights, model, data.class_names)
     network = build(name, data.num_classes)
+    Problems(size_problems([network], evaluated_sizes(data, views))).refuse()
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
     placed(network, device, channels_last=True)
     with progress.task("images", len(data)) as advance:
-        began = time.perf_counter()
+        began = running_s()
         found = evaluate(
             network,
             data,
@@ -264,9 +325,10 @@ def evaluate_file(
             batch=batch,
             autocast=autocast(device, precision),
             views=views,
+            absent_classes=absent_classes,
             advance=advance,
         )
-        elapsed_s = time.perf_counter() - began
+        elapsed_s = running_s() - began
     return Evaluation(
         network=str(name),
         loaded=f"{weights.source} names: {loaded.summary()}",
@@ -277,6 +339,7 @@ def evaluate_file(
         images=len(data),
         class_names=data.class_names,
         scores=found,
+        absent_classes=absent_classes,
         images_per_second=len(data) / elapsed_s,
         reported=reported(path),
     )

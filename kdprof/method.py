@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdprof.errors import UserError, unknown
+from kdprof.records import METHOD_NAME
 
 FEATURE_TAPS = ("logits", "aux", "head", "c2", "c3", "c4", "c5")
 """The feature maps of a network that a method can use: logits and auxiliary logits at head
@@ -192,6 +193,11 @@ class Method(nn.Module):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__.lower()
+        if not isinstance(cls.name, str) or not METHOD_NAME.fullmatch(cls.name):
+            raise UserError(
+                f"{cls.__name__}: the name {cls.name!r} must be letters, digits, '_', '+' or '-', "
+                "with at most one ':' for a variant, such as cwd:feature; change it"
+            )
         wrong = [tap for tap in (*cls.taps, *(cls.teacher_taps or ())) if tap not in TAPS]
         if wrong:
             raise UserError(f"{cls.__name__}: {unknown('tap', wrong[0], TAPS)}")

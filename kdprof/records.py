@@ -1,14 +1,20 @@
 """The records kdprof writes and reads: Cost, Run, curve and ledger entries.
 
 Quantities carry their unit in their name; 1 multiply-add = 2 FLOP. A value that is not available is
-None, and ``unavailable`` holds the reason under the same key.
+None, and ``unavailable`` holds the reason under the same key. Every number is finite, in its range
+and in order with the others, and every name can be printed: a record that says otherwise is damaged
+or was written by hand.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import itertools
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from kdprof.visible import printable
 
 REFERENCE = "none"
 """The method that cost ratios refer to: training without distillation."""
@@ -18,25 +24,68 @@ CONTROLS = (REFERENCE, CONTROL)
 """The methods that every comparison contains at the same budget, unless they are switched off."""
 
 
+METHOD_NAME = re.compile(r"[\w+-]{1,60}(:[\w+-]{1,60})?")
+"""Names of methods: words with hyphens, and a variant after a colon. Folders are named after them,
+so nothing else can stand in them."""
+LONGEST_NAME = 300
+"""Characters of a device's or a step's name."""
+ROUNDING = 1e-6
+"""By how much two numbers that were computed apart may be out of order."""
+
+
+def _name(text: str) -> str:
+    if not text or printable(text) != text:
+        raise ValueError("must be a name of visible characters")
+    return text
+
+
+def _method_name(text: str) -> str:
+    if not METHOD_NAME.fullmatch(text):
+        raise ValueError("must be the name of a method, such as cwd:feature")
+    return text
+
+
+Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_name)]
+MethodName = Annotated[str, AfterValidator(_method_name)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
 class Record(BaseModel):
     """Base class of all that is stored. Unknown keys are errors, so that an older version cannot
     misread a newer file."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, serialize_by_alias=True, allow_inf_nan=False
+    )
+
+
+def _check_order(low: float | None, value: float | None, high: float | None) -> None:
+    known = [end for end in (low, value, high) if end is not None]
+    slack = ROUNDING * max(map(abs, known), default=0.0)
+    if any(one > other + slack for one, other in itertools.pairwise(known)):
+        raise ValueError("low, the value and high must be in this order")
 
 
 class Interval(Record):
     """A median with the ends of its 95 % confidence interval."""
 
-    median: float
-    low: float
-    high: float
+    median: Positive
+    low: Positive
+    high: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_order(self.low, self.median, self.high)
+        return self
 
 
 class Ratio(Interval):
     """A latency divided by that of the method ``to``, with a 95 % interval."""
 
-    to: str
+    to: Name
 
 
 class Flop(Record):
@@ -47,12 +96,12 @@ class Flop(Record):
     phases are not known.
     """
 
-    teacher: float | None
-    student: float | None
-    objective: float | None
-    backward: float | None
-    auxiliary: float | None
-    total: float
+    teacher: Amount | None
+    student: Amount | None
+    objective: Amount | None
+    backward: Amount | None
+    auxiliary: Amount | None
+    total: Amount
 
 
 class TermCost(Record):
@@ -62,12 +111,12 @@ class TermCost(Record):
     """
 
     weight: float
-    forward_flop: float
-    backward_flop: float
+    forward_flop: Amount
+    backward_flop: Amount
     """Matrix FLOP."""
-    bytes_moved: float
-    forward_s: float | None
-    backward_s: float | None
+    bytes_moved: Amount
+    forward_s: Amount | None
+    backward_s: Amount | None
 
 
 OperationKind = Literal[
@@ -80,45 +129,45 @@ OperationKind = Literal[
 class Operation(Record):
     """One operator within one phase of a step, all its calls together."""
 
-    phase: str
-    name: str
+    phase: Name
+    name: Name
     """The name in torch, such as ``aten.convolution``."""
     kind: OperationKind
-    calls: int
-    matrix_flop: float
-    other_flop: float | None
+    calls: Count
+    matrix_flop: Amount
+    other_flop: Amount | None
     """Arithmetic outside matrix products, by the table in docs/measuring.md; None if there is no
     formula for the operator."""
-    bytes_read: float
-    bytes_written: float
-    seconds: float | None
+    bytes_read: Amount
+    bytes_written: Amount
+    seconds: Amount | None
     """Share of the phase's measured seconds; None if single operators were not timed."""
 
 
 class Memory(Record):
     """Peaks over one step, in bytes. ``process``: the whole process, from the operating system."""
 
-    peak_allocated: int | None
-    peak_reserved: int | None
-    process: int | None
-    phases: dict[str, int] | None
+    peak_allocated: Count | None
+    peak_reserved: Count | None
+    process: Count | None
+    phases: dict[Name, Count] | None
     """Peak within each phase: allocated on a GPU, resident set of the process on a CPU."""
-    phases_reserved: dict[str, int] | None
+    phases_reserved: dict[Name, Count] | None
     """Peak that the CUDA allocator reserved within each phase."""
 
 
 class Energy(Record):
     """How ``energy_j`` was measured."""
 
-    source: str
+    source: Name
     """The counter that was read."""
-    window_s: float
-    steps: int
-    counter_period_s: float
+    window_s: Positive
+    steps: Annotated[int, Field(ge=1)]
+    counter_period_s: Amount
     """Time between updates of the counter."""
-    idle_w: float | None
+    idle_w: Amount | None
     """Power before the steps ran; ``energy_j`` includes it."""
-    power_integral_j: float | None
+    power_integral_j: Amount | None
     """Energy per step from integrating sampled power, as a cross-check."""
     around_blocks: bool = False
     """True if it was read around the timed blocks, not in a window of its own; the two values above
@@ -128,22 +177,22 @@ class Energy(Record):
 class Ceilings(Record):
     """The highest rates that were measured on this device; not those of a data sheet."""
 
-    matmul_flop_per_s: float
-    exact_matmul_flop_per_s: float | None = None
+    matmul_flop_per_s: Positive
+    exact_matmul_flop_per_s: Positive | None = None
     """With tf32 only, where matrix products are exact: their rate in float32."""
-    copy_bytes_per_s: float
+    copy_bytes_per_s: Positive
     """Bytes read plus bytes written."""
-    precision: str
+    precision: Name
 
 
 class PhaseBound(Record):
     """What limits one phase, by the roofline model with the measured ceilings."""
 
-    matrix_flop: float
-    bytes_moved: float
-    intensity: float | None
+    matrix_flop: Amount
+    bytes_moved: Amount
+    intensity: Amount | None
     """Matrix FLOP per byte; None if no bytes are moved."""
-    ceiling_share: float
+    ceiling_share: Amount
     """Shortest time by the roofline, divided by the measured time: 1 = at the ceiling."""
     bound: Literal["compute", "memory", "overhead"]
     """overhead: neither ceiling explains a third of the measured time."""
@@ -152,24 +201,24 @@ class PhaseBound(Record):
 class Canary(Record):
     """A fixed kernel timed between the blocks: it shows changes of the machine's speed."""
 
-    median_s: float
-    drift: float
+    median_s: Positive
+    drift: Amount
     """Largest relative change between quarters of the measurement."""
     steady: bool
     """False if that change exceeds the precision target and is statistically significant."""
-    samples_s: list[float]
+    samples_s: list[Positive]
 
 
 class Outlier(Record):
     """A sample far above the others. It is not removed from the samples."""
 
     of: Literal["step", "end_to_end"]
-    round: int
-    step: int
+    round: Count
+    step: Count
     """Index in the round; 0 for a block of end-to-end iterations, whose number is ``round``."""
-    seconds: float
-    times_median: float
-    cause: str
+    seconds: Positive
+    times_median: Positive
+    cause: Name
     """``unknown`` if no cause was observed."""
 
 
@@ -181,11 +230,11 @@ class Cost(Record):
     """
 
     schema_version: Literal[4] = Field(default=4, alias="schema")
-    method: str
-    device: str
-    gpus: int = 1
+    method: Name
+    device: Name
+    gpus: Annotated[int, Field(ge=1)] = 1
     """Devices that run the step together, each on its share of the batch."""
-    key: str
+    key: Name
     """Hash of everything that changes the cost."""
     session: str
     """The process that measured it; samples of one session are paired round by round."""
@@ -194,31 +243,31 @@ class Cost(Record):
     end_to_end_s: Interval | None
     """Seconds per end-to-end iteration, with the real data loader."""
     end_to_end_ratio: Ratio | None
-    samples_s: list[list[float]]
+    samples_s: list[list[Positive]]
     """Step latencies, one list per round."""
-    reference_samples_s: list[list[float]]
+    reference_samples_s: list[list[Positive]]
     """Step latencies of the method ``ratio.to``, interleaved with these."""
-    end_to_end_samples_s: list[float]
+    end_to_end_samples_s: list[Positive]
     """One per block of end-to-end iterations; empty if nothing is loaded."""
-    reference_end_to_end_samples_s: list[float]
+    reference_end_to_end_samples_s: list[Positive]
     outliers: list[Outlier]
     canary: Canary | None
-    phases_s: dict[str, float] | None
+    phases_s: dict[Name, Amount] | None
     """Seconds of each phase: its mean share of the timed steps times the median step, so that the
     phases add up to ``latency_s.median``."""
-    terms: dict[str, TermCost] | None
+    terms: dict[Name, TermCost] | None
     flop: Flop | None
     operations: list[Operation] | None
-    bytes_moved: float | None
-    hidden_cost: float | None
+    bytes_moved: Amount | None
+    hidden_cost: Annotated[float, Field(le=1)] | None
     """Hidden-cost index: the share of the step's time that its matrix FLOP do not explain at the
     reference's seconds per FLOP. Negative if they predict more time than was measured."""
     ceilings: Ceilings | None
     bounds: dict[str, PhaseBound] | None
-    mfu: float | None
+    mfu: Amount | None
     """Model FLOP utilisation: FLOP per second over the device's published peak."""
     memory_bytes: Memory
-    energy_j: float | None
+    energy_j: Amount | None
     energy: Energy | None
     reliable: bool
     warnings: list[str]
@@ -278,8 +327,8 @@ class CountedCost(Cost):
 class Spent(Record):
     """Seconds of training: planned by the conversion, and the sum of the ledger."""
 
-    planned: float | None
-    actual: float
+    planned: Amount | None
+    actual: Amount
 
     def drift(self) -> float | None:
         """Return (actual - planned) / planned, or None if nothing was planned."""
@@ -289,15 +338,18 @@ class Spent(Record):
 class Failure(Record):
     """Why a run ended before its budget was used up."""
 
-    iteration: int
+    iteration: Count
     """Iteration, from 0, of the step that failed, or of the last step that was begun."""
     term: str | None
     """The loss term that is not finite, if that is the reason."""
     reason: str
-    checkpoint_iteration: int | None
+    checkpoint_iteration: Count | None
     """Iterations of the last good checkpoint; None if none exists."""
 
 
+AbsentClasses = Literal["skip", "zero"]
+"""skip: a class in no validation label has no IoU; zero: it has an IoU of 0 if it is predicted
+anywhere, and none otherwise."""
 RunKind = Literal["run", "teacher", "trunk"]
 """run: the training of one (method, budget, seed); teacher: the training of the teacher; trunk: the
 part of training that a method's wsd runs share."""
@@ -313,53 +365,58 @@ def run_label(kind: RunKind, method: str, budget: str, seed: int) -> str:
 class Run(Record):
     """One training."""
 
-    schema_version: Literal[3] = Field(default=3, alias="schema")
+    schema_version: Literal[4] = Field(default=4, alias="schema")
     kind: RunKind = "run"
-    method: str
+    method: MethodName
     """The method of a run or trunk; for the teacher, the method that it is trained with."""
     budget: str
     """Empty for a teacher or a trunk."""
-    seed: int
-    device: str
-    iterations: int
+    seed: Count
+    device: Name
+    iterations: Count
     """Planned iterations of this run."""
-    schedule_iterations: int
+    schedule_iterations: Count
     """Iterations that the learning-rate schedule spans."""
     enforce: str = "iterations"
     """What ends the run: its iterations, or its planned time, energy or flop."""
     startup: str = "apart"
     """``counted`` if the start-up of its processes is part of ``train_s``, else ``apart``."""
-    gpus: int = 1
+    gpus: Annotated[int, Field(ge=1)] = 1
     """Devices that trained it together: its GPU-seconds are ``train_s`` times this number."""
-    concurrent_runs: int | None = 0
+    concurrent_runs: Count | None = 0
     """The largest number of other runs that were trained on the same machine at the same time. They
     share its memory bandwidth, so that planned seconds do not hold. None = not known (a cluster's
     node)."""
-    iterations_done: int
-    miou: float | None
-    """mIoU after the last iteration, over the classes present in the validation labels; a
-    fraction."""
-    miou_per_class: dict[str, float | None] | None
-    miou_of: dict[str, float | None] = {}
+    iterations_done: Count
+    absent_classes: AbsentClasses = "skip"
+    """How classes that are in no validation label count."""
+    miou: Share | None
+    """mIoU after the last iteration, the mean over the classes of ``miou_per_class`` that have a
+    value; a fraction."""
+    miou_per_class: dict[str, Share | None] | None
+    miou_of: dict[str, Share | None] = {}
     """mIoU over groups of classes: old and new in a class-incremental scenario, else empty."""
-    best_miou: float | None
+    best_miou: Share | None
     """Best mIoU of all evaluations; it is biased upwards, so it is reported but never compared."""
     train_s: Spent
     """Excludes evaluation, checkpoint writing, logging and lost work; includes ``trunk_s``."""
-    trunk_s: float = 0.0
+    trunk_s: Amount = 0.0
     """The part of ``train_s`` that was spent once for several budgets (wsd)."""
-    startup_s: float = 0.0
+    startup_s: Amount = 0.0
     """Time of the first steps beyond the planned time, if it is not part of ``train_s``."""
-    eval_s: float
-    checkpoint_s: float
-    logging_s: float = 0.0
-    lost_s: float = 0.0
+    eval_s: Amount
+    checkpoint_s: Amount
+    logging_s: Amount = 0.0
+    lost_s: Amount = 0.0
     """Recorded seconds of work that a crash lost and that was done again."""
-    data_wait_s: float | None = None
+    paused_s: Amount = 0.0
+    """Seconds in which its process was stopped or the machine suspended; part of no other time. Its
+    energy contains what the device drew meanwhile."""
+    data_wait_s: Amount | None = None
     """The part of ``train_s`` in which the step waited for its batch."""
-    flop: float | None
+    flop: Amount | None
     """FLOP of training on all its devices."""
-    energy_j: float | None
+    energy_j: Amount | None
     """Energy of the training alone, from the devices' counters."""
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
@@ -374,17 +431,34 @@ class Run(Record):
             return "finished"
         return "failed" if self.failure else "begun"
 
+    def classes_scored(self) -> tuple[int, int] | None:
+        """Return how many classes the mIoU is the mean over, and of how many; None before it was
+        scored."""
+        if not self.miou_per_class:
+            return None
+        scored = sum(iou is not None for iou in self.miou_per_class.values())
+        return scored, len(self.miou_per_class)
+
     def label(self) -> str:
         """Return its name in messages and reports."""
         return run_label(self.kind, self.method, self.budget, self.seed)
 
+    @model_validator(mode="after")
+    def _shares_its_trunk(self) -> Self:
+        if self.trunk_s > self.train_s.actual * (1 + ROUNDING):
+            raise ValueError("trunk_s must be a part of train_s")
+        return self
+
     @model_validator(mode="before")
     @classmethod
-    def _from_schema_2(cls, values: Any) -> Any:
-        """Read a record of schema 2, in which ``teacher`` was a method and ``trunk`` a budget."""
+    def _from_older_schemas(cls, values: Any) -> Any:
+        """Read a record of schema 3, without ``absent_classes``, or 2, in which ``teacher`` was a
+        method and ``trunk`` a budget."""
+        if isinstance(values, dict) and values.get("schema") == 3:
+            return dict(values, schema=4)
         if not isinstance(values, dict) or values.get("schema") != 2:
             return values
-        values = dict(values, schema=3)
+        values = dict(values, schema=4)
         if "beside" in values:
             values["concurrent_runs"] = values.pop("beside")
         if values.get("method") == "teacher" and values.get("cost_key") is None:
@@ -397,33 +471,33 @@ class Run(Record):
 class CurvePoint(Record):
     """One evaluation during a run (a line of curve.jsonl)."""
 
-    iteration: int
-    train_s: float
-    miou: float
+    iteration: Count
+    train_s: Amount
+    miou: Share
     losses: dict[str, float]
     """Unweighted terms of the last step before the evaluation."""
-    learning_rate: float
+    learning_rate: Amount
 
 
 class LogLine(Record):
     """The state of a run, written every few iterations (a line of log.jsonl)."""
 
-    iteration: int
+    iteration: Count
     """Iterations done."""
-    train_s: float
+    train_s: Amount
     losses: dict[str, float]
     """Unweighted terms of the last step."""
-    learning_rate: float
+    learning_rate: Amount
 
 
 class LedgerEntry(Record):
     """Compute spent between two moments of a run (a line of ledger.jsonl)."""
 
-    kind: Literal["train", "trunk", "startup", "eval", "checkpoint", "logging", "lost"]
-    iteration: int
+    kind: Literal["train", "trunk", "startup", "eval", "checkpoint", "logging", "lost", "paused"]
+    iteration: Count
     """Iterations done when the entry was written."""
-    seconds: float
-    energy_j: float | None = None
+    seconds: Amount
+    energy_j: Amount | None = None
     """Energy of training, if the device has a counter."""
 
 
@@ -438,8 +512,13 @@ class Effect(Record):
     low: float | None
     """End of the interval at the claim's confidence; None if it is open or unknown."""
     high: float | None
-    probability: float | None
+    probability: Share | None
     """P(difference > 0), or P(gain > 1)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_order(self.low, self.value, self.high)
+        return self
 
 
 Outcome = Literal["supported", "contradicted", "undecided"]
@@ -450,12 +529,12 @@ class ClaimRecord(Record):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     statement: str
-    confidence: float
+    confidence: Share
     outcome: Outcome
     reason: str
     """Why this outcome, in one sentence."""
     effect: Effect
-    seeds: dict[str, int]
+    seeds: dict[Name, Count]
     """Finished seeds of each of the two methods that the claim is based on."""
     cost_ratio: Interval | None
     """Seconds per iteration of the first method divided by those of the second."""
@@ -473,7 +552,7 @@ class ClaimRecord(Record):
 class Look(Record):
     """What a sequential comparison showed after some seeds."""
 
-    seeds: int
+    seeds: Count
     value: float
     """Mean difference within seeds, percentage points: of the two methods under the budget, or of
     their curves after moving one by the claimed gain."""
@@ -481,23 +560,28 @@ class Look(Record):
     """End of the anytime-valid interval; None if it is infinite."""
     high: float | None
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_order(self.low, self.value, self.high)
+        return self
+
 
 class Decision(Record):
     """A claim for which seeds were trained until it was decided (a file of ``decisions/``)."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     statement: str
-    confidence: float
-    max_seeds: int
+    confidence: Share
+    max_seeds: Count
     outcome: Outcome
     """``undecided`` also while seeds are still added."""
     reason: str = ""
     """Why it could not be decided, if not for too few seeds."""
     looks: list[Look]
     """After 2, 3, ... seeds, up to the decision."""
-    saved_runs: int
+    saved_runs: Count
     """Runs that ``max_seeds`` seeds would have needed beyond those that were trained."""
-    saved_s: float
+    saved_s: Amount
     """Seconds of training of these runs, at the mean of the trained ones."""
 
     @property

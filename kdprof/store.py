@@ -15,38 +15,129 @@ Only this module knows file names::
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import stat
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from pydantic import ValidationError
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.records import Cost, CurvePoint, Decision, LedgerEntry, Record, Run
+from kdprof.records import Cost, CurvePoint, Decision, LedgerEntry, Record, Run, RunKind
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
+LARGEST_FILE = 256 * 2**20
+"""Bytes of the largest file that is read as a whole: a record of a million samples has 20 MB."""
+
+
+LARGEST_LOG = 2**30
+"""Bytes of the largest .jsonl file: ten million lines."""
+
+
+def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:
+    """Return the content of a regular file: never wait for a pipe or read a device without end.
+
+    Args:
+        most: bytes of the largest file that is read.
+
+    Raises:
+        UserError: it is no regular file, is too large, or cannot be read.
+    """
+    try:
+        # Not Path.open(), which waits for the other end of a pipe.
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            _check_regular(path, os.fstat(number), most)
+            with os.fdopen(number, "rb", closefd=False) as file:
+                return file.read(most)
+        finally:
+            os.close(number)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}; give another file") from None
+
+
+def _check_regular(path: Path, found: os.stat_result, most: int) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or device"
+        raise UserError(f"{path} is a {kind}, not a file; give a file")
+    if found.st_size > most:
+        raise UserError(
+            f"{path} has {found.st_size / 2**20:,.0f} MiB, more than the {most / 2**20:,.0f} MiB "
+            "that are read; give another file"
+        )
+
+
+def read_text(path: Path, most: int = LARGEST_FILE) -> str:
+    """Return the text of a regular file, see :func:`read_file`.
+
+    Raises:
+        UserError: it cannot be read, or its text is not UTF-8.
+    """
+    try:
+        return read_file(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+def read_toml(path: Path, most: int = LARGEST_FILE) -> dict[str, Any]:
+    """Return the content of a TOML file, see :func:`read_file`.
+
+    Raises:
+        UserError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path, most))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}; correct it") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an error of the system while ``path`` is written say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace ``path`` by ``data`` so that a crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """Replace several files: none of them if the disk has no room for all."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        with temporary.open("wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        replace_durably(temporary, path)
+        for path, data in files.items():
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary[path].open("wb") as file:
+                    file.write(data if isinstance(data, bytes) else data.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+        for path in files:
+            replace_durably(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
 
 
 def replace_durably(source: Path, target: Path) -> None:
@@ -61,7 +152,12 @@ def replace_durably(source: Path, target: Path) -> None:
 
 def write_record(path: Path, record: Record) -> None:
     """Write a record as JSON, atomically."""
-    write_atomic(path, record.model_dump_json(indent=2, by_alias=True) + "\n")
+    write_atomic(path, record_json(record))
+
+
+def record_json(record: Record) -> str:
+    """Return a record as the text of its file."""
+    return record.model_dump_json(indent=2, by_alias=True) + "\n"
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
@@ -71,7 +167,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
         UserError: the file is not a record of this kind and schema.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_file(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
@@ -83,7 +179,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 def append_line(path: Path, record: Record) -> None:
     """Append one record to a .jsonl file as a single durable write."""
-    with path.open("ab") as file:
+    with naming(path), path.open("ab") as file:
         file.write(record.model_dump_json(by_alias=True).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -93,7 +189,7 @@ def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
     """Read a .jsonl file; a last line that a crash left incomplete is left out."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_file(path, LARGEST_LOG).split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -107,8 +203,18 @@ def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
 
 
 def slug(name: str) -> str:
-    """Return a method or budget name as a folder name (``cwd:feature`` -> ``cwd.feature``)."""
+    """Return a method or budget name as a folder name (``cwd:feature`` -> ``cwd.feature``). No two
+    methods share one: their names have no dots."""
     return name.replace(":", ".").replace("/", "-")
+
+
+def run_place(kind: RunKind, method: str, budget: str, seed: int) -> Path:
+    """Return the folder of a run within a folder of results."""
+    if kind == "teacher":
+        return Path("teacher")
+    if kind == "trunk":
+        return Path("trunks", slug(method), str(seed))
+    return Path("runs", slug(method), slug(budget), str(seed))
 
 
 _RELATIONS = {">": "gt", "<": "lt", "~": "like"}
@@ -121,10 +227,15 @@ def claim_slug(statement: str) -> str:
 
 
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        root: the folder of results, in which the run's own folder tells which run it is; None if
+            nothing does.
+    """
+
+    def __init__(self, path: Path, root: Path | None = None):
+        self.path, self._root = path, root
         self.record = path / "run.json"
         self.ledger = path / "ledger.jsonl"
         self.curve = path / "curve.jsonl"
@@ -138,8 +249,21 @@ class RunFolder:
         return self.path / f"state-{iteration}.pt"
 
     def read_run(self) -> Run | None:
-        """Return the run's record, or None if none is written yet."""
-        return read_record(self.record, Run) if self.record.exists() else None
+        """Return the run's record, or None if none is written yet.
+
+        Raises:
+            UserError: the record cannot be read, or is that of another run.
+        """
+        if not self.record.exists():
+            return None
+        run = read_record(self.record, Run)
+        wanted = run_place(run.kind, run.method, run.budget, run.seed)
+        if self._root is not None and self.path.relative_to(self._root) != wanted:
+            raise UserError(
+                f"{self.record} is the record of {run.label()}, whose folder is {wanted}; put it "
+                "there, or delete it and train again"
+            )
+        return run
 
     def read_curve(self) -> list[CurvePoint]:
         """Return the evaluations made so far."""
@@ -154,8 +278,9 @@ class RunFolder:
         """Lock the run for this process.
 
         The operating system releases the lock when the process ends, for whatever reason. Another
-        machine may see the folder but not that lock; for it the lease in the file counts. The lease
-        is renewed while the run is trained, and expires :data:`LEASE_S` after its last renewal.
+        machine may see the folder but not that lock, and some file systems have no locks; then the
+        lease in the file counts. The lease is renewed while the run is trained, and expires
+        :data:`LEASE_S` after its last renewal.
 
         Raises:
             Held: another process is training this run.
@@ -170,9 +295,9 @@ class RunFolder:
                 file.truncate(0)
 
     def renew_lease(self) -> None:
-        """Show other machines that the holder of the lock is alive."""
-        lease = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
-        self._lock.write_text(json.dumps(lease))
+        """Show other processes that the holder of the lock is alive."""
+        with naming(self._lock):
+            self._lock.write_text(json.dumps({"host": _host(), "pid": os.getpid()}))
 
     def is_held(self) -> bool:
         """Return True if a process is training this run now."""
@@ -188,42 +313,86 @@ class RunFolder:
 
 LEASE_S = 900.0
 """How long a lease of another machine is valid; longer than any evaluation."""
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""Errors of a file system that has no locks."""
 
 
 class Held(KdprofError):
     """Another process is training the run."""
 
 
+def has_locks(folder: Path) -> bool:
+    """Return whether files in a folder can be locked. Without locks, leases are used alone."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _flock(file)
+
+
+def _flock(file: IO[Any]) -> bool:
+    """Lock a file; return False if its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _host() -> str:
+    """Return the name of this machine and an id of its system, for machines of the same name."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot[:8]}"
+    return socket.gethostname()
+
+
 def _take(file: IO[str], run: Path) -> None:
     """Take the lock of a run.
 
     Raises:
-        Held: a process of this machine holds the lock, or one of another machine a lease.
+        Held: a process of this machine holds the lock or, without locks, a lease; or one of another
+            machine a lease.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = _flock(file)
     except BlockingIOError:
         raise Held(
             f"{run} is being trained by another process; wait for it or use another --out"
         ) from None
     file.seek(0)
     lease = _lease(file.read())
-    # A lease of this machine belongs to a crashed process: a living one would still hold the lock.
-    # A clock that was set back must not keep a lease valid for ever.
-    if lease and lease["host"] != socket.gethostname():
-        age = time.time() - lease["renewed"]
-        if -LEASE_S < age < LEASE_S:
-            raise Held(
-                f"{run} is being trained on {lease['host']} (process {lease['pid']}); wait for it, "
-                "or use another --out"
-            )
+    if lease is not None and _is_alive(lease, file, locked=locked):
+        raise Held(
+            f"{run} is being trained on {lease['host'].split()[0]} (process {lease['pid']}); wait "
+            "for it, or use another --out"
+        )
+
+
+def _is_alive(lease: dict[str, Any], file: IO[str], *, locked: bool) -> bool:
+    """Return whether the process of a lease may still train.
+
+    One of this machine that lost its lock has ended; without locks, its id tells. The age of a
+    lease of another machine is told by one clock, that of the file system: calendars of two
+    machines differ, and may be set while the lease lasts.
+    """
+    if lease["host"] == _host():
+        return not locked and lease["pid"] != os.getpid() and Path(f"/proc/{lease['pid']}").exists()
+    with tempfile.NamedTemporaryFile(dir=Path(file.name).parent, prefix=".clock-") as now:
+        age = os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+    return -LEASE_S < age < LEASE_S
 
 
 def _lease(text: str) -> dict[str, Any] | None:
     """Return the lease in a text; None if it is incomplete."""
     try:
         found = json.loads(text)
-        return {"host": found["host"], "pid": found["pid"], "renewed": float(found["renewed"])}
+        return {"host": str(found["host"]), "pid": int(found["pid"])}
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -243,11 +412,19 @@ class Store:
         Raises:
             UserError: the folder, or the one that it would be created in, cannot be written to.
         """
-        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        there = self._nearest()
         if not there.is_dir():
             raise UserError(f"{there} is a file, not a folder; use another --out")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"{there} cannot be written to; use another --out")
+
+    def _nearest(self) -> Path:
+        """Return the folder, or the one that exists among those that it would be created in."""
+        return next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+
+    def has_locks(self) -> bool:
+        """Return whether runs in this folder can be locked; if not, leases are used alone."""
+        return has_locks(self._nearest())
 
     def require(self) -> None:
         """Refuse a folder that holds no study.
@@ -255,6 +432,13 @@ class Store:
         Raises:
             UserError: the folder holds no study, so nothing was measured or trained in it.
         """
+        if self.study.exists() and not self.study.is_file():
+            raise UserError(f"{self.study} is not a file; use another --out")
+        if not self.study.is_file() and any((self.root / "costs").glob("*.json")):
+            raise UserError(
+                f"{self.root} holds costs but no study yet: 'kdprof train' is measuring there, or "
+                "was stopped while it did; wait for it, or give its command again"
+            )
         if not self.study.is_file():
             raise UserError(
                 f"{self.root} holds no study; run 'kdprof measure' or 'kdprof train' with "
@@ -268,7 +452,7 @@ class Store:
     def read_cost(self, method: str, key: str) -> Cost | None:
         """Return a stored Cost, or None if it is not measured yet."""
         path = self.cost_path(method, key)
-        return read_record(path, Cost) if path.is_file() else None
+        return _placed_cost(path) if path.exists() else None
 
     def write_cost(self, cost: Cost) -> Path:
         """Store a Cost and return its file."""
@@ -292,7 +476,7 @@ class Store:
 
     def _costs_in(self, folder: str) -> list[Cost]:
         paths = sorted((self.root / folder).glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
-        return [read_record(path, Cost) for path in paths]
+        return [_placed_cost(path) for path in paths]
 
     def latest_costs(self) -> dict[str, Cost]:
         """Return the newest Cost of each method.
@@ -319,7 +503,7 @@ class Store:
         paths += self.root.glob("runs/*/*/*/run.json")
         paths += self.root.glob("decisions/*.json")
         return {
-            path.relative_to(self.root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            path.relative_to(self.root).as_posix(): hashlib.sha256(read_file(path)).hexdigest()
             for path in sorted(paths)
             if path.is_file()
         }
@@ -337,7 +521,7 @@ class Store:
 
     def teacher_folder(self) -> RunFolder:
         """Return the folder of the teacher's training."""
-        return RunFolder(self.root / "teacher")
+        return self._run_folder(run_place("teacher", "", "", 0))
 
     @property
     def slurm(self) -> Path:
@@ -346,27 +530,48 @@ class Store:
 
     def trunk_folder(self, method: str, seed: int) -> RunFolder:
         """Return the folder of the trunk that a method's wsd runs of a seed share."""
-        return RunFolder(self.root / "trunks" / slug(method) / str(seed))
+        return self._run_folder(run_place("trunk", method, "", seed))
 
     def trunk_folders(self) -> list[RunFolder]:
         """Return the folders of all trunks that have a record, ordered by name."""
-        return [RunFolder(path.parent) for path in sorted(self.root.glob("trunks/*/*/run.json"))]
+        return self._run_folders("trunks/*/*/run.json")
 
     def run_folder(self, method: str, budget: str, seed: int) -> RunFolder:
         """Return the folder of one run."""
-        return RunFolder(self.root / "runs" / slug(method) / slug(budget) / str(seed))
+        return self._run_folder(run_place("run", method, budget, seed))
 
     def run_folders(self) -> list[RunFolder]:
         """Return the folders of all runs that have a record, ordered by name."""
-        return [RunFolder(path.parent) for path in sorted(self.root.glob("runs/*/*/*/run.json"))]
+        return self._run_folders("runs/*/*/*/run.json")
 
     def runs(self) -> list[Run]:
         """Return the record of every run, finished or not."""
-        return [read_record(folder.record, Run) for folder in self.run_folders()]
+        return [run for folder in self.run_folders() if (run := folder.read_run()) is not None]
+
+    def _run_folder(self, place: Path) -> RunFolder:
+        return RunFolder(self.root / place, self.root)
+
+    def _run_folders(self, records: str) -> list[RunFolder]:
+        return [RunFolder(path.parent, self.root) for path in sorted(self.root.glob(records))]
 
     def teacher_run(self) -> Run | None:
         """Return the teacher's run, or None if it is not trained yet."""
         return self.teacher_folder().read_run()
+
+
+def _placed_cost(path: Path) -> Cost:
+    """Read a Cost from a file that is named after it.
+
+    Raises:
+        UserError: the file cannot be read, or holds the Cost of another method.
+    """
+    cost = read_record(path, Cost)
+    if path.name != f"{slug(cost.method)}-{cost.key}.json":
+        raise UserError(
+            f"{path} holds the cost of '{cost.method}' with key {cost.key}; rename it, or delete "
+            "it and measure again"
+        )
+    return cost
 
 
 def to_json(records: Sequence[Record]) -> str:

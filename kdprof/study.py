@@ -6,19 +6,36 @@ sets.
 
 from __future__ import annotations
 
+import datetime
+import math
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.main import IncEx
 
 from kdprof.budget import parse_budget
-from kdprof.errors import UserError, nearest, unknown
-from kdprof.store import write_atomic
+from kdprof.errors import KdprofError, UserError, nearest, unknown
+from kdprof.store import read_toml, write_atomic
+
+LONGEST_TEXT = 4096
+"""Characters of a text in a study: no path is longer."""
+LARGEST_STUDY = 2**20
+"""Bytes of the largest file of a study."""
+_UNWRITTEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 RENAMED = {
     "data_settings.in_memory": 'set data_settings.cache to "none", "memory" or "disk"',
@@ -46,6 +63,9 @@ def parse_size(value: Any) -> Any:
 Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(parse_size)
 ]
+
+
+LabelValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class Section(BaseModel):
@@ -125,6 +145,15 @@ class DataSettings(Section):
     """Probability of a horizontal flip."""
     photometric: bool = True
     """Random brightness, contrast, saturation and hue."""
+    masks: Literal["indices", "colours"] = "indices"
+    """What the masks of a ``folder:`` hold: class indices, or the colours of classes.txt."""
+    label_map: dict[LabelValue, str] = {}
+    """The class of each value in the label files, or ``void``; other values are refused. Empty =
+    as docs/data.md says for the data set."""
+    reduce_zero_label: bool = False
+    """For a ``folder:``: 0 is void, and the classes begin with 1."""
+    ignore_index: LabelValue = 255
+    """For a ``folder:``: the value of void."""
     synthetic_size: Size = (120, 160)
     """Height x width of the synthetic scenes, pixels."""
     synthetic_train: int = Field(400, ge=1)
@@ -200,6 +229,9 @@ class EvaluationSettings(Section):
     points: int = Field(4, ge=1)
     """Evaluations per run, evenly spaced, the last after the last iteration."""
     batch: int = Field(4, ge=1)
+    absent_classes: Literal["skip", "zero"] = "skip"
+    """Classes in no validation label. skip: mIoU is the mean over the other classes; zero: such a
+    class counts with an IoU of 0 if it is predicted anywhere, as in mmsegmentation and CIRKD."""
 
 
 class MeasureSettings(Section):
@@ -257,6 +289,25 @@ class Study(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     measure: MeasureSettings = MeasureSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_written(cls, values: Any) -> Any:
+        """Refuse values that TOML would not give back: they would be lost in the folder's study."""
+        for path, value in _leaves(values):
+            if (reason := _unwritable(value)) is not None:
+                raise ValueError(f"{'.'.join(path)} {reason}")
+        return values
+
+    @field_validator("method_settings")
+    @classmethod
+    def _settings_are_plain(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for path, setting in _leaves(value, ("method_settings",)):
+            if not isinstance(setting, (bool, int, float, str)):
+                raise ValueError(
+                    f"{'.'.join(path)} must be a number, a text or true or false, not {setting!r}"
+                )
+        return value
+
     @field_validator("methods", "budgets")
     @classmethod
     def _no_repeats(cls, value: list[str]) -> list[str]:
@@ -290,6 +341,31 @@ class Study(Section):
             "training": {"loggers"},
         }
         return self.model_dump(mode="json", exclude=exclude)
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every value that is no table with the keys that lead to it, and every list's items."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple)) and path[:1] != ("method_settings",):
+        for item in value:
+            yield from _leaves(item, path)
+    else:
+        yield path, value
+
+
+def _unwritable(value: Any) -> str | None:
+    """Return why TOML cannot hold a value, or None if it can."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be finite, not {value}"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "must be a number of at most 64 bits"
+    if isinstance(value, (datetime.date, datetime.time)):
+        return f"must not be a date or time; put the text '{value}' in quotation marks"
+    if isinstance(value, str) and (len(value) > LONGEST_TEXT or _UNWRITTEN.search(value)):
+        return f"must be at most {LONGEST_TEXT:,} characters of text without control characters"
+    return None
 
 
 def _without_none(value: dict[str, Any]) -> dict[str, Any]:
@@ -346,26 +422,23 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
 def _read(source: str) -> dict[str, Any]:
     path = Path(source)
     if source in presets():
-        text = (files("kdprof.presets") / f"{source}.toml").read_text()
-    elif path.is_file():
-        text = path.read_text()
-    elif path.suffix == ".toml" or "/" in source:
+        return tomllib.loads((files("kdprof.presets") / f"{source}.toml").read_text())
+    if path.is_file():
+        return read_toml(path, LARGEST_STUDY)
+    if path.exists() and (path.suffix == ".toml" or "/" in source):
+        raise UserError(f"study file {source} is not a file; give a file or a preset")
+    if path.suffix == ".toml" or "/" in source:
         raise UserError(
             f"study file {source} does not exist; give a file or a preset: {', '.join(presets())}"
         )
-    else:
-        raise UserError(unknown("preset", source, presets()))
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML: {error}") from None
+    raise UserError(unknown("preset", source, presets()))
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -380,13 +453,15 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 def _explain(origin: str, error: Any) -> str:
     """Return one line for one pydantic error: where, what, and the nearest valid name."""
     path = [str(part) for part in error["loc"]]
-    where = ".".join(path)
+    where = ".".join(path) or "study"
     if where in RENAMED:
         return f"{origin}: the key '{where}' no longer exists; {RENAMED[where]}"
     if error["type"] == "extra_forbidden":
         return f"{origin}: unknown key '{where}'; {nearest(path[-1], _fields_at(path[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if error["type"] == "value_error" and where in ("study", "method_settings"):
+        return f"{origin}: {message}"  # it names the key and the value itself
     return f"{origin}: {where}: {message}, not {error['input']!r}"
 
 
@@ -430,7 +505,11 @@ def join_study(file: Path, study: Study) -> Study:
 
 def claim_folder(file: Path, study: Study) -> None:
     """Write the joined study into a results folder, see :func:`join_study`."""
-    write_atomic(file, join_study(file, study).to_toml())
+    joined = join_study(file, study)
+    text = joined.to_toml()
+    if Study.model_validate(tomllib.loads(text)) != joined:
+        raise KdprofError(f"{file}: the study would not be read as it is written; report this")
+    write_atomic(file, text)
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -22,12 +22,14 @@ def import_file(path: Path) -> ModuleType:
     user's ``queue.py`` does not replace the standard library's.
 
     Raises:
-        UserError: the file raises an exception when it is imported.
+        UserError: the file raises an exception when it is imported, or would get the modules of
+            another user's file in place of those next to it.
     """
     path = path.resolve()
     name = f"kdprof_user_{sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
+    _check_neighbours(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -40,6 +42,27 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+def _check_neighbours(path: Path) -> None:
+    """Refuse a file if a module next to it has the name of one that is loaded from the folder of
+    another user's file: Python would take the loaded one without a word."""
+    folder = path.parent
+    for own in sorted(folder.iterdir()):
+        loaded = getattr(sys.modules.get(own.stem), "__file__", None)
+        if own.suffix not in ("", ".py") or loaded is None:
+            continue
+        there = Path(loaded).parent if own.suffix else Path(loaded).parent.parent
+        if there != folder and there in _folders:
+            raise UserError(
+                f"{own} has the name of {loaded}, which another file has imported; rename one of "
+                "them: one process holds one module of a name"
+            )
+    _folders.add(folder)
+
+
+_folders: set[Path] = set()
+"""Folders of the users' files that were imported."""
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from kdprof.budget import parse_budget
 from kdprof.claims import Claim, parse_claim
 from kdprof.errors import UserError, unknown
 from kdprof.records import ClaimRecord, Decision, Effect, Outcome
-from kdprof.store import Store, claim_slug, read_record, write_atomic, write_record
+from kdprof.store import Store, claim_slug, read_record, record_json, write_together
 
 from .axes import AXES, axis
 from .judge import CONFIDENCE, Evidence, evidence, gain, pair, ratio_of_costs
-from .results import Results, collect, count, decision_note, device_text, drifted
-from .text import MISSING, Grid
+from .results import Results, classes_notes, collect, count, decision_note, device_text, drifted
+from .text import MISSING, Grid, markdown_text
 
 NOT_COUNTED = (
     "the teacher's training",
@@ -105,13 +105,13 @@ def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, d
             ),
             seeds,
         )
-    made = pair(found, claim.budget, *names, confidence=confidence)
+    gap = pair(found, claim.budget, *names, confidence=confidence)
     effect = Effect(
         unit="points",
-        value=made.difference,
-        low=made.low,
-        high=made.high,
-        probability=made.probability,
+        value=gap.difference,
+        low=gap.low,
+        high=gap.high,
+        probability=gap.probability,
     )
     return effect, seeds
 
@@ -183,7 +183,7 @@ def _notes(claim: Claim, results: Results) -> list[str]:
         notes.append(f"planned with an unreliable Cost of {', '.join(sorted(bad))}")
     if len(results.devices()) > 1:
         notes.append("runs are from different devices")
-    return notes
+    return notes + [note[:1].lower() + note[1:].removesuffix(".") for note in classes_notes(own)]
 
 
 def _methods_of(decision: Decision) -> set[str]:
@@ -207,10 +207,8 @@ def write_claim(store: Store, record: ClaimRecord, name: str | None) -> list[Pat
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"name '{name}' must be a file name without folders")
     path = store.claims / f"{name}.json"
-    write_record(path, record)
     texts = _texts(record, path)
-    for file, text in texts.items():
-        write_atomic(file, text)
+    write_together({path: record_json(record), **texts})
     return [path, *texts]
 
 
@@ -262,9 +260,11 @@ def markdown(record: ClaimRecord, file: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     files = "\n".join(f"{digest}  {path}" for path, digest in record.files.items())
     parts = [
-        f"# {record.statement}: {record.outcome}",
+        f"# {markdown_text(record.statement)}: {record.outcome}",
         _grid(record).markdown(),
-        "\n".join(f"- {line}" for line in (*_small(record), f"Versions: {versions}.")),
+        "\n".join(
+            f"- {markdown_text(line)}" for line in (*_small(record), f"Versions: {versions}.")
+        ),
         f"Check it in the folder of results: `kdprof verify claims/{file}`.",
         f"<details><summary>SHA-256 of the {len(record.files)} records that it was computed from"
         f"</summary>\n\n```\n{files}\n```\n\n</details>",

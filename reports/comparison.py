@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from kdprof.errors import UserError
 from kdprof.records import Cost
 from kdprof.stats.intervals import Numbers, ratio_of, unpaired_ratio
-from kdprof.store import Store
+from kdprof.store import Store, read_text
 
 NOISE_THRESHOLD = 0.01
 """Changes smaller than this fraction are noise, however narrow their interval."""
@@ -72,10 +72,8 @@ def read_costs(path: Path) -> list[Cost]:
     if path.is_dir():
         return list(Store(path).latest_costs().values())
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file of costs ({error})") from None
     items = content if isinstance(content, list) else [content]
     if not items:

@@ -14,7 +14,7 @@ from rich.console import Console
 from kdprof.errors import UserError
 from kdprof.records import Cost, CountedCost, Interval
 from kdprof.stats.intervals import relative_width
-from kdprof.store import Store, write_atomic
+from kdprof.store import Store, write_together
 
 from .cost_grids import (
     HIDDEN_LIMIT,
@@ -34,7 +34,7 @@ from .cost_grids import (
     uncounted_operators,
 )
 from .results import count
-from .text import HIDDEN, MISSING, UNRELIABLE, Grid, figures, print_notes
+from .text import HIDDEN, MISSING, UNRELIABLE, Grid, csv_cell, figures, markdown_text, print_notes
 
 TOP_OPERATORS = 3
 """Uncounted operators that a terminal shows per method."""
@@ -120,8 +120,7 @@ def render_steps(store: Store) -> list[Path]:
 def _write(stem: Path, costs: Sequence[Cost]) -> list[Path]:
     made = {"md": costs_markdown, "csv": costs_csv, "tex": costs_latex}
     paths = {stem.with_suffix(f".{suffix}"): text for suffix, text in made.items()}
-    for path, text in paths.items():
-        write_atomic(path, text(costs))
+    write_together({path: text(costs) for path, text in paths.items()})
     return list(paths)
 
 
@@ -139,9 +138,11 @@ def costs_markdown(costs: Sequence[Cost]) -> str:
         *detail_grids(ordered),
     ]
     parts = [
-        part for grid in _with_content(grids) for part in (f"## {grid.title}", grid.markdown())
+        part
+        for grid in _with_content(grids)
+        for part in (f"## {markdown_text(grid.title)}", grid.markdown())
     ]
-    notes = "\n".join(f"- {' '.join(note.split())}" for note in _notes(ordered))
+    notes = "\n".join(f"- {markdown_text(note)}" for note in _notes(ordered))
     return "\n\n".join([*parts, "## Notes", notes]) + "\n"
 
 
@@ -168,7 +169,7 @@ def costs_csv(costs: Sequence[Cost]) -> str:
     columns = list(dict.fromkeys(name for line in lines for name in line if name != "missing"))
     writer = csv.DictWriter(text, [*columns, "missing"], restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: csv_cell(cell) for name, cell in line.items()} for line in lines)
     return text.getvalue()
 
 

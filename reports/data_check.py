@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdprof.store import write_atomic
 
+from .results import count
 from .text import MISSING, Grid
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 SIZES_SHOWN = 3
 PROBLEMS_SHOWN = 20
+PLACES_SHOWN = 12
 OPACITY = 0.55
 """Opacity of a label's colours over its image."""
 COLUMNS = 4
@@ -41,8 +43,22 @@ def print_check(found: DataCheck, console: Console) -> None:
             lines.append(f"and {left} more in {split.split}")
         for line in lines:
             console.print(f"{split.split}: {line}", highlight=False, soft_wrap=True, markup=False)
-    total = f"{len(found.problems)} problems" if found.problems else "no problems"
-    console.print(total, highlight=False)
+        for note in split.notes:
+            console.print(f"{split.split}: {note}", highlight=False, soft_wrap=True, markup=False)
+    for line in found.content.problems:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for line in found.content.warnings:
+        console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
+    if found.passed_over:
+        console.print(_passed_over(found), highlight=False, soft_wrap=True, markup=False)
+    console.print(_total(found), highlight=False)
+
+
+def _total(found: DataCheck) -> str:
+    parts = [count(len(found.problems), "problem") if found.problems else "no problems"]
+    if found.content.warnings:
+        parts.append(count(len(found.content.warnings), "warning"))
+    return ", ".join(parts)
 
 
 def _counts(found: DataCheck) -> Grid:
@@ -59,6 +75,16 @@ def _counts(found: DataCheck) -> Grid:
     ]
     header = ["split", "images", "published", "sizes (HxW: images)", "decoded/s", "problems"]
     return Grid(found.name, header, rows, words=["sizes (HxW: images)"])
+
+
+def _passed_over(found: DataCheck) -> str:
+    """Return how many files are not used, and which kinds of them there are most."""
+    places = found.passed_over.most_common(PLACES_SHOWN)
+    named = "; ".join(f"{place} {count:,}" for place, count in places)
+    left = len(found.passed_over) - len(places)
+    more = f"; {left} other kinds" if left else ""
+    splits = " and ".join(one.split for one in found.splits)
+    return f"{found.passed_over.total():,} files passed over by {splits}: {named}{more}"
 
 
 def _sizes(one: SplitCheck) -> str:

@@ -23,8 +23,9 @@ def print_evaluation(found: Evaluation, console: Console) -> None:
     )
     grid.print(console)
     console.print(
-        f"mIoU {100 * scores.miou:.2f} %, mAcc {100 * scores.macc:.2f} %, pixel accuracy "
-        f"{100 * scores.pixel_accuracy:.2f} %; {found.images_per_second:.2f} images/s",
+        f"mIoU {100 * scores.miou:.2f} %{_over(found)}, mAcc {100 * scores.macc:.2f} %, "
+        f"pixel accuracy {100 * scores.pixel_accuracy:.2f} %; "
+        f"{found.images_per_second:.2f} images/s",
         highlight=False,
     )
     console.print(found.loaded, highlight=False, soft_wrap=True)
@@ -41,6 +42,15 @@ def print_evaluation(found: Evaluation, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _over(found: Evaluation) -> str:
+    """Return which classes the mIoU is the mean over, if not over all or not as usual."""
+    ious = found.scores.per_class
+    scored = sum(iou is not None for iou in ious)
+    over = f" over {scored} of {len(ious)} classes" if scored < len(ious) else ""
+    zero = ", absent classes that are predicted as 0" if found.absent_classes == "zero" else ""
+    return over + zero
 
 
 def to_json(found: Evaluation) -> dict[str, Any]:

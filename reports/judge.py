@@ -28,7 +28,7 @@ from kdprof.stats.seeds import (
 )
 
 from .axes import Axis, available
-from .results import Results, decision_note, final_miou, shortened
+from .results import Results, classes_notes, decision_note, final_miou, shortened
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 from .verdict_text import sentences
 
@@ -443,4 +443,5 @@ def _notes(found: Evidence, axes: Sequence[Axis], standings: Sequence[Standing])
         notes.append(f"No rank at equal {', '.join(without)}: no amount is covered by all methods.")
     if len(results.devices()) > 1:
         notes.append("Runs are from different devices: no gain in seconds or joules.")
+    notes += classes_notes(results.finished)
     return notes + list(map(decision_note, results.decisions))

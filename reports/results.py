@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError
 from kdprof.records import Cost, Decision, Run
-from kdprof.store import Store
+from kdprof.store import Store, read_toml
 
 from .text import MISSING
 
@@ -112,10 +111,7 @@ def collect(store: Store) -> Results:
         )
     store.require()
     left_out = [run for run in runs if not _usable(run)]
-    try:
-        study = tomllib.loads(store.study.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{store.study} is damaged ({error}); restore it") from None
+    study = read_toml(store.study)
     return Results(usable, left_out, store.teacher_run(), study, store.costs(), store.decisions())
 
 
@@ -168,6 +164,29 @@ def shortened(names: Sequence[str]) -> str:
 def count(number: int, noun: str) -> str:
     """Return ``1 seed`` or ``3 seeds``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def classes_notes(runs: Sequence[Run]) -> list[str]:
+    """Return over which classes the mIoU of some runs is a mean, if not over all or not as usual.
+
+    Without such a sentence an mIoU over 2 of 19 classes looks like any other.
+    """
+    scored = {found for run in runs if (found := run.classes_scored()) is not None}
+    notes = []
+    if any(number < every for number, every in scored):
+        numbers = sorted({number for number, _ in scored})
+        every = max(every for _, every in scored)
+        over = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        notes.append(
+            f"mIoU is the mean over {over} of {every} classes: the others are in no validation "
+            "label."
+        )
+    if any(run.absent_classes == "zero" for run in runs):
+        notes.append(
+            "A class that is predicted, but in no validation label, counts with an IoU of 0 "
+            "(evaluation.absent_classes)."
+        )
+    return notes
 
 
 def decision_note(decision: Decision) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from kdprof.records import Run
 from kdprof.store import RunFolder, Store
 
-from .results import drifted
+from .results import classes_notes, drifted
 from .text import MISSING, Grid, duration, print_notes
 
 HEADER = ("run", "state", "iterations", "mIoU %", "spent", "planned", "drift", "off the clock",
@@ -70,6 +70,13 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if run.failure
     ]
+    notes += [
+        f"{run.label()} was stopped for {duration(run.paused_s)}: off the clock, but its energy "
+        "contains what the device drew meanwhile."
+        for run in runs
+        if run.paused_s
+    ]
+    notes += classes_notes(runs)
     drifts = [
         abs(drift) for run in runs if run.finished and (drift := run.train_s.drift()) is not None
     ]

@@ -17,10 +17,11 @@ from rich.console import Console
 from kdprof.budget import parse_budget
 from kdprof.records import CONTROL, REFERENCE, Cost, Run
 from kdprof.stats.intervals import mean_interval
-from kdprof.store import Store, write_atomic
+from kdprof.store import Store, write_together
 
 from .results import (
     Results,
+    classes_notes,
     collect,
     count,
     decision_note,
@@ -31,7 +32,17 @@ from .results import (
     shortened,
     study_text,
 )
-from .text import MISSING, UNRELIABLE, Estimate, Grid, duration, flagged, print_notes
+from .text import (
+    MISSING,
+    UNRELIABLE,
+    Estimate,
+    Grid,
+    csv_cell,
+    duration,
+    flagged,
+    markdown_text,
+    print_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Row:
     """True if any of the runs is more than 2 % off its planned seconds."""
     drift_by_seed: str
     """How far each run is off its planned seconds: ``0: +3.0 %; 1: -0.4 %``."""
+    classes: str = ""
+    """How many classes the mIoU is the mean over: ``2 of 19``; empty if not recorded."""
     groups_percent: dict[str, Estimate] = field(default_factory=dict)
     """mIoU over groups of classes: old and new in a class-incremental scenario."""
     missing: dict[str, str] = field(default_factory=dict)
@@ -104,6 +117,8 @@ def _row(results: Results, group: list[Run]) -> Row:
     costs = [cost for run in group for cost in results.planning_costs(run)]
     if not costs:
         missing["reliable"] = "not planned with a stored cost"
+    if not (classes := _classes(group)):
+        missing["classes"] = "no IoU by class was recorded"
     return Row(
         budget=first.budget,
         matched=parse_budget(first.budget).matches,
@@ -120,9 +135,15 @@ def _row(results: Results, group: list[Run]) -> Row:
         reliable=all(cost.reliable for cost in costs) if costs else None,
         drifted=any(map(drifted, group)),
         drift_by_seed="; ".join(f"{run.seed}: {drift_text(run)}" for run in group),
+        classes=classes,
         groups_percent=_groups(group),
         missing=missing,
     )
+
+
+def _classes(group: list[Run]) -> str:
+    found = sorted({scored for run in group if (scored := run.classes_scored()) is not None})
+    return "; ".join(f"{number} of {every}" for number, every in found)
 
 
 def _groups(group: list[Run]) -> dict[str, Estimate]:
@@ -170,8 +191,7 @@ def render(store: Store) -> list[Path]:
     results = collect(store)
     made = _rows(results)
     paths = [store.reports / "table.md", store.reports / "table.csv"]
-    write_atomic(paths[0], _markdown(results, made))
-    write_atomic(paths[1], _csv(made))
+    write_together({paths[0]: _markdown(results, made), paths[1]: _csv(made)})
     return paths
 
 
@@ -254,6 +274,7 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {CONTROL}' is in "
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
+    found += classes_notes(results.finished)
     if gpus := {run.gpus for run in results.finished} - {1}:
         found.append(
             f"A run is trained by {' or '.join(map(str, sorted(gpus)))} devices together: its "
@@ -334,10 +355,13 @@ def _missing_notes(made: Sequence[Row]) -> list[str]:
 
 
 def _markdown(results: Results, made: Sequence[Row]) -> str:
-    parts = ["# Accuracy at matched compute", "\n".join(f"- {line}" for line in header(results))]
+    parts = [
+        "# Accuracy at matched compute",
+        "\n".join(f"- {markdown_text(line)}" for line in header(results)),
+    ]
     for grid in grids(made):
-        parts += [f"## {grid.title}", grid.markdown()]
-    parts += ["## Notes", "\n".join(f"- {note}" for note in notes(results, made))]
+        parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
+    parts += ["## Notes", "\n".join(f"- {markdown_text(note)}" for note in notes(results, made))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -348,7 +372,7 @@ def _csv(made: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: csv_cell(cell) for name, cell in line.items()} for line in lines)
     return text.getvalue()
 
 

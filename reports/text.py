@@ -13,6 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from kdprof.visible import printable
+
 MISSING = "-"
 """Stands for a value that is not available; a note under the table says why."""
 
@@ -148,8 +150,23 @@ def _style(cell: str) -> str:
     return _STYLES.get(cell, "yellow" if cell.endswith(FLAGS) else "")
 
 
+def markdown_text(text: str) -> str:
+    """Return text for one line of Markdown in which names make no HTML, link or image."""
+    plain = printable(" ".join(text.split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", plain).replace("](", r"]\(")
+
+
 def _escaped(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")
+    return markdown_text(cell).replace("|", "\\|")
+
+
+def csv_cell(value: object) -> object:
+    """Return a cell for a CSV file; spreadsheets run no text of it as a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    is_number = re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?", text) is not None
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not is_number else text
 
 
 _LATEX = {
@@ -168,7 +185,9 @@ def latex_text(text: str) -> str:
     """Return text escaped for LaTeX; characters that no standard font has become question marks."""
     if text == MISSING:
         return "--"
-    escaped = "".join(_LATEX.get(c, c if ord(c) < _LATIN else "?") for c in " ".join(text.split()))
+    escaped = "".join(
+        _LATEX.get(c, c if ord(c) < _LATIN else "?") for c in printable(" ".join(text.split()))
+    )
     # A dash between numbers is a range and one before a number is its sign; opening quotes differ.
     for pattern, sign in (
         (r"(?<=\d)-(?=\d)", "--"),

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from kdprof.budget import parse_budget
-from kdprof.store import Store, write_atomic
+from kdprof.store import Store, write_together
 
 from .axes import Axis, available, axis
 from .results import Results, count, shortened
-from .text import MISSING, Grid, print_notes
+from .text import MISSING, Grid, markdown_text, print_notes
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 
 NAMED_METHODS = 4
@@ -217,8 +217,8 @@ def print_sentences(verdict: Verdict, console: Console) -> None:
 def render(store: Store, results: Results, verdict: Verdict) -> list[Path]:
     """Write ``reports/verdict.md`` and ``reports/verdict.json`` and return the files."""
     paths = [store.reports / "verdict.md", store.reports / "verdict.json"]
-    write_atomic(paths[0], markdown(results, verdict))
-    write_atomic(paths[1], json.dumps(asdict(verdict), indent=2) + "\n")
+    made = json.dumps(asdict(verdict), indent=2) + "\n"
+    write_together({paths[0]: markdown(results, verdict), paths[1]: made})
     return paths
 
 
@@ -227,10 +227,10 @@ def markdown(results: Results, verdict: Verdict) -> str:
     parts = ["# Verdict", "\n".join(f"- {sentence}" for sentence in verdict.sentences)]
     for each in available(results):
         for grid in _gain_grids(verdict, each):
-            parts += [f"## {grid.title}", grid.markdown()]
+            parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     for grid in (_flip_grid(results, verdict), *_pair_grids(verdict)):
         if grid.rows:
-            parts += [f"## {grid.title}", grid.markdown()]
+            parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     parts += ["## Notes", "\n".join(f"- {note}" for note in (*_READING, *verdict.notes))]
     return "\n\n".join(parts) + "\n"
 

@@ -61,7 +61,9 @@ def a_store(root: Path, runs=(), stored_costs=(), teacher: float | None = 0.79) 
     for cost in stored_costs:
         store.write_cost(cost)
     if teacher is not None:
-        record = a_run("none", "80k", miou=teacher, train_s=Spent(planned=None, actual=36_000.0))
+        record = a_run(
+            "none", "", kind="teacher", miou=teacher, train_s=Spent(planned=None, actual=36_000.0)
+        )
         write_record(store.teacher_folder().record, record)
     return store
 

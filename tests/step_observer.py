@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -50,3 +52,15 @@ def signal_at(iteration: int, number: int = signal.SIGTERM) -> Observer:
             os.kill(os.getpid(), number)
 
     return send
+
+
+def stopped_at(iteration: int, seconds: float) -> Observer:
+    """Return an observer that has this process stopped for some seconds at an iteration."""
+
+    def stop(step: TrainStep, now: int) -> None:
+        if now == iteration:
+            me = os.getpid()
+            subprocess.Popen(["sh", "-c", f"kill -STOP {me}; sleep {seconds}; kill -CONT {me}"])
+            time.sleep(0.5)  # until the shell has run
+
+    return stop

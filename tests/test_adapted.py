@@ -2,8 +2,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import kdprof
 from small_study import price, small_study, small_toml
 
@@ -212,3 +214,67 @@ def test_teacher_and_student_of_other_strides_work_under_every_method_that_can(s
     found = count_costs(study, names, Progress(None))
     assert found.failures == {}
     assert len(found.costs) == len(names) > 7
+
+
+# Sizes that only evaluation meets
+
+PICKY = "import torch\n" + MINE.replace(
+    "head = network.body(network.stem(pictures))",
+    """first = network.stem(pictures)
+    head = network.body(first)
+    doubled = torch.nn.functional.interpolate(head[:, :8], scale_factor=2)
+    head = head + (doubled + first).mean()""",
+)
+"""A network that adds maps of two strides, so that sides must be multiples of 4."""
+
+
+def folder_of(root, size):
+    """A ``folder:`` of two classes, of images of 64x64 in training and ``size`` in evaluation."""
+    for split, (height, width), count in (("train", (64, 64), 4), ("val", size, 1)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            mask = np.zeros((height, width), np.uint8)
+            mask[: height // 2] = 1
+            Image.fromarray(np.stack([mask * 200 + number] * 3, 2)).save(
+                root / "images" / split / f"{number}.png"
+            )
+            Image.fromarray(mask).save(root / "masks" / split / f"{number}.png")
+    (root / "classes.txt").write_text("low\nhigh\n")
+    return f"folder:{root}"
+
+
+def picky_study(tmp_path, size, **changes):
+    (tmp_path / "picky.py").write_text(PICKY)
+    network = f"{tmp_path / 'picky.py'}:build"
+    settings = {"data": folder_of(tmp_path / "data", size), "step.aux_weight": 0}
+    settings |= {"student": network, "teacher": network, "step.crop": [64, 64], **changes}
+    return small_study(**settings)
+
+
+def test_a_size_that_only_evaluation_meets_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(UserError, match="mine cannot take images of 90x118 ") as caught:
+        ResolvedStudy(picky_study(tmp_path, (90, 118)))
+    assert "use another size or network" in str(caught.value)
+
+
+def test_sizes_that_the_network_takes_are_not_refused(tmp_path):
+    ResolvedStudy(picky_study(tmp_path, (88, 116)))
+    ResolvedStudy(small_study(**{"data": f"folder:{tmp_path / 'data'}"}))
+
+
+def test_images_that_are_resized_to_fit_are_not_refused(tmp_path):
+    ResolvedStudy(picky_study(tmp_path, (90, 120), **{"data_settings.resize": [60, 80]}))
+
+
+def test_a_crop_that_the_network_does_not_take_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mine cannot take images of 50x64"):
+        ResolvedStudy(picky_study(tmp_path, (64, 64), **{"step.crop": [50, 64]}))
+
+
+def test_a_library_network_names_the_size(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build("smp-fpn-resnet18", 2)
+    assert "90x118" in network.check_input(1, (90, 118), training=False)
+    assert network.check_input(1, (96, 128), training=False) is None
+    assert network.module.training

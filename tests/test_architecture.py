@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kdprof": ROOT / "kdprof", "kdprof.methods": ROOT / "methods"}
 FOLDERS["kdprof.reports"] = ROOT / "reports"
 
-LEAVES = {"errors", "records", "stats", "store", "budget", "study", "claims"}
+LEAVES = {"errors", "visible", "records", "stats", "store", "budget", "study", "claims"}
 """Know neither torch nor each other's users."""
 
 MAY_IMPORT = {
@@ -21,33 +21,38 @@ MAY_IMPORT = {
     "imports": set(),
     "progress": set(),
     "presets": set(),
-    "records": set(),
+    "records": {"visible"},
+    "visible": set(),
     "stats": set(),
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
     "claims": {"budget", "errors"},
     "study": {"budget", "errors", "store"},
+    "pauses": {"errors"},
     "processes": {"errors", "store"},
     "user_files": {"errors"},
-    "method": {"errors"},
+    "method": {"errors", "records"},
     "discovery": {"errors", "method", "user_files"},
     "resized": {"hardware", "method"},
     "hardware": {"errors"},
     "distributed": {"errors"},
-    "data": {"errors", "method", "progress", "store", "study"},
+    "data": {"errors", "method", "pauses", "progress", "store", "study"},
     "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
     "step_feed": {"data", "step"},
-    "evaluate": {"data", "errors", "hardware", "method", "models", "progress", "resized"},
+    "evaluate": {
+        "data", "errors", "hardware", "method", "models", "pauses", "progress", "records",
+        "resized",
+    },
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
         "method", "models", "progress", "records", "step", "study",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "method", "models", "processes", "progress",
-        "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
+        "data", "distributed", "errors", "hardware", "method", "models", "pauses", "processes",
+        "progress", "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
         "user_files",
     },
     "method_checks": {
@@ -55,8 +60,8 @@ MAY_IMPORT = {
     },
     "train": {
         "budget", "data", "distributed", "errors", "evaluate", "step_feed", "hardware", "measure",
-        "models", "processes", "progress", "published", "records", "resolve", "schedule", "store",
-        "study",
+        "models", "pauses", "processes", "progress", "published", "records", "resolve", "schedule",
+        "store", "study",
     },
     "workflow": {
         "distributed", "measure", "processes", "progress", "records", "resolve", "store", "study",
@@ -68,8 +73,8 @@ MAY_IMPORT = {
     },
     "methods": {"errors", "hardware", "method", "resized"},
     "reports": {
-        "budget", "claims", "data", "discovery", "errors", "evaluate", "measure",
-        "method", "method_checks", "published", "records", "stats", "store", "train",
+        "budget", "claims", "data", "discovery", "errors", "evaluate", "measure", "method",
+        "method_checks", "published", "records", "stats", "store", "train", "visible",
     },
     "decide": {
         "claims", "discovery", "errors", "records", "reports", "stats", "store", "study",

@@ -2,7 +2,7 @@ from math import exp
 
 import pytest
 from cost_records import make_cost, ratio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdprof.budget import convert, parse_budget
@@ -179,3 +179,27 @@ def test_equal_compute_means_equal_seconds(one, other, iterations):
 def test_a_budget_says_what_it_makes_equal(text, matched, is_compute):
     budget = parse_budget(text)
     assert (budget.matches, budget.is_compute) == (matched, is_compute)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e400@kd", "1e308d", "1e309flop", "1e15@kd", "1e300h", "1e9epoch", "9" * 99, "9" * 5000,
+     "+".join(["999999999@kd"] * 5), "1e400", "40k@../x", "40k@a.b", "1h+1e308d"],
+)  # fmt: skip
+def test_a_budget_is_finite_and_no_larger_than_any_training(text):
+    with pytest.raises(UserError, match=r"more than|characters|no name of a method") as refused:
+        parse_budget(text)
+    assert len(str(refused.value)) < 400
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.from_regex(r"\A[0-9]{1,4}(\.[0-9]{1,2})?(e[+-]?[0-9]{1,3})?[a-zA-Z]{0,6}(@[a-z.:/]{1,5})?\Z")
+)
+def test_any_text_is_a_finite_budget_or_is_refused(text):
+    try:
+        budget = parse_budget(text)
+    except UserError:
+        return
+    assert 0 < budget.amount < 1e28
+    parse_budget(budget.half())

@@ -204,3 +204,24 @@ def test_the_input_of_a_study(tmp_path, monkeypatch, capsys, cache):
     printed = capsys.readouterr().out
     assert f'data_settings.cache = "{cache}"' in printed
     assert printed.splitlines()[-1] == found.verdict()
+
+
+def test_what_the_system_lacks_is_shown_with_the_way_round(monkeypatch, tmp_path):
+    def fail(error):
+        def failing(*arguments, **keywords):
+            raise error
+
+        return failing
+
+    monkeypatch.setattr("fcntl.flock", fail(OSError(38, "Function not implemented")))
+    monkeypatch.setattr("socket.getaddrinfo", fail(OSError(-2, "Name or service not known")))
+    monkeypatch.setattr("pwd.getpwuid", fail(KeyError("getpwuid()")))
+    monkeypatch.delenv("HOME")
+    found = {one.what: one for one in doctor._surroundings(tmp_path)}
+    assert set(found) == {
+        "locks", "host name", "account", "home folder", "temporary folder", "output"
+    }  # fmt: skip
+    for what in ("locks", "host name", "account", "home folder"):
+        assert found[what].costs, what
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", fail(OSError(28, "No space left")))
+    assert "TMPDIR" in doctor._temporary().costs

@@ -13,13 +13,16 @@ from torch import nn
 
 from kdprof import evaluate as evaluation
 from kdprof.evaluate import (
+    SIZE_PERIOD,
     Views,
     _places,
     confusion_matrix,
     evaluate,
+    evaluated_sizes,
     predict,
     predict_classes,
     scores,
+    size_problems,
 )
 from kdprof.method import Taps
 from kdprof.models import build, zoo
@@ -40,6 +43,37 @@ def test_class_predicted_but_absent_only_hurts_the_others():
     labels, predicted = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1])
     found = scores(confusion_matrix(predicted, labels, 2))
     assert found.per_class == [0.75, None]
+
+
+def test_absent_classes_that_are_predicted_may_count_as_zero():
+    """mmsegmentation's mean: class 2 is predicted and never there, class 3 is neither."""
+    labels = torch.tensor([[0, 0, 0, 1, 1, 0]])
+    predicted = torch.tensor([[0, 0, 1, 1, 0, 2]])
+    found = scores(confusion_matrix(predicted, labels, 4), "zero")
+    assert found.per_class == [pytest.approx(2 / 5), pytest.approx(1 / 3), 0.0, None]
+    assert found.miou == pytest.approx((2 / 5 + 1 / 3) / 3)
+    skipped = scores(confusion_matrix(predicted, labels, 4))
+    assert skipped.per_class == [*found.per_class[:2], None, None]
+    assert (found.macc, found.pixel_accuracy) == (skipped.macc, skipped.pixel_accuracy)
+
+
+def nanmean_iou(predicted, labels, classes):
+    """mmsegmentation's intersect_and_union and total_area_to_metrics, with nanmean."""
+    predicted, labels = (np.array(values) for values in (predicted, labels))
+    predicted, labels = predicted[labels != 255], labels[labels != 255]
+    hit = np.histogram(predicted[predicted == labels], classes, (0, classes - 1))[0]
+    area = [np.histogram(values, classes, (0, classes - 1))[0] for values in (predicted, labels)]
+    with np.errstate(invalid="ignore"):
+        return np.nanmean(hit / (area[0] + area[1] - hit))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 3, 255])), min_size=1))
+def test_zero_is_the_mean_of_mmsegmentation(pairs):
+    predicted, labels = zip(*pairs, strict=True)
+    confusion = confusion_matrix(torch.tensor(predicted), torch.tensor(labels), 4)
+    if confusion.sum():
+        wanted = nanmean_iou(predicted, labels, 4)
+        assert scores(confusion, "zero").miou == pytest.approx(wanted)
 
 
 def literal_iou(predicted, labels, classes):
@@ -213,3 +247,55 @@ def test_bad_input_gets_one_line_each(weights):
     done = evaluated("--model", "deeplabv3-r18", *network[2:])
     assert done.returncode == 2
     assert "does not fit deeplabv3-resnet18c" in done.stderr
+
+
+class Sized:
+    """A data set of which only the sizes are known."""
+
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, index):
+        return self.sizes[index]
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        (Views(), {(90, 118), (40, 60)}),
+        (Views(fit=(45, 200)), {(45, 59), (45, 68)}),
+        (Views(scales=(0.5, 1.0)), {(90, 118), (45, 59), (40, 60), (20, 30)}),
+        (Views(window=(64, 64)), {(64, 64), (40, 60)}),
+    ],
+)
+def test_sizes_that_a_network_meets_in_evaluation(views, expected):
+    assert evaluated_sizes(Sized((90, 118), (40, 60), (90, 118)), views) == expected
+
+
+class Picky:
+    """Takes sides that are multiples of 32, of at most 4096 pixels."""
+
+    def __init__(self):
+        self.asked = []
+
+    def check_input(self, batch, crop, training):
+        self.asked.append(crop)
+        right = all(side % 32 == 0 and side <= 4096 for side in crop)
+        return None if right else f"picky cannot take {crop[0]}x{crop[1]}"
+
+
+def test_few_of_many_sizes_are_tried_and_every_remainder_is():
+    good = [(32 * h, 32 * w) for h in range(1, 30) for w in range(1, 30)]
+    network = Picky()
+    assert size_problems([network], good) == []
+    assert len(network.asked) <= 4
+    assert size_problems([Picky()], [*good, (512, 681)]) == ["picky cannot take 512x681"]
+    assert size_problems([Picky()], [*good, (4128, 4128)]) == ["picky cannot take 4128x4128"]
+    network = Picky()
+    found = size_problems([network], [(h, w) for h in range(300, 400) for w in range(300, 400)])
+    assert found[-1].startswith("and ")
+    assert len(found) == 4
+    assert len(network.asked) <= 2 + 2 * SIZE_PERIOD

@@ -16,6 +16,7 @@ from simulated import (
     measure_simulated,
     quiet,
 )
+from step_observer import stopped_at
 
 from kdprof.data import ENDLESS
 from kdprof.data.base import Classes, SegmentationData
@@ -244,6 +245,20 @@ def test_nan_is_no_step():
 def test_nan_of_a_callable_is_no_step():
     with pytest.raises(BadStep, match="not finite"):
         real_session(CallableSubject("mine", lambda: torch.tensor(float("inf"))))
+
+
+def test_a_block_in_which_the_process_was_stopped_is_timed_again():
+    stop, calls = stopped_at(20, seconds=2.5), iter(range(1_000_000))
+
+    def step():
+        stop(None, next(calls))
+        time.sleep(0.01)
+
+    clock = CpuClock()
+    began = clock.now()
+    session = real_session(CallableSubject("mine", step), settings=MeasureSettings(max_time_s=1))
+    assert max(s for block in session.own.blocks for s in block.step_s) < 0.8
+    assert clock.now() - began < 3.0, "the stop is not part of the time for measuring either"
 
 
 def test_phases_of_a_real_step_add_up():

@@ -97,3 +97,18 @@ def test_an_unknown_tap_is_refused_with_the_class(where):
 def test_reading_an_undeclared_tap_names_it():
     with pytest.raises(AttributeError, match="'head' was read but not declared"):
         _ = Taps(logits=torch.zeros(1)).head
+
+
+@pytest.mark.parametrize("bad", ["..", "a/b", "a.b", "", "a b", "\x1b[31m", "a\u202e", "x" * 61, 3])
+def test_a_name_that_cannot_be_a_folder_or_control_a_terminal_is_refused(bad):
+    with pytest.raises(UserError, match="must be letters, digits") as refused:
+        type("Mine", (Method,), {"name": bad})
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("good", ["cwd", "cwd:feature", "af_dcd", "my-kd+2", "méthode"])
+def test_names_of_methods_make_folders_of_their_own(good):
+    from kdprof.store import slug
+
+    assert type("Mine", (Method,), {"name": good}).name == good
+    assert "/" not in slug(good)

@@ -229,7 +229,9 @@ def test_check_input_refuses_exactly_what_fails(name):
     net.eval()
     assert net.check_input(1, (8, 8), training=False) is None
     net(picture(1, 8, 8), FEATURE_TAPS)
-    assert "use at least 8x8" in net.check_input(2, (4, 64), training=False)
+    assert net.check_input(1, (4, 64), training=False) is None
+    net(picture(1, 4, 64), FEATURE_TAPS)
+    assert "use at least 8x8" in net.check_input(2, (4, 64), training=True)
 
 
 # Layout

@@ -22,8 +22,11 @@ from run_records import (
 import kdprof.reports
 from kdprof.budget import Conversion
 from kdprof.errors import UserError
-from kdprof.records import Canary, Cost, CountedCost, Interval, Ratio, Spent, TermCost
-from kdprof.reports import conversion, costs, results, table
+from kdprof.records import Canary, Cost, CountedCost, Interval, Ratio, Run, Spent, TermCost
+from kdprof.reports import claims, conversion, costs, judge, results, table
+from kdprof.reports.axes import axis
+from kdprof.reports.figures import curves
+from kdprof.reports.status import status_table
 from kdprof.reports.text import Estimate, Grid, duration, figures, size
 from kdprof.store import Store
 
@@ -118,7 +121,7 @@ def test_titles_say_what_a_budget_makes_equal(tmp_path, budget, matched):
 
 
 def test_iteration_budget_has_no_plan_and_says_so(tmp_path):
-    run = a_run("mine.MyKD", "40k", cost_key=None, train_s=Spent(planned=None, actual=7200.0))
+    run = a_run("mykd", "40k", cost_key=None, train_s=Spent(planned=None, actual=7200.0))
     store = a_store(tmp_path, [run])
     (row,) = table.rows(store)
     assert (row.planned_s, row.drift_percent, row.reliable) == (None, None, None)
@@ -446,3 +449,49 @@ def test_reports_need_neither_torch_nor_the_engine():
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Over which classes an mIoU is the mean
+
+
+def scored(*ious, **changes) -> list[Run]:
+    per_class = {f"c{number}": iou for number, iou in enumerate(ious)}
+    return [a_run(method, miou_per_class=per_class, **changes) for method in ("kd", "cwd")]
+
+
+def texts_of(store: Store) -> dict[str, str]:
+    found = results.collect(store)
+    console = Console(width=300, file=io.StringIO())
+    status_table(store, console)
+    paths = table.render(store)
+    return {
+        "status": console.file.getvalue(),
+        "markdown": paths[0].read_text(),
+        "csv": paths[1].read_text(),
+        "figure": " ".join(curves.notes(found, axis(found, "seconds"))),
+        "verdict": " ".join(judge.judge(found).notes),
+        "claim": " ".join(claims.make_claim(store, "cwd > kd @ 40k@cwd").notes),
+    }
+
+
+def test_a_mean_over_some_of_the_classes_is_said_everywhere(tmp_path):
+    texts = texts_of(a_store(tmp_path, scored(0.7, 0.7, *[None] * 17)))
+    for where in ("status", "markdown", "figure", "verdict", "claim"):
+        assert "IoU is the mean over 2 of 19 classes" in texts[where], where
+        assert "IoU of 0" not in texts[where]
+    (first, *_) = csv.DictReader(io.StringIO(texts["csv"]))
+    assert first["classes"] == "2 of 19"
+
+
+def test_a_mean_over_all_classes_needs_no_sentence(tmp_path):
+    texts = texts_of(a_store(tmp_path, scored(0.7, 0.7)))
+    assert not any("is the mean over" in text for text in texts.values())
+
+
+def test_absent_classes_that_count_as_zero_are_said(tmp_path):
+    runs = scored(0.7, 0.0, None, absent_classes="zero")
+    runs[1] = runs[1].model_copy(update={"miou_per_class": {"c0": 0.7, "c1": None, "c2": None}})
+    texts = texts_of(a_store(tmp_path, runs))
+    for where in ("status", "markdown", "figure", "verdict"):
+        assert "the mean over 1 to 2 of 3 classes" in texts[where], where
+        assert "counts with an IoU of 0 (evaluation.absent_classes)" in texts[where], where

@@ -1,10 +1,13 @@
+import errno
 import json
 import multiprocessing
 import os
+import subprocess
 
 import pytest
 from cost_records import make_cost
 
+from kdprof import store
 from kdprof.errors import KdprofError, UserError
 from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.store import RunFolder, Store, append_line, read_lines, slug, write_atomic
@@ -34,6 +37,9 @@ def test_records_of_the_schemas_before_are_read(tmp_path):
         energy_j=None, cost_key="k", finished=True, versions={},
     )  # fmt: skip
     old = {key: v for key, v in run.model_dump(by_alias=True).items() if key != "kind"}
+    third = {k: v for k, v in old.items() if k != "absent_classes"} | {"schema": 3}
+    assert Run.model_validate(third) == run
+    old = {key: v for key, v in third.items() if key != "kind"}
     old |= {"schema": 2, "beside": old.pop("concurrent_runs")}
     assert Run.model_validate(old) == run
     trunk = Run.model_validate(old | {"budget": "trunk", "beside": None})
@@ -114,3 +120,68 @@ def test_newest_cost_counts_and_devices_do_not_mix(tmp_path):
 
 def test_slug():
     assert slug("40k@cwd:feature") == "40k@cwd.feature"
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system as some clusters have it: flock is not implemented."""
+
+    def refuse(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+
+
+def test_without_locks_the_lease_alone_tells_who_trains(tmp_path, no_locks):
+    assert not Store(tmp_path / "new" / "folder").has_locks()
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        lease = json.loads((folder.path / "lock").read_text())
+        assert lease["pid"] == os.getpid()
+        (folder.path / "lock").write_text(json.dumps(lease | {"pid": os.getppid()}))
+        assert folder.is_held()
+        with pytest.raises(store.Held, match=f"process {os.getppid()}"), folder.lock():
+            pass
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (folder.path / "lock").write_text(json.dumps(lease | {"pid": process.pid}))
+    with folder.lock():
+        assert folder.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("age_s", "held"), [(60, True), (1000, False), (-60, True), (-1000, False)]
+)
+def test_the_age_of_a_lease_is_told_by_the_file_systems_clock(tmp_path, monkeypatch, age_s, held):
+    """Not by the calendars of two machines, which may differ or be set meanwhile."""
+    folder = RunFolder(tmp_path)
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "renewed": 0.0}))
+    then = lock.stat().st_mtime - age_s
+    os.utime(lock, (then, then))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert folder.is_held() is held
+    assert list(tmp_path.iterdir()) == [lock]
+
+
+def test_files_of_one_call_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
+    one, other = tmp_path / "costs.md", tmp_path / "costs.csv"
+    one.write_text("old")
+
+    def full(number):
+        if len(list(tmp_path.glob(".*.tmp"))) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as failed:
+        store.write_together({one: "new", other: "new"})
+    assert failed.value.filename == str(other)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"costs.md": "old"}
+
+
+def test_a_folder_in_which_train_first_measures_is_told_from_an_empty_one(tmp_path):
+    with pytest.raises(UserError, match="holds no study"):
+        Store(tmp_path).require()
+    Store(tmp_path).write_cost(make_cost("kd"))
+    with pytest.raises(UserError, match="is measuring there"):
+        Store(tmp_path).require()

@@ -2,9 +2,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdprof.errors import UserError
-from kdprof.study import Study, claim_folder, load_study, parse_assignments, presets
+from kdprof.study import Section, Study, claim_folder, load_study, parse_assignments, presets
 
 REFERENCES = sorted((Path(__file__).parents[1] / "reports" / "reference").glob("*/study.toml"))
 
@@ -93,3 +95,63 @@ def test_folder_collects_methods_and_budgets_but_no_other_study(tmp_path):
     with pytest.raises(UserError, match=r"another study \(student is 'pspnet-r18' there"):
         claim_folder(file, Study(student="deeplabv3-r18"))
     assert file.read_bytes() == before
+
+
+TEXTS = st.text(max_size=20)
+VALUES = st.one_of(
+    st.booleans(), st.integers(), st.floats(), TEXTS, st.none(), st.dates(), st.datetimes(),
+    st.binary(max_size=3), st.lists(st.integers(), max_size=2),
+    st.dictionaries(TEXTS, st.one_of(st.floats(), st.integers(), TEXTS), max_size=2),
+)  # fmt: skip
+KEYS = [
+    f"{section}.{name}" if section else name
+    for section, kind in [
+        ("", Study), *((n, f.annotation) for n, f in Study.model_fields.items()
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)),
+    ]
+    for name in kind.model_fields
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+    st.dictionaries(TEXTS, st.dictionaries(TEXTS, VALUES, max_size=2), max_size=2),
+)
+def test_what_a_study_writes_it_reads_back_equal(changes, method_settings):
+    """Any value is refused in a line that names it, or is in the study that is written."""
+    try:
+        study = load_study(None, {"method_settings": method_settings, **changes})
+    except UserError:
+        return
+    assert Study.model_validate(tomllib.loads(study.to_toml())) == study
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [("inf", "must be finite"), ("nan", "must be finite"), ("2020-01-01", "date or time"),
+     ("[1, 2]", "a number, a text"), ("\\x1b", None)],
+)  # fmt: skip
+def test_a_setting_that_a_study_cannot_keep_is_refused(tmp_path, value, cause):
+    set_ = parse_assignments([f"method_settings.kd.temperature={value}"])
+    if cause is None:
+        assert load_study(None, set_).method_settings["kd"]["temperature"] == value
+        return
+    with pytest.raises(
+        UserError, match=rf"method_settings.kd.temperature .*{cause}|kd.temp.*{cause}"
+    ):
+        load_study(None, set_)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(b"data = \xff", "not UTF-8"), (b"data = ", "not valid TOML"), (b"a=" + b"[" * 9999, "TOML")],
+)
+def test_a_damaged_study_is_one_line(tmp_path, content, cause):
+    file = tmp_path / "study.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=cause) as refused:
+        load_study(str(file), {})
+    assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(UserError, match="not a file"):
+        load_study(str(tmp_path), {})

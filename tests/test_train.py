@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_study import price, small_study, small_toml, train_small
-from step_observer import observing, signal_at
+from step_observer import observing, signal_at, stopped_at
 
 from kdprof.errors import KdprofError, UserError
 from kdprof.progress import Progress
@@ -129,6 +129,23 @@ def test_stopped_and_continued_is_the_uninterrupted_run(trained, tmp_path, numbe
     train_small(tmp_path, methods=["kd"])
     assert folder.read_run().finished
     assert_same_training(folder, trained.run_folder("kd", "6", 0))
+
+
+@pytest.mark.parametrize("enforce", ["iterations", "time"])
+def test_a_stopped_process_does_not_train(tmp_path, enforce):
+    """Its seconds are no training, no waiting and no part of a budget in time."""
+    changes = {"budgets": ["20"], "methods": ["kd"], "training__enforce": enforce}
+    began = time.perf_counter()
+    with observing(20, before=stopped_at(3, seconds=3.0)):
+        summary = train_small(tmp_path, **changes)
+    passed_s = time.perf_counter() - began
+    (run,) = summary.finished
+    assert run.paused_s == pytest.approx(3.0, abs=0.5)
+    assert run.train_s.actual + run.eval_s + run.startup_s < passed_s - 2.4
+    assert run.data_wait_s <= run.train_s.actual + run.startup_s
+    if enforce == "time":
+        assert run.train_s.actual > 0.8 * run.train_s.planned
+    assert "it was stopped for" in loop.outcome(run)
 
 
 def test_killed_again_and_again_ends_with_the_same_weights(trained, tmp_path):

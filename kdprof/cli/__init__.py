@@ -5,6 +5,7 @@ No logic lives here, and no command imports torch before it needs it: ``--help``
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -14,10 +15,12 @@ from kdprof import __version__
 from kdprof.cli.budget import convert
 from kdprof.cli.claims import claim, decide, verify
 from kdprof.cli.data import data
+from kdprof.cli.environment import explained, settle
 from kdprof.cli.machine import demo, doctor
 from kdprof.cli.measure import compare, measure
 from kdprof.cli.methods import methods
 from kdprof.cli.networks import evaluate, export
+from kdprof.cli.output import complain, keep_for_records, replace_unknown_characters
 from kdprof.cli.report import plot, status
 from kdprof.cli.train import plan, train
 from kdprof.errors import KdprofError
@@ -45,6 +48,10 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line; every failure is one line unless ``--debug`` asks for more."""
+    replace_unknown_characters()
+    settle()
+    if "--json" in sys.argv:
+        keep_for_records()
     if "--debug" in sys.argv:
         os.environ["KDPROF_DEBUG"] = "1"  # for child processes, too
         _leave(cli(standalone_mode=False))
@@ -53,23 +60,35 @@ def main() -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("kdprof: interrupted; all written files are complete", err=True)
+        complain("interrupted; all written files are complete")
         code = 130
     except click.ClickException as error:
-        click.echo(f"kdprof: {_usage_message(error)}", err=True)
+        complain(_usage_message(error))
         code = 2
     except KdprofError as error:
-        for line in str(error).splitlines():
-            click.echo(f"kdprof: {line}", err=True)
+        complain(str(error))
         code = error.exit_code
+    except OSError as error:
+        complain(explained(error))
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
     except Exception as error:
         message = " ".join(str(error).split()) or "no message"
-        click.echo(
-            f"kdprof: {type(error).__name__}: {message}; run 'kdprof --debug ...' for details",
-            err=True,
-        )
+        complain(f"{type(error).__name__}: {message}; run 'kdprof --debug ...' for details")
         code = 1
-    _leave(code)
+    _leave(_flushed(code))
+
+
+def _flushed(code: int | None) -> int | None:
+    """Write out what was printed; it is a failure if nobody can have read it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code:
+            complain(f"standard output: {explained(error)}")
+        return code or 1
+    return code
 
 
 def _leave(code: int | None) -> None:

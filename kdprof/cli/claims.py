@@ -21,7 +21,7 @@ from kdprof.cli.options import (
     output_options,
     study_options,
 )
-from kdprof.cli.output import name_files, print_records
+from kdprof.cli.output import name_files, print_records, say
 from kdprof.cli.train import LauncherOptions, launcher_options
 from kdprof.errors import KdprofError, UserError
 
@@ -63,7 +63,7 @@ def claim(
         print_records(made)
         return
     for line in summary(made):
-        click.echo(line)
+        say(line)
     name_files(paths)
 
 
@@ -81,13 +81,13 @@ def verify(files: tuple[Path, ...]) -> None:
         try:
             found = check(path)
         except UserError as error:
-            click.echo(f"kdprof: {error}", err=True)
+            say(f"kdprof: {error}", err=True)
             unreadable = True
             continue
         state = "DIFFERENT" if found.problems else "confirmed"
-        click.echo(f"{path}: {state}: {found.record.outcome}: {found.record.statement}")
+        say(f"{path}: {state}: {found.record.outcome}: {found.record.statement}")
         for problem in found.problems:
-            click.echo(f"  {problem}")
+            say(f"  {problem}")
         different |= bool(found.problems)
     if unreadable or different:
         raise click.exceptions.Exit(2 if unreadable else 1)
@@ -179,4 +179,4 @@ def _report(decisions: Sequence[Decision], output: OutputOptions) -> None:
         print_records(decisions)
     elif not output.quiet:
         for decision in decisions:
-            click.echo(decision_line(decision))
+            say(decision_line(decision))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kdprof.cli.options import FILE, progress
+from kdprof.cli.options import FILE, LABELS_HELP, label_settings, progress
 from kdprof.cli.output import name_files, stdout
 
 
@@ -22,7 +22,14 @@ def data() -> None:
 @click.option(
     "--study", "source", metavar="FILE|PRESET", help="Compare loading with this study's step."
 )
-def check(spec: str, splits: tuple[str, ...], sheet: Path | None, source: str | None) -> None:
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help=LABELS_HELP)
+def check(
+    spec: str,
+    splits: tuple[str, ...],
+    sheet: Path | None,
+    source: str | None,
+    assignments: tuple[str, ...],
+) -> None:
     """Read every file of a data set: counts, sizes, label values, classes, and a contact sheet.
 
     The exit code is 1 if a problem is found.
@@ -30,7 +37,8 @@ def check(spec: str, splits: tuple[str, ...], sheet: Path | None, source: str | 
     from kdprof.data.check import check_data
     from kdprof.reports.data_check import contact_sheet, print_check
 
-    found = check_data(spec, splits or ("train", "val"), progress())
+    labels, settings = label_settings(source, assignments)
+    found = check_data(spec, splits or ("train", "val"), progress(), labels)
     print_check(found, stdout())
     if any(split.shown for split in found.splits):
         sheet = sheet or Path(f"{found.name}-check.png")
@@ -42,4 +50,6 @@ def check(spec: str, splits: tuple[str, ...], sheet: Path | None, source: str | 
         from kdprof.measure.feeding import measure_study_feeding
         from kdprof.reports.feeding import print_feeding
 
-        print_feeding(measure_study_feeding(source, {"data": spec}, progress()), stdout())
+        print_feeding(
+            measure_study_feeding(source, {**settings, "data": spec}, progress()), stdout()
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kdprof.cli.output import stdout
+from kdprof.cli.output import say, stdout
 from kdprof.errors import UserError
 
 
@@ -30,7 +30,7 @@ def methods(name: str | None, markdown: bool, check: bool) -> None:
 
         if name:
             raise UserError("--markdown prints all built-in methods; leave the name out")
-        click.echo(methods_page.markdown(builtin_methods()), nl=False)
+        say(methods_page.markdown(builtin_methods()), nl=False)
     elif name is None:
         print_methods(builtin_methods(), stdout())
     else:

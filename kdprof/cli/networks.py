@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdprof.cli.options import FILE, grouped, out_option, progress
-from kdprof.cli.output import stdout
+from kdprof.cli.options import (
+    FILE,
+    LABELS_HELP,
+    grouped,
+    label_settings,
+    out_option,
+    progress,
+)
+from kdprof.cli.output import say, stdout
 from kdprof.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from kdprof.evaluate import Views
+    from kdprof.records import AbsentClasses
     from kdprof.store import RunFolder, Store
 
 
@@ -101,6 +109,14 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
     ),
     click.option("--flip", is_flag=True, help="Average over mirrored images, too."),
 )
+@click.option(
+    "--absent-classes",
+    type=click.Choice(["skip", "zero"]),
+    default="skip",
+    show_default=True,
+    help="Classes in no label; zero: IoU 0 if predicted, as in mmsegmentation.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help=LABELS_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print only the record, as JSON.")
 def evaluate(
     model: str,
@@ -111,6 +127,8 @@ def evaluate(
     precision: str,
     batch: int,
     views: ViewOptions,
+    absent_classes: AbsentClasses,
+    assignments: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Score a file of weights: IoU per class, mIoU, mAcc, pixel accuracy, images per second."""
@@ -118,16 +136,17 @@ def evaluate(
     from kdprof.evaluate import evaluate_file
     from kdprof.hardware.device import check_precision, find_device
     from kdprof.reports.evaluation import print_evaluation, to_json
-    from kdprof.study import DataSettings
 
-    seen, synthetic = views.views(data), DataSettings()
+    seen = views.views(data)
+    settings, _ = label_settings(None, assignments)
     where = find_device(device)
     check_precision(where, precision)
     opened = open_data(
         data,
         split,
-        synthetic_size=synthetic.synthetic_size,
-        synthetic_count=synthetic.synthetic_val,
+        synthetic_size=settings.synthetic_size,
+        synthetic_count=settings.synthetic_val,
+        labels=settings,
     )
     found = evaluate_file(
         model,
@@ -137,10 +156,11 @@ def evaluate(
         batch=batch,
         precision=precision,
         views=seen,
+        absent_classes=absent_classes,
         progress=progress(as_json),
     )
     if as_json:
-        click.echo(json.dumps(to_json(found), indent=2))
+        say(json.dumps(to_json(found), indent=2))
     else:
         print_evaluation(found, stdout())
 
@@ -172,7 +192,7 @@ def export(
         folder, name = _run_folder(store, method or "", budget or "", seed), study.student
     network, classes = trained_network(folder, name)
     described = run(network, file, classes, study.step.crop)
-    click.echo(f"wrote {file} ({described})")
+    say(f"wrote {file} ({described})")
 
 
 def _run_folder(store: Store, method: str, budget: str, seed: int) -> RunFolder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kdprof.errors import UserError
+from kdprof.cli.output import console
+from kdprof.errors import Problems, UserError, unknown
 
 if TYPE_CHECKING:
     from kdprof.progress import Progress
+    from kdprof.study import DataSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -96,11 +98,9 @@ class LoudnessOptions:
 
 def progress(silent: bool = False, verbose: bool = False) -> Progress:
     """Return the display of progress on stderr, or a silent one."""
-    from rich.console import Console
-
     from kdprof.progress import Progress
 
-    return Progress(None if silent else Console(stderr=True), verbose=verbose)
+    return Progress(None if silent else console(stderr=True), verbose=verbose)
 
 
 output_options = grouped("output", OutputOptions, out_option(), json_option, *_loudness)
@@ -325,3 +325,32 @@ training_options = grouped(
     click.option("--enforce", help="What ends a run: iterations, time, energy or flop."),
     click.option("--no-control", is_flag=True, help="Leave out the controls none and kd."),
 )
+
+
+LABEL_KEYS = tuple(
+    f"data_settings.{name}" for name in ("masks", "label_map", "reduce_zero_label", "ignore_index")
+)
+LABELS_HELP = "Say what labels mean: data_settings.label_map, ..."
+
+
+def label_settings(
+    source: str | None, assignments: Sequence[str]
+) -> tuple[DataSettings, dict[str, Any]]:
+    """Return the settings that say what label files mean, and what ``assignments`` set of them.
+
+    Args:
+        source: the study with the others; None = the defaults.
+        assignments: texts ``KEY=VALUE``; keys are those of :data:`LABEL_KEYS`.
+
+    Raises:
+        UserError: a key is another, or a value is not valid. It names every problem.
+    """
+    from kdprof.study import load_study, parse_assignments
+
+    found = parse_assignments(assignments)
+    problems = Problems()
+    for key in found:
+        if not key.startswith(LABEL_KEYS):
+            problems.append(f"--set {unknown('key', key, LABEL_KEYS)}")
+    problems.refuse()
+    return load_study(source, found).data_settings, found

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kdprof.cli.options import FolderCommand, grouped, json_option, out_option
-from kdprof.cli.output import name_files, print_records, stdout
+from kdprof.cli.output import name_files, print_records, say, stdout
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def plot(
     store.require()
     made = costs.render(store)
     if made and not store.runs():
-        click.echo("no run is trained yet; plotting the costs only")
+        say("no run is trained yet; plotting the costs only")
         verdict = None
     else:
         results = collect(store)

@@ -20,7 +20,7 @@ from kdprof.cli.options import (
     study_options,
     training_options,
 )
-from kdprof.cli.output import print_records, print_rows, stdout
+from kdprof.cli.output import print_records, print_rows, say, stdout
 from kdprof.errors import KdprofError, UserError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _submit(workflow: Workflow, options: tuple[str, ...]) -> None:
     from kdprof.launch.slurm import job_name, parse_options, submit
 
     made, store = submit(workflow, parse_options(options)), workflow.store
-    click.echo(
+    say(
         f"submitted {made.runs} runs as {len(made.tasks)} tasks ({made.tasks[0]} ...), after "
         f"{made.preparation}, which measures and trains the teacher\n"
         f"follow: kdprof status --out {store.root}; logs: {store.slurm}; "
@@ -159,7 +159,7 @@ def _conclude(summary: Summary, store: Store, output: OutputOptions) -> None:
         if any(run.finished and run.miou is not None for run in store.runs()):
             print_table(store, stdout())
             print_sentences(judge(collect(store)), stdout())
-        click.echo(
+        say(
             f"{len(summary.finished)} runs trained, {summary.skipped} were finished before, "
             f"{len(summary.elsewhere)} are held by other processes, {len(summary.failures)} "
             f"failed; next: kdprof plot --out {store.root}"

@@ -9,7 +9,9 @@ from kdprof.data.batches import ENDLESS, PREFETCHED, Batches, evaluation_batches
 from kdprof.data.cache import decoded, default_folder
 from kdprof.data.dataset import fit_of, open_data, require_files, title_of, uses_placeholders
 from kdprof.data.decoded import Decoded
+from kdprof.data.degenerate import Findings, examine_files, examine_labels
 from kdprof.data.feeder import Feeder
+from kdprof.data.files import PairedImages
 
 __all__ = [
     "ENDLESS",
@@ -19,10 +21,14 @@ __all__ = [
     "DataOnDisk",
     "Decoded",
     "Feeder",
+    "Findings",
+    "PairedImages",
     "SegmentationData",
     "decoded",
     "default_folder",
     "evaluation_batches",
+    "examine_files",
+    "examine_labels",
     "fit_of",
     "fitted_size",
     "open_data",

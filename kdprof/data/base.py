@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from kdprof.errors import Problems
+from kdprof.data.threads import in_threads
+from kdprof.errors import Problems, UserError
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,17 @@ class SegmentationData(ABC):
         Raises:
             UserError: a file cannot be used. It names all such files.
         """
-        shown, problems = np.zeros((len(self), 256), bool), Problems()
-        for index in range(len(self)):
-            label = problems.attempt(partial(self.label, index), None)
-            if label is not None:
-                shown[index, np.unique(label.numpy())] = True
-        problems.refuse()
-        return shown
+
+        def look(index: int) -> np.ndarray | UserError:
+            try:
+                values = self.label(index).numpy().ravel()
+            except UserError as error:
+                return error
+            return np.bincount(values, minlength=256) > 0
+
+        seen = in_threads(look, range(len(self)))
+        Problems(p for one in seen if isinstance(one, UserError) for p in one.problems).refuse()
+        return np.array(seen, dtype=bool).reshape(len(self), 256)
 
 
 class DataOnDisk(SegmentationData):

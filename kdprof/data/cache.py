@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from kdprof.data.base import DataOnDisk, SegmentationData
-from kdprof.data.decoded import Decoded, decode_all, in_threads
+from kdprof.data.decoded import Decoded, decode_all
+from kdprof.data.threads import in_threads
 from kdprof.errors import KdprofError, UserError
 from kdprof.progress import Progress
 from kdprof.store import replace_durably

@@ -8,17 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdprof.data.files import (
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIXES,
-    LabelValues,
-    Pair,
-    PairedImages,
-    by_stem,
-    classes_of,
-    no_root,
-    paired,
-)
+from kdprof.data.files import Pair, PairedImages, classes_of, mirrored, no_root
+from kdprof.data.labels import LabelValues
 from kdprof.errors import UserError
 from kdprof.method import IGNORE
 
@@ -40,22 +31,11 @@ class CamVid(PairedImages):
     """
 
     def __init__(self, root: Path, split: str):
-        super().__init__("camvid", split, CLASSES, VALUES, _pairs(root, split))
+        super().__init__("camvid", split, CLASSES, VALUES, _pairs(root, split), root=root)
 
 
 def _pairs(root: Path, split: str) -> list[Pair]:
     """Return the (image, label) files of a split in order of name, or raise every problem."""
     if not root.is_dir():
         raise UserError(no_root(root, "camvid", "ROOT holds train, trainannot, val, valannot"))
-    folder, label_folder = root / split, root / f"{split}annot"
-    problems: list[str] = []
-    images = by_stem(folder, IMAGE_SUFFIXES, problems)
-    labels = by_stem(label_folder, LABEL_SUFFIXES, problems)
-    if problems:
-        raise UserError(*problems)
-    return paired(
-        images,
-        labels,
-        lambda stem: label_folder / f"{stem}.png",
-        lambda stem: folder / f"{stem}.png",
-    )
+    return mirrored(root / split, root / f"{split}annot", VALUES)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdprof.data.base import DataOnDisk
+from kdprof.data.labels import published_pixels
 from kdprof.data.layouts import LAYOUTS, PUBLISHED_DATA_SETS
+from kdprof.data.own import open_folder
 from kdprof.data.placeholder import PlaceholderImages
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError, unknown
+from kdprof.study import DataSettings
 
 DATA_SETS = ("synthetic", *LAYOUTS)
 SPLITS = ("train", "val", "test")
@@ -55,6 +58,7 @@ def open_data(
     synthetic_size: tuple[int, int],
     synthetic_count: int,
     placeholders: bool = False,
+    labels: DataSettings | None = None,
 ) -> DataOnDisk:
     """Open the split of the data set that ``spec`` names: ``synthetic`` or ``NAME:ROOT``.
 
@@ -63,6 +67,7 @@ def open_data(
         split: train, val or test.
         synthetic_size: height x width of the synthetic scenes, pixels.
         synthetic_count: number of synthetic scenes in the split.
+        labels: settings that say what label files mean; None = the usual ones.
 
     Raises:
         UserError: the data set or split does not exist, or its folder is not usable. It names every
@@ -79,5 +84,13 @@ def open_data(
         if placeholders and not colon and name in PUBLISHED_DATA_SETS:
             return PlaceholderImages(name, split)
         require_files(spec)
-        return LAYOUTS[name](Path(root).expanduser(), split)
+        return _opened(name, Path(root).expanduser(), split, labels or DataSettings())
     raise UserError(unknown("data set", name, DATA_SETS))
+
+
+def _opened(name: str, root: Path, split: str, settings: DataSettings) -> DataOnDisk:
+    if name == "folder":
+        return open_folder(root, split, settings)
+    data = LAYOUTS[name](root, split)
+    data.pixels = published_pixels(name, settings, data.classes) or data.pixels
+    return data

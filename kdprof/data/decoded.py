@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
 from kdprof.data.base import SegmentationData
+from kdprof.data.threads import in_threads
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 
-Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
@@ -74,24 +72,3 @@ def decode_all(
     if wrong:
         raise UserError(*wrong)
     return [m for m in made if not isinstance(m, UserError)]
-
-
-def in_threads(
-    work: Callable[[Item], Made],
-    items: Iterable[Item],
-    advance: Callable[[], None] = lambda: None,
-) -> list[Made]:
-    """Return ``work`` of each item, in order, with one thread per core.
-
-    ``advance`` is called in the calling thread after each item. The first exception is raised, and
-    work that had not begun by then is dropped.
-    """
-    made = []
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    try:
-        for result in pool.map(work, items):
-            made.append(result)
-            advance()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return made

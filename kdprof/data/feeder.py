@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections import deque
 from collections.abc import Generator, Iterator
 
 import torch
 
 from kdprof.data.batches import Batch, Batches
+from kdprof.pauses import running_s
 
 
 class Feeder(Iterator[Batch]):
@@ -101,10 +101,10 @@ class _CpuWaits:
         self._total_s = self._began = 0.0
 
     def begin(self) -> None:
-        self._began = time.perf_counter()
+        self._began = running_s()
 
     def end(self) -> None:
-        self._total_s += time.perf_counter() - self._began
+        self._total_s += running_s() - self._began
 
     def total_s(self) -> float:
         return self._total_s

@@ -5,33 +5,63 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from kdprof.data.base import Classes, DataOnDisk
-from kdprof.errors import UserError, nearest
-from kdprof.method import IGNORE
+from kdprof.data.labels import REFUSED, LabelPixels
+from kdprof.data.tree import UNREAD, by_name, folders
+from kdprof.errors import Problems, UserError, nearest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LABEL_SUFFIXES = (".png",)
-LABEL_MODES = ("L", "P")
-"""Pillow's modes of 8-bit grey and palette images, whose values are class indices."""
+UNREAD_LABELS = (".jpg", ".jpeg")
+"""Endings of images that cannot be labels: a JPEG changes their values."""
 DEEP_MODES = ("I", "F")
 """The first letters of Pillow's modes of 16 bits and more. Pillow clips such images to white in a
 conversion to RGB."""
-REFUSED = 254
-"""Marks a value that no label may have in a table of label values."""
+LOSSY_FORMATS = ("JPEG", "MPO")
+"""Pillow's names of formats that change label values. A file's content says which it is."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image is turned for each EXIF orientation other than 1."""
+SIDEWAYS = (5, 6, 7, 8)
+"""The EXIF orientations that exchange height and width."""
+EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+"""Where Pillow puts metadata that may have an orientation."""
 
 Pair = tuple[Path, Path]
 """An image and its label."""
+
+
+class Header(NamedTuple):
+    """What the header of an image says.
+
+    Attributes:
+        mode: Pillow's name of the kind of pixels.
+        size: height and width as a viewer shows it, pixels.
+        orientation: that of EXIF, 1 to 8; 1 = as stored.
+        format: Pillow's name of the file format.
+    """
+
+    mode: str
+    size: tuple[int, int]
+    orientation: int
+    format: str
 
 
 @cache
@@ -49,52 +79,36 @@ def colour_of(numbers: Iterable[str]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-@dataclass(frozen=True)
-class LabelValues:
-    """The meaning of the values in a label file.
-
-    Attributes:
-        table: class of each value 0-255; :data:`IGNORE` for void, :data:`REFUSED` for a value that
-            is not allowed.
-        allowed: the allowed values, in words.
-    """
-
-    table: np.ndarray
-    allowed: str
-
-    @classmethod
-    def of(cls, meaning: dict[int, int], allowed: str) -> LabelValues:
-        """Return the values whose classes ``meaning`` gives; no other value is allowed."""
-        table = np.full(256, REFUSED, dtype=np.uint8)
-        for value, index in meaning.items():
-            table[value] = index
-        return cls(table, allowed)
-
-    @classmethod
-    def indices(cls, classes: int) -> LabelValues:
-        """Return the values of class indices, with 255 for void."""
-        meaning = {index: index for index in range(classes)} | {IGNORE: IGNORE}
-        return cls.of(meaning, f"0-{classes - 1} or 255 (void)")
-
-    @classmethod
-    def from_one(cls, classes: int) -> LabelValues:
-        """Return the values of class indices that begin with 1, with 0 for void."""
-        meaning = {index + 1: index for index in range(classes)} | {0: IGNORE, IGNORE: IGNORE}
-        return cls.of(meaning, f"1-{classes} or 0 (void)")
-
-
 class PairedImages(DataOnDisk):
-    """One split of a data set. Images are (3, H, W), labels (H, W).
+    """One split of a data set. Images are (3, H, W), labels (H, W), both as viewers show them.
 
     Args:
+        pixels: what the pixels of the labels mean.
         pairs: files that exist, checked by :func:`paired`.
+        root: the folder that holds the data set.
+        lists: other files that were read, such as lists.
+        notes: what was passed over in them, one sentence each.
     """
 
     def __init__(
-        self, name: str, split: str, classes: Classes, values: LabelValues, pairs: Sequence[Pair]
+        self,
+        name: str,
+        split: str,
+        classes: Classes,
+        pixels: LabelPixels,
+        pairs: Sequence[Pair],
+        *,
+        root: Path,
+        lists: Sequence[Path] = (),
+        notes: Sequence[str] = (),
     ):
         super().__init__(name, split, classes)
-        self.pairs, self._values = list(pairs), values
+        self.pairs, self.pixels = list(pairs), pixels
+        self.root, self.lists, self.notes = root, tuple(lists), tuple(notes)
+
+    def used(self) -> list[Path]:
+        """Return every file that the split reads."""
+        return [*(path for pair in self.pairs for path in pair), *self.lists]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -110,48 +124,54 @@ class PairedImages(DataOnDisk):
             UserError: the label's file cannot be read, or a value in it is not allowed.
         """
         path = self.pairs[index][1]
-        values = _decoded(path)
-        label = self._values.table[values]
-        if (label == REFUSED).any():
-            wrong = int(values[label == REFUSED].max())
-            raise UserError(
-                f"label value {wrong} in {path}; expected {self._values.allowed}: convert the "
-                "labels to class indices"
-            )
+        values = _decoded(path, self.pixels.read_as)
+        label = self.pixels.classes_of(values)
+        if (refused := label == REFUSED).any():
+            raise UserError(self.pixels.refusal(path, values, refused))
         return torch.from_numpy(label)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image, pixels, from its header."""
-        _, (width, height) = _header(self.pairs[index][0])
-        return height, width
+        return self.header(index).size
+
+    def header(self, index: int) -> Header:
+        """Return what the header of an image says.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return _header(self.pairs[index][0])
 
     def identity(self) -> list[Any]:
-        """Return the files with their sizes and times of modification."""
+        """Return the files with their sizes and times of modification, and what labels mean."""
         paths = [path.absolute() for pair in self.pairs for path in pair]
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        return [*files, self.pixels.identity()]
 
 
 def paired(
     images: Mapping[str, Path],
     labels: Mapping[str, Path],
     label_of: Callable[[str], Path],
+    pixels: LabelPixels,
     image_of: Callable[[str], Path] | None = None,
 ) -> list[Pair]:
     """Return image and label of each name, in order of the images, after a check of their headers.
 
     Args:
         label_of: returns the path where the label of a name should be.
+        pixels: what the pixels of the labels mean.
         image_of: the same for images; None = a label may have no image.
 
     Raises:
         UserError: a label or an image is missing, a header cannot be read, an image is not 8-bit,
-            a label is not an 8-bit image of indices, or the sizes of a pair differ. It names every
+            a label has another kind of pixels, or the sizes of a pair differ. It names every
             problem. What only decoding shows is raised when an image is read.
     """
     problems = []
     for name, path in images.items():
         if name in labels:
-            problems += _pair_problems(path, labels[name])
+            problems += _pair_problems(path, labels[name], pixels)
         else:
             problems.append(f"{path} has no label; add {label_of(name)} or remove the image")
     problems += [
@@ -162,6 +182,26 @@ def paired(
     if problems:
         raise UserError(*problems)
     return [(path, labels[name]) for name, path in images.items()]
+
+
+def mirrored(image_folder: Path, label_folder: Path, pixels: LabelPixels) -> list[Pair]:
+    """Return the pairs of two folders whose files have the same names except for the suffix.
+
+    Raises:
+        UserError: as :func:`paired` and :func:`kdprof.data.tree.by_name`.
+    """
+    problems = Problems()
+    images = problems.attempt(lambda: by_name(image_folder, IMAGE_SUFFIXES, refused=UNREAD), {})
+    refused = (*UNREAD, *UNREAD_LABELS)
+    labels = problems.attempt(lambda: by_name(label_folder, LABEL_SUFFIXES, refused=refused), {})
+    problems.refuse()
+    return paired(
+        images,
+        labels,
+        lambda name: label_folder / f"{name}.png",
+        pixels,
+        lambda name: image_folder / f"{name}.png",
+    )
 
 
 def root_of(root: Path, name: str, layout: str, candidates: Sequence[str], needed: str) -> Path:
@@ -194,28 +234,7 @@ def no_root(root: Path, name: str, layout: str) -> str:
     return f"no folder {root}; {fix} ({layout})"
 
 
-def folders(root: Path) -> list[str]:
-    """Return the names of the folders in ``root``, sorted."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-
-
-def by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
-    """Return the files of a folder by stem, sorted; append what is wrong to ``problems``."""
-    if not folder.is_dir():
-        there = nearest(folder.name, folders(folder.parent))
-        problems.append(f"no folder {folder}; in {folder.parent}: {there}")
-        return {}
-    found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
-        if path.stem in found:
-            problems.append(f"{found[path.stem]} and {path} have the same name; remove one of them")
-        found[path.stem] = path
-    if not found:
-        problems.append(f"{folder} holds no {', '.join(suffixes)} file; put the split there")
-    return found
-
-
-def _pair_problems(image: Path, label: Path) -> list[str]:
+def _pair_problems(image: Path, label: Path, pixels: LabelPixels) -> list[str]:
     """Return the problems that the headers of an image and its label show."""
     problems: list[str] = []
     headers = []
@@ -226,28 +245,62 @@ def _pair_problems(image: Path, label: Path) -> list[str]:
             problems += error.problems
     if problems:
         return problems
-    (image_mode, size), (mode, label_size) = headers
-    if image_mode.startswith(DEEP_MODES):
-        problems.append(f"{image} is {image_mode}, not 8 bits per channel; convert it to 8-bit RGB")
-    if mode not in LABEL_MODES:
-        problems.append(
-            f"{label} is {mode}, not 8-bit class indices; convert colours to class indices"
-        )
-    if size != label_size:
-        ours, theirs = (f"{height}x{width}" for width, height in (size, label_size))
-        problems.append(f"{image} is {ours} but {label} is {theirs}; make their sizes equal")
+    ours, theirs = headers
+    if ours.mode.startswith(DEEP_MODES):
+        problems.append(f"{image} is {ours.mode}, not 8 bits per channel; convert it to 8-bit RGB")
+    if theirs.mode not in pixels.modes:
+        problems.append(f"{label} {pixels.wrong_mode(theirs.mode)}")
+    if theirs.format in LOSSY_FORMATS:
+        problems.append(f"{label} is a JPEG, which changes label values; save labels as PNG")
+    if ours.size != theirs.size:
+        problems.append(_unequal(image, ours, label, theirs))
     return problems
 
 
-def _header(path: Path) -> tuple[str, tuple[int, int]]:
-    """Return the mode and (width, height) of an image without decoding it."""
+def _unequal(image: Path, ours: Header, label: Path, theirs: Header) -> str:
+    sizes = ["{}x{}".format(*header.size) for header in (ours, theirs)]
+    sizes = [
+        f"{size} (EXIF orientation {header.orientation})" if header.orientation != 1 else size
+        for size, header in zip(sizes, (ours, theirs), strict=True)
+    ]
+    fix = "make their sizes equal"
+    if ours.orientation != theirs.orientation:
+        fix = "turn the label as viewers show the image, or store both without an orientation"
+    return f"{image} is {sizes[0]} but {label} is {sizes[1]}; {fix}"
+
+
+def _header(path: Path) -> Header:
+    """Return what an image's header says, without decoding it."""
     with _reading(path), Image.open(path) as image:
-        return image.mode, image.size
+        orientation, (width, height) = _orientation(image), image.size
+        size = (width, height) if orientation in SIDEWAYS else (height, width)
+        return Header(image.mode, size, orientation, image.format or "")
 
 
 def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
+    """Return the pixels as a viewer shows them, turned by the EXIF orientation.
+
+    Raises:
+        UserError: the file cannot be read, or the orientation stands behind the pixels, where a
+            header does not show it.
+    """
     with _reading(path), Image.open(path) as image:
-        return np.array(image.convert(mode) if mode else image)
+        told = _orientation(image)
+        image.load()
+        orientation = _orientation(image)
+        if orientation != told:
+            raise ValueError(f"its EXIF orientation, {orientation}, stands behind its pixels")
+        turned = image.transpose(TURNS[orientation]) if orientation in TURNS else image
+        return np.array(turned.convert(mode) if mode else turned)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if the part of the file that was read has none."""
+    if not EXIF_KEYS & image.info.keys():
+        return 1
+    # Not image.getexif(): that of a PNG decodes the image.
+    found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return found if found in TURNS else 1
 
 
 @contextmanager

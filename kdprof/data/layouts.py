@@ -10,21 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdprof.data.base import Classes
 from kdprof.data.camvid import CamVid
 from kdprof.data.files import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
-    LabelValues,
     Pair,
     PairedImages,
     classes_of,
-    colour_of,
-    folders,
+    mirrored,
     paired,
     root_of,
 )
-from kdprof.errors import UserError, nearest, unknown
+from kdprof.data.labels import LabelValues
+from kdprof.data.lists import Listed, read_list
+from kdprof.data.own import open_folder
+from kdprof.data.tree import UNREAD, by_name, folders
+from kdprof.errors import UserError, unknown
 from kdprof.method import IGNORE
 
 
@@ -80,6 +81,7 @@ CITYSCAPES_TRAINED = (
     7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33,
 )  # fmt: skip
 """The ids of the 19 classes, in the order of their train ids (cityscapesScripts, labels.py)."""
+CITYSCAPES_IMAGES = tuple(f"_leftImg8bit{suffix}" for suffix in IMAGE_SUFFIXES)
 COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 """Ids of 0-181 that belong to none of the 171 classes (COCO's removed categories)."""
 
@@ -110,14 +112,10 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
     found: dict[str, dict[str, Path]] = {"labelTrainIds": {}, "labelIds": {}}
     for part, kind in parts:
         folder = root / "leftImg8bit" / part
-        ending = "_leftImg8bit.png"
-        images |= _by_name(folder, ending, f"{part}/")
+        images |= by_name(folder, CITYSCAPES_IMAGES, f"{part}/", refused=UNREAD)
         for suffix, labels in found.items():
-            labels |= _by_name(root / kind / part, f"_{kind}_{suffix}.png", f"{part}/", empty=True)
-    if not images:
-        raise UserError(
-            f"{root / 'leftImg8bit' / split} holds no *_leftImg8bit.png in city folders"
-        )
+            ending = f"_{kind}_{suffix}.png"
+            labels |= by_name(root / kind / part, (ending,), f"{part}/", empty=True)
     # Train ids are used if every image has them; ids are converted to the same labels.
     trained = len(images.keys() & found["labelTrainIds"].keys()) == len(images)
     kind = "labelTrainIds" if trained else "labelIds"
@@ -130,8 +128,8 @@ def _cityscapes_of(root: Path, split: str, name: str, *, coarse: bool) -> Paired
     ids = dict.fromkeys(range(34), IGNORE) | {IGNORE: IGNORE}
     ids |= {value: index for index, value in enumerate(CITYSCAPES_TRAINED)}
     values = LabelValues.indices(19) if trained else LabelValues.of(ids, "ids 0-33 or 255 (void)")
-    pairs = paired(images, found[kind], label_of)
-    return PairedImages(name, split, classes_of("cityscapes"), values, pairs)
+    pairs = paired(images, found[kind], label_of, values)
+    return PairedImages(name, split, classes_of("cityscapes"), values, pairs, root=root)
 
 
 # ADE20K
@@ -142,9 +140,9 @@ def _ade20k(root: Path, split: str) -> PairedImages:
     candidates = ["ADEChallengeData2016", "ade/ADEChallengeData2016", "ade20k"]
     root = root_of(root, "ade20k", layout, candidates, "annotations")
     part = _known_split("ade20k", split, {"train": "training", "val": "validation"})
-    pairs = _mirrored(root / "images" / part, root / "annotations" / part)
-    classes = classes_of("ade20k")
-    return PairedImages("ade20k", split, classes, LabelValues.from_one(150), pairs)
+    values = LabelValues.from_one(150)
+    pairs = mirrored(root / "images" / part, root / "annotations" / part, values)
+    return PairedImages("ade20k", split, classes_of("ade20k"), values, pairs, root=root)
 
 
 # Pascal
@@ -172,9 +170,18 @@ def _pascal_voc(
         wanted = " or ".join(label_folders)
         raise UserError(f"{root} holds no {wanted} ({layout}); in it: {', '.join(folders(root))}")
     lists = train_lists if split == "train" else ("val",)
-    names = _listed(root / "ImageSets" / "Segmentation", lists)
-    pairs = _named(names, root / "JPEGImages", folder)
-    return PairedImages(name, split, classes_of("voc"), LabelValues.indices(21), pairs)
+    values = LabelValues.indices(21)
+    listed, pairs = _listed(root, lists, "Segmentation", folder, values)
+    return PairedImages(
+        name,
+        split,
+        classes_of("voc"),
+        values,
+        pairs,
+        root=root,
+        lists=[listed.file],
+        notes=_repeats(listed),
+    )
 
 
 def _pascal_context(root: Path, split: str) -> PairedImages:
@@ -183,10 +190,19 @@ def _pascal_context(root: Path, split: str) -> PairedImages:
     candidates = ["VOC2010", "VOCdevkit/VOC2010"]
     root = root_of(root, "pascal-context", layout, candidates, "SegmentationClassContext")
     _known_split("pascal-context", split, {"train", "val"})
-    names = _listed(root / "ImageSets" / "SegmentationContext", (split,))
-    pairs = _named(names, root / "JPEGImages", root / "SegmentationClassContext")
-    classes = classes_of("pascal-context")
-    return PairedImages("pascal-context", split, classes, LabelValues.from_one(59), pairs)
+    labels = root / "SegmentationClassContext"
+    values = LabelValues.from_one(59)
+    listed, pairs = _listed(root, (split,), "SegmentationContext", labels, values)
+    return PairedImages(
+        "pascal-context",
+        split,
+        classes_of("pascal-context"),
+        values,
+        pairs,
+        root=root,
+        lists=[listed.file],
+        notes=_repeats(listed),
+    )
 
 
 # COCO-Stuff
@@ -200,55 +216,17 @@ def _coco_stuff(root: Path, split: str) -> PairedImages:
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise UserError(f"no folder {places[0]} or {places[1]} ({layout})")
-    images = _by_name(root / "images" / part, ".jpg")
-    labels = _by_name(folder, "_labelTrainIds.png", empty=True)
+    images = by_name(root / "images" / part, IMAGE_SUFFIXES, refused=UNREAD)
+    labels = by_name(folder, ("_labelTrainIds.png",), empty=True)
     values, ending = LabelValues.indices(171), "_labelTrainIds.png"
     if images.keys() - labels.keys():
         used = [value for value in range(182) if value not in COCO_UNUSED]
         meaning = {value: index for index, value in enumerate(used)} | {IGNORE: IGNORE}
         values = LabelValues.of(meaning, "0-181 without COCO's removed ids, or 255 (void)")
-        labels, ending = _by_name(folder, ".png"), ".png"
-    pairs = paired(images, labels, lambda name: folder / f"{name}{ending}")
-    return PairedImages("coco-stuff", split, classes_of("coco-stuff"), values, pairs)
-
-
-# The user's own data set
-
-
-def _folder(root: Path, split: str) -> PairedImages:
-    """Return a data set of ``images/SPLIT`` and ``masks/SPLIT``, whose files have the same stems.
-
-    ``classes.txt`` has a class per line, in order of the masks' values, and optionally a colour
-    (``R G B``) after a tab.
-    """
-    layout = "ROOT holds images/SPLIT, masks/SPLIT and classes.txt"
-    root = root_of(root, "folder", layout, [], "images")
-    if not (root / "images" / split).is_dir():
-        there = nearest(split, folders(root / "images"))
-        raise UserError(f"no folder {root / 'images' / split}; in {root / 'images'}: {there}")
-    classes = _own_classes(root / "classes.txt")
-    pairs = _mirrored(root / "images" / split, root / "masks" / split)
-    name = f"folder:{root.name}"
-    return PairedImages(name, split, classes, LabelValues.indices(len(classes.names)), pairs)
-
-
-def _own_classes(path: Path) -> Classes:
-    if not path.is_file():
-        raise UserError(f"no file {path}; write a class per line, in order of the masks' values")
-    lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
-    names = [name.strip() for name, *_ in lines]
-    if len(names) != len(set(names)) or not 1 <= len(names) < IGNORE:
-        raise UserError(f"{path} must hold 1 to 254 classes of different names, has {len(names)}")
-    spread = classes_of("ade20k").palette
-    colours = []
-    for index, (_, *colour) in enumerate(lines):
-        numbers = colour[0].split() if colour else []
-        if numbers and (
-            len(numbers) != 3 or not all(n.isdigit() and int(n) < 256 for n in numbers)
-        ):
-            raise UserError(f"{path}, line {index + 1}: write a colour as R G B, each 0-255")
-        colours.append(colour_of(numbers) if numbers else spread[index % len(spread)])
-    return Classes(tuple(names), tuple(colours))
+        labels, ending = by_name(folder, LABEL_SUFFIXES), ".png"
+    pairs = paired(images, labels, lambda name: folder / f"{name}{ending}", values)
+    classes = classes_of("coco-stuff")
+    return PairedImages("coco-stuff", split, classes, values, pairs, root=root)
 
 
 LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
@@ -260,7 +238,7 @@ LAYOUTS: Mapping[str, Callable[[Path, str], PairedImages]] = {
     "voc-aug": _voc_aug,
     "coco-stuff": _coco_stuff,
     "pascal-context": _pascal_context,
-    "folder": _folder,
+    "folder": open_folder,
 }
 """Functions that open a split of a data set in a folder. Their UserError names every problem of its
 files."""
@@ -280,79 +258,20 @@ def _known_split(name: str, split: str, splits: Iterable[str]) -> str:
     return splits[split] if isinstance(splits, Mapping) else split
 
 
-def _by_name(
-    folder: Path, ending: str, prefix: str = "", *, empty: bool = False
-) -> dict[str, Path]:
-    """Return the files below a folder that have an ending, by their path without the ending.
-
-    Args:
-        empty: whether the folder may be missing or have no such file.
-    """
-    if not folder.is_dir() and not empty:
-        parent = folder.parent
-        there = nearest(folder.name, folders(parent)) if parent.is_dir() else f"no folder {parent}"
-        raise UserError(f"no folder {folder}; in {parent}: {there}")
-    paths = sorted(folder.rglob(f"*{ending}"))
-    found = {
-        f"{prefix}{path.relative_to(folder).as_posix().removesuffix(ending)}": path
-        for path in paths
-    }
-    if not found and not empty:
-        raise UserError(f"{folder} holds no *{ending}; put the split there")
-    return found
+def _listed(
+    root: Path, lists: Iterable[str], list_folder: str, label_folder: Path, values: LabelValues
+) -> tuple[Listed, list[Pair]]:
+    """Return a list below ``root/ImageSets`` and its images of ``JPEGImages`` with their labels."""
+    folder = root / "JPEGImages"
+    images = by_name(folder, IMAGE_SUFFIXES)
+    labels = by_name(label_folder, LABEL_SUFFIXES)
+    listed = read_list(root / "ImageSets" / list_folder, lists, images, folder.name)
+    chosen = {name: images[name] for name in listed.names}
+    return listed, paired(chosen, labels, lambda name: label_folder / f"{name}.png", values)
 
 
-def _mirrored(image_folder: Path, label_folder: Path) -> list[Pair]:
-    """Return the pairs of two folders whose files have the same names except for the suffix."""
-    images, labels = (
-        {
-            key: path
-            for ending in endings
-            for key, path in _by_name(folder, ending, empty=True).items()
-        }
-        for folder, endings in ((image_folder, IMAGE_SUFFIXES), (label_folder, LABEL_SUFFIXES))
-    )
-    problems = [
-        f"{folder} holds no {', '.join(endings)} file; put the split there"
-        for folder, found, endings in (
-            (image_folder, images, IMAGE_SUFFIXES), (label_folder, labels, LABEL_SUFFIXES)
-        )
-        if not found
-    ]  # fmt: skip
-    if problems:
-        raise UserError(*problems)
-    images = dict(sorted(images.items()))
-    return paired(
-        images,
-        labels,
-        lambda name: label_folder / f"{name}.png",
-        lambda name: image_folder / f"{name}.png",
-    )
-
-
-def _listed(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names in the first of these lists that exists."""
-    path = next((folder / f"{n}.txt" for n in names if (folder / f"{n}.txt").is_file()), None)
-    if path is None:
-        wanted = " or ".join(f"{name}.txt" for name in names)
-        raise UserError(f"no list {wanted} in {folder}; it comes with the data set")
-    # Some lists name two files per line, as /JPEGImages/x.jpg /SegmentationClassAug/x.png.
-    found = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
-    if not found:
-        raise UserError(f"{path} lists nothing; download it again")
-    return found
-
-
-def _named(names: Iterable[str], image_folder: Path, label_folder: Path) -> list[Pair]:
-    """Return the pairs of the listed names."""
-    images = {name: image_folder / f"{name}.jpg" for name in names}
-    labels = {name: label_folder / f"{name}.png" for name in names}
-    problems = [
-        f"no file {path}, which is listed; get it, or remove {name} from the list"
-        for files in (images, labels)
-        for name, path in files.items()
-        if not path.is_file()
-    ]
-    if problems:
-        raise UserError(*problems)
-    return paired(images, labels, labels.__getitem__)
+def _repeats(listed: Listed) -> list[str]:
+    """Return what is passed over in a list."""
+    if not listed.repeated:
+        return []
+    return [f"{listed.repeated} lines of {listed.file} repeat an image, which is used once"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -121,9 +122,15 @@ class Scenario:
         if not training:
             return self._relabelled(data, classes, labelled=classes, rest=IGNORE)
         of_step = self.old if role == "teacher" else self.new
-        labelled = classes if self.setting == "sequential" else of_step
+        labelled = self.taught(role)
         rest = 0 if self.background else IGNORE
         return self._relabelled(data, classes, labelled=labelled, rest=rest, shown=of_step)
+
+    def taught(self, role: Role) -> tuple[str, ...]:
+        """Return the classes that a network's training labels have, besides the background."""
+        if self.setting == "sequential":
+            return self.shared if role == "teacher" else self.classes
+        return self.old if role == "teacher" else self.new
 
     def _relabelled(
         self,
@@ -188,6 +195,16 @@ class Relabelled(SegmentationData):
     def label(self, index: int) -> Tensor:
         """Return the mapped label of an image."""
         return self._table[self._data.label(self._chosen()[index]).long()]
+
+    @cached_property
+    def labels_shown(self) -> np.ndarray:
+        """The label values that each image shows, (images, 256) booleans, from those of the data
+        set."""
+        shown = self._data.labels_shown[self._chosen()]
+        table, found = self._table.numpy(), np.zeros_like(shown)
+        for value in range(len(table)):
+            found[:, table[value]] |= shown[:, value]
+        return found
 
     def _chosen(self) -> list[int]:
         """Return the indices of the selected images in the data set.

@@ -55,7 +55,9 @@ def run_group(arguments: Sequence[str], processes: int) -> int:
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        # Not the machine's name, which need not resolve: torchrun would wait without a word.
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
         max_restarts=RESTARTS,
     )
     with tempfile.TemporaryDirectory(prefix="kdprof-") as folder:

@@ -57,7 +57,7 @@ def measure(
     Raises:
         UserError: no step fits into the device's memory, or an image is damaged.
     """
-    began = time.time()
+    began = time.monotonic()
     needed = dict.fromkeys([REFERENCE, *names])
     with ExitStack() as running:
         if processes is None and not study.measure.in_process:
@@ -137,7 +137,7 @@ class _Work:
                 name = left.pop(0) if left else part[-1]
                 self._failed(name, outcome.failure)
                 restarted_after = f"{name} failed"
-            started = time.time()
+            started = time.monotonic()
 
     def _failed(self, name: str, reason: str) -> None:
         """Report a failure; a method that has a Cost already keeps it."""

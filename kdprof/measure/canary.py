@@ -8,6 +8,7 @@ import statistics
 import torch
 
 from kdprof.measure.clock import Clock
+from kdprof.pauses import unpaused
 
 REPEATS = 5
 """Kernels per reading."""
@@ -32,6 +33,9 @@ class CanaryKernel:
 
     def seconds(self) -> float:
         """Time a few products now and return their median seconds; wait for the device."""
+        return unpaused(self._seconds)
+
+    def _seconds(self) -> float:
         stamps = [self._clock.stamp()]
         for _ in range(REPEATS):
             torch.mm(self._matrix, self._matrix)

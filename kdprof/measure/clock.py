@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kdprof.pauses import running_s
+
 Stamps = list[tuple[str, Any]]
 """Stamps, each with the name of what it ends; the first one ends nothing."""
 
@@ -28,7 +30,7 @@ class Clock(Protocol):
         """Wait until the device has finished all queued work."""
 
     def now(self) -> float:
-        """Return the host's monotonic seconds."""
+        """Return the host's seconds, without those in which this process was stopped."""
 
 
 class CpuClock:
@@ -48,8 +50,8 @@ class CpuClock:
         """Return at once: nothing is queued on a CPU."""
 
     def now(self) -> float:
-        """Return the monotonic clock's seconds."""
-        return time.perf_counter()
+        """Return the host's seconds, without those in which this process was stopped."""
+        return running_s()
 
 
 class CudaClock:
@@ -75,8 +77,8 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
 
     def now(self) -> float:
-        """Return the host's monotonic seconds."""
-        return time.perf_counter()
+        """Return the host's seconds, without those in which this process was stopped."""
+        return running_s()
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -108,6 +108,7 @@ def measured_cost(
             *_loader_warnings(timed),
             *_trace_warnings(counted["terms"], alone.operators),
             *warnings,
+            *_pause_warnings(readings.paused_s),
         ],
         unavailable=_unavailable(readings, timed, counted, peak),
         timing={**_timing(readings), "process_restarted_after": process},
@@ -348,6 +349,15 @@ def _trace_warnings(terms: Mapping[str, TermCost] | None, traced: StepOperators)
     return found + traced.notes
 
 
+def _pause_warnings(paused_s: float) -> list[str]:
+    if not paused_s:
+        return []
+    return [
+        f"the process was stopped for {paused_s:.1f} s while measuring; what it was timing then "
+        "was timed again"
+    ]
+
+
 def _takes(term: TermCost) -> str:
     if term.forward_s is None or term.backward_s is None:
         gflop = (term.forward_flop + term.backward_flop) / 1e9
@@ -402,6 +412,7 @@ def _timing(readings: Readings) -> dict[str, Any]:
         "loader_wait_s": statistics.median(own.waited_s) if own.waited_s else None,
         "isolated": settings.isolated,
         "stages_s": readings.stages_s,
+        "paused_s": readings.paused_s,
     }
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
 import resource
 import shutil
+import socket
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from kdprof.hardware.nvml import HARMLESS_CLOCK_REASONS
 from kdprof.measure.clock import clock_of
 from kdprof.measure.memory import available_bytes
 from kdprof.resized.tiles import why_no_triton
+from kdprof.store import has_locks
 
 PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
 LEAST_SHARED_BYTES = 512 * 2**20
@@ -67,6 +72,7 @@ def findings(device: torch.device, hardware: Hardware) -> list[Finding]:
         _free_memory(device),
         Finding("CPU cores", str(os.cpu_count())),
         _shared_memory(Path("/dev/shm")),
+        *_surroundings(Path.cwd()),
         _open_files(),
         _resume(device),
         _compiler(),
@@ -148,11 +154,76 @@ def _free_memory(device: torch.device) -> Finding:
 def _shared_memory(folder: Path) -> Finding:
     """Check the shared memory through which loader processes pass their batches."""
     if not folder.exists():
-        return Finding(str(folder), "not on this system")
+        return Finding(str(folder), "not on this system", "set data_settings.workers = 0")
     free = shutil.disk_usage(folder).free
     cost = "loader processes may die; set data_settings.workers = 0 or docker run --shm-size=2g"
     found = f"{free / 2**20:.0f} MiB free"
     return Finding(str(folder), found, cost if free < LEAST_SHARED_BYTES else "")
+
+
+def _surroundings(out: Path) -> list[Finding]:
+    """Check what the system around kdprof has: locks, a name, an account, folders, a terminal."""
+    return [_locks(out), _host_name(), _account(), _home(), _temporary(), _terminal()]
+
+
+def _locks(out: Path) -> Finding:
+    try:
+        found = has_locks(out)
+    except OSError as error:
+        return Finding("locks", f"unknown: {out}: {error.strerror}", "choose another --out")
+    if found:
+        return Finding("locks", "work in this folder")
+    cost = "leases are used: begin no two trainings of a folder within a second"
+    return Finding("locks", "none on this file system", cost)
+
+
+def _host_name() -> Finding:
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return Finding("host name", f"{name} does not resolve", "nothing: 127.0.0.1 is used")
+    return Finding("host name", name)
+
+
+def _account() -> Finding:
+    try:
+        return Finding("account", pwd.getpwuid(os.getuid()).pw_name)
+    except KeyError:
+        cost = "a name is made up for torch; set USER to choose it"
+        return Finding("account", f"none for uid {os.getuid()}", cost)
+
+
+def _home() -> Finding:
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return Finding("home folder", "none", "caches need HOME or data_settings.cache_folder")
+    if os.access(home, os.W_OK | os.X_OK):
+        return Finding("home folder", str(home))
+    cost = "caches need XDG_CACHE_HOME, TORCH_HOME and MPLCONFIGDIR in another folder"
+    return Finding("home folder", f"{home} cannot be written to", cost)
+
+
+def _temporary() -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(bytes(2**20))
+            file.flush()
+    except OSError as error:
+        cost = "no process can be started; set TMPDIR to a folder with space"
+        return Finding("temporary folder", f"cannot be used: {error.strerror}", cost)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    return Finding("temporary folder", f"{tempfile.gettempdir()}, {free / 2**30:.1f} GiB free")
+
+
+def _terminal() -> Finding:
+    encoding = sys.stdout.encoding or "none"
+    if encoding.lower().replace("-", "") == "utf8":
+        return Finding("output", encoding)
+    return Finding(
+        "output", encoding, "signs that it lacks are printed as ?; PYTHONIOENCODING=utf-8"
+    )
 
 
 def _open_files() -> Finding:

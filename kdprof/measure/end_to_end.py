@@ -15,6 +15,7 @@ from kdprof.measure.latency import (
     Samples,
     widest_interval,
 )
+from kdprof.pauses import unpaused
 from kdprof.step_feed import StepFeed
 
 LEAST_BLOCKS = 6
@@ -79,6 +80,9 @@ class Iterations:
 
     def _timed(self, count: int) -> tuple[float, float]:
         """Return the seconds of an iteration, and how many of them it waited for its batch."""
+        return unpaused(lambda: self._timed_once(count))
+
+    def _timed_once(self, count: int) -> tuple[float, float]:
         self.feed.forget_waits()
         began = self._clock.stamp()
         self._advance(count)

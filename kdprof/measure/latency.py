@@ -22,6 +22,7 @@ from kdprof.hardware.base import EnergyMeter
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import Clock, Stamps, phase_seconds
 from kdprof.measure.subject import Subject
+from kdprof.pauses import unpaused
 from kdprof.records import Outlier
 from kdprof.stats.intervals import Rounds, median_interval, outliers, paired_ratio, relative_width
 from kdprof.study import MeasureSettings
@@ -222,7 +223,7 @@ class Stopwatch:
         while len(self._ran_s) < 2 * WARMUP_WINDOW or not (
             late or _unsettled(self._ran_s, reserved) is None
         ):
-            self._ran_s.append(self._timed_step())
+            self._ran_s.append(unpaused(self._timed_step))
             reserved.append(_reserved_bytes())
             late = self.clock.now() - began > most_s or len(self._ran_s) >= WARMUP_MOST_STEPS
         self.samples.warmup_steps += len(self._ran_s)
@@ -251,8 +252,12 @@ class Stopwatch:
         this subject.
 
         The steps are queued without waiting in between, as in training: on a GPU the host runs
-        ahead, which hides its launches.
+        ahead, which hides its launches. A block during which the process was stopped is timed
+        again.
         """
+        self.samples.blocks.append(unpaused(lambda: self._block(most)))
+
+    def _block(self, most: int) -> Block:
         count, began_j, began = self.steps_in_block(most), self._joules(), self.clock.now()
         for _ in range(self._untimed_steps()):
             self._queue()
@@ -267,15 +272,13 @@ class Stopwatch:
         energy = None
         if began_j is not None and ended_j is not None:
             energy = BlockEnergy(ended_j - began_j, seconds, count + self._untimed_steps())
-        self.samples.blocks.append(
-            Block(
-                [self.clock.between(stamps[0][1], stamps[-1][1]) for stamps in steps],
-                [self._phases(stamps) for stamps in steps],
-                before,
-                after,
-                len(runs),
-                energy,
-            )
+        return Block(
+            [self.clock.between(stamps[0][1], stamps[-1][1]) for stamps in steps],
+            [self._phases(stamps) for stamps in steps],
+            before,
+            after,
+            len(runs),
+            energy,
         )
 
     def _joules(self) -> float | None:

@@ -35,6 +35,7 @@ from kdprof.measure.memory import MemoryReading, read_memory
 from kdprof.measure.operator_times import StepOperators, timed_operators, traced_operators
 from kdprof.measure.stages import Stages
 from kdprof.measure.subject import Subject
+from kdprof.pauses import paused_s, unpaused
 from kdprof.records import Ceilings, Operation, Outlier
 from kdprof.step import ignore_phase
 from kdprof.study import MeasureSettings
@@ -77,7 +78,7 @@ class Bench:
         """Return the bench of a device, after measuring its ceilings."""
         clock = clock_of(device)
         with stages.timed("ceilings"):
-            ceilings = measure_ceilings(device, precision or "fp32")
+            ceilings = unpaused(lambda: measure_ceilings(device, precision or "fp32"))
         return cls(
             device=device,
             hardware=hardware,
@@ -124,6 +125,7 @@ class Readings:
         during: states around and between the timed blocks.
         distrust: why the hardware's state makes the Cost unreliable.
         stages_s: where the time of this measurement went.
+        paused_s: how long the process was stopped meanwhile; what it was timing was timed again.
     """
 
     bench: Bench
@@ -138,6 +140,7 @@ class Readings:
     most_s: float | None
     distrust: list[str]
     stages_s: dict[str, float]
+    paused_s: float
 
     @property
     def width(self) -> float:
@@ -176,13 +179,13 @@ def read_alone(bench: Bench, subject: Subject, counted: StepOperators | None) ->
 
     with bench.stages.timed("energy"):
         meter = bench.hardware.energy_meter()
-        energy = measure_energy(run_steps, meter, bench.clock.synchronize)
+        energy = unpaused(lambda: measure_energy(run_steps, meter, bench.clock.synchronize))
     return Alone(before, memory, operators, energy)
 
 
 def _operators(bench: Bench, subject: Subject, counted: StepOperators | None) -> StepOperators:
     if bench.settings.detail:
-        return timed_operators(subject, bench.device)
+        return unpaused(lambda: timed_operators(subject, bench.device))
     # A step on fake tensors shows neither the waits for a GPU nor the kernels that it chooses.
     if counted is None or bench.device.type == "cuda":
         return traced_operators(subject, bench.device)
@@ -212,6 +215,7 @@ def compare(
         BadStep: a loss is not finite.
         UserError: a file that the loader needs cannot be used.
     """
+    paused_before_s = paused_s() - (earlier.paused_s if earlier else 0.0)
     began = alone.before if earlier is None else bench.hardware.state()
     with bench.stages.timed("networks"):
         subjects = [subject] if build_reference is None else [subject, build_reference()]
@@ -257,6 +261,7 @@ def compare(
         most_s=most_s,
         distrust=list(dict.fromkeys([*(earlier.distrust if earlier else []), *problems])),
         stages_s=_added(earlier.stages_s if earlier else {}, bench.stages.taken()),
+        paused_s=paused_s() - paused_before_s,
     )
 
 

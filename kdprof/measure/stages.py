@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from kdprof.pauses import running_s
 
 
 class Stages:
@@ -16,11 +17,11 @@ class Stages:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the seconds of the body to a stage."""
-        began = time.perf_counter()
+        began = running_s()
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - began)
+            self.add(name, running_s() - began)
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds to a stage."""

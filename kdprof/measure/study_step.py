@@ -96,7 +96,7 @@ class StudyBench:
         counts: the work of each method's step, and of the reference's, where it could be counted
             without running it.
         files: the files to write for each method.
-        started: when the measuring began (``time.time``).
+        started: when the measuring began (``time.monotonic``).
         restarted_after: why an earlier process of this measurement ended; None in the first one.
     """
 
@@ -112,7 +112,7 @@ class StudyBench:
         self._study, self._counts, self._files = study, counts, files
         self._restarted_after = restarted_after
         stages = Stages()
-        stages.add("start-up", time.time() - started)
+        stages.add("start-up", time.monotonic() - started)
         self._bench = Bench.of(
             study.device,
             study.hardware,

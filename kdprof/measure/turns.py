@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdprof.measure.latency import OnRound
 from kdprof.measure.study_step import StudyBench
+from kdprof.pauses import running_s
 from kdprof.records import Cost
 from kdprof.study import MeasureSettings
 
@@ -83,7 +83,7 @@ class Turns:
             BadStep: a loss is not finite.
             UserError: a file that the loader needs cannot be used.
         """
-        began = time.monotonic() - self.spent_s
+        began = running_s() - self.spent_s
         for done, name in enumerate(names):
             if self.bench.spoiled is not None:
                 return
@@ -124,4 +124,4 @@ class Turns:
             total = TRAINING_SHARE * self.planned.lasts_s(
                 self.bench.reference_iteration_s() or step_s
             )
-        return None if total is None else total - (time.monotonic() - began)
+        return None if total is None else total - (running_s() - began)

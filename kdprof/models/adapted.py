@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from kdprof.errors import UserError, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
@@ -18,6 +21,8 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 PROBE = 128
 """Height and width of the image with which channels and strides are determined."""
+REASON = 160
+"""Characters of a network's own message in an error."""
 
 Maps = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 """A function that returns the taps of a network, each (N, C, h, w), for normalised images (N, 3, H,
@@ -26,9 +31,6 @@ W)."""
 
 class AdaptedNetwork(Network):
     """Any network, with the attributes that kdprof needs.
-
-    Attributes:
-        multiple: 1; kdprof assumes that the network accepts images of every size.
 
     Args:
         module: the network.
@@ -45,7 +47,6 @@ class AdaptedNetwork(Network):
             classes.
     """
 
-    multiple = 1
     mean: Tensor
     std: Tensor
 
@@ -82,7 +83,30 @@ class AdaptedNetwork(Network):
         return Taps(**{tap: found[tap] for tap in taps})
 
     def check_input(self, batch: int, crop: tuple[int, int], training: bool) -> str | None:
-        """Return None. If such a network cannot take the input, its first step fails."""
+        """Return in one line why this network cannot take images of a size; None if it can, or if
+        torch cannot tell it from the shapes of the tensors alone.
+
+        Nothing is computed: tensors have shapes, but no values.
+        """
+        refused = self._refusal(crop)
+        if refused is None or self._refusal((PROBE, PROBE)) is not None:
+            return None
+        return (
+            f"{self.info.name} cannot take images of {crop[0]}x{crop[1]} "
+            f"({' '.join(refused.split())[:REASON]}); use another size or network"
+        )
+
+    @torch.no_grad()
+    def _refusal(self, size: tuple[int, int]) -> str | None:
+        """Return the message of the error that images of a size cause in evaluation."""
+        training = self.module.training
+        try:
+            with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), self.mean.device:
+                self.maps(self.module.eval(), torch.zeros(1, 3, *size))
+        except Exception as error:  # by network: RuntimeError, AssertionError, ValueError, ...
+            return str(error)
+        finally:
+            self.module.train(training)
         return None
 
     @torch.no_grad()
@@ -104,6 +128,17 @@ class AdaptedNetwork(Network):
         channels = {tap: value.shape[1] for tap, value in found.items()}
         stride = {tap: round(PROBE / value.shape[-1]) for tap, value in found.items()}
         return NetworkInfo(name, num_classes, channels, stride)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing the traceback of an operator that refuses its shapes."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def is_adapted(name: str) -> bool:

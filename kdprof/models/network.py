@@ -169,7 +169,7 @@ class SegmentationNetwork(Network):
         on that, whatever the size of the crop.
         """
         position = self.info.stride["head"]
-        if min(crop) < position:
+        if training and min(crop) < position:
             return (
                 f"a crop of {crop[0]}x{crop[1]} is smaller than one position of the head; "
                 f"use at least {position}x{position}"

@@ -12,9 +12,6 @@ from kdprof.models import AnyNetwork, SegmentationNetwork, is_adapted
 from kdprof.models.weights import Weights
 from kdprof.study import StepSettings, Study
 
-SIZES_NAMED = 3
-"""How many problems with image sizes are reported; a data set may have thousands of sizes."""
-
 
 def gpus_problems(gpus: int, device: str, available: int) -> list[str]:
     """Return why a step cannot run on several GPUs.
@@ -91,16 +88,6 @@ def crop_problems(networks: Iterable[AnyNetwork], step: StepSettings) -> list[st
     # Synchronised batch norm sees the images of all devices.
     images = step.batch if step.sync_batchnorm else step.share
     return _distinct(network.check_input(images, step.crop, True) for network in networks)
-
-
-def size_problems(networks: Iterable[AnyNetwork], sizes: Iterable[tuple[int, int]]) -> list[str]:
-    """Return why networks could not be evaluated on images of these sizes (height, width).
-
-    Without this check a run would fail at its first evaluation, hours after the start.
-    """
-    pairs = [(network, size) for network in networks for size in sizes]
-    found = _distinct(net.check_input(1, size, training=False) for net, size in pairs)
-    return found[:SIZES_NAMED]
 
 
 def _distinct(found: Iterable[str | None]) -> list[str]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 from kdprof.data import (
     Augmentation,
     Batches,
     DataOnDisk,
     Decoded,
+    Findings,
+    PairedImages,
     SegmentationData,
     decoded,
     default_folder,
+    examine_files,
+    examine_labels,
     fit_of,
-    fitted_size,
     uses_placeholders,
 )
 from kdprof.data.scenario import Role, Scenario
-from kdprof.evaluate import Views
+from kdprof.evaluate import Views, evaluated_sizes
 from kdprof.progress import Progress
 from kdprof.study import Study
 
@@ -89,9 +93,43 @@ class StudyData:
         return Path(given).expanduser() if given else default_folder()
 
     def evaluated_sizes(self) -> set[tuple[int, int]]:
-        """Return the heights and widths that images are evaluated at, pixels."""
-        data = self.files["val"]
-        return {fitted_size(data.size(index), self.views.fit) for index in range(len(data))}
+        """Return the heights and widths that images are evaluated at, pixels, from their
+        headers."""
+        return evaluated_sizes(self.files["val"], self.views)
+
+    def examine(self) -> Findings:
+        """Return what is degenerate in the labels and images; empty for images that are made.
+
+        It reads every label.
+
+        Raises:
+            UserError: a file cannot be used. It names all such files.
+        """
+        found = Findings()
+        if not isinstance(self.files["train"], PairedImages):
+            return found
+        for role in get_args(Role) if self._scenario else ("student",):
+            of_role, prefix = self._examine(role), f"{role}: " if self._scenario else ""
+            found.problems += [prefix + problem for problem in of_role.problems]
+            found.warnings += [prefix + warning for warning in of_role.warnings]
+        found.warnings += examine_files(
+            data for data in self.files.values() if isinstance(data, PairedImages)
+        )
+        return found
+
+    def _examine(self, role: Role) -> Findings:
+        """Return what is degenerate in the labels that a network learns and is scored on."""
+        shown = {
+            "train": self._view(self._labels("train"), role, training=True).labels_shown,
+            "val": self._view(self._labels("val"), role, training=False).labels_shown,
+        }
+        taught = self._scenario.taught(role) if self._scenario else None
+        return examine_labels(self.class_names(role), shown, taught)
+
+    def _labels(self, split: str) -> SegmentationData:
+        """Return a split whose labels are read without its images where they are not decoded."""
+        kept = self._settings.cache == "disk" or split in self._decoded
+        return self.decoded(split) if kept else self.files[split]
 
     def _few(self, role: Role) -> SegmentationData:
         """Return images of which only a few are decoded, if all would be kept in memory."""

@@ -16,6 +16,7 @@ from kdprof.data.scenario import scenario_of
 from kdprof.discovery import MethodEntry, builtin_methods, find_method
 from kdprof.distributed.ranks import Ranks
 from kdprof.errors import Problems, UserError, unknown
+from kdprof.evaluate import size_problems
 from kdprof.hardware import Hardware, hardware_of
 from kdprof.hardware.device import (
     check_precision,
@@ -124,8 +125,8 @@ class ResolvedStudy:
         """
         step, networks = self.step, (self.student_shapes, self.teacher_shapes)
         Problems(checks.crop_problems(networks, step)).refuse()
-        if not self.data.uses_placeholders and any(net.multiple > 1 for net in networks):
-            Problems(checks.size_problems(networks, self.data.evaluated_sizes())).refuse()
+        if not self.data.uses_placeholders:
+            Problems(size_problems(networks, self.data.evaluated_sizes())).refuse()
         classes = [self.methods[name].cls for name in self.method_names(control=False)]
         found = checks.tap_problems(classes, *networks, step.aux_weight, self.teacher_weights)
         Problems(found).refuse()
@@ -217,6 +218,7 @@ class ResolvedStudy:
             synthetic_size=settings.synthetic_size,
             synthetic_count=count,
             placeholders=True,
+            labels=settings,
         )
 
     @cached_property

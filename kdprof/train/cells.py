@@ -159,6 +159,7 @@ def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
         startup=training.startup,
         gpus=study.step.gpus,
         iterations_done=0,
+        absent_classes=study.evaluation.absent_classes,
         miou=None,
         miou_per_class=None,
         best_miou=None,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kdprof.errors import KdprofError
-from kdprof.store import RunFolder, replace_durably
+from kdprof.store import RunFolder, naming, replace_durably
 
 
 def save(folder: RunFolder, state: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 def _written(path: Path, state: dict[str, Any]) -> Path:
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(temporary), temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())

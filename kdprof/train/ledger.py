@@ -61,7 +61,7 @@ class Ledger:
         kept = []
         for entry in self._entries:
             again = entry.kind == "eval" and entry.iteration not in evaluated
-            lost = entry.iteration > iteration or again
+            lost = (entry.iteration > iteration or again) and entry.kind != "paused"
             kept.append(entry.model_copy(update={"kind": "lost"}) if lost else entry)
         if kept != self._entries:
             self._entries = kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from kdprof.errors import KdprofError
 from kdprof.evaluate import WHOLE, Views, evaluate, mean_iou
 from kdprof.hardware.base import EnergyMeter
 from kdprof.hardware.device import synchronize
+from kdprof.pauses import paused_s, running_s
 from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.resolve import ResolvedStudy
@@ -135,6 +135,7 @@ class TrainingRun:
         self._reached = 0
         """The last stop that was processed, in planned iterations."""
         self._waited_s = 0.0
+        self._paused_s = paused_s()
         self._loggers: list[Logger] = []
         self._stop = StopSignal()
         self._stretch = _Stretch(self.meter)
@@ -255,7 +256,7 @@ class TrainingRun:
         throttle = None if self.pace.is_counted else _Throttle(self.step.device)
         synchronize(self.step.device)
         self._stretch.begin()
-        saved_at = time.perf_counter()
+        saved_at = running_s()
         waiting: list[dict[str, Tensor]] = []
         while not self.pace.reached(stop, self.done):
             position = self.pace.position(self.done)
@@ -266,12 +267,12 @@ class TrainingRun:
                 throttle.wait()
             if self._startup_ends() or len(waiting) == self.settings.log_every:
                 self._book_training(waiting)
-            due = time.perf_counter() - saved_at > self.settings.checkpoint_every_s
+            due = running_s() - saved_at > self.settings.checkpoint_every_s
             if self._stop.raised or (due and not self.pace.reached(stop, self.done)):
                 self._book_training(waiting)
                 self._checkpoint()
                 self._leave_if_asked()
-                saved_at = time.perf_counter()
+                saved_at = running_s()
                 self._stretch.begin()
         self._book_training(waiting)
         self._stretch.pause()
@@ -291,12 +292,19 @@ class TrainingRun:
         seconds, joules = self._stretch.seconds(), self._stretch.joules()
         extra = self._startup_s(seconds, len(waiting))
         self.ledger.book("train", self.done, seconds - extra, joules)
+        self._book_pauses()
         if extra:
             self.ledger.book("startup", self.done, extra)
         self.losses = self._finite(waiting)
         waiting.clear()
         self._log()
         self._stretch.begin()
+
+    def _book_pauses(self) -> None:
+        """Book for how long this process was stopped since the last call: no training time."""
+        before, self._paused_s = self._paused_s, paused_s()
+        if self._paused_s > before:
+            self.ledger.book("paused", self.done, self._paused_s - before)
 
     def _startup_s(self, seconds: float, iterations: int) -> float:
         """Return by how much the first steps of this process exceeded their planned seconds."""
@@ -339,9 +347,10 @@ class TrainingRun:
 
     @contextmanager
     def _booked(self, kind: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = running_s()
         yield
-        self.ledger.book(kind, self.done, time.perf_counter() - began)
+        self.ledger.book(kind, self.done, running_s() - began)
+        self._book_pauses()
 
     def _open_loggers(self) -> None:
         with self._booked("logging"):
@@ -390,6 +399,7 @@ class TrainingRun:
                 autocast=self.step.autocast(),
                 decide=self.step.method.decide if self.step.method.decides() else None,
                 views=validation.views,
+                absent_classes=self.run.absent_classes,
             )
             point = CurvePoint(
                 iteration=self.done,
@@ -451,6 +461,7 @@ class TrainingRun:
                 "logging_s": spent_s["logging"],
                 "data_wait_s": self._waited_s,
                 "lost_s": spent_s["lost"],
+                "paused_s": spent_s["paused"],
                 "flop": each * self.done if each else None,
                 "energy_j": energy_j,
                 "unavailable": unavailable,
@@ -493,13 +504,13 @@ class _Stretch:
 
     def begin(self) -> None:
         self._joules = self.meter.read_j() if self.meter else None
-        self._began = time.perf_counter()
+        self._began = running_s()
 
     def pause(self) -> None:
         self._began, self._joules = None, None
 
     def seconds(self) -> float:
-        return 0.0 if self._began is None else time.perf_counter() - self._began
+        return 0.0 if self._began is None else running_s() - self._began
 
     def joules(self) -> float | None:
         now = self.meter.read_j() if self.meter else None
@@ -533,11 +544,20 @@ def _summary(point: CurvePoint) -> str:
     return f"iteration {point.iteration}: mIoU {100 * point.miou:.2f} %; {losses}"
 
 
+def _over(run: Run) -> str:
+    """Return which classes an mIoU leaves out, for a message."""
+    scored = run.classes_scored()
+    if scored is None or scored[0] == scored[1]:
+        return ""
+    return f" over {scored[0]} of {scored[1]} classes"
+
+
 def outcome(run: Run) -> str:
     """Return the score and the time of a finished run, in one line."""
     drift = run.train_s.drift()
     deviation = "" if drift is None else f" ({drift:+.1%} of plan)"
+    paused = f"; it was stopped for {run.paused_s:.1f} s, off the clock" if run.paused_s else ""
     return (
-        f"mIoU {100 * (run.miou or 0):.2f} % after {run.iterations_done} iterations, "
-        f"{run.train_s.actual:.1f} s{deviation}"
+        f"mIoU {100 * (run.miou or 0):.2f} %{_over(run)} after {run.iterations_done} iterations, "
+        f"{run.train_s.actual:.1f} s{deviation}{paused}"
     )

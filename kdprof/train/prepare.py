@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kdprof.budget import parse_budget
-from kdprof.errors import KdprofError, UserError
+from kdprof.errors import KdprofError, Problems, UserError
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
@@ -35,12 +35,14 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     Only missing Costs are measured, and those that a much shorter training had left less time.
 
     Raises:
-        UserError: a step cannot fit into the device's memory, a logger is not installed, or the
-            folder has runs that were trained under other conditions than this study's.
+        UserError: a step cannot fit into the device's memory, a logger is not installed, nothing
+            can be learned from the data or scored on them, or the folder has runs that were trained
+            under other conditions than this study's.
         KdprofError: the reference or a method that a budget names could not be measured.
     """
     check_loggers(study.training.loggers)
     check_runs(study, store, names)
+    check_content(study, progress)
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
@@ -59,6 +61,21 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     costs |= {cost.method: cost for cost in measured.costs}
     costs = {name: costs[name] for name in wanted if name in costs}
     return Prepared(costs, measured.summary().splitlines())
+
+
+def check_content(study: ResolvedStudy, progress: Progress) -> None:
+    """Say what is degenerate in a study's data, see :mod:`kdprof.data.degenerate`.
+
+    Raises:
+        UserError: nothing can be learned or scored, or files cannot be used. It names every
+            problem.
+    """
+    with progress.task("reading labels", 1) as advance:
+        found = study.data.examine()
+        advance(1)
+    Problems(found.problems).refuse()
+    for warning in dict.fromkeys(found.warnings):
+        progress.say(f"warning: {warning}")
 
 
 def training_plan(study: ResolvedStudy, names: Sequence[str]) -> TrainingPlan | None:

@@ -86,6 +86,7 @@ def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork)
         batch=study.evaluation.batch,
         autocast=autocast(study.device, "fp32"),
         views=study.data.views,
+        absent_classes=study.evaluation.absent_classes,
     )
     run = new_run(study, _cell(study, 0), None)
     scores = {

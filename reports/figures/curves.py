@@ -22,6 +22,7 @@ from kdprof.stats.intervals import mean_interval
 from ..axes import Axis, axis
 from ..results import (
     Results,
+    classes_notes,
     count,
     device_text,
     drifted,
@@ -410,13 +411,14 @@ def notes(results: Results, each: Axis) -> list[str]:
     ]
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clock times cannot be compared.")
+    found += classes_notes(results.finished)
     if off := [run for run in results.finished if drifted(run)]:
         number = f"{len(off)} of {count(len(results.finished), 'run')}"
         found.append(f"Hollow: more than 2 % off the planned wall-clock ({number}; see table.csv).")
     if bad := results.unreliable():
         methods = shortened(sorted({cost.method for cost in bad}))
         found.append(
-            f"{UNRELIABLE}\u00a0planned with an unreliable cost: {methods}; table.md says why."
+            f"{UNRELIABLE}\u00a0planned with an unreliable cost: {methods}; costs.md says why."
         )
     if plain := sorted(
         {run.budget for run in results.finished if not parse_budget(run.budget).is_compute}
