@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kdprof.claims import Claim
 from kdprof.discovery import find_method
@@ -108,7 +109,7 @@ def _check(study: Study, plan: Plan) -> None:
         if claim.axis not in AXES:
             problems.append(f"claim '{claim.text()}': {unknown('axis', claim.axis, AXES)}")
         for name in (claim.first, claim.second):
-            entry = problems.attempt(lambda name=name: find_method(files.get(name, name)), None)
+            entry = problems.attempt(partial(find_method, files.get(name, name)), None)
             if entry is not None and entry.cls.name != name:
                 problems.append(
                     f"claim '{claim.text()}': the method of {name} is called "

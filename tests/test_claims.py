@@ -242,6 +242,24 @@ def write_record_in(store: Store, run: Run) -> None:
     write_record(folder.record, run)
 
 
+REFERENCE = Path(__file__).parent.parent / "reports" / "reference" / "camvid-cpu"
+
+
+def test_the_reference_of_this_repository_is_verified_and_a_digit_of_it_guarded(tmp_path):
+    copy = tmp_path / "camvid-cpu"
+    shutil.copytree(REFERENCE, copy)
+    claims = sorted((copy / "claims").glob("*.json"))
+    assert len(claims) >= 5
+    assert {path.name: verify(path).problems for path in claims} == {p.name: [] for p in claims}
+    run = copy / "runs" / "kd" / "480@cwd" / "0" / "run.json"
+    text = run.read_text()
+    place = text.index('"miou": 0.') + len('"miou": 0.') + 4
+    run.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+    found = verify(copy / "claims" / "none-gt-kd-480@cwd.json").problems
+    assert "runs/kd/480@cwd/0/run.json has changed" in found
+    assert any(problem.startswith("effect.value") for problem in found)
+
+
 # Seeds until decided
 
 

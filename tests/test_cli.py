@@ -20,7 +20,8 @@ from kdprof.study import claim_folder
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = ["", "methods", "measure", "compare", "convert", "plan", "train", "status", "plot",
-            "evaluate", "export", "data", "data check", "demo", "doctor"]  # fmt: skip
+            "claim", "verify", "decide", "evaluate", "export", "data", "data check", "demo",
+            "doctor"]  # fmt: skip
 
 
 def refused(capsys, monkeypatch, *arguments) -> list[str]:
@@ -50,11 +51,11 @@ def test_help_snapshot(command):
 def test_record_keys_snapshot():
     """What others script against."""
     path = SNAPSHOTS / "record-keys.json"
-    from kdprof.records import Cost, CurvePoint, LedgerEntry, Run
+    from kdprof.records import ClaimRecord, Cost, CurvePoint, Decision, LedgerEntry, Run
 
     keys = {
         kind.__name__: sorted(field.alias or name for name, field in kind.model_fields.items())
-        for kind in (Cost, Run, CurvePoint, LedgerEntry)
+        for kind in (Cost, Run, CurvePoint, LedgerEntry, ClaimRecord, Decision)
     }
     if os.environ.get("KDPROF_UPDATE_SNAPSHOTS"):
         path.write_text(json.dumps(keys, indent=2) + "\n")

@@ -47,6 +47,8 @@ def confidence_sequence(
 def fewest_seeds(confidence: float, *, scale: float = EFFECT_SCALE) -> int:
     """Return the smallest number of seeds after which an interval can be finite."""
     count = 2
-    while math.isinf(confidence_sequence(np.arange(float(count)), confidence, scale=scale)[0]):
+    while math.isinf(
+        confidence_sequence(list(map(float, range(count))), confidence, scale=scale)[0]
+    ):
         count += 1
     return count
