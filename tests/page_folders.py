@@ -32,6 +32,7 @@ def a_folder(
     unreliable: Sequence[str] = (),
     drift: float = 0.0,
     energy: bool = False,
+    device: str = DEVICE,
 ) -> Store:
     """Write a simulated study to a folder.
 
@@ -48,7 +49,7 @@ def a_folder(
         off = 1 + drift * (run.seed == setting.seeds - 1)
         changes = {
             "method": named[run.method],
-            "device": DEVICE,
+            "device": device,
             "flop": 1.3e12 * run.iterations_done,
             "energy_j": 600 * run.train_s.actual if energy else None,
             "cost_key": f"key-{run.method}" if costs else None,

@@ -94,6 +94,7 @@ def test_loops_are_timed_after_what_was_queued(tmp_path, monkeypatch):
     assert json.loads(line)["iteration"] == 6 + 3
 
 
+@pytest.mark.slow
 def test_objectives_are_compared(tmp_path):
     done = benchmark(
         "--method", "kd", "--method", "cwd", "--scale", "16", "--out", tmp_path / "found.md"
@@ -122,6 +123,7 @@ def test_a_wrong_oracle_is_not_timed(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_an_oracle_that_needs_too_much_is_compared_at_a_smaller_size(tmp_path):
     """And one that nobody has written is named."""
     methods = ("--method", "kd", "--method", "cwd")

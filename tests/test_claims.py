@@ -389,7 +389,7 @@ def test_decide_ends_with_the_failures_of_the_training(tmp_path):
 @pytest.mark.parametrize("number", [3, 4])
 def test_fewer_seeds_than_can_decide_are_refused(tmp_path, number):
     plan = Plan([parse_claim("cwd > kd @ 2h")], (), 0.95, number)
-    trainer = Trainer(Store(tmp_path), {"cwd": 50.0, "kd": 0.0}, noise=0.1)
+    trainer = Trainer(Store(tmp_path), {"cwd": 30.0, "kd": 0.0}, noise=0.1)
     if number == 4:
         assert decide(a_workflow(tmp_path), plan, trainer)[0][0].outcome == "supported"
         return

@@ -229,6 +229,7 @@ def test_what_is_paid_for_nothing_and_what_waits_is_found(tmp_path):
     assert "1 x per step" in line
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_method(tmp_path):
     """As a user sees it: the process is killed, and started again for the rest; exit code 1. A
     method that leaks is measured, and the next one has a new process."""
@@ -256,6 +257,7 @@ def test_a_crash_costs_one_method(tmp_path):
     assert costs["kd"].ratio.median > 0.5
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
     """Networks, momentum and tensors that other methods need or leave are not in it: a third of
     what a step of these networks holds would be seen."""

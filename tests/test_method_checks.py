@@ -317,6 +317,7 @@ def test_built_in(name, check):
             CHECKS[check](bench(name))
 
 
+@pytest.mark.slow
 def test_in_two_processes(users):
     """All of them in one pair: starting it takes longer than what they do."""
     theirs = ("Good", "Undeclared", "OwnState", "Picky", "PythonRandom")

@@ -166,7 +166,7 @@ def test_a_process_group_meets_where_every_machine_can(monkeypatch):
 
 def test_with_json_standard_output_holds_records_alone(tmp_path):
     code = (
-        "import sys; from kdprof.cli import output; output.keep_for_records(); "
+        "from kdprof.cli import output; kept = output.kept_for_records(); kept.__enter__(); "
         "print('a print of a network'); output.say('[]'); output.console().print('[1]')"
     )
     done = subprocess.run(

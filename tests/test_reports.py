@@ -440,6 +440,7 @@ def test_reports_need_neither_torch_nor_the_engine():
                     "kdprof.errors",
                     "kdprof.budget",
                     "kdprof.claims",
+                    "kdprof.visible",
                     "kdprof.reports.comparison",
                 }
     code = (

@@ -148,6 +148,7 @@ def test_a_stopped_process_does_not_train(tmp_path, enforce):
     assert "it was stopped for" in loop.outcome(run)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_ends_with_the_same_weights(trained, tmp_path):
     """SIGKILL of the real process at growing times; what is left is continued each time."""
     changes, out = {"methods": ["kd"], "evaluation__points": 6}, tmp_path / "out"

@@ -62,6 +62,7 @@ def refusal(*arguments, **keywords) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_entry_of_a_published_file_is_loaded(published):
     network, told = loaded(published)
     for key, value in network.state_dict().items():

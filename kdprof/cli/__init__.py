@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import nullcontext
 
 import click
 
@@ -20,7 +21,7 @@ from kdprof.cli.machine import demo, doctor
 from kdprof.cli.measure import compare, measure
 from kdprof.cli.methods import methods
 from kdprof.cli.networks import evaluate, export
-from kdprof.cli.output import complain, keep_for_records, replace_unknown_characters
+from kdprof.cli.output import complain, kept_for_records, replace_unknown_characters
 from kdprof.cli.report import plot, status
 from kdprof.cli.train import plan, train
 from kdprof.errors import KdprofError
@@ -50,11 +51,16 @@ def main() -> None:
     """Run the command line; every failure is one line unless ``--debug`` asks for more."""
     replace_unknown_characters()
     settle()
-    if "--json" in sys.argv:
-        keep_for_records()
+    with kept_for_records() if "--json" in sys.argv else nullcontext():
+        code = _code()
+    _leave(_flushed(code))
+
+
+def _code() -> int | None:
+    """Return the exit code of the command; every failure is one line."""
     if "--debug" in sys.argv:
         os.environ["KDPROF_DEBUG"] = "1"  # for child processes, too
-        _leave(cli(standalone_mode=False))
+        return cli(standalone_mode=False)
     try:
         code = cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -75,7 +81,7 @@ def main() -> None:
         message = " ".join(str(error).split()) or "no message"
         complain(f"{type(error).__name__}: {message}; run 'kdprof --debug ...' for details")
         code = 1
-    _leave(_flushed(code))
+    return code
 
 
 def _flushed(code: int | None) -> int | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,10 +29,15 @@ _records: TextIO | None = None
 """Where records go while standard output is shared with users' code; None: standard output."""
 
 
-def keep_for_records() -> None:
+@contextmanager
+def kept_for_records() -> Iterator[None]:
     """Keep standard output for what kdprof prints: what users' code prints goes to stderr."""
     global _records
     _records, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _records = _records, None
 
 
 def replace_unknown_characters() -> None:
