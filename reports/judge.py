@@ -7,7 +7,7 @@ intervals cover the truth in simulated studies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -134,10 +134,14 @@ def judge(
     gains = [
         gain(found, method, control, each, confidence=confidence)
         for each in axes
+        if each.name != "samples"
         for control in controls
         for method in results.methods()
         if method != control
     ]
+    if any(each.name == "samples" for each in axes):
+        # A study has one batch size: the same curves in another unit.
+        gains += [replace(one, axis="samples") for one in gains if one.axis == "iterations"]
     pairs = [
         _better_first(found, budget, first, second, confidence)
         for budget in results.budgets()
