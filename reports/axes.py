@@ -21,8 +21,6 @@ class Axis:
 
     name: str
     """As on the command line: ``seconds``."""
-    words: str
-    """In a sentence: ``equal wall-clock``."""
     label: str
     """Of a figure's axis, with the readable unit."""
     unit: float
@@ -30,6 +28,11 @@ class Axis:
     unit_name: str
     quantity: Callable[[Run], float | None]
     """The run's quantity (seconds, FLOP, joules, ...), or None if the record lacks it."""
+
+    @property
+    def compute(self) -> str:
+        """What it measures, in a sentence: ``wall-clock``."""
+        return COMPUTE[self.name]
 
     def of(self, run: Run) -> float | None:
         """Return the run's quantity in the readable unit, or None if the record lacks it."""
@@ -41,8 +44,18 @@ class Axis:
         return f"{figures(value / self.unit)} {self.unit_name}".strip()
 
 
-AXES = ("seconds", "gpu-hours", "flop", "joules", "samples", "iterations")
-"""Names on the command line."""
+COMPUTE = {
+    "seconds": "wall-clock",
+    "gpu-hours": "device time",
+    "flop": "FLOP",
+    "joules": "energy",
+    "samples": "samples",
+    "iterations": "iterations",
+}
+"""What each axis measures, in a sentence, by its name on the command line."""
+AXES = tuple(COMPUTE)
+ORDERED_BY = "iterations"
+"""The axis at which papers compare: rank flips are searched between it and every other."""
 
 
 def axis(results: Results, name: str) -> Axis:
@@ -76,7 +89,7 @@ def _seconds(results: Results) -> Axis:
     unit, short, _ = _time_unit(max(run.train_s.actual for run in results.finished))
     where = " on a CPU" if all(is_cpu(run.device) for run in results.finished) else ""
     label = f"training wall-clock{where} ({short})"
-    return Axis("seconds", "equal wall-clock", label, unit, short, lambda run: run.train_s.actual)
+    return Axis("seconds", label, unit, short, lambda run: run.train_s.actual)
 
 
 def _gpu_hours(results: Results) -> Axis:
@@ -87,19 +100,19 @@ def _gpu_hours(results: Results) -> Axis:
     kinds = "/".join(sorted({"CPU" if is_cpu(run.device) else "GPU" for run in results.finished}))
     name = f"{kinds}-{long}"
     label = f"training compute ({name})"
-    return Axis("gpu-hours", "equal device time", label, unit, name, device_seconds)
+    return Axis("gpu-hours", label, unit, name, device_seconds)
 
 
 def _flop(results: Results) -> Axis:
     unit, prefix = _prefix("flop", [run.flop for run in results.finished], results)
     label = f"training compute ({prefix}FLOP; 1 multiply-add = 2 FLOP)"
-    return Axis("flop", "equal FLOP", label, unit, f"{prefix}FLOP", lambda run: run.flop)
+    return Axis("flop", label, unit, f"{prefix}FLOP", lambda run: run.flop)
 
 
 def _joules(results: Results) -> Axis:
     unit, prefix = _prefix("energy_j", [run.energy_j for run in results.finished], results)
     label = f"training energy ({prefix}J)"
-    return Axis("joules", "equal energy", label, unit, f"{prefix}J", lambda run: run.energy_j)
+    return Axis("joules", label, unit, f"{prefix}J", lambda run: run.energy_j)
 
 
 def _prefix(field: str, values: list[float | None], results: Results) -> tuple[float, str]:
@@ -116,17 +129,13 @@ def _samples(results: Results) -> Axis:
         raise UserError("study.toml has no batch, so samples are not known; use iterations")
     unit, name = _thousands(max(run.iterations_done for run in results.finished) * batch, "images")
     label = f"training images seen ({name})" if unit > 1 else "training images seen"
-    return Axis(
-        "samples", "equal samples", label, unit, name, lambda run: run.iterations_done * batch
-    )
+    return Axis("samples", label, unit, name, lambda run: run.iterations_done * batch)
 
 
 def _iterations(results: Results) -> Axis:
     unit, name = _thousands(max(run.iterations_done for run in results.finished), "iterations")
     label = "iterations (thousand)" if unit > 1 else "iterations"
-    return Axis(
-        "iterations", "equal iterations", label, unit, name, lambda run: run.iterations_done
-    )
+    return Axis("iterations", label, unit, name, lambda run: run.iterations_done)
 
 
 def _thousands(most: float, noun: str) -> tuple[float, str]:

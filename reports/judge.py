@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -27,7 +28,7 @@ from kdprof.stats.seeds import (
     tukey_factor,
 )
 
-from .axes import Axis, available
+from .axes import ORDERED_BY, Axis, available
 from .results import Results, classes_notes, decision_note, final_miou, shortened
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 from .verdict_text import sentences
@@ -37,8 +38,6 @@ SAME_COMPUTE = 1e-6
 """Budgets whose log compute differs less are at one amount."""
 EXACT_AXES = ("iterations", "samples", "flop")
 """Axes on which the cost of a step is known without error."""
-ORDERED_BY = "iterations"
-"""Rank flips are searched between this axis, at which papers compare, and every other."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,20 @@ class Evidence:
         are not pooled."""
         if self.pooled is not None:
             return self.pooled
-        both = {cell: found for cell, found in self.scores.items() if cell[0] in (first, second)}
-        return fit(both, pool_budgets=False)
+        pair = frozenset((first, second))
+        if pair not in self._of_pairs:
+            both = {cell: found for cell, found in self.scores.items() if cell[0] in pair}
+            self._of_pairs[pair] = fit(both, pool_budgets=False)
+        return self._of_pairs[pair]
+
+    @cached_property
+    def of_all(self) -> SeedModel:
+        """The model of all methods, each with its own variance if they are not pooled."""
+        return self.pooled or fit_separately(self.scores)
+
+    @cached_property
+    def _of_pairs(self) -> dict[frozenset[str], SeedModel]:
+        return {}  # every axis and budget asks for the same pairs
 
     def curve(self, method: str, axis: Axis) -> Curve:
         """Return a method's budgets on an axis, at the mean compute of their runs.
@@ -177,17 +188,13 @@ def _controls(methods: list[str], versus: Sequence[str]) -> list[str]:
 
 def _ranked(found: Evidence, budget: str) -> list[str]:
     """Return the methods of a budget, the best mean, adjusted for seeds, first."""
-    model = _model_of_all(found)
+    model = found.of_all
     means = {
         method: float(mean)
         for (method, own), mean in zip(model.cells, model.means, strict=True)
         if own == budget
     }
     return sorted(means, key=lambda method: (-means[method], method))
-
-
-def _model_of_all(found: Evidence) -> SeedModel:
-    return found.pooled or fit_separately(found.scores)
 
 
 # Gain
@@ -324,7 +331,7 @@ def _simultaneous(found: Evidence, budget: str, freedom: float, confidence: floa
 
 def _draws(found: Evidence, rng: np.random.Generator) -> tuple[SeedModel, np.ndarray] | None:
     """Return a model of all cells and draws of their true means; None if one seed is all."""
-    model = _model_of_all(found)
+    model = found.of_all
     if min(model.freedom.values()) < 1:
         return None
     return model, model.draws(rng)
@@ -357,7 +364,7 @@ def _standing(found: Evidence, axis: Axis) -> Standing | None:
     at = min(curve.logs[-1] for curve in curves.values())
     if at < max(curve.logs[0] for curve in curves.values()):
         return None
-    model = _model_of_all(found)
+    model = found.of_all
     scores = {
         method: float(curve.weights(at) @ model.means[[model.cells.index(c) for c in curve.cells]])
         for method, curve in curves.items()

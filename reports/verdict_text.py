@@ -12,7 +12,7 @@ from rich.console import Console
 from kdprof.budget import parse_budget
 from kdprof.store import Store, write_together
 
-from .axes import Axis, available, axis
+from .axes import COMPUTE, ORDERED_BY, Axis, available, axis
 from .results import Results, count, shortened
 from .text import MISSING, Grid, markdown_text, print_notes
 from .verdict import Flip, Gain, Pair, Standing, Verdict
@@ -21,13 +21,6 @@ NAMED_METHODS = 4
 """The sentences name at most this many methods."""
 SURE = 0.95
 """A flip with at least this probability is called one."""
-_COMPUTE = {
-    "seconds": "wall-clock",
-    "flop": "FLOP",
-    "joules": "energy",
-    "samples": "samples",
-    "iterations": "iterations",
-}
 
 
 def sentences(
@@ -56,13 +49,13 @@ def sentences(
 def _gain_sentence(
     results: Results, gains: Sequence[Gain], chosen: str, controls: Sequence[str]
 ) -> str:
-    name = chosen if chosen in _COMPUTE else "seconds"
+    name = "seconds" if chosen == "gpu-hours" else chosen
     own = [gain for gain in gains if gain.axis == name]
     for control in controls:
         known = [g for g in own if g.versus == control and g.value is not None]
         if known:
             known.sort(key=lambda g: 1 / (g.value or 1))
-            first = f"{_need(known[0])} of {control}'s {_COMPUTE[name]} for the same mIoU"
+            first = f"{_need(known[0])} of {control}'s {COMPUTE[name]} for the same mIoU"
             rest = [f"{g.method} {need_text(g)}{_sure(g)}" for g in known[1:NAMED_METHODS]]
             more = len(known) - NAMED_METHODS
             rest += [f"{more} more methods in verdict.md"] if more > 0 else []
@@ -76,7 +69,7 @@ def _gain_sentence(
             f"'kdprof train --budget {half}' with the same --out."
         )
     return (
-        f"No compute-equivalent gain in {_COMPUTE[name]}: "
+        f"No compute-equivalent gain in {COMPUTE[name]}: "
         + (own[0].reason if own else "the runs have no comparable amount of it")
         + "."
     )
@@ -183,13 +176,13 @@ def _flip_sentence(flips: Sequence[Flip], axes: Sequence[str]) -> str:
     Args:
         axes: those on which all methods can be ranked.
     """
-    others = [axis for axis in axes if axis not in ("iterations", "samples")]
-    if "iterations" not in axes or not others:
+    others = [axis for axis in axes if axis not in (ORDERED_BY, "samples")]
+    if ORDERED_BY not in axes or not others:
         return (
             "Ranks at equal iterations and at equal compute: no amounts that all methods reached."
         )
     other = "seconds" if "seconds" in others else others[0]
-    between = f"between equal iterations and equal {_COMPUTE[other]}"
+    between = f"between equal iterations and equal {COMPUTE[other]}"
     own = [flip for flip in flips if flip.axes[1] == other]
     if sure := [flip for flip in own if (flip.probability or 0) >= SURE]:
         return f"Rank flips {between}: {shortened([_flip_text(flip) for flip in sure])}."
@@ -254,7 +247,7 @@ def _gain_grids(verdict: Verdict, each: Axis) -> list[Grid]:
     header = ("method", "gain", "needs", "P(gain > 1)", "seeds", "note")
     return [
         Grid(
-            f"Compute-equivalent gain over {control}, {_COMPUTE[each.name]}",
+            f"Compute-equivalent gain over {control}, {COMPUTE[each.name]}",
             header,
             [_gain_cells(gain) for gain in own if gain.versus == control],
             words=("note",),
@@ -276,7 +269,7 @@ def _flip_grid(results: Results, verdict: Verdict) -> Grid:
         [
             flip.first,
             flip.second,
-            _COMPUTE[flip.axes[1]],
+            COMPUTE[flip.axes[1]],
             f"{flip.differences[0]:+.2f}",
             f"{flip.differences[1]:+.2f}",
             MISSING if flip.probability is None else probability_text(flip.probability),
@@ -284,7 +277,7 @@ def _flip_grid(results: Results, verdict: Verdict) -> Grid:
         for flip in verdict.flips
     ]
     at = {s.axis: axis(results, s.axis).text(s.at) for s in verdict.standings}
-    where = ", ".join(f"{_COMPUTE[name]} {text}" for name, text in at.items())
+    where = ", ".join(f"{COMPUTE[name]} {text}" for name, text in at.items())
     return Grid(f"Rank flips, read off the curves at {where}", header, rows, words=header[1:3])
 
 

@@ -536,3 +536,12 @@ def test_schedules_are_drawn_longest_first_with_forecasts_hollow():
         assert [line.get_markerfacecolor() == "white" for line in marks].count(True) == 2
     with pytest.raises(UserError, match="no published schedule"):
         schedules.draw(found[-1:], [], looks(SIX))
+
+
+@pytest.mark.parametrize("option", ["--method", "--versus"])
+def test_a_wrong_name_leaves_no_file(tmp_path, option):
+    store = a_store(tmp_path, matrix(), [a_cost("kd")])
+    done = CliRunner().invoke(cli, ["plot", "--out", str(store.root), option, "kdd"])
+    assert getattr(done.exception, "exit_code", done.exit_code) == 2
+    assert "did you mean 'kd'" in str(done.exception)
+    assert not store.reports.exists()

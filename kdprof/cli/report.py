@@ -86,23 +86,15 @@ def plot(
     figure_files: FigureOptions,
 ) -> None:
     """Say what each method buys; write figures, tables, the verdict and a page."""
-    from kdprof.reports import costs, page, table, verdict_text
-    from kdprof.reports.figures.files import render
-    from kdprof.reports.judge import judge
-    from kdprof.reports.results import collect
+    from kdprof.reports.plot import write_all
+    from kdprof.reports.verdict_text import print_sentences
     from kdprof.store import Store
 
     store = Store(out)
     store.require()
-    made = costs.render(store)
-    if made and not store.runs():
+    paths, verdict = write_all(store, x=x, versus=versus, methods=methods, **figure_files.given())
+    if verdict is None:
         say("no run is trained yet; plotting the costs only")
-        verdict = None
-    else:
-        results = collect(store)
-        verdict = judge(results, versus, axis=x)
-        made = [*table.render(store), *verdict_text.render(store, results, verdict), *made]
-    figures = render(store, verdict, x=x, methods=methods, **figure_files.given())
-    name_files([*figures, *made, page.render(store, verdict, x)])
+    name_files(paths)
     if verdict is not None:
-        verdict_text.print_sentences(verdict, stdout())
+        print_sentences(verdict, stdout())

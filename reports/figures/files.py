@@ -13,7 +13,7 @@ from kdprof.errors import UserError, unknown
 from kdprof.records import Cost
 from kdprof.store import Store
 
-from ..axes import axis
+from ..axes import ORDERED_BY, axis
 from ..results import Results, collect
 from ..verdict import Verdict
 from . import cost_bars, curves, flips, gains, memory_bars, schedules
@@ -22,9 +22,6 @@ from .sheet import FORMATS, PAGE, check, save
 
 if TYPE_CHECKING:
     from kdprof.published import ConvertedSchedule
-
-ORDERED_BY = "iterations"
-"""The left end of the rank flips: what papers compare at."""
 
 
 def render(

@@ -158,7 +158,7 @@ def _labels(
 def _heading(sheet: Sheet, each: Axis, standing: Standing, x: float, sign: int) -> None:
     """Write above an end of the lines what is equal there; from the edge of the sheet if there is
     no room on the outside of the end."""
-    words, amount = each.words, f"at {each.text(standing.at)}"
+    words, amount = f"equal {each.compute}", f"at {each.text(standing.at)}"
     wide = max(text_width(words), text_width(amount, NOTE_POINTS))
     outside = x if sign < 0 else sheet.width - x
     fits = wide + MARGIN <= outside

@@ -14,7 +14,7 @@ from ..text import MISSING
 from ..verdict import Gain
 from ..verdict_text import gain_text, probability_text
 from .looks import INK, NOTE_POINTS, RULE, Look, styled
-from .rows import Labels, row_height, rows_panel
+from .rows import HEAD, Labels, row_height, rows_panel, write_columns
 from .sheet import (
     MARGIN,
     PAGE,
@@ -29,7 +29,7 @@ from .sheet import (
     wrapped,
 )
 
-HEAD, X_AXIS = 4.5, 9.5
+X_AXIS = 9.5
 """Above and below the rows of one control, mm."""
 ARROW = 2.0
 """Between the panel and the columns at its right, mm."""
@@ -76,17 +76,13 @@ def draw(
         for (control, rows), names, tall in zip(sections.items(), labels, talls, strict=True):
             panel = rows_panel(sheet, left, top, wide, len(rows))
             Labels(names.texts, left).write(sheet, top, row_height(len(rows)), looks)
-            _axis(panel, limits, f"gain over {control}, {_what(each)}")
+            _axis(panel, limits, f"gain over {control}, {each.compute}")
             for row, gain in enumerate(rows):
                 _row(panel, row, gain, looks[gain.method], limits)
-            _texts(sheet, rows, columns, top, left + wide + ARROW)
+            write_columns(sheet, columns, list(map(_cells, rows)), top, left + wide + ARROW)
             top += tall + X_AXIS + HEAD
         sheet.notes(footer)
     return sheet.figure
-
-
-def _what(each: Axis) -> str:
-    return each.words.removeprefix("equal ")
 
 
 def _order(gain: Gain) -> tuple[float, str]:
@@ -104,22 +100,9 @@ def _columns(gains: Iterable[Gain], long: bool) -> dict[str, float]:
     }
 
 
-def _texts(
-    sheet: Sheet, rows: Sequence[Gain], columns: Mapping[str, float], top: float, left: float
-) -> None:
-    cells = {
-        "gain": gain_text,
-        "P": _probability,
-        "P(gain > 1)": _probability,
-        "seeds": lambda gain: str(gain.seeds),
-    }
-    right = left
-    for name, width in columns.items():
-        right += width
-        sheet.text(right, top - HEAD / 2, name, ha="right", colour=INK, points=NOTE_POINTS)
-        for row, gain in enumerate(rows):
-            y = top + (row + 0.5) * row_height(len(rows))
-            sheet.text(right, y, cells[name](gain), ha="right")
+def _cells(gain: Gain) -> dict[str, str]:
+    chance = _probability(gain)
+    return {"gain": gain_text(gain), "P": chance, "P(gain > 1)": chance, "seeds": str(gain.seeds)}
 
 
 def _probability(gain: Gain) -> str:
@@ -172,7 +155,7 @@ def _row(panel: Axes, row: int, gain: Gain, look: Look, limits: tuple[float, flo
 
 def _notes(gains: Sequence[Gain], each: Axis) -> list[str]:
     found = [
-        f"Gain: how many times the method's {_what(each)} the control needs for the same mIoU; "
+        f"Gain: how many times the method's {each.compute} the control needs for the same mIoU; "
         "right of 1 the method saves."
     ]
     if any(gain.probability is not None for gain in gains):

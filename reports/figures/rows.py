@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from kdprof.records import Cost
 
 from ..text import flagged
-from .looks import Look
+from .looks import INK, NOTE_POINTS, Look
 from .sheet import (
     MARGIN,
     SPACE,
@@ -22,6 +22,9 @@ from .sheet import (
     width_of,
     without_crowding,
 )
+
+HEAD = 4.5
+"""Height of the names of the columns beside the rows, mm."""
 
 TALL, ROW, FEW = 4.6, 3.5, 8
 """Height of a row, mm, up to a few rows and above."""
@@ -73,6 +76,23 @@ def rows_panel(sheet: Sheet, left: float, top: float, width: float, rows: int) -
     panel.spines["left"].set_visible(False)
     panel.set_axisbelow(True)
     return panel
+
+
+def write_columns(
+    sheet: Sheet,
+    widths: Mapping[str, float],
+    rows: Sequence[Mapping[str, str]],
+    top: float,
+    left: float,
+) -> None:
+    """Write columns of text right of a panel, each under its name; a row has a text by name."""
+    right = left
+    for name, width in widths.items():
+        right += width
+        sheet.text(right, top - HEAD / 2, name, ha="right", colour=INK, points=NOTE_POINTS)
+        for number, row in enumerate(rows):
+            y = top + (number + 0.5) * row_height(len(rows))
+            sheet.text(right, y, row[name], ha="right")
 
 
 def write_ends(panel: Axes, ends: Sequence[float], texts: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from kdprof.records import Cost
 
 from ..published import FORECAST, notes, schedule_text
 from ..text import MISSING, duration, flagged
-from .looks import INK, NOTE_POINTS, RULE, Look, styled
-from .rows import Labels, row_height, rows_panel
+from .looks import NOTE_POINTS, RULE, Look, styled
+from .rows import HEAD, Labels, row_height, rows_panel, write_columns
 from .sheet import (
     LOG_ABOVE,
     MARGIN,
@@ -32,7 +32,7 @@ from .sheet import (
 if TYPE_CHECKING:
     from kdprof.published import ConvertedSchedule
 
-HEAD, GAP, X_AXIS = 4.5, 2.5, 9.5
+GAP, X_AXIS = 2.5, 9.5
 """Above a data set, below it, and below the last one, mm."""
 Sections = dict[str | None, list["ConvertedSchedule"]]
 
@@ -82,7 +82,7 @@ def draw(
                 panel.tick_params(labelbottom=False)
             else:
                 label_x(panel, "device time (h)")
-            _texts(sheet, rows, columns, top, left + room)
+            write_columns(sheet, columns, list(map(_cells, rows)), top, left + room)
             top += talls[name] + HEAD + GAP
         sheet.notes(footer)
     return sheet.figure
@@ -138,22 +138,6 @@ def _columns(found: Sequence[ConvertedSchedule], wide: bool) -> dict[str, float]
         name: max(width, text_width(name, NOTE_POINTS)) + 1.5 * SPACE
         for name, width in widths.items()
     }
-
-
-def _texts(
-    sheet: Sheet,
-    rows: Sequence[ConvertedSchedule],
-    columns: Mapping[str, float],
-    top: float,
-    left: float,
-) -> None:
-    right = left
-    for name, width in columns.items():
-        right += width
-        sheet.text(right, top - HEAD / 2, name, ha="right", colour=INK, points=NOTE_POINTS)
-        for row, one in enumerate(rows):
-            y = top + (row + 0.5) * row_height(len(rows))
-            sheet.text(right, y, _cells(one)[name], ha="right")
 
 
 def _notes(converted: Sequence[ConvertedSchedule], costs: Sequence[Cost]) -> list[str]:

@@ -30,7 +30,7 @@ def curve_section(content: Content) -> Section | None:
     for axis in content.axes:
         lines = _lines(results, axis, rows)
         chart = charts.curves(lines, content.looks, miou, axis.label)
-        panels[axis.name] = (axis.words, tag("figure", chart))
+        panels[axis.name] = (f"equal {axis.compute}", tag("figure", chart))
     best = results.budgets()[-1]
     order = sorted(
         results.methods(), key=lambda method: _key_order(rows.get((method, best)), method)

@@ -24,7 +24,7 @@ def gain_section(content: Content) -> Section | None:
     for axis in content.axes:
         own = [gain for gain in verdict.gains if gain.axis == axis.name]
         if any(gain.value is not None for gain in own):
-            panels[axis.name] = (axis.words, _forests(own, content))
+            panels[axis.name] = (f"equal {axis.compute}", _forests(own, content))
     lead = tag(
         "p",
         "How many times the method's compute the control needs for the same mIoU: above 1 the "
@@ -88,7 +88,10 @@ def flip_section(content: Content) -> Section | None:
     if not pairs or len(results.methods()) < 2:
         return None
     panels = {
-        axes[1]: (axis_named(results, axes[1]).words, _slopes(content, axes, results, verdict))
+        axes[1]: (
+            f"equal {axis_named(results, axes[1]).compute}",
+            _slopes(content, axes, results, verdict),
+        )
         for axes in pairs
         if axes[0] in standings and axes[1] in standings
     }
@@ -123,7 +126,7 @@ def _slopes(content: Content, axes: tuple[str, str], results: Results, verdict: 
         for place, method in enumerate(both)
     ]
     named = [(axis_named(results, name), standings[name].at) for name in axes]
-    titles = [f"{axis.words}: {amount(axis, at)}" for axis, at in named]
+    titles = [f"equal {axis.compute}: {amount(axis, at)}" for axis, at in named]
     return tag("figure", charts.slopes(rows, content.looks, (titles[0], titles[1])),
                data_also=exact(left.at, right.at))  # fmt: skip
 
@@ -145,7 +148,7 @@ def _flip_table(flips: Sequence[Flip], results: Results) -> Markup:
             [
                 Cell(flip.first),
                 Cell(flip.second),
-                Cell(axis_named(results, flip.axes[1]).words.removeprefix("equal ")),
+                Cell(axis_named(results, flip.axes[1]).compute),
                 *(signed(difference) for difference in flip.differences),
                 chance(flip.probability),
             ]
