@@ -6,8 +6,9 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 from kdprof.errors import UserError, unknown
 from kdprof.method import Method
-from kdprof.user_files import import_file
+from kdprof.user_files import following, import_file, sources_of
+
+BUILT_IN = "built-in"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,41 @@ class MethodEntry:
     cls: type[Method]
     origin: str
     """``built-in``, the value of an entry point (``package:Class``), or the path of a file."""
-    source_sha256: str = field(repr=False, default="")
+
+    @property
+    def is_builtin(self) -> bool:
+        """True if it is one of kdprof's own."""
+        return self.origin == BUILT_IN
+
+    def create(self, settings: Mapping[str, Any]) -> Method:
+        """Return a method with these settings; what a user's reads meanwhile is noted.
+
+        Raises:
+            UserError: a setting does not exist or has a wrong value.
+        """
+        with self.followed():
+            return self.cls(**settings)
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Note the files that a user's method opens in this context, as its sources."""
+        with nullcontext() if self.is_builtin else following(self._file):
+            yield
+
+    def sources(self) -> dict[str, str]:
+        """Return the hashes of the files that it depends on, by name.
+
+        Built-in methods share modules, so all their files are one entry.
+        """
+        if self.is_builtin:
+            return {BUILT_IN: f"sha256:{source_hash(self._file.parent, ('*.py',))[:16]}"}
+        return sources_of(sys.modules[self.cls.__module__])
+
+    @property
+    def _file(self) -> Path:
+        file = sys.modules[self.cls.__module__].__file__
+        assert file is not None, "a class of a file"
+        return Path(file)
 
 
 def method_modules() -> list[str]:
@@ -41,7 +78,7 @@ def builtin_methods() -> Mapping[str, MethodEntry]:
     name."""
     found: dict[str, MethodEntry] = {}
     for module in method_modules():
-        for method in _methods_in(importlib.import_module(f"kdprof.methods.{module}"), "built-in"):
+        for method in _methods_in(importlib.import_module(f"kdprof.methods.{module}"), BUILT_IN):
             found[method.cls.name] = method
     for point in entry_points(group="kdprof.methods"):
         cls = point.load()
@@ -50,7 +87,7 @@ def builtin_methods() -> Mapping[str, MethodEntry]:
                 f"the installed method '{cls.name}' ({point.value}) has the same name as "
                 "another; change its class attribute 'name'"
             )
-        found[cls.name] = MethodEntry(cls, point.value, _source_hash(sys.modules[cls.__module__]))
+        found[cls.name] = MethodEntry(cls, point.value)
     return MappingProxyType(found)
 
 
@@ -77,17 +114,7 @@ def _methods_in(module: Any, origin: str) -> list[MethodEntry]:
         and issubclass(value, Method)
         and value.__module__ == module.__name__
     ]
-    return [MethodEntry(cls, origin, _source_hash(module)) for cls in classes]
-
-
-def _source_hash(module: Any) -> str:
-    """Return the hash of a method's code.
-
-    Built-in methods share modules, so all their files are hashed; for any other method, its file.
-    """
-    path = Path(module.__file__)
-    builtin = module.__name__.startswith("kdprof.methods.")
-    return source_hash(path.parent, ("*.py",) if builtin else (path.name,))
+    return [MethodEntry(cls, origin) for cls in classes]
 
 
 @functools.cache

@@ -365,7 +365,7 @@ def run_label(kind: RunKind, method: str, budget: str, seed: int) -> str:
 class Run(Record):
     """One training."""
 
-    schema_version: Literal[4] = Field(default=4, alias="schema")
+    schema_version: Literal[5] = Field(default=5, alias="schema")
     kind: RunKind = "run"
     method: MethodName
     """The method of a run or trunk; for the teacher, the method that it is trained with."""
@@ -420,6 +420,9 @@ class Run(Record):
     """Energy of the training alone, from the devices' counters."""
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
+    identity: dict[str, str] | None = None
+    """What its weights and scores depend on beyond the folder's study, by name; None in records of
+    schema 4 and older."""
     finished: bool
     failure: Failure | None = None
     unavailable: dict[str, str] = {}
@@ -452,13 +455,11 @@ class Run(Record):
     @model_validator(mode="before")
     @classmethod
     def _from_older_schemas(cls, values: Any) -> Any:
-        """Read a record of schema 3, without ``absent_classes``, or 2, in which ``teacher`` was a
-        method and ``trunk`` a budget."""
-        if isinstance(values, dict) and values.get("schema") == 3:
-            return dict(values, schema=4)
-        if not isinstance(values, dict) or values.get("schema") != 2:
+        """Read a record of schema 4, without ``identity``, of 3, without ``absent_classes``, or of
+        2, in which ``teacher`` was a method and ``trunk`` a budget."""
+        if not isinstance(values, dict) or values.get("schema") not in (2, 3, 4):
             return values
-        values = dict(values, schema=4)
+        values = dict(values, schema=5)
         if "beside" in values:
             values["concurrent_runs"] = values.pop("beside")
         if values.get("method") == "teacher" and values.get("cost_key") is None:

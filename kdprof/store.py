@@ -117,6 +117,12 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def short_hash(content: bytes | str) -> str:
+    """Return a hash as identities write it: ``sha256:`` and 16 digits."""
+    content = content if isinstance(content, bytes) else content.encode()
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace ``path`` by ``data`` so that a crash leaves either the old file or the new one."""
     write_together({path: data})

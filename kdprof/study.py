@@ -333,14 +333,34 @@ class Study(Section):
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
 
     def comparable(self) -> dict[str, Any]:
-        """Return the settings that must be equal for two results to be in one comparison."""
+        """Return the settings that must be equal for two results to be in one comparison.
+
+        Of files and folders only their kind is among them: where they lie changes no result, and
+        what is in them is compared by :mod:`kdprof.resolve.identity`.
+        """
         excluded = {"methods", "method_settings", "budgets", "seeds", "device", "measure"}
         exclude: dict[str, IncEx | bool] = {
             **dict.fromkeys(excluded, True),
-            "data_settings": {"cache_folder"},
-            "training": {"loggers"},
+            "data_settings": {"cache", "cache_folder", "workers"},
+            "training": {"loggers", "log_every", "checkpoint_every_s"},
         }
-        return self.model_dump(mode="json", exclude=exclude)
+        found = self.model_dump(mode="json", exclude=exclude)
+        found["data"] = self.data.partition(":")[0]
+        for network in ("student", "teacher"):
+            found[network] = _without_folder(found[network])
+            backbone = f"{network}_backbone_weights"
+            found[backbone] = "a file" if _is_path(found[backbone]) else found[backbone]
+        found["teacher_weights"] = "a file" if self.teacher_weights is not None else None
+        return found
+
+
+def _is_path(weights: str) -> bool:
+    return "/" in weights or bool(Path(weights).suffix)
+
+
+def _without_folder(network: str) -> str:
+    """Return a network's name; of a user's, the name of its file and the function."""
+    return Path(network).name if ".py:" in network else network
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

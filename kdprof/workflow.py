@@ -111,7 +111,7 @@ class Workflow:
         from kdprof.measure import measure
         from kdprof.measure.profiles import check_files
         from kdprof.records import REFERENCE
-        from kdprof.resolve.cost_key import cost_key
+        from kdprof.resolve.identity import cost_key
 
         resolved = self.resolved(weights=False)
         check_files(files, resolved.device)

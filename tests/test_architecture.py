@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "study": {"budget", "errors", "store"},
     "pauses": {"errors"},
     "processes": {"errors", "store"},
-    "user_files": {"errors"},
+    "user_files": {"errors", "store"},
     "method": {"errors", "records"},
     "discovery": {"errors", "method", "user_files"},
     "resized": {"hardware", "method"},
@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
-        "method", "models", "progress", "records", "step", "study",
+        "method", "models", "progress", "records", "step", "store", "study", "user_files",
     },
     "measure": {
         "data", "distributed", "errors", "hardware", "method", "models", "pauses", "processes",

@@ -25,7 +25,7 @@ from kdprof.launch.slurm import _without_device
 from kdprof.measure.user_step import measure_steps
 from kdprof.processes import explain
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.cost_key import cost_settings
+from kdprof.resolve.identity import cost_settings
 from kdprof.step import PHASES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

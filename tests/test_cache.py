@@ -25,7 +25,7 @@ from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.cost_key import cost_key
+from kdprof.resolve.identity import cost_key
 from kdprof.study import load_study
 
 SILENT = Progress(None)

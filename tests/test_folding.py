@@ -15,7 +15,7 @@ from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded, fused
 from kdprof.models.fused import FusedBlock, FusedConvolution
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.cost_key import cost_key
+from kdprof.resolve.identity import cost_key
 
 aten = torch.ops.aten
 LOOK = torch.randint(0, 256, (2, 3, 72, 96), generator=torch.Generator().manual_seed(3))

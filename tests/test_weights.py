@@ -15,7 +15,7 @@ from kdprof.models import SegmentationNetwork, build, parse_name
 from kdprof.models.export import export
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.cost_key import cost_key, cost_settings
+from kdprof.resolve.identity import cost_key, cost_settings
 from kdprof.store import Store
 from kdprof.study import load_study
 from kdprof.train import checkpoint

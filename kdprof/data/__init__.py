@@ -7,6 +7,7 @@ from kdprof.data.augment import Augmentation, fitted_size
 from kdprof.data.base import DataOnDisk, SegmentationData
 from kdprof.data.batches import ENDLESS, PREFETCHED, Batches, evaluation_batches
 from kdprof.data.cache import decoded, default_folder
+from kdprof.data.content import content_of, file_sizes
 from kdprof.data.dataset import fit_of, open_data, require_files, title_of, uses_placeholders
 from kdprof.data.decoded import Decoded
 from kdprof.data.degenerate import Findings, examine_files, examine_labels
@@ -24,11 +25,13 @@ __all__ = [
     "Findings",
     "PairedImages",
     "SegmentationData",
+    "content_of",
     "decoded",
     "default_folder",
     "evaluation_batches",
     "examine_files",
     "examine_labels",
+    "file_sizes",
     "fit_of",
     "fitted_size",
     "open_data",

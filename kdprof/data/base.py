@@ -101,4 +101,4 @@ class DataOnDisk(SegmentationData):
     @abstractmethod
     def identity(self) -> list[Any]:
         """Return what the content depends on, in types of JSON, such as the files with their sizes
-        and times of modification."""
+        and times."""

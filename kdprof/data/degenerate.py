@@ -5,7 +5,6 @@ Every finding is a sentence. Problems are refused before training, warnings are 
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdprof.data.content import digest
 from kdprof.data.files import PairedImages
 from kdprof.errors import UserError
 
@@ -152,21 +152,13 @@ def _same_content(images: Sequence[_Place]) -> list[list[_Place]]:
     equal: dict[str, list[_Place]] = defaultdict(list)
     for group in sizes.values():
         for place in group if len(group) > 1 else ():
-            equal[_digest(place[1])].append(place)
+            equal[digest(place[1])].append(place)
     return [group for group in equal.values() if len(group) > 1]
 
 
 def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; replace it") from None
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; replace it") from None
 

@@ -143,9 +143,13 @@ class PairedImages(DataOnDisk):
         return _header(self.pairs[index][0])
 
     def identity(self) -> list[Any]:
-        """Return the files with their sizes and times of modification, and what labels mean."""
+        """Return the files with their sizes and times, and what labels mean."""
         paths = [path.absolute() for pair in self.pairs for path in pair]
-        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        stats = [path.stat() for path in paths]
+        files = [
+            [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            for path, status in zip(paths, stats, strict=True)
+        ]
         return [*files, self.pixels.identity()]
 
 

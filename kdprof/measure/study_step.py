@@ -25,7 +25,7 @@ from kdprof.models import AnyNetwork
 from kdprof.records import REFERENCE, Cost
 from kdprof.resized.tiles import why_no_triton
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.cost_key import cost_key, cost_settings
+from kdprof.resolve.identity import cost_key, cost_settings
 from kdprof.step import PHASES, Mark, TrainStep
 from kdprof.step_feed import StepFeed
 

@@ -29,7 +29,7 @@ from kdprof.progress import Progress
 from kdprof.records import Cost
 from kdprof.step import Mark
 from kdprof.study import MeasureSettings
-from kdprof.user_files import import_function
+from kdprof.user_files import following, import_file, import_function, sources_of
 
 Step = Callable[[], Any]
 
@@ -95,7 +95,9 @@ class StepSource:
             UserError: the file cannot be imported or has no such function, or what the function
                 returned cannot be called.
         """
-        step = import_function(Path(self.path), self.function)()
+        make = import_function(Path(self.path), self.function)
+        with following(Path(self.path)):
+            step = make()
         if not callable(step):
             raise UserError(
                 f"{self.name} returned {type(step).__name__}; it must return a callable of no "
@@ -200,14 +202,14 @@ def _measure(
     build_reference: Callable[[], CallableSubject] | None,
     conditions: _Conditions,
     *,
-    source: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None,
     files: Files | None = None,
     on_round: OnRound = ignore_round,
 ) -> Cost:
     """Measure one step in this process.
 
     Args:
-        source: the file that the step was made from; part of the Cost's settings.
+        sources: hashes of the files that the step was made from; part of the Cost's settings.
     """
     device = conditions.device
     if device.type == "cuda":
@@ -217,7 +219,7 @@ def _measure(
     alone = read_alone(bench, subject, None)
     readings = compare(bench, alone, subject, build_reference, reference=None, on_round=on_round)
     write_files(subject, files or Files())
-    settings = {"step": subject.name, "precision": conditions.precision, **(source or {})}
+    settings = {"step": subject.name, "precision": conditions.precision, "sources": sources}
     key = hashlib.sha256(json.dumps([settings, hardware.name, versions()]).encode()).hexdigest()
     identity = Identity(method=subject.name, gpus=1, key=key[:12], settings=settings)
     return measured_cost(identity, readings, conditions.reference)
@@ -292,9 +294,9 @@ def measure_file(
     All arguments but ``on_round`` are JSON-serialisable.
     """
     own, compared = StepSource(**source), StepSource(**reference)
-    content = Path(own.path).read_bytes()
+    subject = CallableSubject(own.name, own.make())
     return _measure(
-        CallableSubject(own.name, own.make()),
+        subject,
         None if own == compared else lambda: CallableSubject(compared.name, compared.make()),
         _Conditions(
             find_device(device),
@@ -303,7 +305,7 @@ def measure_file(
             compared.name,
             parent,
         ),
-        source={"file": own.path, "sha256": hashlib.sha256(content).hexdigest()},
+        sources=sources_of(import_file(Path(own.path))),
         files=Files.from_json(files),
         on_round=on_round,
     )

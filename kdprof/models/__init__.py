@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kdprof.models.adapted import AdaptedNetwork, build_adapted, is_adapted, source_of
+from kdprof.models.adapted import AdaptedNetwork, build_adapted, is_adapted, sources_of_network
 from kdprof.models.folding import folded
 from kdprof.models.names import NetworkName, parse_name
 from kdprof.models.network import SegmentationNetwork
@@ -21,7 +21,7 @@ __all__ = [
     "is_adapted",
     "outlined",
     "parse_name",
-    "source_of",
+    "sources_of_network",
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from kdprof.errors import UserError, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
-from kdprof.user_files import import_function
+from kdprof.user_files import following, import_file, import_function, sources_of
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -167,7 +166,9 @@ def _from_file(name: str, num_classes: int) -> AdaptedNetwork:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"no file {file}; give FILE.py:FUNCTION")
-    found = import_function(file, function)(num_classes)
+    build = import_function(file, function)
+    with following(file):
+        found = build(num_classes)
     if not isinstance(found, AdaptedNetwork):
         raise UserError(
             f"{name} returned a {type(found).__name__}; return AdaptedNetwork(network, maps, "
@@ -266,6 +267,11 @@ def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {"logits": classifier(head), "head": head, **stages}
 
 
-def source_of(name: str) -> str | None:
-    """Return the source file of a user's network; None for other networks."""
-    return re.sub(r":[^:]*$", "", name) if ".py:" in name else None
+def sources_of_network(name: object) -> dict[str, str]:
+    """Return the hashes of the files that a user's network depends on, by name; none for others.
+
+    The network must have been built before: it may read files while it is.
+    """
+    if ".py:" not in str(name):
+        return {}
+    return sources_of(import_file(Path(str(name).rpartition(":")[0]).expanduser()))

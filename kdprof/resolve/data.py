@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -14,16 +15,19 @@ from kdprof.data import (
     Findings,
     PairedImages,
     SegmentationData,
+    content_of,
     decoded,
     default_folder,
     examine_files,
     examine_labels,
+    file_sizes,
     fit_of,
     uses_placeholders,
 )
 from kdprof.data.scenario import Role, Scenario
 from kdprof.evaluate import Views, evaluated_sizes
 from kdprof.progress import Progress
+from kdprof.store import short_hash
 from kdprof.study import Study
 
 LEAST_MEASURED_IMAGES, MEASURED_BATCHES = 64, 4
@@ -36,6 +40,7 @@ class StudyData:
     Attributes:
         files: the splits, read from their files.
         name: name of the data set.
+        kind: its name in the study without the folder: synthetic, folder, cityscapes, ...
         uses_placeholders: True if placeholder images stand for the files of the data set.
         views: how images are given to the networks in evaluation.
     """
@@ -48,6 +53,7 @@ class StudyData:
         progress: Progress,
     ):
         self.files, self.name = files, files["train"].name
+        self.kind = study.data.partition(":")[0]
         self.uses_placeholders = uses_placeholders(study.data)
         self._settings, self._step = study.data_settings, study.step
         self._scenario, self._progress = scenario, progress
@@ -91,6 +97,26 @@ class StudyData:
         """Return the folder of decoded images."""
         given = self._settings.cache_folder
         return Path(given).expanduser() if given else default_folder()
+
+    @cached_property
+    def file_sizes(self) -> str | None:
+        """A hash of the sizes of the training files; None for images that are made."""
+        data = self.files["train"]
+        return file_sizes(data) if isinstance(data, PairedImages) else None
+
+    def content(self) -> dict[str, str]:
+        """Return what runs depend on in the data, by name: hashes of images, labels and classes.
+
+        Images that are made depend on the study's settings alone.
+
+        Raises:
+            UserError: files cannot be read.
+        """
+        found = {"classes": short_hash("\n".join(self.files["train"].class_names))}
+        for data in self.files.values():
+            if isinstance(data, PairedImages):
+                found |= content_of(data, self.cache_folder(), self._progress)
+        return found
 
     def evaluated_sizes(self) -> set[tuple[int, int]]:
         """Return the heights and widths that images are evaluated at, pixels, from their

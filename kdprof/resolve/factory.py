@@ -97,12 +97,14 @@ class Factory:
 
     def method(self, name: str) -> Method:
         """Return a new method, built for this study's networks."""
-        method = self._study.methods[name].cls(**self._study.plain.method_settings.get(name, {}))
+        entry = self._study.methods[name]
+        method = entry.create(self._study.plain.method_settings.get(name, {}))
         student, teacher = self._info("student"), self._info("teacher")
         if not method.incremental:
             student = _of_classes(student, teacher.num_classes)
         torch.manual_seed(1)
-        method.build(student, teacher if method.needs_teacher() else None)
+        with entry.followed():
+            method.build(student, teacher if method.needs_teacher() else None)
         return method
 
     def _info(self, role: Role) -> NetworkInfo:

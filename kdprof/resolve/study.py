@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from kdprof.hardware.device import (
     missing_compiler,
     require_repeatable_cublas,
 )
-from kdprof.method import Method
 from kdprof.models import AnyNetwork, is_adapted, outlined, parse_name
 from kdprof.models.names import NetworkName
 from kdprof.models.weights import Weights, check_weights, read_weights
@@ -87,6 +87,7 @@ class ResolvedStudy:
             self.device, study.step.precision, deterministic=study.step.deterministic
         )
         self.factory = _factory(self, weights, ranks)
+        self._follow_methods()
 
     def _look_up(self, progress: Progress, runs: bool) -> None:
         """Find everything that the study names.
@@ -131,6 +132,13 @@ class ResolvedStudy:
         found = checks.tap_problems(classes, *networks, step.aux_weight, self.teacher_weights)
         Problems(found).refuse()
 
+    def _follow_methods(self) -> None:
+        """Build the users' methods once: what they read is among their sources from now on."""
+        for name, entry in self.methods.items():
+            if not entry.is_builtin:
+                with suppress(Exception):  # it comes again where the method is measured
+                    self.factory.method(name)
+
     def _find_device(self) -> torch.device:
         """Return the device; with several GPUs, that of this rank.
 
@@ -172,13 +180,13 @@ class ResolvedStudy:
                 problems.append(f"budget of '{name}': {unknown('method', name, known)}")
         for name, settings in self.plain.method_settings.items():
             if name in known:
-                problems.attempt(partial(self._check_settings, known[name].cls, settings), None)
+                problems.attempt(partial(self._check_settings, known[name], settings), None)
             else:
                 problems.append(f"method_settings: {unknown('method', name, known)}")
         return found
 
-    def _check_settings(self, method: type[Method], settings: Mapping[str, Any]) -> None:
-        method(**settings).check_images(self.step.share)
+    def _check_settings(self, method: MethodEntry, settings: Mapping[str, Any]) -> None:
+        method.create(settings).check_images(self.step.share)
 
     def _read_teacher_weights(self) -> Weights | None:
         path = self.plain.teacher_weights

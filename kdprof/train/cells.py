@@ -12,6 +12,7 @@ from kdprof.models.names import published_pair
 from kdprof.published import published_iterations
 from kdprof.records import Cost, Run, RunKind, Spent, run_label
 from kdprof.resolve import ResolvedStudy
+from kdprof.resolve.identity import run_identity, teacher_identity
 from kdprof.store import RunFolder, Store
 from kdprof.train.trunk import TrunkPlan
 
@@ -144,6 +145,11 @@ def _span(study: ResolvedStudy, method: str, iterations: int) -> int:
     return training.schedule_iterations
 
 
+def identity_of(study: ResolvedStudy, kind: RunKind, method: str) -> dict[str, str]:
+    """Return what a cell's weights and scores depend on beyond the study's settings."""
+    return teacher_identity(study) if kind == "teacher" else run_identity(study, method)
+
+
 def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
     """Return the record of a run that has not started."""
     training = study.training
@@ -169,6 +175,7 @@ def new_run(study: ResolvedStudy, cell: Cell, cost: Cost | None) -> Run:
         flop=None,
         energy_j=None,
         cost_key=cost.key if cost else None,
+        identity=identity_of(study, cell.kind, cell.method),
         finished=False,
         unavailable={"energy_j": study.hardware.energy_meter().reason or "nothing trained yet"},
         versions=versions(),

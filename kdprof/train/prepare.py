@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, Problems, UserError
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
 from kdprof.progress import Progress
-from kdprof.records import REFERENCE, Cost
+from kdprof.records import REFERENCE, Cost, Run
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.cost_key import cost_key
+from kdprof.resolve.identity import cost_key, differences
 from kdprof.store import Store
+from kdprof.train.cells import identity_of
 from kdprof.train.loggers import check_loggers
 from kdprof.train.teacher import needs_teacher
 
@@ -46,6 +47,7 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
+    _say_earlier(study, store, names, progress)
     plan = training_plan(study, names)
     missing += _rough(study, costs, plan)
     if not missing:
@@ -61,6 +63,20 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     costs |= {cost.method: cost for cost in measured.costs}
     costs = {name: costs[name] for name in wanted if name in costs}
     return Prepared(costs, measured.summary().splitlines())
+
+
+def _say_earlier(
+    study: ResolvedStudy, store: Store, names: Sequence[str], progress: Progress
+) -> None:
+    """Say which runs were planned with other Costs: those of other workers or another cache."""
+    keys = {name: cost_key(study, name) for name in names}
+    runs = [run for run in store.runs() if run.identity is not None and run.method in keys]
+    earlier = sorted({run.method for run in runs if run.cost_key != keys[run.method]})
+    if earlier:
+        progress.say(
+            f"earlier runs of {', '.join(earlier)} were planned with the Costs of other loading "
+            "(data_settings.workers or cache), and keep them"
+        )
 
 
 def check_content(study: ResolvedStudy, progress: Progress) -> None:
@@ -169,19 +185,36 @@ def stored_costs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> di
     return costs
 
 
-def check_runs(study: ResolvedStudy, store: Store, names: list[str]) -> None:
-    """Refuse a folder whose runs were trained under other conditions than this study's.
+def check_runs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None:
+    """Refuse a folder with runs that this study would not train in the same way.
 
     Raises:
-        UserError: runs of the named methods had other settings, another device or other versions.
+        UserError: something that a run of the named methods or the teacher depends on has changed
+            since. It names every such run with what differs.
     """
-    problems = [
-        f"{folder.path} was trained with other method settings or code, on another device or "
-        "with other versions; use another --out, or delete it to train it again"
-        for folder in store.run_folders()
-        if (run := folder.read_run()) is not None
-        and run.method in names
-        and run.cost_key != cost_key(study, run.method)
-    ]
+    folders = [*store.run_folders(), *store.trunk_folders()]
+    if needs_teacher(study, names):
+        folders.append(store.teacher_folder())
+    here: dict[tuple[str, str], dict[str, str]] = {}
+    problems = []
+    for folder in folders:
+        run = folder.read_run()
+        if run is None or (run.kind != "teacher" and run.method not in names):
+            continue
+        if (kind := (run.kind, run.method)) not in here:
+            here[kind] = identity_of(study, *kind)
+        if changed := _changed(study, run, here[kind]):
+            problems.append(
+                f"{folder.path}: {changed}; use another --out, or delete it to train it again"
+            )
     if problems:
         raise UserError(*problems)
+
+
+def _changed(study: ResolvedStudy, run: Run, here: Mapping[str, str]) -> str:
+    """Return in words what has changed since a run was begun; empty if nothing has."""
+    if run.identity is not None:
+        return "; ".join(differences(run.identity, here))
+    if run.cost_key is None or run.cost_key == cost_key(study, run.method):
+        return ""
+    return "it was trained with other settings, code, data, versions or on another device"

@@ -1,4 +1,4 @@
-"""Users' Python files: methods, networks and training steps are imported by the same rules."""
+"""Import users' Python files: methods, networks and training steps by the same rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from kdprof.errors import UserError, nearest
+from kdprof.user_files.sources import following
 
 
 def import_file(path: Path) -> ModuleType:
@@ -36,7 +37,7 @@ def import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # typing.get_type_hints looks the module up by name
     try:
-        with _folder_on_path(str(path.parent)):
+        with following(path), _folder_on_path(str(path.parent)):
             spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]

@@ -1,0 +1,9 @@
+"""Users' Python files: one rule for importing them, and what they depend on.
+
+Here a path becomes a module and its sources. Nothing here knows what the module is for.
+"""
+
+from kdprof.user_files.loading import import_file, import_function
+from kdprof.user_files.sources import content_hash, following, sources_of
+
+__all__ = ["content_hash", "following", "import_file", "import_function", "sources_of"]

@@ -1,0 +1,316 @@
+"""The files that the code of a user's file depends on, by content.
+
+They are the file itself, the user's own modules that it imports, what is opened while it is
+imported and called, and what it declares in ``reads``. Installed packages are known by their
+versions.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import file_digest
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kdprof.errors import UserError
+from kdprof.store import short_hash
+
+PACKAGE_FOLDERS = ("site-packages", "dist-packages")
+"""Files below a folder of one of these names belong to installed packages."""
+SYSTEM_FOLDERS = ("/proc", "/sys", "/dev", "/etc", "/usr/share", "/run")
+"""Files below these folders describe the machine, not the user's code."""
+LIBRARIES_OWN = ("~/.config", "~/.cache/matplotlib")
+"""What libraries write for themselves and read when they are imported."""
+ABSENT = "absent"
+_KNOWN = frozenset({"kdprof", "torch", "timm", "triton"})
+"""Packages whose versions are part of every identity."""
+
+
+def content_hash(path: Path) -> str:
+    """Return the hash of a file's content, ``sha256:`` and 16 digits; ``absent`` if there is none.
+
+    The hash of a folder is that of the names and contents of all files below it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        if path.is_dir():
+            below = sorted(one for one in path.rglob("*") if one.is_file())
+            listed = [f"{one.relative_to(path).as_posix()} {content_hash(one)}" for one in below]
+            return short_hash("\n".join(listed))
+        status = path.stat()
+        return _hash_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    except FileNotFoundError:
+        return ABSENT
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@functools.cache
+def _hash_of(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
+    """Return a file's hash; a file of the same size and times is read once per process."""
+    with path.open("rb") as file:
+        return f"sha256:{file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def sources_of(module: ModuleType) -> dict[str, str]:
+    """Return the hashes of the files that a module depends on, by name.
+
+    Names do not depend on where the files lie: those of modules are made from what they are
+    imported as, others are relative to the module's folder. Code has the hashes of the time at
+    which this process first asked, because that code runs; other files are read again.
+
+    Args:
+        module: of a user's file that was imported by :func:`kdprof.user_files.import_file`, or of
+            an installed package.
+
+    Raises:
+        UserError: a file that ``reads`` names does not exist.
+    """
+    assert module.__file__ is not None
+    path, package = Path(module.__file__).resolve(), module.__package__ or ""
+    code = _code_files(path, package)
+    found = {name: _hash_of_code(file) for name, file in code.items()}
+    opened = _opened.setdefault(path, _Opened())
+    opened.asked = True
+    files = [*opened.files, *_declared(module, path)]
+    others = [file for file in dict.fromkeys(files) if file not in code.values()]
+    return {**found, **_versions_of(path, package), **_hashes_of(others, path.parent)}
+
+
+def _hashes_of(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Return the hashes of files that no import names; files of one name have one hash."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        inside = file.is_relative_to(folder)
+        name = file.relative_to(folder).as_posix() if inside else file.name
+        hash_of = _hash_of_code if file.suffix == ".py" else content_hash
+        found.setdefault(name, []).append(hash_of(file))
+    return {
+        name: hashes[0] if len(hashes) == 1 else short_hash("".join(sorted(hashes)))
+        for name, hashes in found.items()
+    }
+
+
+# Modules
+
+
+@functools.cache
+def _hash_of_code(file: Path) -> str:
+    return content_hash(file)
+
+
+@functools.cache
+def _versions_of(path: Path, package: str) -> dict[str, str]:
+    """Return the versions of the installed packages that a file itself imports."""
+    names = {_top(name) for name in _imports_of(path, package)} - _KNOWN - sys.stdlib_module_names
+    versions = {f"version of {name}": _version_of(name) for name in sorted(names)}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+@functools.cache
+def _code_files(path: Path, package: str) -> dict[str, Path]:
+    """Return the user's own modules that a file imports, itself first, by names such as
+    ``package/module.py``.
+
+    Import statements are read, not run: one inside a function counts, too.
+    """
+    found, seen, root = {path.name: path}, {"kdprof"}, _package_root(path)
+    waiting = sorted(_imports_of(path, package))
+    while waiting:
+        name = waiting.pop()
+        if name in seen or _top(name) == "kdprof":
+            continue
+        seen.add(name)
+        file = _file_of(name)
+        if file is None or not _is_own(file, root) or file in found.values():
+            continue
+        is_package = file.name.startswith("__init__.")
+        inside = name if is_package else name.rpartition(".")[0]
+        found["/".join([*filter(None, inside.split(".")), file.name])] = file
+        waiting += sorted(_imports_of(file, inside))
+    return found
+
+
+def _imports_of(file: Path, package: str) -> set[str]:
+    """Return the names of the modules that a file may import, with all packages above them."""
+    if file.suffix != ".py":
+        return set()  # an extension module
+    names = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    parents = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+    return {name for name in names | parents if name.strip(".")}
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _file_of(name: str) -> Path | None:
+    """Return the file of a module without importing it; None if it is none, or has no file."""
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        file = getattr(loaded, "__file__", None)
+        return Path(file).resolve() if file else None
+    spec = _spec_of(name)
+    return Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
+
+
+def _spec_of(name: str) -> importlib.machinery.ModuleSpec | None:
+    parent, dot, _ = name.rpartition(".")
+    try:
+        if not dot:
+            return importlib.util.find_spec(name)
+        above = _spec_of(parent)
+        folders = above.submodule_search_locations if above else None
+        return importlib.machinery.PathFinder.find_spec(name, folders) if folders else None
+    except (ImportError, ValueError):  # of a module without a spec, such as __main__
+        return None
+
+
+def _package_root(path: Path) -> Path | None:
+    """Return the folder of the installed package that a file belongs to; None for users' files."""
+    above = (folder for folder in path.parents if folder.parent.name in PACKAGE_FOLDERS)
+    return next(above, None)
+
+
+def _is_own(file: Path, package: Path | None = None) -> bool:
+    """Return whether a file is a user's own, or belongs to the named package."""
+    if package is not None and file.is_relative_to(package):
+        return True
+    installed = any(part in PACKAGE_FOLDERS for part in file.parts)
+    return not installed and not any(file.is_relative_to(one) for one in _not_own())
+
+
+@functools.cache
+def _not_own() -> tuple[Path, ...]:
+    """Return the folders of Python itself, of kdprof and of the system."""
+    python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    specs = map(importlib.util.find_spec, ("kdprof", "kdprof.methods", "kdprof.reports"))
+    ours = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    caches = map(os.path.expanduser, LIBRARIES_OWN)  # unlike Path's, it needs no account
+    return tuple(Path(one).resolve() for one in (*python, *ours, *SYSTEM_FOLDERS, *caches))
+
+
+def _version_of(name: str) -> str | None:
+    """Return the version of an installed package by the name it is imported as; None if a module of
+    this name is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if (file := _file_of(name)) is None or _is_own(file):
+        return None
+    distributions = importlib.metadata.packages_distributions().get(name, [])
+    return " ".join(importlib.metadata.version(one) for one in distributions) or None
+
+
+# Files that are read
+
+
+@dataclass
+class _Opened:
+    """The files that were opened for reading while a user's code ran.
+
+    Attributes:
+        asked: they were asked for already, and are part of an identity.
+    """
+
+    files: dict[Path, None] = field(default_factory=dict)
+    asked: bool = False
+
+
+_opened: dict[Path, _Opened] = {}
+"""By the user's file whose code ran."""
+_following: list[dict[Path, bool]] = []
+"""For each context of :func:`following`: the files opened so far, True if one was written first."""
+_hooked: list[bool] = []
+
+
+@contextmanager
+def following(module_file: Path) -> Iterator[None]:
+    """Note the files that are opened for reading in this context: a user's file depends on them.
+
+    Raises:
+        UserError: one of them is new, and what the file depends on was asked for before.
+    """
+    path = module_file.resolve()
+    if not _hooked:
+        sys.addaudithook(_note)  # it cannot be removed again
+        _hooked.append(True)
+    _following.append({})
+    try:
+        yield
+    finally:
+        seen = _following.pop()
+    opened = _opened.setdefault(path, _Opened())
+    new = [file for file in map(_source, _own_reads(seen)) if file not in opened.files]
+    if opened.asked and (late := [file for file in new if file.suffix != ".py"]):
+        raise UserError(
+            f"{path} reads {late[0]} after its results were looked for; declare it in the file: "
+            f"reads = ({os.path.relpath(late[0], path.parent)!r},)"
+        )
+    opened.files |= dict.fromkeys(new)
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note a file that Python opens; an audit hook."""
+    if event != "open" or not _following or not isinstance(arguments[0], (str, bytes)):
+        return
+    written = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)) if arguments[2] else False
+    file = Path(os.fsdecode(arguments[0])).absolute()
+    for seen in _following:
+        seen.setdefault(file, written)
+
+
+def _own_reads(seen: dict[Path, bool]) -> list[Path]:
+    """Return the user's own files among those that were opened, without those that were made.
+
+    Python itself opens the folders of the import path, and the program to show a line of it.
+    """
+    pythons = {*sys.path, getattr(sys.modules["__main__"], "__file__", None)}
+    read = [f.resolve() for f, written in seen.items() if not written and str(f) not in pythons]
+    return [file for file in read if _is_own(file) and not file.is_dir()]
+
+
+def _source(file: Path) -> Path:
+    """Return the source of a compiled module, and any other file itself."""
+    if file.suffix != ".pyc":
+        return file
+    try:
+        return Path(importlib.util.source_from_cache(str(file)))
+    except ValueError:
+        return file
+
+
+def _declared(module: ModuleType, path: Path) -> list[Path]:
+    """Return the files and folders that the ``reads`` of a user's file names.
+
+    Raises:
+        UserError: it is not a tuple of texts, or a file does not exist.
+    """
+    reads = getattr(module, "reads", ())
+    if not isinstance(reads, (tuple, list)) or not all(isinstance(one, str) for one in reads):
+        raise UserError(f"{path}: reads must be a tuple of files, such as ('start.pth',)")
+    files = [(path.parent / Path(one).expanduser()).resolve() for one in reads]
+    if missing := [file for file in files if not file.exists()]:
+        raise UserError(f"{path} declares that it reads {missing[0]}, which does not exist")
+    return files
