@@ -79,9 +79,7 @@ def test_finished_runs_are_left_alone(trained):
 
 def test_finished_run_with_other_settings_is_not_taken_for_this_one(trained):
     changes = {"method_settings.kd.temperature": 4.0}
-    with pytest.raises(
-        UserError, match=r"kd/3/0: temperature of the method was 1.0, is 4.0"
-    ):
+    with pytest.raises(UserError, match=r"kd/3/0: temperature of the method was 1.0, is 4.0"):
         train_small(trained.root, budgets=["3"], methods=["kd"], **changes)
 
 
