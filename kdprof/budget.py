@@ -266,21 +266,40 @@ def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Number
     if budget.unit == "flop":
         each = cost.flop_per_iteration()
         if each is None:
-            raise UserError(_missing(budget, cost, "flop"))
+            raise UserError(no_flop(f"budget '{budget.text}'", cost.method, cost.why_no_flop()))
         exact = amount / each
         return exact, exact, exact
     if cost.energy_j is None:
-        raise UserError(_missing(budget, cost, "energy_j"))
+        reason = cost.unavailable.get("energy_j", "not measured")
+        raise UserError(
+            f"budget '{budget.text}': the cost of '{cost.method}' has no energy_j ({reason}); "
+            "use a budget in seconds or iterations"
+        )
     exact = amount / cost.energy_j
     return exact, exact, exact
 
 
-def _missing(budget: Budget, cost: Cost, field: str) -> str:
-    reason = cost.unavailable.get(field, "not measured")
+def no_flop(setting: str, method: str, reason: str) -> str:
+    """Return why a setting that needs all FLOP of a method's step cannot be used."""
     return (
-        f"budget '{budget.text}': the cost of '{cost.method}' has no {field} ({reason}); "
-        "use a budget in seconds or iterations"
+        f"{setting}: the step of '{method}' has no total of FLOP ({reason}); use seconds or "
+        "iterations, or give the operator a formula with "
+        "torch.utils.flop_counter.register_flop_formula"
     )
+
+
+def refuse_uncounted(setting: str, reasons: Mapping[str, str | None]) -> None:
+    """Refuse a setting that needs all FLOP of every method's step.
+
+    Args:
+        reasons: why a method's step has no total of FLOP; None if it has one.
+
+    Raises:
+        UserError: some step has none; names every such method.
+    """
+    problems = [no_flop(setting, name, reason) for name, reason in reasons.items() if reason]
+    if problems:
+        raise UserError(*problems)
 
 
 def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:
