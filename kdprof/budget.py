@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kdprof.errors import UserError
+from kdprof.errors import UserError, no_flop
 from kdprof.records import METHOD_NAME, REFERENCE, Cost, Interval
 from kdprof.stats.intervals import Numbers, median_interval, product_of, ratio_of
 
@@ -277,29 +277,6 @@ def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Number
         )
     exact = amount / cost.energy_j
     return exact, exact, exact
-
-
-def no_flop(setting: str, method: str, reason: str) -> str:
-    """Return why a setting that needs all FLOP of a method's step cannot be used."""
-    return (
-        f"{setting}: the step of '{method}' has no total of FLOP ({reason}); use seconds or "
-        "iterations, or give the operator a formula with "
-        "torch.utils.flop_counter.register_flop_formula"
-    )
-
-
-def refuse_uncounted(setting: str, reasons: Mapping[str, str | None]) -> None:
-    """Refuse a setting that needs all FLOP of every method's step.
-
-    Args:
-        reasons: why a method's step has no total of FLOP; None if it has one.
-
-    Raises:
-        UserError: some step has none; names every such method.
-    """
-    problems = [no_flop(setting, name, reason) for name, reason in reasons.items() if reason]
-    if problems:
-        raise UserError(*problems)
 
 
 def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:

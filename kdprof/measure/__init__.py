@@ -14,7 +14,7 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdprof.budget import refuse_uncounted
+from kdprof.errors import refuse_uncounted
 from kdprof.measure.cost import uncounted_work
 from kdprof.measure.counting.count import Count
 from kdprof.measure.counting.count_study import Measured, counts, too_large

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdprof.budget import no_flop
-from kdprof.errors import UserError
+from kdprof.errors import UserError, no_flop
 from kdprof.records import Cost, Run
 
 

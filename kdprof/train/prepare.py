@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from kdprof.budget import parse_budget, refuse_uncounted
-from kdprof.errors import KdprofError, Problems, UserError
+from kdprof.budget import parse_budget
+from kdprof.errors import KdprofError, Problems, UserError, refuse_uncounted
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
