@@ -265,8 +265,8 @@ def _incomplete(costs: Sequence[Cost]) -> list[str]:
     """Return which totals of FLOP miss operators, and which operators those are."""
     pairs = [(cost.why_no_flop(), cost.method) for cost in costs if misses_flop(cost)]
     return [
-        f"{AT_LEAST} The FLOP of {_methods_text(methods, costs)} are INCOMPLETE, a lower bound: "
-        f"{reason}. Nothing that needs the total can be used."
+        f"{AT_LEAST} FLOP of {_methods_text(methods, costs)}: INCOMPLETE, a lower bound; {reason}. "
+        "What needs a total is missing."
         for reason, methods in _grouped(pairs)
     ]
 

@@ -368,7 +368,7 @@ def test_recurrent_kernels_of_a_gpu(kernel, packed):
 def test_what_depends_on_an_algorithm_has_no_flop(work):
     assert flop(work) is None
     assert all(
-        reason.startswith("its FLOP depend on the algorithm") for reason in why(work).values()
+        reason.startswith("the FLOP depend on the algorithm") for reason in why(work).values()
     )
 
 

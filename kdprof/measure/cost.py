@@ -277,16 +277,13 @@ def total_flop(operations: Iterable[Operation]) -> float | None:
 def uncounted_work(operations: Iterable[Operation]) -> str | None:
     """Return which operators have matrix work that is not counted, how often they are called and
     why there is no count; None if the total of FLOP is complete."""
-    missed: dict[tuple[str, str], Counter[str]] = {}
+    missed: dict[str, list[str]] = {}
     for one in operations:
         if one.matrix_flop is None:
-            key = one.name, one.uncounted or "no formula"
-            missed.setdefault(key, Counter())[one.phase] += one.calls
-    listed = (
-        f"{name} ({', '.join(f'{n} x in {phase}' for phase, n in calls.items())}: {why})"
-        for (name, why), calls in missed.items()
-    )
-    return f"matrix work is not counted: {'; '.join(listed)}" if missed else None
+            calls = f"{one.name} ({one.calls} x in {one.phase})"
+            missed.setdefault(one.uncounted or "no formula", []).append(calls)
+    listed = (f"{', '.join(calls)}, because {reason}" for reason, calls in missed.items())
+    return f"not counted: {'; '.join(listed)}" if missed else None
 
 
 def bytes_moved(operations: Iterable[Operation]) -> float:

@@ -13,8 +13,12 @@ from kdprof.models import is_adapted, parse_name, source_of
 from kdprof.models.names import NetworkName
 from kdprof.resolve.study import ResolvedStudy
 
-ENGINE = ("step.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
-"""The source files that every step uses, relative to the package."""
+ENGINE = (
+    "step.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py",
+    "measure/counting/*.py",
+)  # fmt: skip
+"""The source files that every step uses, and those by which it is counted, relative to the
+package."""
 
 
 def cost_settings(study: ResolvedStudy, name: str) -> dict[str, Any]:

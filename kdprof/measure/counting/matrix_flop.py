@@ -49,14 +49,14 @@ class Call:
 
 Formula = Callable[[Call], Counted]
 
-UNKNOWN = "kdprof does not know what this operator computes"
-NO_FORMULA = "it does matrix work, and kdprof has no formula for it"
-FACTORS = "its FLOP depend on the algorithm that solves or factors a matrix"
-TRANSFORM = "its FLOP depend on the algorithm of the Fourier transform"
-SPARSE = "its FLOP depend on which elements of a sparse tensor are stored"
-PACKED = "its packed weights have no shape"
-LENGTHS = "its FLOP depend on the lengths of the sequences, which only real tensors have"
-NESTED = "its FLOP depend on the lengths in a nested tensor"
+UNKNOWN = "kdprof does not know what it computes"
+NO_FORMULA = "kdprof has no formula for its matrix work"
+FACTORS = "the FLOP depend on the algorithm that solves or factors a matrix"
+TRANSFORM = "the FLOP depend on the algorithm of the Fourier transform"
+SPARSE = "the FLOP depend on which elements of a sparse tensor are stored"
+PACKED = "packed weights have no shape"
+LENGTHS = "the FLOP depend on the lengths of the sequences, which only real tensors have"
+NESTED = "the FLOP depend on the lengths in a nested tensor"
 
 
 def _names(text: str) -> frozenset[str]:
