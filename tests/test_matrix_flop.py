@@ -77,6 +77,7 @@ MAPS = torch.ones(2, 4, 6, 8)
         (lambda: torch.addr(A, A[:, 0], A[0]), 3 * 5),
         (lambda: F.linear(BATCH_A, B.T), 2 * 3 * 5 * 7),
         (lambda: F.linear(A, B[:, 0]), 3 * 5),
+        (lambda: A.cfloat() @ B.cfloat(), 4 * 3 * 5 * 7),
         (lambda: torch.einsum("bij,jk->bik", BATCH_A, B), 2 * 3 * 5 * 7),
         (lambda: torch.tensordot(BATCH_A, B, 1), 2 * 3 * 5 * 7),
         (lambda: torch.linalg.multi_dot([A, B, torch.ones(7, 2)]), 5 * 7 * 2 + 3 * 5 * 2),

@@ -49,6 +49,8 @@ class Call:
 
 Formula = Callable[[Call], Counted]
 
+COMPLEX = 4
+"""Real multiply-adds of a complex one."""
 UNKNOWN = "kdprof does not know what it computes"
 NO_FORMULA = "kdprof has no formula for its matrix work"
 FACTORS = "the FLOP depend on the algorithm that solves or factors a matrix"
@@ -57,6 +59,11 @@ SPARSE = "the FLOP depend on which elements of a sparse tensor are stored"
 PACKED = "packed weights have no shape"
 LENGTHS = "the FLOP depend on the lengths of the sequences, which only real tensors have"
 NESTED = "the FLOP depend on the lengths in a nested tensor"
+
+
+_SPARSE_LAYOUTS = (
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
+)  # fmt: skip
 
 
 def _names(text: str) -> frozenset[str]:
@@ -323,10 +330,6 @@ def _kernel(backward: bool, keys_at: int) -> Formula:
     return formula
 
 
-def _triton_attention(call: Call) -> Counted:
-    return _dense_pairs(*call.given[:3]).forward()
-
-
 def _multi_head_attention(call: Call) -> Counted:
     """Three projections, the attention of all heads together, and the projection of its result."""
     q, k, v = _parts(call)
@@ -341,21 +344,21 @@ def _transformer_encoder(call: Call) -> Counted:
     return mixed + 2 * _rows(x) * sum(call.named[f"ffn_weight_{i}"].numel() for i in (1, 2))
 
 
-def _flex_attention(call: Call) -> Counted:
+def _attention_of_first(call: Call) -> Counted:
     return _dense_pairs(*call.given[:3]).forward()
 
 
-def _flex_attention_backward(call: Call) -> Counted:
+def _backward_of_first(call: Call) -> Counted:
     return _dense_pairs(*call.given[:3]).backward()
 
 
 # Recurrent layers: every weight matrix meets every step of every sequence once
 
 
-def _recurrent(call: Call) -> Counted:
+def _recurrent(call: Call) -> int:
     named = call.named
-    weights = [w for name, value in named.items() if re.fullmatch(r"weight\d?", name)
-               for w in tensors_in(value) if w.dim() == 2]  # fmt: skip
+    given = [value for name, value in named.items() if re.fullmatch(r"weight\d?", name)]
+    weights = [weight for weight in tensors_in(given) if weight.dim() == 2]
     return 2 * _rows(named["input"]) * sum(w.numel() for w in weights)
 
 
@@ -363,7 +366,7 @@ def _recurrent_backward(call: Call) -> Counted:
     """As the forward for the gradients of the states and inputs, which are always computed, and
     once more for those of the weights."""
     mask = call.named.get("output_mask", (True,) * 4)
-    return _recurrent(call) * (1 + bool(mask[3]))  # type: ignore[operator]
+    return _recurrent(call) * (1 + bool(mask[3]))
 
 
 # The tables
@@ -444,11 +447,10 @@ _ROWS: tuple[tuple[Formula, str], ...] = (
      "_flash_attention_backward _efficient_attention_backward torch_attn._varlen_attn_backward"),
     (_kernel(False, -2), "_cudnn_attention_forward"),
     (_kernel(True, -2), "_cudnn_attention_backward"),
-    (_triton_attention, "_triton_scaled_dot_attention"),
     (_multi_head_attention, "_native_multi_head_attention _triton_multi_head_attention"),
     (_transformer_encoder, "_transformer_encoder_layer_fwd"),
-    (_flex_attention, "higher_order.flex_attention"),
-    (_flex_attention_backward, "higher_order.flex_attention_backward"),
+    (_attention_of_first, "_triton_scaled_dot_attention higher_order.flex_attention"),
+    (_backward_of_first, "higher_order.flex_attention_backward"),
     (_recurrent, "_cudnn_rnn miopen_rnn mkldnn_rnn_layer"),
     (_recurrent_backward, "_cudnn_rnn_backward miopen_rnn_backward mkldnn_rnn_layer_backward"),
 )  # fmt: skip
@@ -545,17 +547,20 @@ def _from_call(func: Any, formula: Formula) -> MatrixFlop:
     defaults = {a.name: a.default_value for a in schema.arguments} if schema else {}
 
     def counted(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Counted:
-        if (reason := _unreadable([*args, *kwargs.values()])) is not None:
+        given = tensors_in([*args, *kwargs.values()])
+        if (reason := _unreadable(given)) is not None:
             return reason
         names = defaults or map(str, range(len(args)))
-        return formula(Call(defaults | dict(zip(names, args, strict=False)) | kwargs, out))
+        passed = dict(zip(names, args, strict=False))
+        found = formula(Call({**defaults, **passed, **kwargs}, out))
+        is_complex = not isinstance(found, str) and any(t.is_complex() for t in given)
+        return COMPLEX * found if is_complex else found
 
     return counted
 
 
-def _unreadable(arguments: list[Any]) -> str | None:
+def _unreadable(given: Sequence[Tensor]) -> str | None:
     """Return why shapes do not tell the FLOP of a call; None if they do."""
-    given = tensors_in(arguments)
-    if any(t.layout not in (torch.strided, torch._mkldnn, torch.jagged) for t in given):
+    if any(t.layout in _SPARSE_LAYOUTS for t in given):
         return SPARSE
     return NESTED if any(t.is_nested for t in given) else None
