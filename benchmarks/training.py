@@ -48,7 +48,7 @@ from kdprof.measure.trace import StepTrace
 from kdprof.method import IGNORE, Method
 from kdprof.models import SegmentationNetwork
 from kdprof.progress import Advance, Progress
-from kdprof.records import REFERENCE, Run
+from kdprof.records import REFERENCE, Run, complete_sum
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.factory import MEASURED_ITERATIONS
 from kdprof.stats.intervals import paired_ratio
@@ -338,7 +338,8 @@ def evaluation_ratio(study: ResolvedStudy, blocks: int) -> tuple[float, float, f
 
 
 def utilisation(loop: OurLoop) -> float | None:
-    """Return the share of the device's published peak that one block of our loop reaches."""
+    """Return the share of the device's published peak that one block of our loop reaches; None if
+    no peak is known, or not all FLOP are counted."""
     study = loop.study
     peak = published_peak(study.hardware.name, study.step.precision)
     if peak is None:
@@ -346,8 +347,8 @@ def utilisation(loop: OurLoop) -> float | None:
     set_switches(study)
     with StepTrace(loop.step) as trace:
         loop.step(*loop.batches.batch(0, study.device), 0, trace.mark)
-    flop = sum(trace.matrix_flop().values())
-    return flop * loop.iterations / loop() / peak
+    flop = complete_sum(trace.matrix_flop().values())
+    return None if flop is None else flop * loop.iterations / loop() / peak
 
 
 def row(what: str, found: tuple[float, float, float], aim: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kdprof.errors import UserError
+from kdprof.errors import UserError, no_flop
 from kdprof.records import METHOD_NAME, REFERENCE, Cost, Interval
 from kdprof.stats.intervals import Numbers, median_interval, product_of, ratio_of
 
@@ -266,21 +266,17 @@ def _iterations(budget: Budget, cost: Cost, costs: Mapping[str, Cost]) -> Number
     if budget.unit == "flop":
         each = cost.flop_per_iteration()
         if each is None:
-            raise UserError(_missing(budget, cost, "flop"))
+            raise UserError(no_flop(f"budget '{budget.text}'", cost.method, cost.why_no_flop()))
         exact = amount / each
         return exact, exact, exact
     if cost.energy_j is None:
-        raise UserError(_missing(budget, cost, "energy_j"))
+        reason = cost.unavailable.get("energy_j", "not measured")
+        raise UserError(
+            f"budget '{budget.text}': the cost of '{cost.method}' has no energy_j ({reason}); "
+            "use a budget in seconds or iterations"
+        )
     exact = amount / cost.energy_j
     return exact, exact, exact
-
-
-def _missing(budget: Budget, cost: Cost, field: str) -> str:
-    reason = cost.unavailable.get(field, "not measured")
-    return (
-        f"budget '{budget.text}': the cost of '{cost.method}' has no {field} ({reason}); "
-        "use a budget in seconds or iterations"
-    )
 
 
 def seconds_per_iteration(cost: Cost, costs: Mapping[str, Cost]) -> Numbers:

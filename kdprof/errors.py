@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -56,3 +56,26 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Return the one-line message for a name that is not among ``valid``."""
     return f"unknown {kind} '{name}'; {nearest(name, valid)}"
+
+
+def no_flop(setting: str, method: str, reason: str) -> str:
+    """Return why a setting that needs all FLOP of a method's step cannot be used."""
+    return (
+        f"{setting}: the step of '{method}' has no total of FLOP ({reason}); use seconds or "
+        "iterations, or give the operator a formula with "
+        "torch.utils.flop_counter.register_flop_formula"
+    )
+
+
+def refuse_uncounted(setting: str, reasons: Mapping[str, str | None]) -> None:
+    """Refuse a setting that needs all FLOP of every method's step.
+
+    Args:
+        reasons: why a method's step has no total of FLOP; None if it has one.
+
+    Raises:
+        UserError: some step has none; names every such method.
+    """
+    problems = [no_flop(setting, name, reason) for name, reason in reasons.items() if reason]
+    if problems:
+        raise UserError(*problems)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -53,6 +54,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
+PARTS_OF_FLOP = ("teacher", "student", "objective", "backward", "auxiliary")
+"""The parts of a step's FLOP."""
+
+
 class Record(BaseModel):
     """Base class of all that is stored. Unknown keys are errors, so that an older version cannot
     misread a newer file."""
@@ -88,12 +93,19 @@ class Ratio(Interval):
     to: Name
 
 
+def complete_sum(amounts: Iterable[float | None]) -> float | None:
+    """Return a sum; None if an amount is not known, because a sum without it is no total."""
+    known = list(amounts)
+    return None if None in known else sum(amount for amount in known if amount is not None)
+
+
 class Flop(Record):
     """Matrix FLOP of one step (convolutions and matrix products; 1 multiply-add = 2 FLOP).
 
     teacher, student and objective are forward passes; backward is all backward passes; auxiliary is
     the second optimiser's phase, forward and backward. The parts are None for a user's step, whose
-    phases are not known.
+    phases are not known. A part and the total are None if an operator has matrix work that is not
+    counted; ``unavailable["flop.total"]`` names it.
     """
 
     teacher: Amount | None
@@ -101,7 +113,9 @@ class Flop(Record):
     objective: Amount | None
     backward: Amount | None
     auxiliary: Amount | None
-    total: Amount
+    total: Amount | None
+    counted: Amount
+    """FLOP of the operators that are counted: the total, or a lower bound of it."""
 
 
 class TermCost(Record):
@@ -111,9 +125,9 @@ class TermCost(Record):
     """
 
     weight: float
-    forward_flop: Amount
-    backward_flop: Amount
-    """Matrix FLOP."""
+    forward_flop: Amount | None
+    backward_flop: Amount | None
+    """Matrix FLOP; None if an operator has matrix work that is not counted."""
     bytes_moved: Amount
     forward_s: Amount | None
     backward_s: Amount | None
@@ -134,7 +148,10 @@ class Operation(Record):
     """The name in torch, such as ``aten.convolution``."""
     kind: OperationKind
     calls: Count
-    matrix_flop: Amount
+    matrix_flop: Amount | None
+    """None if it has matrix work that is not counted."""
+    uncounted: str | None = None
+    """Why ``matrix_flop`` is None."""
     other_flop: Amount | None
     """Arithmetic outside matrix products, by the table in docs/measuring.md; None if there is no
     formula for the operator."""
@@ -229,7 +246,7 @@ class Cost(Record):
     0, and the same on the others.
     """
 
-    schema_version: Literal[4] = Field(default=4, alias="schema")
+    schema_version: Literal[5] = Field(default=5, alias="schema")
     method: Name
     device: Name
     gpus: Annotated[int, Field(ge=1)] = 1
@@ -283,8 +300,14 @@ class Cost(Record):
     versions: dict[str, str]
 
     def flop_per_iteration(self) -> float | None:
-        """Return the matrix FLOP of one step on all its devices; None if not counted."""
-        return None if self.flop is None else self.flop.total * self.gpus
+        """Return the matrix FLOP of one step on all its devices; None if not all are counted, see
+        :meth:`why_no_flop`."""
+        total = None if self.flop is None else self.flop.total
+        return None if total is None else total * self.gpus
+
+    def why_no_flop(self) -> str:
+        """Return why the step has no total of FLOP."""
+        return self.unavailable.get("flop.total") or self.unavailable.get("flop", "not measured")
 
     def seconds_per_iteration(self) -> Interval:
         """Return the seconds of one iteration of a run: end-to-end if that was measured, else of
@@ -308,13 +331,39 @@ class Cost(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_schema_3(cls, values: Any) -> Any:
-        """Read a record of schema 3, which had a count by module that was always null."""
+    def _from_older_schemas(cls, values: Any) -> Any:
+        """Read a record of schema 4, whose total of FLOP missed operators without a word, or 3,
+        which also had a count by module that was always null."""
         if isinstance(values, dict) and values.get("schema") == 3:
             values = {key: v for key, v in values.items() if key != "modules_flop"} | {"schema": 4}
             reasons = values.get("unavailable") or {}
             values["unavailable"] = {k: v for k, v in reasons.items() if k != "modules_flop"}
+        if isinstance(values, dict) and values.get("schema") == 4:
+            values = _with_marked_flop(values)
         return values
+
+
+def _with_marked_flop(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a Cost of schema 4 as one of schema 5. Its total of FLOP stands if all its operators
+    were counted as they are now."""
+    values = values | {"schema": 5}
+    flop, operations = values.get("flop"), values.get("operations") or []
+    if not isinstance(flop, dict) or not isinstance(operations, list):
+        return values
+    values["flop"] = flop | {"counted": flop.get("total")}
+    names = [o.get("name", "") for o in operations if isinstance(o, dict) and _is_miscounted(o)]
+    if names:
+        values["flop"] |= dict.fromkeys((*PARTS_OF_FLOP, "total"))
+        values["hidden_cost"] = values["mfu"] = None
+        reason = f"an older kdprof did not count {', '.join(dict.fromkeys(names))}; measure again"
+        missing = dict.fromkeys(("flop.total", "hidden_cost", "mfu"), reason)
+        values["unavailable"] = (values.get("unavailable") or {}) | missing
+    return values
+
+
+def _is_miscounted(operation: dict[str, Any]) -> bool:
+    name = str(operation.get("name"))
+    return operation.get("kind") == "uncounted" or "attention" in name
 
 
 class CountedCost(Cost):

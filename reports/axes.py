@@ -62,7 +62,7 @@ def axis(results: Results, name: str) -> Axis:
     """Return an axis in the unit that suits the runs.
 
     Raises:
-        UserError: ``name`` is unknown, or no finished run has that quantity.
+        UserError: ``name`` is unknown, or a finished run lacks that quantity.
     """
     makers = dict(
         zip(AXES, (_seconds, _gpu_hours, _flop, _joules, _samples, _iterations), strict=True)
@@ -104,23 +104,29 @@ def _gpu_hours(results: Results) -> Axis:
 
 
 def _flop(results: Results) -> Axis:
-    unit, prefix = _prefix("flop", [run.flop for run in results.finished], results)
+    unit, prefix = _prefix("flop", lambda run: run.flop, results)
     label = f"training compute ({prefix}FLOP; 1 multiply-add = 2 FLOP)"
     return Axis("flop", label, unit, f"{prefix}FLOP", lambda run: run.flop)
 
 
 def _joules(results: Results) -> Axis:
-    unit, prefix = _prefix("energy_j", [run.energy_j for run in results.finished], results)
+    unit, prefix = _prefix("energy_j", lambda run: run.energy_j, results)
     label = f"training energy ({prefix}J)"
     return Axis("joules", label, unit, f"{prefix}J", lambda run: run.energy_j)
 
 
-def _prefix(field: str, values: list[float | None], results: Results) -> tuple[float, str]:
-    known = [value for value in values if value]
-    if not known:
-        reason = results.finished[0].unavailable.get(field, "not recorded")
-        raise UserError(f"no run has {field} ({reason}); use the axis seconds or iterations")
-    return next((unit, prefix) for unit, prefix in PREFIXES if max(known) >= unit or unit == 1)
+def _prefix(
+    field: str, amount: Callable[[Run], float | None], results: Results
+) -> tuple[float, str]:
+    lacking = [run for run in results.finished if not amount(run)]
+    if lacking:
+        methods = ", ".join(dict.fromkeys(run.method for run in lacking))
+        reason = lacking[0].unavailable.get(field, "not recorded")
+        raise UserError(
+            f"no {field} of {methods} is known ({reason}); use the axis seconds or iterations"
+        )
+    most = max(amount(run) or 0.0 for run in results.finished)
+    return next((unit, prefix) for unit, prefix in PREFIXES if most >= unit or unit == 1)
 
 
 def _samples(results: Results) -> Axis:

@@ -193,6 +193,10 @@ def _flop(cost: Cost) -> float | None:
     return None if cost.flop is None else cost.flop.total
 
 
+def _why_missing(cost: Cost, name: str) -> str:
+    return cost.why_no_flop() if name == "flop" else cost.unavailable.get(name, "not measured")
+
+
 def _quotient(
     name: str,
     old: Cost,
@@ -203,7 +207,7 @@ def _quotient(
     before, after = value(old), value(new)
     if before is None or after is None:
         absent = old if before is None else new
-        missing[name.removesuffix("_j")] = absent.unavailable.get(name, "not measured")
+        missing[name.removesuffix("_j")] = _why_missing(absent, name)
         return None
     return after / before if before else None
 

@@ -22,7 +22,7 @@ def conversion_table(budget_text: str, conversions: Sequence[Conversion], consol
     Grid(f"{budget_text} buys", header, [_cells(one) for one in ordered]).print(console)
     notes = ["Wall-clock is the forecast for these iterations, evaluation excluded."]
     if any(one.iterations_equal_flop is None for one in ordered):
-        notes.append(f"'{MISSING}' at equal FLOP: the budget or the cost has no FLOP count.")
+        notes.append(f"'{MISSING}' at equal FLOP: the budget or the cost has no total of FLOP.")
     notes += unreliable_note(method for one in ordered for method in one.unreliable)
     print_notes(notes, console)
 

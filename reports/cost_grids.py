@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from kdprof.records import (
+    PARTS_OF_FLOP,
     REFERENCE,
     Cost,
     CountedCost,
@@ -16,10 +17,11 @@ from kdprof.records import (
     OperationKind,
     Ratio,
     TermCost,
+    complete_sum,
 )
 
 from .results import device_text
-from .text import HIDDEN, MISSING, Estimate, Grid, digits, figures, flagged, size
+from .text import AT_LEAST, HIDDEN, MISSING, Estimate, Grid, digits, figures, flagged, size
 
 HIDDEN_LIMIT = 0.10
 """Matching by FLOP is not valid for a method whose hidden-cost index is further from 0."""
@@ -48,7 +50,7 @@ def main_grid(costs: Sequence[Cost], *, brief: bool = False, wide: bool = False)
         f"step ({unit})": lambda cost: _estimate(cost.latency_s, scale, brief),
         f"/ {reference_name(costs)}": lambda cost: _ratio(cost, cost.ratio, brief),
         f"end-to-end ({unit})": lambda cost: _estimate(cost.end_to_end_s, scale, brief),
-        "GFLOP": lambda cost: _figures(flop_total(cost), 4, 1e-9),
+        "GFLOP": _gflop,
         "hidden %": _hidden,
         **moved,
         "process memory" if all_process else "memory": lambda cost: memory_text(
@@ -119,7 +121,7 @@ def _term_grid(costs: Sequence[Cost]) -> Grid:
             _number(term.forward_s, ".3f", 1e3),
             _number(term.backward_s, ".3f", 1e3),
             _percent_of_step(cost, _term_seconds(term)),
-            figures((term.forward_flop + term.backward_flop) / 1e9),
+            _figures(complete_sum((term.forward_flop, term.backward_flop)), scale=1e-9),
             "computed, weight 0" if _is_wasted(term) else "",
         ]
         for cost, name, term in _terms(costs)
@@ -147,17 +149,16 @@ def _kind_grid(costs: Sequence[Cost]) -> Grid:
 
 def _uncounted_grid(costs: Sequence[Cost], top: int | None) -> Grid:
     rows = [
-        [_name(cost), name, f"{calls:,}", _percent_of_step(cost, seconds)]
+        [_name(cost), one.name, one.work, f"{one.calls:,}", _percent_of_step(cost, one.seconds)]
         for cost in costs
-        for name, calls, seconds in uncounted_operators(cost)[:top]
+        for one in uncounted_operators(cost)[:top]
     ]
-    header = ("method", "operator", "calls", "% of step")
-    return Grid("Operators whose FLOP are not counted", header, rows, ("operator",))
+    header = ("method", "operator", "work", "calls", "% of step")
+    return Grid("Operators whose FLOP are not counted", header, rows, ("operator", "work"))
 
 
 def count_grid(costs: Sequence[Cost]) -> Grid:
     """Return the FLOP of one step by part, of Costs that have FLOP."""
-    parts = ("teacher", "student", "objective", "backward", "auxiliary", "total")
     reference = next((flop_total(c) for c in costs if c.flop and c.method == REFERENCE), None)
 
     def to_reference(cost: Cost) -> str:
@@ -165,8 +166,9 @@ def count_grid(costs: Sequence[Cost]) -> Grid:
         return MISSING if total is None or not reference else f"{total / reference:.2f}"
 
     columns: dict[str, Callable[[Cost], str]] = {"method": _name}
-    for part in parts:
+    for part in PARTS_OF_FLOP:
         columns[part] = partial(_part_flop, part=part)
+    columns["total"] = _total_gflop
     columns[f"/ {REFERENCE}"] = to_reference
     columns["other"] = lambda cost: _number(other_flop(cost), ",.2f", 1e-9)
     columns["moved (GB)"] = _moved
@@ -181,8 +183,8 @@ def counted_terms_grid(costs: Sequence[Cost]) -> Grid:
             _name(cost),
             name,
             f"{term.weight:g}",
-            figures(term.forward_flop / 1e9),
-            figures(term.backward_flop / 1e9),
+            _figures(term.forward_flop, scale=1e-9),
+            _figures(term.backward_flop, scale=1e-9),
             figures(term.bytes_moved / 1e9),
             "computed, weight 0" if _is_wasted(term) else "",
         ]
@@ -282,8 +284,26 @@ def memory_text(cost: Cost, name_kind: bool = True) -> str:
 
 
 def flop_total(cost: Cost) -> float | None:
-    """Return the matrix FLOP of the whole step."""
+    """Return the matrix FLOP of the whole step; None if they are not known, or not all of them."""
     return None if cost.flop is None else cost.flop.total
+
+
+def misses_flop(cost: Cost) -> bool:
+    """Return whether an operator of the step has matrix work that is not counted."""
+    return cost.flop is not None and cost.flop.total is None
+
+
+def _gflop(cost: Cost) -> str:
+    """Return the total in 4 figures, or what is counted of it."""
+    if cost.flop is None:
+        return MISSING
+    return AT_LEAST * misses_flop(cost) + figures(cost.flop.counted / 1e9, 4)
+
+
+def _total_gflop(cost: Cost) -> str:
+    if cost.flop is None:
+        return MISSING
+    return AT_LEAST * misses_flop(cost) + f"{cost.flop.counted / 1e9:,.2f}"
 
 
 def _part_flop(cost: Cost, part: str) -> str:
@@ -298,7 +318,8 @@ def _rate(cost: Cost, amount: float | None, per: float | None) -> float | None:
 
 
 def _intensity(cost: Cost) -> float | None:
-    return cost.flop.total / cost.bytes_moved if cost.flop and cost.bytes_moved else None
+    total = flop_total(cost)
+    return None if total is None or not cost.bytes_moved else total / cost.bytes_moved
 
 
 def _phase_share(cost: Cost, phase: str) -> str:
@@ -343,16 +364,31 @@ def _seconds_by_kind(cost: Cost) -> dict[str, float] | None:
     return found or None
 
 
-def uncounted_operators(cost: Cost) -> list[tuple[str, int, float | None]]:
-    """Return name, calls and seconds of the operators without a formula, the slowest first."""
-    by_name: dict[str, list[Operation]] = {}
+class UncountedOperator(NamedTuple):
+    """An operator without a formula, all its calls together.
+
+    Attributes:
+        work: what is not counted, ``matrix`` or ``other``.
+    """
+
+    name: str
+    work: str
+    calls: int
+    seconds: float | None
+
+
+def uncounted_operators(cost: Cost) -> list[UncountedOperator]:
+    """Return the operators without a formula: those with matrix work first, then the slowest."""
+    groups: dict[tuple[str, str], list[Operation]] = {}
     for one in cost.operations or ():
         if one.kind == "uncounted":
-            by_name.setdefault(one.name, []).append(one)
+            work = "matrix" if one.matrix_flop is None else "other"
+            groups.setdefault((one.name, work), []).append(one)
     found = [
-        (name, sum(one.calls for one in group), _seconds(group)) for name, group in by_name.items()
+        UncountedOperator(name, work, sum(one.calls for one in group), _seconds(group))
+        for (name, work), group in groups.items()
     ]
-    return sorted(found, key=lambda item: (-(item[2] or 0), item[0]))
+    return sorted(found, key=lambda one: (one.work, -(one.seconds or 0), one.name))
 
 
 def _seconds(group: Sequence[Operation]) -> float | None:

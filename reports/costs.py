@@ -25,6 +25,7 @@ from .cost_grids import (
     flop_total,
     main_grid,
     memory_text,
+    misses_flop,
     module_grid,
     other_flop,
     phase_grid,
@@ -34,7 +35,17 @@ from .cost_grids import (
     uncounted_operators,
 )
 from .results import count
-from .text import HIDDEN, MISSING, UNRELIABLE, Grid, csv_cell, figures, markdown_text, print_notes
+from .text import (
+    AT_LEAST,
+    HIDDEN,
+    MISSING,
+    UNRELIABLE,
+    Grid,
+    csv_cell,
+    figures,
+    markdown_text,
+    print_notes,
+)
 
 TOP_OPERATORS = 3
 """Uncounted operators that a terminal shows per method."""
@@ -247,7 +258,17 @@ def _validity(costs: Sequence[Cost]) -> list[str]:
             f"±{100 * HIDDEN_LIMIT:g} %. Iterations at equal FLOP, relative to those at equal "
             f"time: {', '.join(misled)}."
         )
-    return found
+    return [*found, *_incomplete(costs)]
+
+
+def _incomplete(costs: Sequence[Cost]) -> list[str]:
+    """Return which totals of FLOP miss operators, and which operators those are."""
+    pairs = [(cost.why_no_flop(), cost.method) for cost in costs if misses_flop(cost)]
+    return [
+        f"{AT_LEAST} FLOP of {_methods_text(methods, costs)}: INCOMPLETE, a lower bound; {reason}. "
+        "What needs a total is missing."
+        for reason, methods in _grouped(pairs)
+    ]
 
 
 def _unreliable(costs: Sequence[Cost]) -> list[str]:
@@ -383,12 +404,17 @@ def _count_notes(costs: Sequence[Cost]) -> list[str]:
             "Other: arithmetic outside matrix products, part of no total. Moved: bytes that all "
             "operators read and write; 1 GB = 1e9 bytes."
         )
-    pairs = ((name, cost.method) for cost in costs for name, _, _ in uncounted_operators(cost))
+    pairs = (
+        (one.name, cost.method)
+        for cost in costs
+        for one in uncounted_operators(cost)
+        if one.work == "other"
+    )
     found += [
         f"Not in other, without a formula: {', '.join(names)} ({_methods_text(methods, costs)})."
         for methods, names in _grouped((tuple(m), name) for name, m in _grouped(pairs))
     ]
-    return [*found, *_unreliable(costs), *_missing(costs, _COUNTED)]
+    return [*found, *_unreliable(costs), *_incomplete(costs), *_missing(costs, _COUNTED)]
 
 
 def _grouped(pairs: Iterable[tuple]) -> list[tuple]:
@@ -425,6 +451,7 @@ def _flat(cost: Cost) -> dict[str, str]:
         **_ends("end_to_end_s", cost.end_to_end_s),
         **_ends("end_to_end_ratio", cost.end_to_end_ratio),
         "matrix_flop": flop_total(cost),
+        "counted_flop": cost.flop and cost.flop.counted,
         "other_flop": other_flop(cost),
         "hidden_cost_fraction": cost.hidden_cost,
         "flop_matching_valid": None if cost.hidden_cost is None else not flop_misleads(cost),

@@ -29,7 +29,7 @@ from kdprof.stats.seeds import (
 )
 
 from .axes import ORDERED_BY, Axis, available
-from .results import Results, classes_notes, decision_note, final_miou, shortened
+from .results import Results, classes_notes, decision_note, final_miou, flop_notes, shortened
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 from .verdict_text import sentences
 
@@ -455,4 +455,5 @@ def _notes(found: Evidence, axes: Sequence[Axis], standings: Sequence[Standing])
     if len(results.devices()) > 1:
         notes.append("Runs are from different devices: no gain in seconds or joules.")
     notes += classes_notes(results.finished)
+    notes += flop_notes(results.finished)
     return notes + list(map(decision_note, results.decisions))

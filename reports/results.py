@@ -189,6 +189,18 @@ def classes_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
+def flop_notes(runs: Sequence[Run]) -> list[str]:
+    """Return which runs have no total of FLOP because operators are not counted."""
+    missed: dict[str, dict[str, None]] = {}
+    for run in runs:
+        if run.flop is None and "flop" in run.unavailable:
+            missed.setdefault(run.unavailable["flop"], {})[run.method] = None
+    return [
+        f"No FLOP of {shortened(list(methods))}: {reason}. Methods are not compared by FLOP."
+        for reason, methods in missed.items()
+    ]
+
+
 def decision_note(decision: Decision) -> str:
     """Return what a reader of ordinary intervals must know about a comparison that was stopped."""
     return (

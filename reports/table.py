@@ -29,6 +29,7 @@ from .results import (
     drift_text,
     drifted,
     final_miou,
+    flop_notes,
     shortened,
     study_text,
 )
@@ -275,6 +276,7 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
     found += classes_notes(results.finished)
+    found += flop_notes(results.finished)
     if gpus := {run.gpus for run in results.finished} - {1}:
         found.append(
             f"A run is trained by {' or '.join(map(str, sorted(gpus)))} devices together: its "

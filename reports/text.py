@@ -22,6 +22,8 @@ UNRELIABLE = "\N{DAGGER}"
 """Ends the text of a cell that is based on an unreliable Cost."""
 HIDDEN = "\N{DOUBLE DAGGER}"
 """Ends the hidden cost of a method that must not be matched by FLOP."""
+AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}"
+"""Begins an amount of FLOP that misses operators."""
 FLAGS = (UNRELIABLE, HIDDEN)
 """A note explains each mark; on a terminal, a cell that ends with one is coloured."""
 

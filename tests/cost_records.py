@@ -42,7 +42,9 @@ def memory(**known: int) -> Memory:
 
 
 def student_only(flop: float) -> Flop:
-    return Flop(teacher=0, student=flop, objective=0, backward=0, auxiliary=0, total=flop)
+    return Flop(
+        teacher=0, student=flop, objective=0, backward=0, auxiliary=0, total=flop, counted=flop
+    )
 
 
 def make_cost(
@@ -207,7 +209,7 @@ def gpu_cost(method: str, **changes) -> Cost:
         ),
         "phases_s": _phases(method),
         "terms": _terms(method),
-        "flop": Flop(**parts, backward=flop - sum(parts.values()), total=flop),
+        "flop": Flop(**parts, backward=flop - sum(parts.values()), total=flop, counted=flop),
         "operations": _operations(method),
         "bytes_moved": 4.1e10 * ratio,
         "hidden_cost": 1 - flop / GFLOP["none"] / 1e9 / ratio,

@@ -193,7 +193,7 @@ def test_what_is_no_cost_is_refused_in_one_line(tmp_path):
         "empty": ("[]", "holds no costs"),
         "number": ("[3]", "record 1 is not a cost"),
         "run": ('{"schema": 1, "seed": 0}', "record 1 is not a cost"),
-        "old": (json.dumps(good | {"schema": 1}), "has schema 1, not 4; measure again"),
+        "old": (json.dumps(good | {"schema": 1}), "has schema 1, not 5; measure again"),
         "bad": (json.dumps([good, bad]), r"record 2 \(cwd\): device.*samples_s.*reliable"),
         "binary": (b"\xff\xfe", "is not UTF-8 text"),
     }

@@ -7,18 +7,17 @@ from collections import Counter
 import pytest
 import torch
 from builders import MY_METHOD, Alone, Mimic, TinyNet, tiny_step
+from flop_oracle import torchs_counter
 from method_inputs import NAMES, real_step
 from small_study import small_study
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdprof.measure.counting import count_study
 from kdprof.measure.counting.count import Count, Uncountable, count_step, fake_tensors
 from kdprof.measure.counting.counted_step import Parts
-from kdprof.measure.counting.flop_formulas import OWN_FORMULAS
 from kdprof.measure.counting.module_flop import modules_flop
 from kdprof.measure.trace import StepTrace
 from kdprof.method import Method, Taps
@@ -29,7 +28,7 @@ from kdprof.step import TrainStep
 
 def flop_of(module: nn.Module, shape: tuple[int, ...], *, first: bool) -> tuple[int, int]:
     """Forward, and forward + backward; ``first``: the input itself needs no gradient."""
-    counter = FlopCounterMode(display=False, custom_mapping=OWN_FORMULAS)
+    counter = torchs_counter()
     x = torch.randn(shape, requires_grad=not first)
     with counter:
         out = module(x)

@@ -9,7 +9,7 @@ from small_study import small_study, small_toml
 from torch import nn
 
 from kdprof.errors import KdprofError, UserError
-from kdprof.measure.counting.flop_formulas import OWN_FORMULAS
+from kdprof.measure.counting.matrix_flop import matrix_formula
 from kdprof.measure.trace import StepTrace
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded, fused
@@ -138,16 +138,15 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, kernel, said):
 
 
 def test_fused_operators_have_the_flop_of_their_convolution():
-    shapes = {"x": (2, 16, 9, 7), "w": (24, 16, 3, 3), "out": (2, 24, 9, 7), "bias": (24,)}
-    x, w, out, bias = shapes.values()
-    ones = ((1, 1), (1, 1), (1, 1))
-    plain = OWN_FORMULAS[aten.convolution](x, w, bias, *ones, False, (0, 0), 1, out_shape=out)
-    assert plain == 2 * 2 * 9 * 7 * 24 * 16 * 9
-    found = OWN_FORMULAS[aten.cudnn_convolution_relu](x, w, bias, *ones, 1, out_shape=out)
-    added = OWN_FORMULAS[aten.cudnn_convolution_add_relu](
-        x, w, out, 1.0, bias, *ones, 1, out_shape=out
-    )
-    assert found == added == plain
+    x, w = torch.empty(2, 16, 9, 7, device="meta"), torch.empty(24, 16, 3, 3, device="meta")
+    out, ones = torch.empty(2, 24, 9, 7, device="meta"), ((1, 1), (1, 1), (1, 1))
+    calls = {
+        aten.convolution: (x, w, None, *ones, False, (0, 0), 1),
+        aten.cudnn_convolution_relu: (x, w, None, *ones, 1),
+        aten.cudnn_convolution_add_relu: (x, w, out, 1.0, None, *ones, 1),
+    }
+    for packet, args in calls.items():
+        assert matrix_formula(packet.default)(args, {}, out) == 2 * 2 * 9 * 7 * 24 * 16 * 9
 
 
 def test_the_teacher_alone_can_be_compiled(monkeypatch):

@@ -19,7 +19,7 @@ def test_cost_round_trip_is_exact(tmp_path):
     path = store.write_cost(cost)
     assert path.name == "cwd.feature-key-cwd:feature.json"
     assert store.read_cost("cwd:feature", cost.key) == cost
-    assert '"schema": 4' in path.read_text()
+    assert '"schema": 5' in path.read_text()
 
 
 def test_records_of_the_schemas_before_are_read(tmp_path):

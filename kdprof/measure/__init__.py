@@ -14,6 +14,8 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kdprof.errors import refuse_uncounted
+from kdprof.measure.cost import uncounted_work
 from kdprof.measure.counting.count import Count
 from kdprof.measure.counting.count_study import Measured, counts, too_large
 from kdprof.measure.isolation import (
@@ -55,7 +57,8 @@ def measure(
         processes: processes of ``kdprof.measure`` to measure in first; new ones if not given.
 
     Raises:
-        UserError: no step fits into the device's memory, or an image is damaged.
+        UserError: no step fits into the device's memory, an image is damaged, or the study needs
+            FLOP that cannot be counted.
     """
     began = time.monotonic()
     needed = dict.fromkeys([REFERENCE, *names])
@@ -67,6 +70,9 @@ def measure(
         if study.data_settings.cache == "disk":
             study.data.decoded("train")  # here, with a progress bar; the child processes find it
         found = {name: made for name, made in counted.items() if isinstance(made, Count)}
+        if study.needs_flop:
+            missed = {name: uncounted_work(count.operations) for name, count in found.items()}
+            refuse_uncounted(study.needs_flop, missed)
         names = [name for name in _in_order(study, names) if name not in measured.failures]
         planned = None if plan is None else _by_flop(plan, found)
         display = running.enter_context(_Display(study, progress))
@@ -82,12 +88,13 @@ def measure(
 def _by_flop(plan: TrainingPlan, counts: Mapping[str, Count]) -> PlannedTraining:
     """Return a training in iterations of the reference, by FLOP: nothing else is known yet."""
     flop = {name: count.flop for name, count in counts.items()}
-    reference = flop[REFERENCE].total if REFERENCE in flop else 0.0
+    reference = flop[REFERENCE].total if REFERENCE in flop else None
     if not reference:
         return plan.in_reference_iterations({})
     # A teacher's training step is its forward, and twice that for its backward.
     teacher = 3 * max(one.teacher or 0.0 for one in flop.values())
-    ratios = {name: one.total / reference for name, one in flop.items()}
+    totals = {name: one.total for name, one in flop.items()}
+    ratios = {name: total / reference for name, total in totals.items() if total is not None}
     return plan.in_reference_iterations(ratios, teacher / reference)
 
 

@@ -29,6 +29,7 @@ from kdprof.records import (
     PhaseBound,
     Ratio,
     TermCost,
+    complete_sum,
 )
 from kdprof.stats.intervals import drift_of, median_interval, paired_ratio
 from kdprof.step import PHASES
@@ -98,7 +99,7 @@ def measured_cost(
         canary=canary,
         **counted,
         ceilings=bench.ceilings,
-        mfu=None if peak is None else counted["flop"].total / timed["latency_s"].median / peak,
+        mfu=_utilisation(counted["flop"], timed["latency_s"].median, peak),
         memory_bytes=alone.memory.memory,
         energy_j=readings.energy.joules,
         energy=readings.energy.how,
@@ -137,6 +138,8 @@ def counted_cost(
     unavailable = dict.fromkeys((*run_only, "memory_bytes"), COUNTED)
     if modules_flop is None:
         unavailable["modules_flop"] = "not requested (--modules)"
+    if (missed := uncounted_work(operations)) is not None:
+        unavailable["flop.total"] = missed
     return CountedCost(
         method=identity.method,
         gpus=identity.gpus,
@@ -266,9 +269,21 @@ def _scaled_terms(traced: StepOperators, phases: Mapping[str, float]) -> dict[st
     }
 
 
-def total_flop(operations: Iterable[Operation]) -> float:
-    """Return the matrix FLOP of a step's operators."""
-    return sum(operation.matrix_flop for operation in operations)
+def total_flop(operations: Iterable[Operation]) -> float | None:
+    """Return the matrix FLOP of a step's operators; None if any is not counted."""
+    return complete_sum(operation.matrix_flop for operation in operations)
+
+
+def uncounted_work(operations: Iterable[Operation]) -> str | None:
+    """Return which operators have matrix work that is not counted, how often they are called and
+    why there is no count; None if the total of FLOP is complete."""
+    missed: dict[str, list[str]] = {}
+    for one in operations:
+        if one.matrix_flop is None:
+            calls = f"{one.name} ({one.calls} x in {one.phase})"
+            missed.setdefault(one.uncounted or "no formula", []).append(calls)
+    listed = (f"{', '.join(calls)}, because {reason}" for reason, calls in missed.items())
+    return f"not counted: {'; '.join(listed)}" if missed else None
 
 
 def bytes_moved(operations: Iterable[Operation]) -> float:
@@ -278,25 +293,33 @@ def bytes_moved(operations: Iterable[Operation]) -> float:
 
 def flop_of(operations: Sequence[Operation]) -> Flop:
     """Return the matrix FLOP of a step's operators, by part if every operator has a known phase."""
-    total = total_flop(operations)
     parts = {
         part: total_flop(o for o in operations if o.phase in phases)
         for part, phases in PARTS.items()
     }
     known = all(operation.phase in PHASES for operation in operations)
-    return Flop(**(parts if known else dict.fromkeys(parts)), total=total)
+    return Flop(
+        **(parts if known else dict.fromkeys(parts)),
+        total=total_flop(operations),
+        counted=sum(operation.matrix_flop or 0.0 for operation in operations),
+    )
 
 
-def hidden_cost(flop: float, reference_flop: float, ratio: float) -> float | None:
-    """Return the share of a step's time that its matrix FLOP do not explain.
+def hidden_cost(flop: float | None, reference_flop: float | None, ratio: float) -> float | None:
+    """Return the share of a step's time that its matrix FLOP do not explain; None if either total
+    is incomplete, or the reference has none.
 
     The FLOP explain the time that they would take at the reference's seconds per FLOP: of a step
     with r times the reference's time and f times its FLOP, 1 - f / r is hidden. A budget that
     matches FLOP instead of time would give it 1 / (1 - index) times the time of the reference.
     """
-    if reference_flop == 0:
+    if flop is None or not reference_flop:
         return None
     return 1 - flop / reference_flop / ratio
+
+
+def _utilisation(flop: Flop, latency_s: float, peak: float | None) -> float | None:
+    return None if peak is None or flop.total is None else flop.total / latency_s / peak
 
 
 def _bounds(
@@ -305,10 +328,11 @@ def _bounds(
     found = {}
     for phase, spent in seconds.items():
         own = [o for o in operations if o.phase == phase]
-        if own and spent > 0:
-            products = total_flop([o for o in own if "convolution" not in o.name])
+        flop = total_flop(own)
+        products = total_flop(o for o in own if "convolution" not in o.name)
+        if own and spent > 0 and flop is not None and products is not None:
             found[phase] = phase_bound(
-                total_flop(own), bytes_moved(own), spent, ceilings, product_flop=products
+                flop, bytes_moved(own), spent, ceilings, product_flop=products
             )
     return found
 
@@ -360,8 +384,9 @@ def _pause_warnings(paused_s: float) -> list[str]:
 
 def _takes(term: TermCost) -> str:
     if term.forward_s is None or term.backward_s is None:
-        gflop = (term.forward_flop + term.backward_flop) / 1e9
-        return f"takes {gflop:.3g} GFLOP and moves {term.bytes_moved / 2**20:.3g} MiB"
+        flop = complete_sum((term.forward_flop, term.backward_flop))
+        takes = "FLOP that are not counted" if flop is None else f"{flop / 1e9:.3g} GFLOP"
+        return f"takes {takes} and moves {term.bytes_moved / 2**20:.3g} MiB"
     return f"takes {1e3 * (term.forward_s + term.backward_s):.3g} ms"
 
 
@@ -371,6 +396,11 @@ def _unavailable(
     found = dict(readings.alone.memory.unavailable)
     if readings.energy.joules is None:
         found["energy_j"] = readings.energy.reason or "not measured"
+    missed = uncounted_work(counted["operations"])
+    if missed is not None:
+        phases = {o.phase for o in counted["operations"] if o.matrix_flop is None}
+        bounds = (f"bounds.{phase}" for phase in sorted(phases))
+        found |= dict.fromkeys(("flop.total", "mfu", *bounds), missed)
     if peak is None:
         found["mfu"] = _no_peak(readings)
     if timed["phases_s"] is None:
@@ -382,7 +412,12 @@ def _unavailable(
         found |= dict.fromkeys(("operations.seconds", "terms.forward_s"), NO_DETAIL)
         found["terms.backward_s"] = NO_DETAIL
     if counted["hidden_cost"] is None:
-        found["hidden_cost"] = "the reference does no matrix FLOP"
+        of_reference = uncounted_work(readings.reference)
+        found["hidden_cost"] = (
+            missed
+            or (of_reference and f"of the reference, {of_reference}")
+            or "the reference does no matrix FLOP"
+        )
     return found
 
 

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -33,7 +34,7 @@ from kdprof.hardware.device import synchronize
 from kdprof.measure.counting.fakes import DEVICE
 from kdprof.measure.counting.flop_formulas import tensors_in
 from kdprof.measure.counting.operators import COMPOSITE, Operator, operator_of
-from kdprof.records import Operation, OperationKind, TermCost
+from kdprof.records import Operation, OperationKind, TermCost, complete_sum
 from kdprof.step import PHASES, TrainStep
 
 WHOLE = "step"
@@ -65,11 +66,15 @@ class Synchronisation:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One call of an operator: FLOP, bytes; ``took`` in seconds or as a pair of CUDA events."""
+    """One call of an operator: FLOP, bytes; ``took`` in seconds or as a pair of CUDA events.
+
+    ``uncounted`` is the reason why the FLOP of matrix work are None.
+    """
 
     name: str
     kind: OperationKind
-    matrix_flop: float
+    matrix_flop: float | None
+    uncounted: str | None
     other_flop: float | None
     bytes_read: float
     bytes_written: float
@@ -304,7 +309,10 @@ class StepTrace(TorchDispatchMode):
             if self._phase == FORWARD:
                 self._flow.through(operator, args, kwargs, out)
             return out
-        if operator.composite:
+        if any(issubclass(kind, NestedTensor) for kind in types):
+            return NotImplemented  # it comes back with one tensor of all its sequences
+        # Nested tensors have kernels of their own, in place of those that call other operators.
+        if operator.composite and not any(t.is_nested for t in tensors_in(args)):
             with self._tracing_inside():
                 return func._op_dk(COMPOSITE, *args, **kwargs)
         if operator.waits is not None:
@@ -323,7 +331,8 @@ class StepTrace(TorchDispatchMode):
     ) -> None:
         assert operator.kind is not None
         work = operator.work(args, kwargs, out)
-        call = _Call(operator.name, self._kind(operator.kind), *work, took)
+        kind = operator.kind if work.uncounted is None else "uncounted"
+        call = _Call(operator.name, self._kind(kind), *work, took)
         if self._phase == FORWARD:
             call.reads, call.writes = self._flow.through(operator, args, kwargs, out)
         elif self._phase == BACKWARD:
@@ -415,9 +424,11 @@ class StepTrace(TorchDispatchMode):
         """What limits the accuracy of the terms' shares with this torch; None if nothing does."""
         return NO_NODES if _current_node is None and self._term_storages else None
 
-    def matrix_flop(self) -> dict[str, float]:
-        """Return the matrix FLOP of each phase that has any operator, in order."""
-        return {p: sum(c.matrix_flop for c in calls) for p, calls in self._calls.items()}
+    def matrix_flop(self) -> dict[str, float | None]:
+        """Return the matrix FLOP of each phase that has any operator, in order; None where an
+        operator has matrix work that is not counted."""
+        phases = self._calls.items()
+        return {p: complete_sum(call.matrix_flop for call in calls) for p, calls in phases}
 
     def operations(self) -> list[Operation]:
         """Return the operations, one per phase, operator and kind (an operator has another kind
@@ -435,14 +446,14 @@ class StepTrace(TorchDispatchMode):
     def _operation(
         self, phase: str, name: str, kind: OperationKind, calls: list[_Call]
     ) -> Operation:
-        others = [call.other_flop for call in calls]
         return Operation(
             phase=phase,
             name=name,
             kind=kind,
             calls=len(calls),
-            matrix_flop=sum(call.matrix_flop for call in calls),
-            other_flop=None if None in others else sum(others),
+            matrix_flop=complete_sum(call.matrix_flop for call in calls),
+            uncounted=next((call.uncounted for call in calls if call.uncounted), None),
+            other_flop=complete_sum(call.other_flop for call in calls),
             bytes_read=sum(call.bytes_read for call in calls),
             bytes_written=sum(call.bytes_written for call in calls),
             seconds=sum(call.seconds() for call in calls) if self._timed else None,
@@ -465,8 +476,8 @@ class StepTrace(TorchDispatchMode):
         return {
             name: TermCost(
                 weight=weights[name],
-                forward_flop=forward.flop[name],
-                backward_flop=backward.flop[name],
+                forward_flop=forward.flop_of(name),
+                backward_flop=backward.flop_of(name),
                 bytes_moved=forward.bytes[name] + backward.bytes[name],
                 forward_s=forward.seconds[name] if self._timed else None,
                 backward_s=backward.seconds[name] if self._timed else None,
@@ -487,18 +498,31 @@ class StepTrace(TorchDispatchMode):
 
 
 class _Shares:
-    """FLOP, bytes and seconds of calls by term; a call of several terms is divided equally."""
+    """FLOP, bytes and seconds of calls by term; a call of several terms is divided equally.
+
+    Attributes:
+        incomplete: terms with matrix work that is not counted.
+    """
 
     def __init__(self, calls: Iterable[_Call]):
+        self.incomplete: set[str] = set()
+        self.misses_calls = False
         self.flop: dict[str, float] = defaultdict(float)
         self.bytes: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.totals = [0.0, 0.0, 0.0]
         for call in calls:
-            amounts = call.matrix_flop, call.bytes_read + call.bytes_written, call.seconds()
+            amounts = call.matrix_flop or 0.0, call.bytes_read + call.bytes_written, call.seconds()
+            if call.matrix_flop is None:
+                self.incomplete.update(call.terms)
+                self.misses_calls = True
             self.totals = [sum(pair) for pair in zip(self.totals, amounts, strict=True)]
             for name in call.terms:
                 self._add(name, [amount / len(call.terms) for amount in amounts])
+
+    def flop_of(self, name: str) -> float | None:
+        """Return the matrix FLOP of a term; None if some are not counted."""
+        return None if name in self.incomplete else self.flop[name]
 
     def _add(self, name: str, amounts: Iterable[float]) -> None:
         for counter, amount in zip((self.flop, self.bytes, self.seconds), amounts, strict=True):
@@ -511,6 +535,7 @@ class _Shares:
             given = (other.flop, other.bytes, other.seconds)
             parts = [_part(shares, name, len(names)) for shares in given]
             made._add(name, [part * total for part, total in zip(parts, self.totals, strict=True)])
+        made.incomplete = set(names) if self.misses_calls else set(other.incomplete)
         return made
 
 

@@ -21,6 +21,8 @@ from kdprof.user_files import content_hash
 PACKAGE = Path(__file__).parent.parent
 STEP_CODE = ("step.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
 """The source files that every step uses, relative to the package."""
+COUNTING_CODE = ("measure/counting/*.py",)
+"""The source files that count a step's FLOP, relative to the package."""
 TRAINING_CODE = (
     *STEP_CODE,
     "schedule.py",
@@ -74,7 +76,7 @@ def cost_key(study: ResolvedStudy, name: str) -> str:
         cost_settings(study, name),
         study.hardware.name,
         versions(),
-        source_hash(PACKAGE, STEP_CODE),
+        source_hash(PACKAGE, (*STEP_CODE, *COUNTING_CODE)),
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -256,6 +256,15 @@ class ResolvedStudy:
         matched = any(budget.matches == "energy" for budget in budgets)
         return matched or self.training.enforce == "energy"
 
+    @property
+    def needs_flop(self) -> str | None:
+        """The setting that needs all FLOP of a step, a budget or what ends a run; None if none."""
+        budgets = [parse_budget(text) for text in self.budgets]
+        found = [f"budget '{budget.text}'" for budget in budgets if budget.matches == "FLOP"]
+        if self.training.enforce == "flop":
+            found.append("--enforce flop")
+        return next(iter(found), None)
+
     def method_names(self, *, control: bool) -> list[str]:
         """Return the methods to compare; with ``control`` the controls come first."""
         by_spec = [find_method(spec).cls.name for spec in self.plain.methods]

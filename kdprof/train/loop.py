@@ -448,6 +448,8 @@ class TrainingRun:
         spent_s, each = self.ledger.spent_s, self.cost and self.cost.flop_per_iteration()
         energy_j = self.ledger.energy_j()
         unavailable = dict(self.run.unavailable)
+        if self.cost is not None and each is None:
+            unavailable["flop"] = self.cost.why_no_flop()
         if energy_j is not None:
             unavailable.pop("energy_j", None)
         return self.run.model_copy(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdprof.errors import UserError
+from kdprof.errors import UserError, no_flop
 from kdprof.records import Cost, Run
 
 
@@ -71,16 +71,17 @@ def pace_of(run: Run, cost: Cost | None, spending: Spending) -> Pace:
         if not run.train_s.planned:
             raise UserError("--enforce time: the run has no planned seconds; use iterations")
         return Enforced(run.iterations, run.train_s.planned, lambda done: spending.seconds())
-    quantity = "energy_j" if run.enforce == "energy" else "flop"
-    each = None
-    if cost is not None:
-        each = cost.energy_j if quantity == "energy_j" else cost.flop_per_iteration()
-    if each is None:
-        reason = cost.unavailable.get(quantity, "not measured") if cost else "no Cost"
+    if run.enforce == "flop":
+        each = cost and cost.flop_per_iteration()
+        if not each:
+            reason = cost.why_no_flop() if cost else "no Cost"
+            raise UserError(no_flop("--enforce flop", run.method, reason))
+        return Enforced(run.iterations, each * run.iterations, lambda done: each * done)
+    if cost is None or cost.energy_j is None:
+        reason = cost.unavailable.get("energy_j", "not measured") if cost else "no Cost"
         raise UserError(
-            f"--enforce {run.enforce}: the cost of '{run.method}' has no {quantity} ({reason}); "
-            "use --enforce time or iterations"
+            f"--enforce energy: the cost of '{run.method}' has no energy_j ({reason}); use "
+            "--enforce time or iterations"
         )
-    if run.enforce == "energy":
-        return Enforced(run.iterations, each * run.iterations, lambda done: spending.joules())
-    return Enforced(run.iterations, each * run.iterations, lambda done: each * done)
+    planned_j = cost.energy_j * run.iterations
+    return Enforced(run.iterations, planned_j, lambda done: spending.joules())

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kdprof.budget import parse_budget
-from kdprof.errors import KdprofError, Problems, UserError
+from kdprof.errors import KdprofError, Problems, UserError, refuse_uncounted
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost, Run
@@ -37,8 +37,9 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
 
     Raises:
         UserError: a step cannot fit into the device's memory, a logger is not installed, nothing
-            can be learned from the data or scored on them, or the folder has runs that were trained
-            under other conditions than this study's.
+            can be learned from the data or scored on them, the folder has runs that were trained
+            under other conditions than this study's, or the study needs FLOP that cannot be
+            counted.
         KdprofError: the reference or a method that a budget names could not be measured.
     """
     check_loggers(study.training.loggers)
@@ -51,6 +52,7 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     plan = training_plan(study, names)
     missing += _rough(study, costs, plan)
     if not missing:
+        _check_flop(study, costs)
         return Prepared(costs, [])
     progress.say(f"measuring {', '.join(missing)}")
     measured = measure(study, missing, progress, keep=store.write_cost, plan=plan)
@@ -62,6 +64,7 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
         )
     costs |= {cost.method: cost for cost in measured.costs}
     costs = {name: costs[name] for name in wanted if name in costs}
+    _check_flop(study, costs)
     return Prepared(costs, measured.summary().splitlines())
 
 
@@ -77,6 +80,14 @@ def _say_earlier(
             f"earlier runs of {', '.join(earlier)} were planned with the Costs of other loading "
             "(data_settings.workers or cache), and keep them"
         )
+
+
+def _check_flop(study: ResolvedStudy, costs: Mapping[str, Cost]) -> None:
+    """Refuse a study that needs FLOP of a step with matrix work that is not counted."""
+    if study.needs_flop:
+        totals = {name: cost.flop_per_iteration() for name, cost in costs.items()}
+        missed = {n: costs[n].why_no_flop() for n, total in totals.items() if total is None}
+        refuse_uncounted(study.needs_flop, missed)
 
 
 def check_content(study: ResolvedStudy, progress: Progress) -> None:

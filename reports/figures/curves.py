@@ -27,6 +27,7 @@ from ..results import (
     device_text,
     drifted,
     final_miou,
+    flop_notes,
     shortened,
     study_text,
 )
@@ -412,6 +413,7 @@ def notes(results: Results, each: Axis) -> list[str]:
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clock times cannot be compared.")
     found += classes_notes(results.finished)
+    found += flop_notes(results.finished)
     if off := [run for run in results.finished if drifted(run)]:
         number = f"{len(off)} of {count(len(results.finished), 'run')}"
         found.append(f"Hollow: more than 2 % off the planned wall-clock ({number}; see table.csv).")

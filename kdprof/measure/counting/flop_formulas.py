@@ -1,4 +1,4 @@
-"""FLOP formulas: the kind and the arithmetic of every torch operator that is counted.
+"""The kind of torch's operators, and their arithmetic outside matrix products.
 
 Everything follows from shapes, so fake tensors give the same counts as real ones. docs/measuring.md
 prints the table of this module. 1 multiply-add = 2 FLOP.
@@ -10,81 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-    shape_wrapper,
-)
 
 from kdprof.records import OperationKind
 
-aten = torch.ops.aten
 GROUPS = (list, tuple)
 """Types of arguments that may hold tensors."""
-
-
-def convolution_flop(
-    x_shape: Any, w_shape: Any, out_shape: Any, groups: int, transposed: bool
-) -> int:
-    """Return the FLOP of a convolution: 2 per multiply-add.
-
-    ``w_shape`` is (out, in / groups, *kernel), or (in, out / groups, *kernel) when transposed: the
-    weight's shape already includes the division by groups.
-    """
-    positions = math.prod(x_shape[2:] if transposed else out_shape[2:])
-    return 2 * x_shape[0] * positions * math.prod(w_shape)
-
-
-def _forward_flop(
-    x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
-    output_padding: Any, groups: int, *rest: Any, out_shape: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    return convolution_flop(x, w, out_shape, groups, transposed)
-
-
-def _backward_flop(
-    grad: Any, x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, output_mask: Any,
-    *rest: Any, out_shape: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Return the FLOP of a convolution's backward: as the forward for each requested gradient.
-
-    The gradients are those of input and weight. torch's own formula ignores ``groups`` in the
-    weight gradient, which overcounts a depthwise convolution by a factor of its channels.
-    """
-    return convolution_flop(x, w, grad, groups, transposed) * sum(map(bool, output_mask[:2]))
-
-
-def _fused_flop(x: Any, w: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Return the FLOP of a convolution whose kernel also adds a map or takes ReLU."""
-    return convolution_flop(x, w, out_shape, 1, False)
-
-
-def _attention_flop(q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _attention_backward_flop(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **kwargs: Any) -> int:
-    """Return the FLOP of five products: the map is computed again, then four gradients."""
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-OWN_FORMULAS = {
-    aten.convolution: _forward_flop,
-    aten._convolution: _forward_flop,
-    aten.convolution_backward: _backward_flop,
-    aten.cudnn_convolution_relu: _fused_flop,
-    aten.cudnn_convolution_add_relu: _fused_flop,
-    # torch has these for a GPU's attention only.
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
-}
-"""Formulas over shapes, as FlopCounterMode's ``custom_mapping`` takes them, of the operators for
-which torch's are wrong or missing."""
-_OWN = {packet: shape_wrapper(formula) for packet, formula in OWN_FORMULAS.items()}
 
 
 class OperatorCall(NamedTuple):
@@ -231,7 +162,7 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
      "log_sigmoid_forward log_sigmoid_backward silu_backward mish_backward gelu_backward "
      "sigmoid_backward tanh_backward threshold_backward hardshrink_backward "
      "softshrink_backward _prelu_kernel _prelu_kernel_backward glu glu_backward rrelu_with_noise "
-     "floor_divide logical_and logical_or logical_xor addr isin bucketize"),
+     "floor_divide logical_and logical_or logical_xor isin bucketize"),
     ("elementwise", _per_output(3),
      "mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward "
      "binary_cross_entropy_backward"),
@@ -239,11 +170,9 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
      "sum mean prod all any amax amin max min argmax argmin nansum count_nonzero cumsum cumprod "
      "cummax cummin trace mode"),
     ("reduction", _per_input(2),
-     "linalg_vector_norm norm dot vdot aminmax l1_loss"),
-    ("reduction", lambda call: 2 * max(t.numel() for t in tensors_in(call.args[:2])), "mv"),
-    ("reduction", lambda call: 2 * call.args[1].numel(), "addmv"),
+     "linalg_vector_norm norm aminmax l1_loss"),
     ("reduction", _per_input(3), "logsumexp logcumsumexp mse_loss smooth_l1_loss huber_loss "
-     "soft_margin_loss _euclidean_dist"),
+     "soft_margin_loss"),
     ("reduction", _per_input(4), "var std var_mean std_mean binary_cross_entropy"),
     ("reduction", _per_row_of_products(3), "_cdist_forward _pdist_forward"),
     ("softmax", _per_output(SOFTMAX_FORWARD), "_softmax _log_softmax _safe_softmax"),
@@ -310,9 +239,3 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
 TABLE: dict[str, tuple[OperationKind, Formula]] = {
     name: (kind, formula) for kind, formula, names in _ROWS for name in names.split()
 }
-
-
-def matrix_formula(packet: Any) -> Callable[..., int] | None:
-    """Return the function of an operator's arguments and ``out_val`` that gives its matrix FLOP;
-    None if the operator has no known matrix work."""
-    return _OWN.get(packet) or flop_registry.get(packet)

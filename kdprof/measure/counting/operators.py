@@ -19,12 +19,18 @@ from kdprof.measure.counting.flop_formulas import (
     TABLE,
     Formula,
     OperatorCall,
-    matrix_formula,
     nothing,
     per_parameter,
     per_source,
     per_target,
     tensors_in,
+)
+from kdprof.measure.counting.matrix_flop import (
+    OPAQUE,
+    MatrixFlop,
+    matrix_formula,
+    name_of,
+    why_uncounted,
 )
 from kdprof.records import OperationKind
 
@@ -35,7 +41,8 @@ def stored_elements(tensor: Tensor) -> int:
     """Return how many elements a tensor has in memory: an expanded dimension (stride 0) is stored
     once, and overlapping windows have no more elements than their storage."""
     elements = tensor.numel()
-    if elements == 0 or tensor.layout != torch.strided or tensor.is_contiguous():
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    if elements == 0 or not plain or tensor.is_contiguous():
         return elements
     steps = [(n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
     distinct = math.prod(n for n, stride in steps if stride)
@@ -143,9 +150,11 @@ def _waits(func: Any, name: str) -> Callable[[tuple[Any, ...], Mapping[str, Any]
 
 
 class Work(NamedTuple):
-    """The FLOP and bytes of one call; ``other_flop`` is None if there is no formula for it."""
+    """The FLOP and bytes of one call. FLOP are None if there is no formula for them, with the
+    reason where they are of matrix work."""
 
-    matrix_flop: float
+    matrix_flop: float | None
+    uncounted: str | None
     other_flop: float | None
     bytes_read: float
     bytes_written: float
@@ -161,7 +170,8 @@ class Operator:
     """None for a view, an allocation or a query of metadata, which are no operations."""
     composite: bool = False
     """True if it consists of other operators, which are traced in its place."""
-    matrix: Callable[..., int] | None = None
+    matrix: MatrixFlop | None = None
+    """None if it does no matrix work."""
     other: Formula | None = None
     unread: frozenset[int | str] = frozenset()
     written: frozenset[int | str] = frozenset()
@@ -179,9 +189,11 @@ class Operator:
         """Return the work of a call with these arguments and this result."""
         call = OperatorCall(args, kwargs, out)
         read, written = self._bytes(call)
-        matrix = 0 if self.matrix is None else self.matrix(*args, **kwargs, out_val=out)
+        matrix = 0 if self.matrix is None else self.matrix(args, kwargs, out)
         other = None if self.other is None else self.other(call)
-        return Work(matrix, other, read, written)
+        if isinstance(matrix, str):
+            return Work(None, matrix, None, read, written)
+        return Work(matrix, None, other, read, written)
 
     def _bytes(self, call: OperatorCall) -> tuple[int, int]:
         read, written = 0, stored_bytes(self._new(call)) if self.makes else 0
@@ -212,13 +224,13 @@ class Operator:
 def operator_of(func: Any) -> Operator:
     """Return what is known of an operator (an OpOverload or a higher-order operator)."""
     if not isinstance(func, torch._ops.OpOverload):
-        return Operator(str(func), "uncounted")
+        matrix, kind, other = _work_of(func, name_of(func))
+        return Operator(name_of(func), kind, matrix=matrix, other=other)
     name = f"{func.namespace}.{func._opname}"
     if _is_free(func):
         return Operator(name, None)
     plain = func._opname if func.namespace == "aten" else name
-    matrix = matrix_formula(func._overloadpacket)
-    kind, other = ("matrix", nothing) if matrix else _classified(func, plain)
+    matrix, kind, other = _work_of(func, plain)
     arguments = list(enumerate(func._schema.arguments))
     written = {a.name if a.kwarg_only else i for i, a in arguments if _is_written(a)}
     outs = {a.name for _, a in arguments if a.is_out}
@@ -254,21 +266,38 @@ def _is_composite(func: Any) -> bool:
     Except in inference mode, it has usually called them before a dispatch mode sees any operator.
     (``func.decompose`` would also use decompositions for compilers, which no eager step runs.)
     """
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    implicit = "CompositeImplicitAutograd"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), implicit)
+    return has_kernel and name_of(func) not in OPAQUE
 
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def _classified(func: Any, name: str) -> tuple[OperationKind, Formula | None]:
+def _work_of(func: Any, name: str) -> tuple[MatrixFlop | None, OperationKind, Formula | None]:
+    """Return the matrix FLOP of an operator, its kind, and its other arithmetic.
+
+    What kdprof does not know is never taken for an operator without matrix work: that its name
+    looks like it, or that it is not one of torch's, is a reason why its FLOP are not counted.
+    """
+    matrix, classified = matrix_formula(func), _classified(func, name)
+    if classified is not None:
+        return matrix, *classified
+    if matrix is not None:
+        return matrix, "matrix", nothing
+    reason = why_uncounted(name_of(func))
+    return (None if reason is None else lambda args, kwargs, out: reason), "uncounted", None
+
+
+def _classified(func: Any, name: str) -> tuple[OperationKind, Formula | None] | None:
     """Return kind and arithmetic: by the table, else by torch's tags, else by the name's prefix."""
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-    binary = func._overloadname == "other"
+    binary = getattr(func, "_overloadname", "") == "other"
     if base in TABLE and not (binary and base in ("max", "min")):
         return TABLE[base]
-    if torch.Tag.pointwise in func.tags:
+    if torch.Tag.pointwise in getattr(func, "tags", ()):
         return "elementwise", ELEMENTWISE
     if name.startswith("_foreach_"):
         return "optimizer", per_parameter(1)
-    return "uncounted", None
+    return None
