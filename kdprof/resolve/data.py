@@ -14,8 +14,8 @@ from kdprof.data import (
     Findings,
     PairedImages,
     SegmentationData,
+    cache_folder,
     decoded,
-    default_folder,
     examine_files,
     examine_labels,
     fit_of,
@@ -83,14 +83,19 @@ class StudyData:
         if self.uses_placeholders:
             return self.files[split]  # nothing to decode
         if split not in self._decoded:
-            cache, data = self._settings.cache, self.files[split]
-            self._decoded[split] = decoded(data, cache, self.cache_folder(), self._progress)
+            settings, data = self._settings, self.files[split]
+            self._decoded[split] = decoded(
+                data, settings.cache, settings.cache_folder, self._progress
+            )
         return self._decoded[split]
 
     def cache_folder(self) -> Path:
-        """Return the folder of decoded images."""
-        given = self._settings.cache_folder
-        return Path(given).expanduser() if given else default_folder()
+        """Return the folder of decoded images.
+
+        Raises:
+            UserError: there is none, see :func:`~kdprof.data.cache_folder`.
+        """
+        return cache_folder(self._settings.cache_folder)
 
     def evaluated_sizes(self) -> set[tuple[int, int]]:
         """Return the heights and widths that images are evaluated at, pixels, from their
