@@ -60,7 +60,7 @@ def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:
         # Not Path.open(), which waits for the other end of a pipe.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            _check_regular(path, os.fstat(number), most)
+            check_regular(path, os.fstat(number), most)
             with os.fdopen(number, "rb", closefd=False) as file:
                 return file.read(most)
         finally:
@@ -70,7 +70,16 @@ def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:
         raise UserError(f"cannot read {path}: {reason}; give another file") from None
 
 
-def _check_regular(path: Path, found: os.stat_result, most: int) -> None:
+def check_regular(path: Path, found: os.stat_result, most: int) -> None:
+    """Refuse what is no regular file or is too large.
+
+    Args:
+        found: what the system says about it.
+        most: bytes of the largest file that is read.
+
+    Raises:
+        UserError: it is a folder, a pipe or a device, or is larger.
+    """
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or device"
         raise UserError(f"{path} is a {kind}, not a file; give a file")

@@ -10,6 +10,7 @@ from small_study import train_small
 from kdprof.errors import UserError
 from kdprof.models import build
 from kdprof.models.export import export
+from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.store import Store
 from kdprof.train import checkpoint
@@ -31,7 +32,7 @@ def network():
 def test_what_is_written_loads_back_bit_equal(network, tmp_path, ending):
     path = tmp_path / f"student{ending}"
     export(network, path, CLASSES, (64, 64))
-    weights = read_weights(path)
+    weights = read_weights(open_weights(path))
     assert weights.classes == CLASSES
     assert weights.source == {".safetensors": "kdprof", ".pth": "mmsegmentation"}[ending]
     again = build(check_weights(weights, "pspnet-r18", CLASSES), len(CLASSES))
@@ -58,7 +59,7 @@ def test_safetensors_tell_the_network_and_its_preprocessing(tmp_path):
         told = file.metadata()
     assert told["network"] == "cirkd-deeplabv3-resnet18s-w128"
     assert json.loads(told["preprocessing"])["bgr"] is True
-    assert str(read_weights(tmp_path / "c.safetensors").name) == told["network"]
+    assert str(read_weights(open_weights(tmp_path / "c.safetensors")).name) == told["network"]
     with pytest.raises(UserError, match="mmsegmentation has no cirkd-deeplabv3-resnet18s-w128"):
         export(network, tmp_path / "c.pth", CLASSES, (64, 64))
     with pytest.raises(UserError, match=r"export writes \.safetensors, \.pth, \.onnx, not '\.h5'"):

@@ -13,6 +13,7 @@ from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
 from kdprof.models import SegmentationNetwork, build, parse_name
 from kdprof.models.export import export
+from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key, cost_settings
@@ -50,7 +51,7 @@ def published(tmp_path):
 
 
 def loaded(path, wanted="pspnet-r18", classes=CLASSES):
-    weights = read_weights(path)
+    weights = read_weights(open_weights(path))
     network = build(check_weights(weights, wanted, classes), len(classes))
     return network, load_weights(network, weights)
 
@@ -175,7 +176,7 @@ def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
     import numpy as np
 
     state = regenerated(np.load(path, allow_pickle=False))
-    weights = read_weights(saved(tmp_path / "c.pth", state))
+    weights = read_weights(open_weights(saved(tmp_path / "c.pth", state)))
     names = tuple(map(str, range(19)))
     found = check_weights(weights, "deeplabv3-r18", names)
     assert found == parse_name("cirkd-deeplabv3-r18-w128")
@@ -193,6 +194,10 @@ def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
         ),
         (
             lambda s: s.update({"module.decode_head.conv_seg.bias": torch.ones(3)}),
+            "1 unexpected: module.decode_head.conv_seg.bias",
+        ),
+        (
+            lambda s: s.update({"_orig_mod.decode_head.conv_seg.bias": torch.ones(3)}),
             "has 'decode_head.conv_seg.bias' twice",
         ),
         (

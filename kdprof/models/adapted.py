@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from kdprof.errors import UserError, unknown
+from kdprof.errors import UserError, some, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
 from kdprof.store import expanded
@@ -206,12 +206,20 @@ def _segformer(name: str, size: str, num_classes: int, weights: str) -> AdaptedN
     else:
         source = f"nvidia/mit-{size}" if weights == "imagenet" else weights
         try:
-            network = SegformerForSemanticSegmentation.from_pretrained(source, config=config)
+            network, told = SegformerForSemanticSegmentation.from_pretrained(
+                source, config=config, output_loading_info=True
+            )
         except Exception as error:  # the hub's errors share no narrower base class
             raise UserError(
                 f"the weights {source} could not be loaded ({type(error).__name__}); get the "
                 f"folder huggingface.co/{source} and give its path as backbone weights"
             ) from error
+        lacking = [key for key in told["missing_keys"] if key.startswith("segformer.encoder.")]
+        if lacking:  # they would be random, without a word
+            raise UserError(
+                f"{source} lacks {len(lacking)} entries of the encoder of {name} "
+                f"({some(lacking)}); give the folder of its ImageNet weights"
+            )
     return AdaptedNetwork(network, _maps_of_segformer, num_classes, name=name)
 
 
