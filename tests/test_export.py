@@ -97,4 +97,33 @@ def test_a_trained_student_and_its_teacher_are_exported_and_evaluated(tmp_path):
     done = kdprof("export", file, "--out", out, "--method", "kd", "--budget", "7")
     assert done.returncode == 2
     assert "its runs are: --method kd --budget 6 --seed 0" in done.stderr
-    assert kdprof("export", file, "--out", out).returncode == 2
+    for lacking in ((), ("--method", "kd"), ("--budget", "6"), ("--teacher", *run)):
+        done = kdprof("export", file, "--out", out, *lacking)
+        assert (done.returncode, done.stderr) == (
+            2, "kdprof: give --method and --budget of a run, or --teacher\n"
+        )  # fmt: skip
+
+    # What is wrong with a run is said as it is.
+    def refusal(*what):
+        done = kdprof("export", tmp_path / "again.safetensors", "--out", out, *what)
+        assert done.returncode == 2
+        assert not (tmp_path / "again.safetensors").exists()
+        (line,) = done.stderr.splitlines()
+        return line
+
+    for folder, what in (
+        (store.run_folder("kd", "6", 0), run),
+        (store.teacher_folder(), ["--teacher"]),
+    ):
+        for path in folder.path.glob("checkpoint*"):
+            path.unlink()
+        assert f"{folder.path}/checkpoint.pt is gone; delete {folder.path}" in refusal(*what)
+    record = json.loads(folder.record.read_text())
+    folder.record.write_text(json.dumps(record | {"finished": False}))
+    assert "teacher is not trained to its end; give its 'kdprof train'" in refusal("--teacher")
+    folder.record.unlink()
+    assert "nothing was trained there yet; run 'kdprof train' first" in refusal("--teacher")
+    study = store.study.read_text()
+    store.study.write_text(f'teacher_weights = "t.pth"\n{study}')
+    assert "teacher: the study trains no network there" in (line := refusal("--teacher"))
+    assert line.endswith("it reads t.pth; use that")

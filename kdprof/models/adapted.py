@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -206,15 +207,16 @@ def _segformer(name: str, size: str, num_classes: int, weights: str) -> AdaptedN
     else:
         source = f"nvidia/mit-{size}" if weights == "imagenet" else weights
         try:
-            network, told = SegformerForSemanticSegmentation.from_pretrained(
+            loaded: Any = SegformerForSemanticSegmentation.from_pretrained(
                 source, config=config, output_loading_info=True
             )
+            network, told = loaded
         except Exception as error:  # the hub's errors share no narrower base class
             raise UserError(
                 f"the weights {source} could not be loaded ({type(error).__name__}); get the "
                 f"folder huggingface.co/{source} and give its path as backbone weights"
             ) from error
-        lacking = [key for key in told["missing_keys"] if key.startswith("segformer.encoder.")]
+        lacking = [key for key in told["missing_keys"] if not key.startswith("decode_head.")]
         if lacking:  # they would be random, without a word
             raise UserError(
                 f"{source} lacks {len(lacking)} entries of the encoder of {name} "

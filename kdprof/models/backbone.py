@@ -339,4 +339,4 @@ def _differences(state: dict[str, Tensor], target: dict[str, Tensor], name: str)
             key for key in target.keys() & state.keys() if target[key].shape != state[key].shape
         ],
     }
-    return [f"{len(keys)} {what}: {some(keys)}" for what, keys in found.items() if keys]
+    return [f"{what}: {some(keys)}" for what, keys in found.items() if keys]

@@ -65,18 +65,15 @@ _BESIDE = (
 )
 """What torchvision's, timm's and mmengine's checkpoints hold beside the weights. The names stand
 for :class:`_Unread`; what they name is neither imported nor called."""
-_NUMPY = {
-    # numpy 1 and 2 call the module of these functions differently.
-    f"numpy.{core}.multiarray.{name}": made
-    for name, (made, *_) in {
-        "scalar": np.float64(0).__reduce__(),
-        "_reconstruct": np.zeros(0).__reduce__(),
-    }.items()
-    for core in ("core", "_core")
-}
+_NUMPY = {"scalar": np.float64(0), "_reconstruct": np.zeros(0)}
+"""NumPy's functions that make a value again, with a value of each."""
 HARMLESS: list[Any] = [
     *((_Unread, name) for name in _BESIDE),
-    *((made, name) for name, made in _NUMPY.items()),
+    *(
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+        for name, value in _NUMPY.items()
+        for core in ("core", "_core")  # numpy 1 and 2
+    ),
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
     np.dtype,
     np.ndarray,

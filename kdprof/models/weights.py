@@ -292,7 +292,7 @@ def misfits(network: SegmentationNetwork | AdaptedNetwork, weights: Weights) -> 
             if state[k].is_floating_point() and not _in_range(state[k], target[k].dtype)
         ],
     }
-    listed = [f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys]
+    listed = [f"{what}: {some(keys)}" for what, keys in problems.items() if keys]
     if not listed:
         return []
     return [f"{weights.path} does not fit {network.info.name}: {'; '.join(listed)}"]

@@ -32,6 +32,7 @@ from kdprof.models import (
     is_adapted,
     outlined,
     parse_name,
+    source_of,
 )
 from kdprof.models.names import NetworkName
 from kdprof.models.weight_files import WeightFile, open_weights
@@ -152,7 +153,12 @@ class ResolvedStudy:
         if self.teacher_weights is None:
             given["teacher"] = (plain.teacher, plain.teacher_backbone_weights)
         for role, (name, weights) in given.items():
-            if weights in ("none", "imagenet") or is_adapted(name):
+            if weights in ("none", "imagenet"):
+                continue
+            if source_of(name) is not None:
+                problems.append(
+                    f"{role}_backbone_weights: {name} loads its weights itself; leave {weights} out"
+                )
                 continue
             network = problems.attempt(partial(build, name, 2, backbone_weights=weights), None)
             if isinstance(network, SegmentationNetwork):
