@@ -97,7 +97,12 @@ def test_a_trained_student_and_its_teacher_are_exported_and_evaluated(tmp_path):
     done = kdprof("export", file, "--out", out, "--method", "kd", "--budget", "7")
     assert done.returncode == 2
     assert "its runs are: --method kd --budget 6 --seed 0" in done.stderr
-    for lacking in ((), ("--method", "kd"), ("--budget", "6"), ("--teacher", *run)):
+    for surplus in (run, ("--seed", "0")):
+        done = kdprof("export", file, "--out", out, "--teacher", *surplus)
+        assert (done.returncode, done.stderr) == (
+            2, "kdprof: --teacher is no run of a method; leave --method, --budget and --seed out\n"
+        )  # fmt: skip
+    for lacking in ((), ("--method", "kd"), ("--budget", "6")):
         done = kdprof("export", file, "--out", out, *lacking)
         assert (done.returncode, done.stderr) == (
             2, "kdprof: give --method and --budget of a run, or --teacher\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from kdprof.cli.options import (
     FILE,
@@ -184,8 +185,9 @@ def export(
     store = Store(out)
     store.require()
     study = load_study(str(store.study), {})
-    if teacher and (method or budget):
-        raise UserError("give --method and --budget of a run, or --teacher")
+    seeded = click.get_current_context().get_parameter_source("seed") != ParameterSource.DEFAULT
+    if teacher and (method or budget or seeded):
+        raise UserError("--teacher is no run of a method; leave --method, --budget and --seed out")
     if teacher:
         found = trained_network(store.teacher_folder(), study.teacher, study.teacher_weights)
     elif method and budget:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kdprof.errors import UserError
 from kdprof.models import AdaptedNetwork, AnyNetwork, build
 from kdprof.models.weight_files import WeightFile
@@ -40,10 +42,19 @@ def trained_network(
         )
     classes = tuple(run.miou_per_class or ())
     network = build(name, len(classes))
+    fill(network, folder, state)
+    return network.eval(), classes
+
+
+def fill(network: AnyNetwork, folder: RunFolder, state: dict[str, Any]) -> None:
+    """Set a network's weights from the state in a run's checkpoint.
+
+    Raises:
+        UserError: they do not fit, because a file of the network was changed since.
+    """
     file = WeightFile(folder.checkpoint, "step.student", state, {})
     adapted = network if isinstance(network, AdaptedNetwork) else None
     load_weights(network, read_weights(file, adapted))
-    return network.eval(), classes
 
 
 def _unfinished(run: Run | None) -> str:
