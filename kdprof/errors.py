@@ -53,6 +53,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}" if names else "there are none"
 
 
+def some(names: Iterable[str], shown: int = 3) -> str:
+    """Return the first few names, shortened, and how many more there are."""
+    found = sorted(names)
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return ", ".join(n if len(n) <= LONGEST else f"{n[:LONGEST]}..." for n in found[:shown]) + more
+
+
+LONGEST = 120
+"""Characters of a name in a list of names; the rest of a longer one helps nobody."""
+
+
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Return the one-line message for a name that is not among ``valid``."""
     return f"unknown {kind} '{name}'; {nearest(name, valid)}"

@@ -15,6 +15,8 @@ from kdprof.errors import Problems, UserError
 from kdprof.hardware.device import autocast, configure_backends, placed
 from kdprof.method import IGNORE, Network
 from kdprof.models import AnyNetwork, build, is_adapted
+from kdprof.models.adapted import build_adapted
+from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.models.zoo import Reported, reported
 from kdprof.pauses import running_s
@@ -309,9 +311,11 @@ def evaluate_file(
         UserError: the file holds another network, or other classes, or the network cannot take
             images of these sizes.
     """
-    weights = read_weights(path, adapted=is_adapted(model))
+    file = open_weights(path)
+    adapted = build_adapted(model, data.num_classes) if is_adapted(model) else None
+    weights = read_weights(file, adapted)
     name = check_weights(weights, model, data.class_names)
-    network = build(name, data.num_classes)
+    network = adapted or build(name, data.num_classes)
     Problems(size_problems([network], evaluated_sizes(data, views))).refuse()
     loaded = load_weights(network, weights)
     configure_backends(device, precision)
@@ -331,7 +335,7 @@ def evaluate_file(
         elapsed_s = running_s() - began
     return Evaluation(
         network=str(name),
-        loaded=f"{weights.source} names: {loaded.summary()}",
+        loaded=f"{weights.told()}: {loaded.summary()}",
         missing=loaded.missing,
         left=loaded.left,
         data=data.name,
@@ -341,5 +345,5 @@ def evaluate_file(
         scores=found,
         absent_classes=absent_classes,
         images_per_second=len(data) / elapsed_s,
-        reported=reported(path),
+        reported=reported(weights.path),
     )

@@ -24,9 +24,10 @@ import re
 import socket
 import stat
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -59,7 +60,7 @@ def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:
         # Not Path.open(), which waits for the other end of a pipe.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            _check_regular(path, os.fstat(number), most)
+            check_regular(path, os.fstat(number), most)
             with os.fdopen(number, "rb", closefd=False) as file:
                 return file.read(most)
         finally:
@@ -69,7 +70,16 @@ def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:
         raise UserError(f"cannot read {path}: {reason}; give another file") from None
 
 
-def _check_regular(path: Path, found: os.stat_result, most: int) -> None:
+def check_regular(path: Path, found: os.stat_result, most: int) -> None:
+    """Refuse what is no regular file or is too large.
+
+    Args:
+        found: what the system says about it.
+        most: bytes of the largest file that is read.
+
+    Raises:
+        UserError: it is a folder, a pipe or a device, or is larger.
+    """
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or device"
         raise UserError(f"{path} is a {kind}, not a file; give a file")
@@ -104,6 +114,18 @@ def read_toml(path: Path, most: int = LARGEST_FILE) -> dict[str, Any]:
         return tomllib.loads(read_text(path, most))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}; correct it") from None
+
+
+def expanded(path: str) -> Path:
+    """Return a path with the home folder in place of its ``~``.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder; give a path without ~") from None
 
 
 @contextmanager
@@ -248,7 +270,9 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self.previous_checkpoint = path / "checkpoint.previous.pt"
-        self._lock = path / "lock"
+        self._lock = Lock(
+            path / "lock", f"{path} is being trained", "wait for it, or use another --out"
+        )
 
     def mark(self, iteration: int) -> Path:
         """Return the file of a trunk's state at an iteration."""
@@ -279,52 +303,116 @@ class RunFolder:
         """Return the compute spent so far, entry by entry."""
         return read_lines(self.ledger, LedgerEntry)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock the run for this process.
-
-        The operating system releases the lock when the process ends, for whatever reason. Another
-        machine may see the folder but not that lock, and some file systems have no locks; then the
-        lease in the file counts. The lease is renewed while the run is trained, and expires
-        :data:`LEASE_S` after its last renewal.
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock the run for this process, see :class:`Lock`.
 
         Raises:
             Held: another process is training this run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("a+") as file:
-            _take(file, self.path)
-            self.renew_lease()
-            try:
-                yield
-            finally:
-                file.truncate(0)
+        return self._lock.hold()
 
     def renew_lease(self) -> None:
         """Show other processes that the holder of the lock is alive."""
-        with naming(self._lock):
-            self._lock.write_text(json.dumps({"host": _host(), "pid": os.getpid()}))
+        self._lock.renew()
 
     def is_held(self) -> bool:
         """Return True if a process is training this run now."""
-        if not self._lock.exists():
-            return False
-        with self._lock.open("a+") as file:
-            try:
-                _take(file, self.path)
-            except Held:
-                return True
-        return False
+        return self._lock.is_held()
 
 
 LEASE_S = 900.0
 """How long a lease of another machine is valid; longer than any evaluation."""
+SETTLE_S = 0.5
+"""Where there are no locks: from the lease of one process until another one sees it."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 """Errors of a file system that has no locks."""
 
 
 class Held(KdprofError):
-    """Another process is training the run."""
+    """Another process holds a lock."""
+
+
+class Lock:
+    """A file that at most one process holds at a time.
+
+    The operating system releases the lock when the process ends, for whatever reason. Another
+    machine may see the folder but not that lock, and some file systems have no locks; then the
+    lease in the file counts. Its holder renews it, and it expires :data:`LEASE_S` after that.
+
+    Args:
+        held: what its holder does, for the message of :class:`Held`.
+        fix: what to do then.
+    """
+
+    def __init__(self, path: Path, held: str, fix: str):
+        self.path, self._held, self._fix = path, held, fix
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the lock; its folder is made if it is missing.
+
+        Raises:
+            Held: another process holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+") as file:
+            locked = self._take(file)
+            self.renew()
+            if not locked:
+                self._require_lease()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def renew(self) -> None:
+        """Show other processes that the holder is alive."""
+        with naming(self.path):
+            self.path.write_text(json.dumps({"host": _host(), "pid": os.getpid()}))
+
+    def is_held(self) -> bool:
+        """Return True if a process holds the lock now."""
+        if not self.path.exists():
+            return False
+        with self.path.open("a+") as file:
+            try:
+                self._take(file)
+            except Held:
+                return True
+        return False
+
+    def _require_lease(self) -> None:
+        """Check, where no lock decides it, that the lease is still that of this process: another
+        one may have found the file free at the same time.
+
+        Raises:
+            Held: the lease is that of another process.
+        """
+        time.sleep(SETTLE_S)
+        lease = _lease(self.path.read_text())
+        if lease is not None and lease != {"host": _host(), "pid": os.getpid()}:
+            raise self._held_by(lease)
+
+    def _held_by(self, lease: dict[str, Any]) -> Held:
+        host, pid = lease["host"].split()[0], lease["pid"]
+        return Held(f"{self._held} on {host} (process {pid}); {self._fix}")
+
+    def _take(self, file: IO[str]) -> bool:
+        """Take the lock, and return False if the file system has no locks.
+
+        Raises:
+            Held: a process of this machine holds the lock or, without locks, a lease; or one of
+                another machine a lease.
+        """
+        try:
+            locked = _flock(file)
+        except BlockingIOError:
+            raise Held(f"{self._held} by another process; {self._fix}") from None
+        file.seek(0)
+        lease = _lease(file.read())
+        if lease is not None and _is_alive(lease, file, locked=locked):
+            raise self._held_by(lease)
+        return locked
 
 
 def has_locks(folder: Path) -> bool:
@@ -356,28 +444,6 @@ def _host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot[:8]}"
     return socket.gethostname()
-
-
-def _take(file: IO[str], run: Path) -> None:
-    """Take the lock of a run.
-
-    Raises:
-        Held: a process of this machine holds the lock or, without locks, a lease; or one of another
-            machine a lease.
-    """
-    try:
-        locked = _flock(file)
-    except BlockingIOError:
-        raise Held(
-            f"{run} is being trained by another process; wait for it or use another --out"
-        ) from None
-    file.seek(0)
-    lease = _lease(file.read())
-    if lease is not None and _is_alive(lease, file, locked=locked):
-        raise Held(
-            f"{run} is being trained on {lease['host'].split()[0]} (process {lease['pid']}); wait "
-            "for it, or use another --out"
-        )
 
 
 def _is_alive(lease: dict[str, Any], file: IO[str], *, locked: bool) -> bool:

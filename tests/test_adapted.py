@@ -164,6 +164,21 @@ def test_segformer_has_its_published_size_and_taps():
         build("segformer-b7", 19)
 
 
+def test_an_encoder_that_a_folder_does_not_have_is_never_random(tmp_path):
+    pytest.importorskip("transformers")
+    network = build("segformer-b0", 3).module
+    network.save_pretrained(tmp_path)
+    loaded = build("segformer-b0", 3, backbone_weights=str(tmp_path)).module
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key])
+    state = network.state_dict()
+    lost = next(key for key in state if not key.startswith("decode_head."))
+    del state[lost]
+    network.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=f"lacks 1 entries of the encoder of segformer-b0 .{lost}"):
+        build("segformer-b0", 3, backbone_weights=str(tmp_path))
+
+
 def test_segmentation_models_pytorch_networks():
     pytest.importorskip("segmentation_models_pytorch")
     network = build("smp-unet-resnet18", 5)

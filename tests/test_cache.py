@@ -18,7 +18,7 @@ from small_study import small_study
 from kdprof.data import Augmentation, Batches, Feeder
 from kdprof.data import cache as caching
 from kdprof.data.base import Classes
-from kdprof.data.cache import Cached, decoded, default_folder, open_cache
+from kdprof.data.cache import Cached, cache_folder, decoded, open_cache
 from kdprof.data.camvid import CamVid
 from kdprof.data.scenario import Relabelled
 from kdprof.data.synthetic import SyntheticScenes
@@ -97,7 +97,7 @@ def test_later_processes_decode_nothing(root, folder, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_the_cache(root, folder, kind, workers):
     def batches(kind, workers):
-        data = decoded(CamVid(root, "train"), kind, folder, SILENT)
+        data = decoded(CamVid(root, "train"), kind, str(folder), SILENT)
         made = Batches(data, seed=3, batch=3, augmentation=Augmentation((10, 14)), workers=workers)
         return list(Feeder(made, torch.device("cpu"), 0, 5))
 
@@ -142,11 +142,36 @@ def test_every_synthetic_data_set_has_its_own(folder):
 
 def test_where_caches_lie(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "kdprof"
+    assert cache_folder(None) == tmp_path / "kdprof"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for unset in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert default_folder() == tmp_path / "home/.cache/kdprof"
+        assert cache_folder(None) == tmp_path / "home/.cache/kdprof"
+    assert cache_folder("~/here") == tmp_path / "home/here"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """An account without a home folder, and no HOME."""
+
+    def getpwuid(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", getpwuid)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_home_folder_only_a_cache_on_disk_is_refused(homeless, tmp_path):
+    for cache in ("none", "memory"):
+        ResolvedStudy(small_study(data_settings__cache=cache)).factory.batches(0).batch(0)
+    on_disk = ResolvedStudy(small_study(data_settings__cache="disk"))
+    with pytest.raises(UserError, match=r"HOME is not set; set data_settings\.cache_folder"):
+        on_disk.factory.batches(0)
+    changes = {"data_settings__cache": "disk", "data_settings__cache_folder": str(tmp_path)}
+    ResolvedStudy(small_study(**changes)).factory.batches(0).batch(0)
+    with pytest.raises(UserError, match="no such home folder; give a path without ~"):
+        cache_folder("~/here")
 
 
 # Damage
@@ -244,6 +269,17 @@ def test_folder_that_cannot_be(root, tmp_path):
     refused(root, tmp_path / "file" / "kdprof", match="Not a directory")
 
 
+def test_a_cache_that_may_not_be_read(root, folder, monkeypatch):
+    open_cache(CamVid(root, "train"), folder, SILENT)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(caching, "_mapped", forbidden)
+    with pytest.raises(UserError, match="cannot be read: Permission denied; set data_settings"):
+        open_cache(CamVid(root, "train"), folder, SILENT)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_folder(root, folder):
     folder.mkdir(parents=True)
@@ -286,7 +322,15 @@ from kdprof.data.synthetic import SyntheticScenes
 from kdprof.progress import Progress
 from rich.console import Console
 
-folder, go = map(Path, sys.argv[1:])
+folder, go = map(Path, sys.argv[1:3])
+if sys.argv[3] == "no locks":
+    import errno
+    from kdprof import store
+
+    def refuse(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    store.fcntl.flock = refuse
 
 class Slow(SyntheticScenes):
     def __getitem__(self, index):
@@ -311,9 +355,10 @@ print("same")
 """
 
 
-def test_two_processes_at_once_make_one_cache(tmp_path, folder):
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_two_processes_at_once_make_one_cache(tmp_path, folder, locks):
     go = tmp_path / "go"
-    command = [sys.executable, "-c", BUILDER, str(folder), str(go)]
+    command = [sys.executable, "-c", BUILDER, str(folder), str(go), locks]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
     go.touch()

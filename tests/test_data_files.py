@@ -245,6 +245,39 @@ def test_a_list_in_another_encoding_is_refused(tmp_path):
     assert "is not UTF-8 text" in refusal("voc", root)[0]
 
 
+def as_pipe(path):
+    os.mkfifo(path)
+
+
+def as_huge(path):
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (as_pipe, "is a pipe or device, not a file; give a file"),
+        (os.mkdir, "is a folder, not a file; give a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a pipe or device"),
+        (as_huge, "has 1,048,576 MiB, more than the 256 MiB that are read"),
+        (lambda path: path.write_bytes(b"a\0b\xff"), "is not UTF-8 text (byte 3); save it as"),
+    ],
+)
+@pytest.mark.parametrize("text", ["classes.txt", "ImageSets/Segmentation/train.txt"])
+def test_a_text_that_is_none_is_refused_and_never_waited_for(tmp_path, text, kind, message):
+    if text == "classes.txt":
+        folder(tmp_path)
+    else:
+        listed(tmp_path, ["a"], ["a"])
+    path = tmp_path / text
+    path.unlink()
+    kind(path)
+    (problem,) = refusal("folder" if text == "classes.txt" else "voc", tmp_path)
+    assert problem.startswith(str(path))
+    assert message in problem
+
+
 # low: classes.txt
 
 

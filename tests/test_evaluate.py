@@ -221,7 +221,8 @@ def test_the_command_prints_every_class_and_what_was_published(weights, monkeypa
     network = ("--model", "pspnet-test_resnet", "--weights", weights, "--data", "synthetic")
     done = evaluated(*network, "--flip", "--scales", "0.5,1", "--window", "64x64")
     assert done.returncode == 0, done.stderr
-    for text in ("IoU %", "mIoU", "mAcc", "pixel accuracy", "images/s", "kdprof names:", "entries"):
+    taken = "kdprof names, weights under `step.student`: "
+    for text in ("IoU %", "mIoU", "mAcc", "pixel accuracy", "images/s", taken, "entries"):
         assert text in done.stdout
     refitted = evaluated(*network, "--resize", "60x400", "--batch", "8")
     assert "mIoU" in refitted.stdout
@@ -247,6 +248,23 @@ def test_bad_input_gets_one_line_each(weights):
     done = evaluated("--model", "deeplabv3-r18", *network[2:])
     assert done.returncode == 2
     assert "does not fit deeplabv3-resnet18c" in done.stderr
+
+
+def test_weights_that_diverged_are_not_scored(weights, tmp_path):
+    state = torch.load(weights, weights_only=True)["step"]["student"]
+    broken = {k: v * float("nan") if v.is_floating_point() else v for k, v in state.items()}
+    path = tmp_path / "nan.pth"
+    torch.save({"model": state, "model_ema": broken}, path)
+    network = ("--model", "pspnet-test_resnet", "--data", "synthetic", "--weights")
+    done = evaluated(*network, path)
+    floats = sum(v.is_floating_point() for v in state.values())
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"kdprof: {path}: {floats} of {len(state)} tensors hold NaN (")
+    done = evaluated(*network, f"{path}#model", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["loaded"]
+    assert told == f"kdprof names, weights under `model`: {len(state)} entries loaded"
 
 
 class Sized:

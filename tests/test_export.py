@@ -10,6 +10,7 @@ from small_study import train_small
 from kdprof.errors import UserError
 from kdprof.models import build
 from kdprof.models.export import export
+from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.store import Store
 from kdprof.train import checkpoint
@@ -31,7 +32,7 @@ def network():
 def test_what_is_written_loads_back_bit_equal(network, tmp_path, ending):
     path = tmp_path / f"student{ending}"
     export(network, path, CLASSES, (64, 64))
-    weights = read_weights(path)
+    weights = read_weights(open_weights(path))
     assert weights.classes == CLASSES
     assert weights.source == {".safetensors": "kdprof", ".pth": "mmsegmentation"}[ending]
     again = build(check_weights(weights, "pspnet-r18", CLASSES), len(CLASSES))
@@ -58,7 +59,7 @@ def test_safetensors_tell_the_network_and_its_preprocessing(tmp_path):
         told = file.metadata()
     assert told["network"] == "cirkd-deeplabv3-resnet18s-w128"
     assert json.loads(told["preprocessing"])["bgr"] is True
-    assert str(read_weights(tmp_path / "c.safetensors").name) == told["network"]
+    assert str(read_weights(open_weights(tmp_path / "c.safetensors")).name) == told["network"]
     with pytest.raises(UserError, match="mmsegmentation has no cirkd-deeplabv3-resnet18s-w128"):
         export(network, tmp_path / "c.pth", CLASSES, (64, 64))
     with pytest.raises(UserError, match=r"export writes \.safetensors, \.pth, \.onnx, not '\.h5'"):
@@ -96,4 +97,38 @@ def test_a_trained_student_and_its_teacher_are_exported_and_evaluated(tmp_path):
     done = kdprof("export", file, "--out", out, "--method", "kd", "--budget", "7")
     assert done.returncode == 2
     assert "its runs are: --method kd --budget 6 --seed 0" in done.stderr
-    assert kdprof("export", file, "--out", out).returncode == 2
+    for surplus in (run, ("--seed", "0")):
+        done = kdprof("export", file, "--out", out, "--teacher", *surplus)
+        assert (done.returncode, done.stderr) == (
+            2, "kdprof: --teacher is no run of a method; leave --method, --budget and --seed out\n"
+        )  # fmt: skip
+    for lacking in ((), ("--method", "kd"), ("--budget", "6")):
+        done = kdprof("export", file, "--out", out, *lacking)
+        assert (done.returncode, done.stderr) == (
+            2, "kdprof: give --method and --budget of a run, or --teacher\n"
+        )  # fmt: skip
+
+    # What is wrong with a run is said as it is.
+    def refusal(*what):
+        done = kdprof("export", tmp_path / "again.safetensors", "--out", out, *what)
+        assert done.returncode == 2
+        assert not (tmp_path / "again.safetensors").exists()
+        (line,) = done.stderr.splitlines()
+        return line
+
+    for folder, what in (
+        (store.run_folder("kd", "6", 0), run),
+        (store.teacher_folder(), ["--teacher"]),
+    ):
+        for path in folder.path.glob("checkpoint*"):
+            path.unlink()
+        assert f"{folder.path}/checkpoint.pt is gone; delete {folder.path}" in refusal(*what)
+    record = json.loads(folder.record.read_text())
+    folder.record.write_text(json.dumps(record | {"finished": False}))
+    assert "teacher is not trained to its end; give its 'kdprof train'" in refusal("--teacher")
+    folder.record.unlink()
+    assert "nothing was trained there yet; run 'kdprof train' first" in refusal("--teacher")
+    study = store.study.read_text()
+    store.study.write_text(f'teacher_weights = "t.pth"\n{study}')
+    assert "teacher: the study trains no network there" in (line := refusal("--teacher"))
+    assert line.endswith("it reads t.pth; use that")

@@ -424,10 +424,10 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path):
     code = tmp_path / "code.pth"
     torch.save({"state_dict": print}, code)
     for weights, message in [
-        ("resnet.pth", "no backbone weights at 'resnet.pth'; give 'none', 'imagenet'"),
-        (str(tmp_path / "text.pth"), "is not a readable state dict"),
-        (str(code), "is not a readable state dict"),
-        (saved(tmp_path / "number.pth", 3), "is not a readable state dict"),
+        ("resnet.pth", "no file resnet.pth; give 'none', 'imagenet' or the path"),
+        (str(tmp_path / "text.pth"), "is a text file; give the path of a checkpoint"),
+        (str(code), "holds more than tensors and plain values (print); kdprof runs no code"),
+        (saved(tmp_path / "number.pth", 3), "holds a int, not a state dict"),
     ]:
         with pytest.raises(UserError) as caught:
             build(TINY, 5, backbone_weights=weights)

@@ -14,6 +14,7 @@ from parity_models_case import FILES, FOLDER, regenerated
 from torch import Tensor
 
 from kdprof.models import SegmentationNetwork
+from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
 
 TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ def imported(state, folder: Path, golden) -> SegmentationNetwork:
     aligned = name.startswith("alt")
     meta = {"meta": {"config": f"dict(align_corners={aligned})"}, "state_dict": state}
     torch.save(meta if "backbone.stem.0.weight" in state else state, path)
-    weights = read_weights(path)
+    weights = read_weights(open_weights(path))
     assert weights.num_classes == 19
     found = check_weights(weights, str(weights.name), CLASSES)
     network = SegmentationNetwork(found, 19).eval()
@@ -114,7 +115,7 @@ def compare_aligned(state, folder: Path, golden) -> None:
     """The configurations of 769x769: the file's own configuration says it, or the name does."""
     path = folder / "aligned.pth"
     torch.save({"meta": {"config": "dict(align_corners=True)"}, "state_dict": state}, path)
-    weights = read_weights(path)
+    weights = read_weights(open_weights(path))
     network = SegmentationNetwork(check_weights(weights, str(weights.name), CLASSES), 19).eval()
     load_weights(network, weights)
     assert network.align_corners

@@ -149,6 +149,17 @@ def test_without_locks_the_lease_alone_tells_who_trains(tmp_path, no_locks):
         assert folder.path.exists()
 
 
+def test_without_locks_the_last_lease_decides_between_two_at_once(tmp_path, no_locks, monkeypatch):
+    folder = RunFolder(tmp_path)
+
+    def other(seconds):
+        (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere 1", "pid": 7}))
+
+    monkeypatch.setattr("time.sleep", other)
+    with pytest.raises(store.Held, match=r"on elsewhere \(process 7\)"), folder.lock():
+        pass
+
+
 @pytest.mark.parametrize(
     ("age_s", "held"), [(60, True), (1000, False), (-60, True), (-1000, False)]
 )

@@ -1,3 +1,4 @@
+import io
 import os
 import pickle
 import re
@@ -5,15 +6,20 @@ import re
 import pytest
 import torch
 from parity_models_case import FILES, regenerated
+from rich.console import Console
 from safetensors.torch import save_file
 from small_study import small_study, train_small
+from test_adapted import folder_of
+from weight_cases import own_state
 
 from kdprof.data import require_files
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError
 from kdprof.models import SegmentationNetwork, build, parse_name
 from kdprof.models.export import export
+from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
+from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.identity import cost_key, cost_settings
 from kdprof.store import Store
@@ -50,7 +56,7 @@ def published(tmp_path):
 
 
 def loaded(path, wanted="pspnet-r18", classes=CLASSES):
-    weights = read_weights(path)
+    weights = read_weights(open_weights(path))
     network = build(check_weights(weights, wanted, classes), len(classes))
     return network, load_weights(network, weights)
 
@@ -175,7 +181,7 @@ def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
     import numpy as np
 
     state = regenerated(np.load(path, allow_pickle=False))
-    weights = read_weights(saved(tmp_path / "c.pth", state))
+    weights = read_weights(open_weights(saved(tmp_path / "c.pth", state)))
     names = tuple(map(str, range(19)))
     found = check_weights(weights, "deeplabv3-r18", names)
     assert found == parse_name("cirkd-deeplabv3-r18-w128")
@@ -193,6 +199,10 @@ def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
         ),
         (
             lambda s: s.update({"module.decode_head.conv_seg.bias": torch.ones(3)}),
+            "unexpected: module.decode_head.conv_seg.bias",
+        ),
+        (
+            lambda s: s.update({"_orig_mod.decode_head.conv_seg.bias": torch.ones(3)}),
             "has 'decode_head.conv_seg.bias' twice",
         ),
         (
@@ -218,6 +228,12 @@ def test_what_is_no_segmentation_network(tmp_path):
 
 
 # A published teacher in a study
+
+
+def folder_of_3_classes(root):
+    data = folder_of(root, (64, 64))
+    (root / "classes.txt").write_text("road\nsky\ncar\n")
+    return data
 
 
 @pytest.fixture
@@ -262,6 +278,72 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(teacher, pu
     ):
         with pytest.raises(UserError, match=message):
             ResolvedStudy(small_study(teacher=name, teacher_weights=str(weights)))
+
+
+def own_file(folder):
+    """A user's file that builds the network of :mod:`weight_cases`."""
+    code = (
+        "from weight_cases import own_network",
+        "def build(classes):",
+        "    return own_network()",
+    )
+    (folder / "own.py").write_text("\n".join(code))
+    return f"{folder / 'own.py'}:build"
+
+
+def test_an_own_teacher_that_does_not_fit_is_refused_before_anything_runs(tmp_path):
+    state = own_state()
+    state["classifier.extra"] = state.pop("classifier.bias")
+    teacher = {"teacher": own_file(tmp_path), "step.aux_weight": 0}
+    path = saved(tmp_path / "t.pth", state)
+    data = folder_of_3_classes(tmp_path / "data")
+    with pytest.raises(
+        UserError, match=r"missing: classifier\.bias; unexpected: classifier\.extra"
+    ):
+        ResolvedStudy(small_study(teacher_weights=str(path), data=data, **teacher))
+    for place in ("", "#model"):
+        path = saved(tmp_path / "t.pth", {"model": own_state(1.0), "ema": {}})
+        study = ResolvedStudy(
+            small_study(teacher_weights=f"{path}{place}", data=data, methods=["kd"], **teacher)
+        )
+        network, told = study.factory.published_teacher()
+        assert (network.module.classifier.weight == 1).all()
+        assert told.endswith(
+            ":build, the network's own names, weights under `model`: 9 entries loaded"
+        )
+
+
+def test_a_backbone_is_read_once_before_anything_runs_and_said(tmp_path):
+    state = build("pspnet-test_resnet", 3).backbone.net.state_dict()
+    told = io.StringIO()
+    progress = Progress(Console(file=told, width=1000))
+    path = saved(tmp_path / "b.pth", {"state_dict_ema": {f"module.{k}": state[k] for k in state}})
+    study = small_study(student_backbone_weights=str(path))
+    ResolvedStudy(study, progress=progress)
+    assert told.getvalue() == (
+        f"backbone of the student: {path}: {len(state)} entries loaded, weights under "
+        "`state_dict_ema`, prefix `module.` taken off\n"
+    )
+    ResolvedStudy(study, progress=progress, weights=False)  # a measurement reads no weights
+    assert told.getvalue().count("\n") == 1
+    own = {
+        "student": own_file(tmp_path),
+        "step.aux_weight": 0,
+        "data": folder_of_3_classes(tmp_path / "data"),
+    }
+    with pytest.raises(UserError, match=r"student_backbone_weights: .* loads its weights itself"):
+        ResolvedStudy(small_study(student_backbone_weights=str(path), **own))
+    first = next(key for key, value in state.items() if value.is_floating_point())
+    saved(path, {**state, first: state[first] * float("nan")})
+    with pytest.raises(UserError, match=rf"1 of {len(state)} tensors hold NaN \({first}\)"):
+        ResolvedStudy(study)
+
+
+def test_a_whole_networks_file_gives_its_backbone_and_says_what_it_leaves(tmp_path):
+    path = saved(tmp_path / "b.pth", {"state_dict": mmseg_state()})
+    backbone = build("pspnet-r18", 3, backbone_weights=str(path)).backbone
+    assert torch.equal(backbone.net.bn1.weight, mmseg_state()["backbone.stem.7.weight"])
+    assert "prefix `backbone.` taken off, left out: auxiliary_head.conv_seg.bias" in backbone.loaded
 
 
 def test_a_teacher_without_auxiliary_head_teaches_no_method_that_reads_one(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from kdprof.cli.options import (
     FILE,
@@ -183,14 +184,17 @@ def export(
 
     store = Store(out)
     store.require()
-    if teacher == bool(method or budget):
-        raise UserError("give --method and --budget of a run, or --teacher")
     study = load_study(str(store.study), {})
+    seeded = click.get_current_context().get_parameter_source("seed") != ParameterSource.DEFAULT
+    if teacher and (method or budget or seeded):
+        raise UserError("--teacher is no run of a method; leave --method, --budget and --seed out")
     if teacher:
-        folder, name = store.teacher_folder(), study.teacher
+        found = trained_network(store.teacher_folder(), study.teacher, study.teacher_weights)
+    elif method and budget:
+        found = trained_network(_run_folder(store, method, budget, seed), study.student)
     else:
-        folder, name = _run_folder(store, method or "", budget or "", seed), study.student
-    network, classes = trained_network(folder, name)
+        raise UserError("give --method and --budget of a run, or --teacher")
+    network, classes = found
     described = run(network, file, classes, study.step.crop)
     say(f"wrote {file} ({described})")
 

@@ -151,17 +151,18 @@ class StudyOptions:
         Raises:
             UserError: an assignment is malformed.
         """
+        from kdprof.store import expanded
         from kdprof.study import parse_assignments
 
         found = {key: getattr(self, name) for name, key in STUDY_KEYS.items()}
         found = {key: value for key, value in found.items() if value is not None}
         for key in ("teacher_weights", "student_backbone_weights"):
             if key in found and Path(found[key]).suffix:
-                found[key] = str(Path(found[key]).expanduser().resolve())
+                found[key] = str(expanded(found[key]).resolve())
         for key in ("student", "teacher"):
             path, colon, function = str(found.get(key, "")).rpartition(".py:")
             if colon:
-                found[key] = f"{Path(path + '.py').expanduser().resolve()}:{function}"
+                found[key] = f"{expanded(path + '.py').resolve()}:{function}"
         if self.methods:
             found["methods"] = _method_specs(self.methods)
         return found | parse_assignments(self.assignments)

@@ -6,7 +6,7 @@ Here files become batches on a device. Nothing here knows a network, a method or
 from kdprof.data.augment import Augmentation, fitted_size
 from kdprof.data.base import DataOnDisk, SegmentationData
 from kdprof.data.batches import ENDLESS, PREFETCHED, Batches, evaluation_batches
-from kdprof.data.cache import decoded, default_folder
+from kdprof.data.cache import cache_folder, decoded
 from kdprof.data.content import content_of, file_sizes
 from kdprof.data.dataset import fit_of, open_data, require_files, title_of, uses_placeholders
 from kdprof.data.decoded import Decoded
@@ -25,9 +25,9 @@ __all__ = [
     "Findings",
     "PairedImages",
     "SegmentationData",
+    "cache_folder",
     "content_of",
     "decoded",
-    "default_folder",
     "evaluation_batches",
     "examine_files",
     "examine_labels",

@@ -16,17 +16,17 @@ The file::
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
 import mmap
 import os
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from kdprof.data.decoded import Decoded, decode_all
 from kdprof.data.threads import in_threads
 from kdprof.errors import KdprofError, UserError
 from kdprof.progress import Progress
-from kdprof.store import replace_durably
+from kdprof.store import LEASE_S, Held, Lock, expanded, replace_durably
 
 HEADER = struct.Struct("<8sQI")
 MAGIC = b"kdprof 1"
@@ -56,6 +56,12 @@ INDEX = np.dtype(
     ]
 )
 PLANES = 4
+ELSEWHERE = (
+    'set data_settings.cache_folder to another folder, or data_settings.cache to "none" or "memory"'
+)
+"""What to do if a cache cannot be written."""
+LOOK_S = 0.2
+"""How often a process that waits for a cache looks whether it is made."""
 
 
 class Damaged(KdprofError):
@@ -65,24 +71,41 @@ class Damaged(KdprofError):
 def decoded(
     data: DataOnDisk,
     cache: Literal["none", "memory", "disk"],
-    folder: Path,
+    folder: str | None,
     progress: Progress,
 ) -> SegmentationData:
     """Return a data set that is decoded as ``data_settings.cache`` says.
+
+    Args:
+        folder: of caches; None = the usual one.
 
     Raises:
         UserError: a file cannot be used (it names all such files), or the cache cannot be written.
     """
     if cache == "memory":
         return Decoded(data, progress)
-    return open_cache(data, folder, progress) if cache == "disk" else data
+    return open_cache(data, cache_folder(folder), progress) if cache == "disk" else data
 
 
-def default_folder() -> Path:
-    """Return the default folder of caches: ``kdprof`` in the user's cache folder."""
+def cache_folder(given: str | None) -> Path:
+    """Return the folder of caches: the given one, or ``kdprof`` in the user's cache folder.
+
+    Raises:
+        UserError: there is none: neither XDG_CACHE_HOME nor HOME is set, and the account has no
+            home folder.
+    """
+    return expanded(given) if given else _default_folder()
+
+
+def _default_folder() -> Path:
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification says that a relative path is invalid and must be ignored.
-    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "kdprof"
+    if given.is_absolute():
+        return given / "kdprof"
+    try:
+        return Path.home() / ".cache" / "kdprof"
+    except RuntimeError:
+        raise UserError(f"the cache has no folder: HOME is not set; {ELSEWHERE}") from None
 
 
 def open_cache(data: DataOnDisk, folder: Path, progress: Progress) -> Cached:
@@ -99,20 +122,19 @@ def open_cache(data: DataOnDisk, folder: Path, progress: Progress) -> Cached:
     found = _intact(data, path, progress)
     if found is not None:
         return found
-    with writing(path), _lock(path, progress):
+    with using(path, "written"), _lock(path, progress) as lock:
         # Another process may have made it while this one waited.
         found = _intact(data, path, Progress(None))
         if found is not None:
             return found
-        _make(data, path, progress)
+        _make(data, path, progress, lock)
     return Cached(data, path)
 
 
 def _intact(data: SegmentationData, path: Path, progress: Progress) -> Cached | None:
-    if not path.exists():
-        return None
     try:
-        return Cached(data, path)
+        with using(path, "read"):
+            return Cached(data, path) if path.exists() else None
     except Damaged as damage:
         progress.say(f"{damage}; making it again")
         return None
@@ -228,8 +250,8 @@ def _key(data: DataOnDisk) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write a cache into a one-line error with the fix.
+def using(path: Path, done: Literal["written", "read"]) -> Iterator[None]:
+    """Turn a failure to write or read a cache into a one-line error with the fix.
 
     Raises:
         UserError: the body raised OSError.
@@ -238,25 +260,29 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"the cache {path} cannot be written: {error.strerror or error}; set "
-            'data_settings.cache_folder to another folder, or data_settings.cache to "none"'
+            f"the cache {path} cannot be {done}: {error.strerror or error}; {ELSEWHERE}"
         ) from error
 
 
 @contextmanager
-def _lock(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of a cache, so that one process makes it. The lock ends with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.say(f"waiting for another process that makes the cache {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(path: Path, progress: Progress) -> Iterator[Lock]:
+    """Hold the lock of a cache, so that one process makes it; wait for a process that does."""
+    lock = Lock(path.with_suffix(".lock"), f"the cache {path} is being made", "wait for it")
+    told = False
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock.hold())
+                break
+            except Held:
+                if not told:
+                    progress.say(f"waiting for another process that makes the cache {path}")
+                told = True
+                time.sleep(LOOK_S)
+        yield lock
 
 
-def _make(data: DataOnDisk, path: Path, progress: Progress) -> None:
+def _make(data: DataOnDisk, path: Path, progress: Progress, lock: Lock) -> None:
     # All processes use the same name, so that the file of a killed process does not stay.
     unfinished = path.with_suffix(".part")
     unfinished.unlink(missing_ok=True)
@@ -264,7 +290,7 @@ def _make(data: DataOnDisk, path: Path, progress: Progress) -> None:
     _check_space(path.parent, _end(index))
     try:
         with unfinished.open("wb") as file:
-            _write(data, file.fileno(), index, progress)
+            _write(data, file.fileno(), index, progress, lock)
             os.fsync(file.fileno())
         replace_durably(unfinished, path)
     finally:
@@ -292,15 +318,20 @@ def _check_space(folder: Path, size_bytes: int) -> None:
     if size_bytes > free_bytes:
         raise UserError(
             f"the cache in {folder} needs {size_bytes / 2**30:.1f} GiB, "
-            f"{free_bytes / 2**30:.1f} GiB are free; make room, set data_settings.cache_folder to "
-            'another folder, or data_settings.cache to "none"'
+            f"{free_bytes / 2**30:.1f} GiB are free; make room, {ELSEWHERE}"
         )
 
 
-def _write(data: DataOnDisk, file: int, index: np.ndarray, progress: Progress) -> None:
+def _write(data: DataOnDisk, file: int, index: np.ndarray, progress: Progress, lock: Lock) -> None:
+    renewed = time.monotonic()
+
     # Not through a mapping: there a full disk would be a signal that kills the process, not an
     # error.
     def put(number: int, sample: tuple[Tensor, Tensor]) -> None:
+        nonlocal renewed
+        if time.monotonic() - renewed > LEASE_S / 10:
+            lock.renew()
+            renewed = time.monotonic()
         image, label = sample
         entry = index[number]
         if tuple(label.shape) != (entry["height"], entry["width"]):

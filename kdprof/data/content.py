@@ -26,20 +26,20 @@ Stamp = tuple[int, int, int]
 """Size in bytes, times of modification and of change in nanoseconds."""
 
 
-def content_of(data: PairedImages, folder: Path, progress: Progress) -> dict[str, str]:
+def content_of(data: PairedImages, folder: Path | None, progress: Progress) -> dict[str, str]:
     """Return the hash of the images of a split and that of its labels, each in order.
 
     They are equal where all files have the same content in the same order, wherever they lie and
     whatever they are called.
 
     Args:
-        folder: where the hashes of files are kept; if nothing can be written there, all files are
-            read each time.
+        folder: where the hashes of files are kept; without one, or if nothing can be written
+            there, all files are read each time.
 
     Raises:
         UserError: files cannot be read. It names all of them.
     """
-    kept = folder / f"{data.name}-{data.split}-{_place(data)}.hashes.json"
+    kept = folder and folder / f"{data.name}-{data.split}-{_place(data)}.hashes.json"
     hashes = _hashes_of([path for pair in data.pairs for path in pair], kept, progress)
     return {
         f"{data.split} images": short_hash("\n".join(hashes[::2])),
@@ -70,7 +70,7 @@ def digest(path: Path) -> str:
         raise _unreadable(path, error) from None
 
 
-def _hashes_of(paths: Sequence[Path], kept: Path, progress: Progress) -> list[str]:
+def _hashes_of(paths: Sequence[Path], kept: Path | None, progress: Progress) -> list[str]:
     names, stamps = [str(path.absolute()) for path in paths], _stamps(paths)
     known = _read(kept)
     hashes = [
@@ -89,8 +89,9 @@ def _hashes_of(paths: Sequence[Path], kept: Path, progress: Progress) -> list[st
         for name, stamp, one in zip(names, stamps, made, strict=True)
         if max(stamp[1:]) < now_ns - CLOCK_NS
     }
-    with contextlib.suppress(OSError, KdprofError):  # without them, files are read again
-        write_atomic(kept, json.dumps(settled))
+    if kept is not None:
+        with contextlib.suppress(OSError, KdprofError):  # without them, files are read again
+            write_atomic(kept, json.dumps(settled))
     return made
 
 
@@ -116,10 +117,10 @@ def _place(data: PairedImages) -> str:
     return short_hash(str(data.root.absolute())).removeprefix("sha256:")
 
 
-def _read(kept: Path) -> dict[str, tuple[Stamp, str]]:
+def _read(kept: Path | None) -> dict[str, tuple[Stamp, str]]:
     """Return the stamps and hashes that were kept, by path; none if there is no such file or it is
     damaged."""
-    if not kept.exists():
+    if kept is None or not kept.exists():
         return {}
     try:
         found = json.loads(read_file(kept))

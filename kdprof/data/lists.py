@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdprof.errors import Problems, UserError, nearest
+from kdprof.store import read_text
 
 _TWO_PATHS = re.compile(r"(.+?\.(?:jpe?g|png))\s+(\S.*\.png)", re.IGNORECASE)
 """An image and its label, as ``/JPEGImages/x.jpg /SegmentationClassAug/x.png``."""
@@ -49,7 +50,7 @@ def read_list(
         UserError: there is no such list, or it is empty, no text, names an image that is not there,
             or has a line that may mean two images. It names every problem.
     """
-    path = next((folder / f"{n}.txt" for n in lists if (folder / f"{n}.txt").is_file()), None)
+    path = next((folder / f"{n}.txt" for n in lists if (folder / f"{n}.txt").exists()), None)
     if path is None:
         wanted = " or ".join(f"{name}.txt" for name in lists)
         raise UserError(f"no list {wanted} in {folder}; it comes with the data set")
@@ -106,11 +107,6 @@ def lines_of(path: Path) -> list[str]:
     """Return the lines of a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        UserError: the file cannot be read, or is no such text.
+        UserError: it is no regular file, is too large, cannot be read, or is no such text.
     """
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; change that") from None
+    return read_text(path).splitlines()

@@ -54,7 +54,7 @@ def open_folder(root: Path, split: str, settings: DataSettings | None = None) ->
 
 
 def _lines(path: Path) -> list[_Line]:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no file {path}; write a class per line, in order of the masks' values")
     found, problems = [], []
     for number, line in enumerate(filter(str.strip, lines_of(path)), 1):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from kdprof.data import ENDLESS, PREFETCHED, Batches, DataOnDisk, Feeder, require_files
-from kdprof.data.cache import Cached, open_cache, writing
+from kdprof.data.cache import Cached, open_cache, using
 from kdprof.errors import UserError
 from kdprof.hardware.device import synchronize
 from kdprof.measure.clock import clock_of
@@ -186,9 +186,10 @@ class _Sample(DataOnDisk):
 
 def _trial_cache(sample: _Sample, study: ResolvedStudy, batches: Batches) -> tuple[float, float]:
     """Return the images per second of reading a cache file, and of lookups in what was read."""
-    with writing(study.data.cache_folder()):
-        study.data.cache_folder().mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=study.data.cache_folder())
+    caches = study.data.cache_folder()
+    with using(caches, "written"):
+        caches.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=caches)
     with temporary as folder:
         path = open_cache(sample, Path(folder), Progress(None)).path
         _forget(path)

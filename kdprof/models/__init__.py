@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from kdprof.models.adapted import AdaptedNetwork, build_adapted, is_adapted, sources_of_network
+from kdprof.models.adapted import (
+    AdaptedNetwork,
+    build_adapted,
+    is_adapted,
+    is_from_file,
+    sources_of_network,
+)
 from kdprof.models.folding import folded
 from kdprof.models.names import NetworkName, parse_name
 from kdprof.models.network import SegmentationNetwork
@@ -19,6 +25,7 @@ __all__ = [
     "build",
     "folded",
     "is_adapted",
+    "is_from_file",
     "outlined",
     "parse_name",
     "sources_of_network",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from kdprof.errors import UserError, unknown
+from kdprof.errors import UserError, some, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
+from kdprof.store import expanded
 from kdprof.user_files import following, import_file, import_function, sources_of
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -145,6 +146,11 @@ def is_adapted(name: str) -> bool:
     return ".py:" in name or name.startswith(("segformer-", "smp-"))
 
 
+def is_from_file(name: object) -> bool:
+    """Return whether a name is that of a network in a user's file: ``FILE.py:FUNCTION``."""
+    return ".py:" in str(name)
+
+
 def build_adapted(name: str, num_classes: int, weights: str = "none") -> AdaptedNetwork:
     """Return an adapted network: ``FILE.py:FUNCTION``, ``segformer-b0`` to ``b5``, or
     ``smp-ARCHITECTURE-ENCODER``.
@@ -155,7 +161,7 @@ def build_adapted(name: str, num_classes: int, weights: str = "none") -> Adapted
     Raises:
         UserError: the network does not exist, or a package that it needs is not installed.
     """
-    if ".py:" in name:
+    if is_from_file(name):
         return _from_file(name, num_classes)
     kind, _, rest = name.partition("-")
     return (_segformer if kind == "segformer" else _smp)(name, rest, num_classes, weights)
@@ -163,7 +169,7 @@ def build_adapted(name: str, num_classes: int, weights: str = "none") -> Adapted
 
 def _from_file(name: str, num_classes: int) -> AdaptedNetwork:
     path, _, function = name.rpartition(":")
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"no file {file}; give FILE.py:FUNCTION")
     build = import_function(file, function)
@@ -207,12 +213,21 @@ def _segformer(name: str, size: str, num_classes: int, weights: str) -> AdaptedN
     else:
         source = f"nvidia/mit-{size}" if weights == "imagenet" else weights
         try:
-            network = SegformerForSemanticSegmentation.from_pretrained(source, config=config)
+            loaded: Any = SegformerForSemanticSegmentation.from_pretrained(
+                source, config=config, output_loading_info=True
+            )
+            network, told = loaded
         except Exception as error:  # the hub's errors share no narrower base class
             raise UserError(
                 f"the weights {source} could not be loaded ({type(error).__name__}); get the "
                 f"folder huggingface.co/{source} and give its path as backbone weights"
             ) from error
+        lacking = [key for key in told["missing_keys"] if not key.startswith("decode_head.")]
+        if lacking:  # they would be random, without a word
+            raise UserError(
+                f"{source} lacks {len(lacking)} entries of the encoder of {name} "
+                f"({some(lacking)}); give the folder of its ImageNet weights"
+            )
     return AdaptedNetwork(network, _maps_of_segformer, num_classes, name=name)
 
 
@@ -272,6 +287,6 @@ def sources_of_network(name: object) -> dict[str, str]:
 
     The network must have been built before: it may read files while it is.
     """
-    if ".py:" not in str(name):
+    if not is_from_file(name):
         return {}
-    return sources_of(import_file(Path(str(name).rpartition(":")[0]).expanduser()))
+    return sources_of(import_file(expanded(str(name).rpartition(":")[0])))

@@ -6,20 +6,23 @@ import difflib
 import functools
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
-from kdprof.errors import UserError, unknown
+from kdprof.errors import UserError, some, unknown
 from kdprof.imports import quick_import
+from kdprof.models.unwrapping import unwrapped
+from kdprof.models.weight_files import open_weights
 
 with quick_import():
     import timm
-    from timm.models import FeatureInfo, load_state_dict
+    from timm.models import FeatureInfo
     from timm.models.resnet import BasicBlock
 
+Value = TypeVar("Value")
 STAGES = ("c2", "c3", "c4", "c5")
 OUTPUT_STRIDE = 8
 """Input pixels per position of c5, unless the network's name gives another stride."""
@@ -71,17 +74,19 @@ class Backbone(nn.Module):
             stride 8).
         multiple: the sides of an image must be multiples of this number; 1 = every size.
         mean, std: normalisation of timm's weights, per RGB channel in 0..255.
+        loaded: what was loaded from a file, in words; None without a file.
     """
 
     def __init__(self, name: str, weights: str = "none", output_stride: int = OUTPUT_STRIDE):
         super().__init__()
         self.net, arguments = _create(name, output_stride)
+        self.loaded: str | None = None
         if weights == "imagenet":
             self.net = _create_pretrained(name, arguments)
         if name not in DILATED_TWICE:
             _undilate_second_convolutions(self.net)
         if weights not in ("none", "imagenet"):
-            _load(self.net, name, Path(weights))
+            self.loaded = _load(self.net, name, weights)
         info, configuration = _feature_info(self.net), _pretrained_cfg(self.net)
         self.mean, self.std = (
             [255 * value for value in configuration[key]] for key in ("mean", "std")
@@ -273,25 +278,23 @@ def _undilate_second_convolutions(net: nn.Module) -> None:
             module.conv2.dilation = module.conv2.padding = (1, 1)
 
 
-def _load(net: nn.Module, name: str, path: Path) -> None:
+def _load(net: nn.Module, name: str, given: str) -> str:
     """Load a timm state dict into ``net``, strictly except for the classifier, which ``net`` lacks.
+    Return in words what was loaded.
 
     Raises:
         UserError: the file is missing, cannot be read, or does not fit the backbone.
     """
-    if not path.is_file():
-        raise UserError(
-            f"no backbone weights at '{path}'; give 'none', 'imagenet' or the path of a .pth or "
-            ".safetensors file"
-        )
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # unpickling and safetensors errors share no narrower base class
-        raise UserError(
-            f"{path} is not a readable state dict ({type(error).__name__}); save "
-            "model.state_dict() with torch.save or safetensors"
-        ) from error
-    _fill(net, name, state, path)
+    choices = "give 'none', 'imagenet' or the path of a .pth or .safetensors file"
+    file, target = open_weights(given, choices=choices), net.state_dict().keys()
+
+    def fits(keys: Collection[str]) -> float:
+        found = {_extractor_key(key, target) for key in _in_timms_names(dict.fromkeys(keys))}
+        return len(found & target) / len(target)
+
+    taken = unwrapped(file, fits)
+    _fill(net, name, taken.state, file.path)
+    return ", ".join(filter(None, [f"{file.path}: {len(target)} entries loaded", taken.told()]))
 
 
 def _fill(net: nn.Module, name: str, state: dict[str, Tensor], path: Path | str) -> None:
@@ -306,7 +309,7 @@ def _fill(net: nn.Module, name: str, state: dict[str, Tensor], path: Path | str)
     net.load_state_dict({key: state[key] for key in target})
 
 
-def _in_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_timms_names(state: dict[str, Value]) -> dict[str, Value]:
     """Return a backbone's state with the names of its stem as in timm."""
     for typical, beginnings in _STEMS.items():
         if typical in state:
@@ -336,11 +339,4 @@ def _differences(state: dict[str, Tensor], target: dict[str, Tensor], name: str)
             key for key in target.keys() & state.keys() if target[key].shape != state[key].shape
         ],
     }
-    return [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
-
-
-def _some(keys: Iterable[str], shown: int = 3) -> str:
-    """Return the first few keys and how many more there are."""
-    names = sorted(keys)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return [f"{what}: {some(keys)}" for what, keys in found.items() if keys]

@@ -1,25 +1,26 @@
-"""Files of weights. The content of a file shows what it is, and no key is ignored silently.
+"""The weights of segmentation networks in the names of several projects, as kdprof's.
 
-No code in a file is run: a pickle with anything except tensors and plain values is refused.
+The content of a file shows whose names it has, and no key is ignored silently.
 """
 
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdprof.errors import UserError
+from kdprof.errors import Problems, UserError, some
 from kdprof.models.adapted import AdaptedNetwork, is_adapted
 from kdprof.models.names import LAYOUTS, NetworkName, parse_name
 from kdprof.models.network import SegmentationNetwork, width_of
+from kdprof.models.unwrapping import unwrapped
+from kdprof.models.weight_files import WeightFile
 
 OURS, MMSEG, CIRKD, TORCHVISION, TIMM = "kdprof", "mmsegmentation", "CIRKD", "torchvision", "timm"
 ADAPTED = "the network's own"
@@ -86,6 +87,11 @@ _RULES = {
     CIRKD: _CIRKD + _PAIRS,
     TORCHVISION: _TORCHVISION + _PAIRS,
 }
+_TOLD_BY = (
+    "decode_head.psp_modules.0.1.conv.weight",
+    "decode_head.aspp_modules.0.conv.weight",
+)
+"""The first branch of a pspnet's and of a deeplabv3's head."""
 _LAYOUT_OF = {MMSEG: "mmseg", CIRKD: "cirkd", TORCHVISION: "torchvision"}
 
 
@@ -99,6 +105,7 @@ class Weights:
         renamed: the file's key for each key of ``state``.
         name: the network; None if the file does not say (a checkpoint of kdprof's own).
         classes: names in the file's order; None if the file does not say.
+        taken: what of the file was taken, in words; empty if that is all of it.
     """
 
     path: Path
@@ -107,6 +114,7 @@ class Weights:
     renamed: dict[str, str]
     name: NetworkName | None
     classes: tuple[str, ...] | None
+    taken: str = ""
 
     @property
     def num_classes(self) -> int | None:
@@ -118,6 +126,10 @@ class Weights:
         """Whether the file has the auxiliary head; True for an adapted network."""
         return self.source == ADAPTED or any(key.startswith(AUXILIARY) for key in self.state)
 
+    def told(self) -> str:
+        """Return in words whose names the file has and what of it was taken."""
+        return ", ".join(filter(None, [f"{self.source} names", self.taken]))
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -127,15 +139,18 @@ class Loaded:
         matched: keys of the network that were set.
         missing: keys of the network that the file lacks; only of an auxiliary head.
         left: keys of the file that the network lacks; only of an auxiliary head.
+        converted: how many values were converted, by type, with whether that is exact.
     """
 
     matched: list[str]
     missing: list[str]
     left: list[str]
+    converted: Mapping[str, int]
 
     def summary(self) -> str:
         """Return the result in one line."""
         line = f"{len(self.matched)} entries loaded"
+        line += "".join(f", {count} of them from {kind}" for kind, count in self.converted.items())
         if self.missing:
             line += f", the auxiliary head is not in the file ({len(self.missing)} stay random)"
         if self.left:
@@ -143,35 +158,64 @@ class Loaded:
         return line
 
 
-def read_weights(path: Path, *, adapted: bool = False) -> Weights:
-    """Read a file of a segmentation network's weights.
+def read_weights(file: WeightFile, network: AdaptedNetwork | None = None) -> Weights:
+    """Return the weights of a segmentation network in a file.
+
+    These are known, however they are wrapped (see :mod:`kdprof.models.unwrapping`):
+    mmsegmentation's checkpoints, CIRKD's, those of torchvision's ``deeplabv3_resnet50/101``, and
+    kdprof's own checkpoints and exports.
 
     Args:
-        adapted: whether they are for an :class:`AdaptedNetwork`, whose keys are never renamed.
-
-    These files can be read, as torch writes them or as safetensors: mmsegmentation's checkpoints
-    (``state_dict`` and ``meta``), CIRKD's bare state dicts, those of torchvision's
-    ``deeplabv3_resnet50/101``, and kdprof's own checkpoints and exports.
+        network: the one that they are for, if it is an adapted one: its keys are never renamed.
 
     Raises:
-        UserError: the file does not exist, is damaged, holds anything except tensors and plain
-            values, or is none of these.
+        UserError: the file holds no such weights, or unusable ones.
     """
-    content, header = _content(path)
-    state, classes = _state_of(content, path), _classes_of(content, header)
-    if adapted:
-        return Weights(path, ADAPTED, state, {key: key for key in state}, None, classes)
-    source = _source_of(state, path)
-    renamed = _renamed(state, source, path)
-    ours = {key: state[theirs] for key, theirs in renamed.items()}
-    if "decode_head.conv_seg.weight" not in ours:
-        raise UserError(
-            f"{path} has {source}'s keys, but no classifier of a pspnet or deeplabv3 head; its "
-            f"keys are like {_some(state)}"
-        )
-    named = header.get("network")
-    name = parse_name(named) if named else _name_of(ours, source, content)
-    return Weights(path, source, ours, renamed, name, classes)
+    classes = _classes_of(file)
+    if network is not None:
+        return _of_adapted(file, network.module, classes)
+    taken = unwrapped(file, lambda keys: _source_of(keys) is not None)
+    source = _source_of(taken.state)
+    if source is None:
+        raise UserError(_unknown(file.path, taken.state))
+    renamed = _renamed(taken.state, source, file.path)
+    ours = {key: taken.state[theirs] for key, theirs in renamed.items()}
+    _check_classifier(file.path, source, ours)
+    named = file.header.get("network")
+    name = _named(file.path, named) if named else _name_of(ours, source, file)
+    return Weights(file.path, source, ours, renamed, name, classes, taken.told())
+
+
+def _of_adapted(file: WeightFile, module: nn.Module, classes: tuple[str, ...] | None) -> Weights:
+    wanted = module.state_dict().keys()
+    masks = {key for key, _ in module.named_buffers() if not key.endswith(("_mean", "_var"))}
+
+    def fits(keys: Collection[str]) -> float:
+        return len(wanted & set(keys)) / len(wanted | set(keys))
+
+    taken = unwrapped(file, fits, masks)
+    same = {key: key for key in taken.state}
+    return Weights(file.path, ADAPTED, taken.state, same, None, classes, taken.told())
+
+
+def _check_classifier(path: Path, source: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights without the layers by which a network is told, or with odd ones."""
+    heads = [key for key in _TOLD_BY if key in state]
+    layers = ("decode_head.conv_seg.weight", "decode_head.bottleneck.conv.weight", *heads[:1])
+    if heads and all(key in state and state[key].ndim == 4 for key in layers):
+        return
+    raise UserError(
+        f"{path} has {source}'s keys, but no classifier of a pspnet or deeplabv3 head; its keys "
+        f"are like {some(state)}"
+    )
+
+
+def _named(path: Path, name: str) -> NetworkName:
+    """Return the network that a file's header names."""
+    try:
+        return parse_name(name)
+    except UserError as error:
+        raise UserError(f"{path}: its header: {error}") from None
 
 
 def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> NetworkName | str:
@@ -221,106 +265,94 @@ def _class_problems(weights: Weights, classes: tuple[str, ...]) -> list[str]:
     ]
 
 
-def load_weights(network: SegmentationNetwork | AdaptedNetwork, weights: Weights) -> Loaded:
-    """Set a network's state from a file, strictly except for an auxiliary head.
-
-    Raises:
-        UserError: an entry of the network is missing in the file, the file has an entry that the
-            network lacks, or shapes differ. It names every problem.
-    """
-    module = network.module if isinstance(network, AdaptedNetwork) else network
-    target, state = module.state_dict(), weights.state
-    missing = sorted(target.keys() - state.keys())
-    left = sorted(state.keys() - target.keys())
-    matched = sorted(target.keys() & state.keys())
-    optional = () if module is not network else (AUXILIARY,)
+def misfits(network: SegmentationNetwork | AdaptedNetwork, weights: Weights) -> list[str]:
+    """Return why weights do not fit a network, which may be without values: every entry that is
+    missing, unexpected, of another shape or of another type, in one line. An auxiliary head may be
+    missing or left out."""
+    target, state, of_head = _state_of(network), weights.state, _optional(network)
+    matched = target.keys() & state.keys()
     problems = {
-        "missing": [key for key in missing if not key.startswith(optional)],
-        "unexpected": [weights.renamed[k] for k in left if not k.startswith(optional)],
+        "missing": [k for k in target.keys() - state.keys() if not k.startswith(of_head)],
+        "unexpected": [
+            weights.renamed[k] for k in state.keys() - target.keys() if not k.startswith(of_head)
+        ],
         "of another shape": [
             f"{weights.renamed[k]} {tuple(state[k].shape)} for {tuple(target[k].shape)}"
             for k in matched
             if target[k].shape != state[k].shape
         ],
+        "of another type": [
+            f"{weights.renamed[k]} {_type(state[k])} for {_type(target[k])}"
+            for k in matched
+            if not _converts(state[k], target[k].dtype)
+        ],
+        "out of the range of its type": [
+            f"{weights.renamed[k]} {_type(state[k])} for {_type(target[k])}"
+            for k in matched
+            if state[k].is_floating_point() and not _in_range(state[k], target[k].dtype)
+        ],
     }
-    listed = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
-    if listed:
-        raise UserError(f"{weights.path} does not fit {network.info.name}: {'; '.join(listed)}")
+    listed = [f"{what}: {some(keys)}" for what, keys in problems.items() if keys]
+    if not listed:
+        return []
+    return [f"{weights.path} does not fit {network.info.name}: {'; '.join(listed)}"]
+
+
+def load_weights(network: SegmentationNetwork | AdaptedNetwork, weights: Weights) -> Loaded:
+    """Set a network's state from a file, strictly except for an auxiliary head.
+
+    Raises:
+        UserError: the weights do not fit, see :func:`misfits`.
+    """
+    Problems(misfits(network, weights)).refuse()
+    target, state = _state_of(network), weights.state
+    matched = sorted(target.keys() & state.keys())
+    module = network.module if isinstance(network, AdaptedNetwork) else network
     module.load_state_dict({**target, **{key: state[key] for key in matched}})
-    return Loaded(matched, missing, left)
+    return Loaded(
+        matched,
+        missing=sorted(target.keys() - state.keys()),
+        left=sorted(state.keys() - target.keys()),
+        converted=Counter(
+            f"{_type(state[key])} ({'exact' if state[key].element_size() < 8 else 'rounded'})"
+            for key in matched
+            if state[key].is_floating_point() and state[key].dtype != target[key].dtype
+        ),
+    )
+
+
+def _state_of(network: SegmentationNetwork | AdaptedNetwork) -> dict[str, Tensor]:
+    return (network.module if isinstance(network, AdaptedNetwork) else network).state_dict()
+
+
+def _optional(network: SegmentationNetwork | AdaptedNetwork) -> tuple[str, ...]:
+    """Return the beginnings of keys that a file may lack or have in addition."""
+    return () if isinstance(network, AdaptedNetwork) else (AUXILIARY,)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _converts(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor may be converted: between floating-point types, or to integers or
+    booleans without loss, as averaging leaves counts of batches as float32."""
+    if tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point):
+        return True
+    return not dtype.is_floating_point and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+
+
+def _in_range(tensor: Tensor, dtype: torch.dtype) -> bool:
+    if tensor.element_size() <= dtype.itemsize or not dtype.is_floating_point:
+        return True
+    return torch.equal(tensor.to(dtype).isfinite(), tensor.isfinite())
 
 
 # The content of a file
 
 
-def _content(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the content of a file, and the text in its header (safetensors only)."""
-    if not path.is_file():
-        raise UserError(f"no file {path}; give the path of a checkpoint")
-    if path.suffix == ".safetensors":
-        return _safetensors(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        if bad is not None:
-            raise UserError(f"{path} is damaged ({bad} does not match its checksum); get it again")
-    except zipfile.BadZipFile:
-        pass  # torch's format before 1.6 is no zip; a truncated file fails below
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling, zip and end-of-file errors share no narrower base
-        raise UserError(_unreadable(path, error)) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return content, {}
-
-
-def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or half downloaded ({error}); get it again") from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if found := re.search(r"GLOBAL ([\w.]+)", reason) or re.search(r"global ([\w.]+)", reason):
-        return (
-            f"{path} holds more than tensors ({found.group(1)}), and kdprof runs no code from "
-            "files; if you trust it, save only its state_dict again with torch.save"
-        )
-    if "Weights only" in reason or "Unsupported" in reason:
-        return (
-            f"{path} holds more than tensors, and kdprof runs no code from files; if you trust "
-            "it, save only its state_dict again with torch.save"
-        )
-    return f"{path} is damaged, half downloaded or no checkpoint ({reason[:200]}); get it again"
-
-
-def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file's content, without the prefix of data-parallel training."""
-    found = content
-    for keys in (("step", "student"), ("state_dict",), ("model",), ("model_state",)):
-        inner: Any = content
-        for key in keys:
-            inner = inner.get(key) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and inner:
-            found = inner
-            break
-    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"{path} holds no tensors; its keys are {_some(map(str, content))}")
-    plain: dict[str, Tensor] = {}
-    for key, value in state.items():
-        short = key.removeprefix("module.")
-        if short in plain:
-            raise UserError(f"{path} has '{short}' twice, with and without 'module.'; remove one")
-        plain[short] = value
-    return plain
-
-
-def _source_of(state: Mapping[str, Tensor], path: Path) -> str:
+def _source_of(keys: Collection[str]) -> str | None:
+    """Return the project whose names keys have; None if kdprof does not know it."""
     starts = {
         OURS: ("backbone.net.",),
         CIRKD: ("pretrained.", "head."),
@@ -328,16 +360,20 @@ def _source_of(state: Mapping[str, Tensor], path: Path) -> str:
         MMSEG: ("backbone.", "decode_head."),
     }
     for source, needed in starts.items():
-        if all(any(key.startswith(start) for key in state) for start in needed):
+        if all(any(key.startswith(start) for key in keys) for start in needed):
             return source
-    if any(re.match(r"(conv1|layer1|stem|blocks|stages|conv_stem)[._]", key) for key in state):
-        raise UserError(
-            f"{path} holds only a backbone ({TIMM}'s names); give it as --backbone-weights, or as "
-            "teacher_backbone_weights in the study"
+    return None
+
+
+def _unknown(path: Path, keys: Collection[str]) -> str:
+    if any(re.match(r"(conv1|layer1|stem|blocks|stages|conv_stem)[._]", key) for key in keys):
+        return (
+            f"{path} holds only a backbone ({TIMM}'s names); give it as "
+            "--student-backbone-weights, or as teacher_backbone_weights in the study"
         )
-    raise UserError(
+    return (
         f"{path} has no segmentation network that kdprof knows ({MMSEG}, {CIRKD}, {TORCHVISION} "
-        f"or its own); its keys are like {_some(state)}"
+        f"or its own); its keys are like {some(keys)}"
     )
 
 
@@ -354,20 +390,19 @@ def _renamed(state: Mapping[str, Tensor], source: str, path: Path) -> dict[str, 
     return found
 
 
-def _name_of(state: Mapping[str, Tensor], source: str, content: Any) -> NetworkName | None:
+def _name_of(state: Mapping[str, Tensor], source: str, file: WeightFile) -> NetworkName | None:
     """Return the network that a state belongs to, from its keys and shapes."""
     if source == OURS:
         return None
     layout = _LAYOUT_OF[source]
-    head = "pspnet" if "decode_head.psp_modules.0.1.conv.weight" in state else "deeplabv3"
+    head = "pspnet" if _TOLD_BY[0] in state else "deeplabv3"
     short = _resnet(state)
     deep = "backbone.net.conv1.0.weight" in state
     aliases = LAYOUTS[layout] if deep else LAYOUTS["torchvision"]
-    aligned = layout == "mmseg" and _says_aligned(content)
+    aligned = layout == "mmseg" and _says_aligned(file.content)
     name = NetworkName(head, aliases.get(short, short), layout, aligned=aligned)
-    branch = "psp_modules.0.1" if head == "pspnet" else "aspp_modules.0"
     width = len(state["decode_head.bottleneck.conv.weight"])
-    channels = state[f"decode_head.{branch}.conv.weight"].shape[1]
+    channels = next(state[key].shape[1] for key in _TOLD_BY if key in state)
     return name if width == width_of(name, channels) else replace(name, width=width)
 
 
@@ -385,15 +420,29 @@ def _says_aligned(content: Mapping[str, Any]) -> bool:
     return re.search(r"align_corners['\"]?\s*[=:]\s*True", str(config)) is not None
 
 
-def _classes_of(content: Mapping[str, Any], header: Mapping[str, str]) -> tuple[str, ...] | None:
-    if "classes" in header:
-        return tuple(header["classes"].split("\n"))
-    meta = content.get("meta")
+def _classes_of(file: WeightFile) -> tuple[str, ...] | None:
+    """Return the names of the classes that a file states.
+
+    Raises:
+        UserError: what stands in their place is no list of names.
+    """
+    if "classes" in file.header:
+        return tuple(file.header["classes"].split("\n"))
+    meta = file.content.get("meta")
     if not isinstance(meta, Mapping):
         return None
     described = meta.get("dataset_meta")
-    classes = described.get("classes") if isinstance(described, Mapping) else meta.get("CLASSES")
-    return tuple(map(str, classes)) if classes else None
+    key, classes = "meta.CLASSES", meta.get("CLASSES")
+    if isinstance(described, Mapping) and "classes" in described:
+        key, classes = "meta.dataset_meta.classes", described["classes"]
+    if classes is None:
+        return None
+    if isinstance(classes, list | tuple) and classes and all(isinstance(c, str) for c in classes):
+        return tuple(classes)
+    raise UserError(
+        f"{file.path}: {key} is {some([repr(classes)])}, no list of names; save the file with the "
+        "names, or without this entry"
+    )
 
 
 def _agrees(asked: NetworkName, found: NetworkName, wanted: str) -> bool:
@@ -414,9 +463,3 @@ def _short(name: NetworkName) -> str:
 
 def _plain(classes: Iterable[str]) -> list[str]:
     return [re.sub(r"[^a-z0-9]", "", name.lower()) for name in classes]
-
-
-def _some(keys: Iterable[str], shown: int = 3) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

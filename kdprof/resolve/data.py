@@ -15,9 +15,9 @@ from kdprof.data import (
     Findings,
     PairedImages,
     SegmentationData,
+    cache_folder,
     content_of,
     decoded,
-    default_folder,
     examine_files,
     examine_labels,
     file_sizes,
@@ -25,6 +25,7 @@ from kdprof.data import (
     uses_placeholders,
 )
 from kdprof.data.scenario import Role, Scenario
+from kdprof.errors import Problems
 from kdprof.evaluate import Views, evaluated_sizes
 from kdprof.progress import Progress
 from kdprof.store import short_hash
@@ -89,14 +90,19 @@ class StudyData:
         if self.uses_placeholders:
             return self.files[split]  # nothing to decode
         if split not in self._decoded:
-            cache, data = self._settings.cache, self.files[split]
-            self._decoded[split] = decoded(data, cache, self.cache_folder(), self._progress)
+            settings, data = self._settings, self.files[split]
+            self._decoded[split] = decoded(
+                data, settings.cache, settings.cache_folder, self._progress
+            )
         return self._decoded[split]
 
     def cache_folder(self) -> Path:
-        """Return the folder of decoded images."""
-        given = self._settings.cache_folder
-        return Path(given).expanduser() if given else default_folder()
+        """Return the folder of decoded images.
+
+        Raises:
+            UserError: there is none, see :func:`~kdprof.data.cache_folder`.
+        """
+        return cache_folder(self._settings.cache_folder)
 
     @cached_property
     def file_sizes(self) -> str | None:
@@ -113,9 +119,10 @@ class StudyData:
             UserError: files cannot be read.
         """
         found = {"classes": short_hash("\n".join(self.files["train"].class_names))}
+        kept = Problems().attempt(self.cache_folder, None)
         for data in self.files.values():
             if isinstance(data, PairedImages):
-                found |= content_of(data, self.cache_folder(), self._progress)
+                found |= content_of(data, kept, self._progress)
         return found
 
     def evaluated_sizes(self) -> set[tuple[int, int]]:

@@ -80,7 +80,7 @@ class Factory:
             return None
         network = build(study.teacher_name, study.data.num_classes("teacher"))
         loaded = load_weights(network, study.teacher_weights)
-        summary = f"{study.teacher_name}, {study.teacher_weights.source} names: {loaded.summary()}"
+        summary = f"{study.teacher_name}, {study.teacher_weights.told()}: {loaded.summary()}"
         return self.placed(network), summary
 
     def frozen(self, teacher: AnyNetwork) -> AnyNetwork:

@@ -13,9 +13,11 @@ from typing import Any
 
 from kdprof.discovery import find_method, source_hash
 from kdprof.hardware.device import versions
-from kdprof.models import is_adapted, parse_name, sources_of_network
+from kdprof.models import is_adapted, is_from_file, parse_name, sources_of_network
 from kdprof.models.names import NetworkName
+from kdprof.models.weight_files import file_and_place
 from kdprof.resolve.study import ResolvedStudy
+from kdprof.store import expanded
 from kdprof.user_files import content_hash
 
 PACKAGE = Path(__file__).parent.parent
@@ -84,7 +86,7 @@ def cost_key(study: ResolvedStudy, name: str) -> str:
 def _name_of(network: NetworkName | str) -> str:
     """Return the full name of a network; of a user's, the file's name and the function."""
     if isinstance(network, str) and is_adapted(network):
-        return Path(network).name if ".py:" in network else network
+        return Path(network).name if is_from_file(network) else network
     return str(network if isinstance(network, NetworkName) else parse_name(network))
 
 
@@ -141,9 +143,12 @@ def _of_network(study: ResolvedStudy, role: str) -> dict[str, str]:
 
 
 def _weights(given: str) -> str:
-    """Return the content of a file or folder, or the name of published weights itself."""
-    path = Path(given).expanduser()
-    return content_hash(path) if path.exists() else given
+    """Return the content of a file (and the place in it) or folder, or the name of published
+    weights itself."""
+    path, place = file_and_place(expanded(given))
+    if not path.exists():
+        return given
+    return content_hash(path) + (f"#{place}" if place else "")
 
 
 def _named(whose: str, sources: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,18 @@ from kdprof.hardware.device import (
     missing_compiler,
     require_repeatable_cublas,
 )
-from kdprof.models import AnyNetwork, is_adapted, outlined, parse_name
+from kdprof.models import (
+    AnyNetwork,
+    SegmentationNetwork,
+    build,
+    is_adapted,
+    is_from_file,
+    outlined,
+    parse_name,
+)
 from kdprof.models.names import NetworkName
-from kdprof.models.weights import Weights, check_weights, read_weights
+from kdprof.models.weight_files import WeightFile, open_weights
+from kdprof.models.weights import Weights, check_weights, misfits, read_weights
 from kdprof.progress import Progress
 from kdprof.records import CONTROLS, REFERENCE
 from kdprof.resolve import checks
@@ -81,8 +89,11 @@ class ResolvedStudy:
         self.budgets, self.seeds = study.budgets, study.seeds
         self._own_pids = frozenset({os.getpid()} | ({parent} if parent is not None else set()))
         self._own_pids |= ranks.pids if ranks else frozenset()
-        self._look_up(progress or Progress(None), runs)
+        progress = progress or Progress(None)
+        self._look_up(progress, runs)
         self._check()
+        if weights:
+            self._check_backbones(progress)
         configure_backends(
             self.device, study.step.precision, deterministic=study.step.deterministic
         )
@@ -104,7 +115,7 @@ class ResolvedStudy:
         for network in (study.student, study.teacher):
             if not is_adapted(network):
                 problems.attempt(partial(parse_name, network), None)
-        self.teacher_weights = problems.attempt(self._read_teacher_weights, None)
+        weights = problems.attempt(self._open_teacher_weights, None)
         problems.attempt(self._check_teacher_method, None)
         problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
         if runs:
@@ -116,7 +127,7 @@ class ResolvedStudy:
         assert train is not None, "a split that cannot be opened was refused"
         assert val is not None, "a split that cannot be opened was refused"
         self.data = StudyData(study, {"train": train, "val": val}, self.scenario, progress)
-        self.teacher_name = self._full_teacher_name()
+        self._identify_teacher(weights)
 
     def _check(self) -> None:
         """Refuse what would fail later, before anything runs.
@@ -138,6 +149,29 @@ class ResolvedStudy:
             if not entry.is_builtin:
                 with suppress(Exception):  # it comes again where the method is measured
                     self.factory.method(name)
+
+    def _check_backbones(self, progress: Progress) -> None:
+        """Load the files of backbones that will be trained, and say what was taken from them.
+
+        Raises:
+            UserError: a file cannot be read, or does not fit its backbone.
+        """
+        plain, problems = self.plain, Problems()
+        given = {"student": (plain.student, plain.student_backbone_weights)}
+        if self.teacher_weights is None:
+            given["teacher"] = (plain.teacher, plain.teacher_backbone_weights)
+        for role, (name, weights) in given.items():
+            if weights in ("none", "imagenet"):
+                continue
+            if is_from_file(name):
+                problems.append(
+                    f"{role}_backbone_weights: {name} loads its weights itself; leave {weights} out"
+                )
+                continue
+            network = problems.attempt(partial(build, name, 2, backbone_weights=weights), None)
+            if isinstance(network, SegmentationNetwork):
+                progress.say(f"backbone of the {role}: {network.backbone.loaded}")
+        problems.refuse()
 
     def _find_device(self) -> torch.device:
         """Return the device; with several GPUs, that of this rank.
@@ -188,22 +222,27 @@ class ResolvedStudy:
     def _check_settings(self, method: MethodEntry, settings: Mapping[str, Any]) -> None:
         method.create(settings).check_images(self.step.share)
 
-    def _read_teacher_weights(self) -> Weights | None:
+    def _open_teacher_weights(self) -> WeightFile | None:
         path = self.plain.teacher_weights
-        if path is None:
-            return None
-        return read_weights(Path(path).expanduser(), adapted=is_adapted(self.plain.teacher))
+        return None if path is None else open_weights(path)
 
-    def _full_teacher_name(self) -> NetworkName | str:
-        """Return the full name of the teacher's network.
+    def _identify_teacher(self, file: WeightFile | None) -> None:
+        """Set the full name of the teacher's network, and its weights.
 
         Raises:
-            UserError: its weights are those of another network, or of other classes.
+            UserError: the file holds unusable weights, or those of another network or of other
+                classes.
         """
-        if self.teacher_weights is None:
-            return self.plain.teacher
+        self.teacher_name: NetworkName | str = self.plain.teacher
+        self.teacher_weights: Weights | None = None
+        if file is None:
+            return
+        adapted = self.teacher_shapes if is_adapted(self.plain.teacher) else None
+        assert not isinstance(adapted, SegmentationNetwork), "an adapted network is built"
+        self.teacher_weights = read_weights(file, adapted)
         classes = self.data.class_names("teacher")
-        return check_weights(self.teacher_weights, self.plain.teacher, classes)
+        self.teacher_name = check_weights(self.teacher_weights, self.plain.teacher, classes)
+        Problems(misfits(self.teacher_shapes, self.teacher_weights)).refuse()
 
     def _check_teacher_method(self) -> None:
         """Check the method that the teacher is trained with.

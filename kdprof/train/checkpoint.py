@@ -1,20 +1,19 @@
 """Checkpoints: written completely or not at all, verified before use; the previous one is kept.
 
-The file has torch's own zip format, so ``torch.load(..., weights_only=True)`` opens it. Its CRC-32
-per entry, which torch does not verify, is verified here.
+The file has torch's own zip format, so ``torch.load(..., weights_only=True)`` opens it. It is read
+as every file of weights is: its CRC-32 per entry, which torch does not verify, is verified.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdprof.errors import KdprofError
+from kdprof.models.weight_files import NoWeights, open_weights
 from kdprof.store import RunFolder, naming, replace_durably
 
 
@@ -87,13 +86,6 @@ def read(path: Path) -> dict[str, Any]:
         KdprofError: the file is damaged: truncated or changed.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        if bad is not None:
-            raise KdprofError(f"{path} is damaged ({bad} does not match its checksum)")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        held = "it holds more than tensors and plain values"
-        raise KdprofError(f"{path} is damaged ({held})") from None
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
-        raise KdprofError(f"{path} is damaged ({error})") from None
+        return open_weights(path).content
+    except NoWeights as error:
+        raise KdprofError(f"{path} is damaged (it {error.what})") from None

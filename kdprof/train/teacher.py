@@ -17,6 +17,7 @@ from kdprof.store import RunFolder, Store, write_record
 from kdprof.train import checkpoint
 from kdprof.train.cells import Cell, new_run
 from kdprof.train.loop import TrainingRun, Validation, outcome
+from kdprof.train.trained_network import fill
 
 
 def needs_teacher(study: ResolvedStudy, names: Iterable[str]) -> bool:
@@ -109,10 +110,11 @@ def _read_teacher(study: ResolvedStudy, folder: RunFolder) -> AnyNetwork:
     state, damage = checkpoint.load(folder)
     run = folder.read_run()
     iterations = None if run is None else run.iterations
-    if damage is not None or state is None or state["iteration"] != iterations:
-        raise KdprofError(
-            f"{damage or 'the teacher has no checkpoint'}; delete {folder.path} to train it again"
-        )
+    reached = None if state is None else state.get("iteration")
+    if state is None or damage is not None or reached != iterations:
+        other = f"{folder.checkpoint} is of iteration {reached}, the teacher has {iterations}"
+        cause = damage or (f"{folder.checkpoint} is gone" if state is None else other)
+        raise KdprofError(f"{cause}; delete {folder.path} to train the teacher again")
     teacher = study.factory.placed_teacher()
-    teacher.load_state_dict(state["step"]["student"])
+    fill(teacher, folder, state)
     return teacher
