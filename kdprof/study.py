@@ -35,6 +35,8 @@ LONGEST_TEXT = 4096
 """Characters of a text in a study: no path is longer."""
 LARGEST_STUDY = 2**20
 """Bytes of the largest file of a study."""
+DEEPEST_KEY = 10
+"""No key that a user sets lies in so many sections."""
 _UNWRITTEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 RENAMED = {
@@ -421,9 +423,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # ValueError: also of a number of thousands of digits
         return text
+    # A text of several lines may hold more keys; as a text it is refused, and none of them lost.
+    return found["value"] if found.keys() == {"value"} else text
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -443,6 +447,8 @@ def _read(source: str) -> dict[str, Any]:
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
+    if len(parents) > DEEPEST_KEY:
+        raise UserError(f"'{key[:50]}...' has {len(parents) + 1:,} parts; see the study's keys")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "resized": {"hardware", "method"},
     "hardware": {"errors"},
     "distributed": {"errors"},
-    "data": {"errors", "method", "pauses", "progress", "store", "study"},
+    "data": {"errors", "method", "pauses", "progress", "store", "study", "visible"},
     "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
-        "method", "models", "progress", "records", "step", "study",
+        "method", "models", "progress", "records", "step", "store", "study",
     },
     "measure": {
         "data", "distributed", "errors", "hardware", "method", "models", "pauses", "processes",

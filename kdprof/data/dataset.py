@@ -11,6 +11,7 @@ from kdprof.data.own import open_folder
 from kdprof.data.placeholder import PlaceholderImages
 from kdprof.data.synthetic import SyntheticScenes
 from kdprof.errors import UserError, unknown
+from kdprof.store import expanded
 from kdprof.study import DataSettings
 
 DATA_SETS = ("synthetic", *LAYOUTS)
@@ -84,7 +85,7 @@ def open_data(
         if placeholders and not colon and name in PUBLISHED_DATA_SETS:
             return PlaceholderImages(name, split)
         require_files(spec)
-        return _opened(name, Path(root).expanduser(), split, labels or DataSettings())
+        return _opened(name, expanded(root), split, labels or DataSettings())
     raise UserError(unknown("data set", name, DATA_SETS))
 
 

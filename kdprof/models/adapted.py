@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from kdprof.errors import UserError, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
+from kdprof.store import expanded
 from kdprof.user_files import import_function
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -164,7 +165,7 @@ def build_adapted(name: str, num_classes: int, weights: str = "none") -> Adapted
 
 def _from_file(name: str, num_classes: int) -> AdaptedNetwork:
     path, _, function = name.rpartition(":")
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"no file {file}; give FILE.py:FUNCTION")
     found = import_function(file, function)(num_classes)

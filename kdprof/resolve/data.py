@@ -24,6 +24,7 @@ from kdprof.data import (
 from kdprof.data.scenario import Role, Scenario
 from kdprof.evaluate import Views, evaluated_sizes
 from kdprof.progress import Progress
+from kdprof.store import expanded
 from kdprof.study import Study
 
 LEAST_MEASURED_IMAGES, MEASURED_BATCHES = 64, 4
@@ -90,7 +91,7 @@ class StudyData:
     def cache_folder(self) -> Path:
         """Return the folder of decoded images."""
         given = self._settings.cache_folder
-        return Path(given).expanduser() if given else default_folder()
+        return expanded(given) if given else default_folder()
 
     def evaluated_sizes(self) -> set[tuple[int, int]]:
         """Return the heights and widths that images are evaluated at, pixels, from their

@@ -35,6 +35,7 @@ from kdprof.resolve import checks
 from kdprof.resolve.data import StudyData
 from kdprof.resolve.factory import Factory
 from kdprof.resolve.follow import LeadingFactory
+from kdprof.store import expanded
 from kdprof.study import Study
 
 
@@ -184,7 +185,7 @@ class ResolvedStudy:
         path = self.plain.teacher_weights
         if path is None:
             return None
-        return read_weights(Path(path).expanduser(), adapted=is_adapted(self.plain.teacher))
+        return read_weights(expanded(path), adapted=is_adapted(self.plain.teacher))
 
     def _full_teacher_name(self) -> NetworkName | str:
         """Return the full name of the teacher's network.
