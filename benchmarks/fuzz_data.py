@@ -20,6 +20,7 @@ from kdprof.progress import Progress
 
 SIZE = (24, 32)
 """Height and width, pixels."""
+CLASSES = ("road", "sky", "car")
 SETTINGS = (
     "reduce_zero_label=true", "ignore_index=0", "ignore_index=7", "masks=colours",
     'label_map={"0" = "road", "1" = "sky", "2" = "void"}', 'label_map={"0" = "nosuch"}',
@@ -31,7 +32,7 @@ def data(case: Case) -> str:
     """An image, a label, a list or a name is damaged or strange: used, or refused by name."""
     root = case.folder / "set"
     kind = case.random.choice(("folder", "folder", "voc", "camvid", "cityscapes"))
-    {"folder": _folder, "voc": _voc, "camvid": _camvid, "cityscapes": _cityscapes}[kind](root)
+    {"folder": folder_of_images, "voc": _voc, "camvid": _camvid, "cityscapes": _cityscapes}[kind](root)
     for _ in range(case.random.choice((1, 1, 2))):
         _break(case, root)
     before = contents(root)
@@ -68,10 +69,11 @@ def _write(root: Path, places: list[tuple[str, str]]) -> None:
             made.save(root / path)
 
 
-def _folder(root: Path) -> None:
+def folder_of_images(root: Path) -> None:
+    """Write a data set of the kind ``folder:``."""
     stems = ("train/a", "train/b", "val/c")
     _write(root, [(f"images/{stem}.png", f"masks/{stem}.png") for stem in stems])
-    (root / "classes.txt").write_text("road\nsky\ncar\n")
+    (root / "classes.txt").write_text("\n".join(CLASSES))
 
 
 def _voc(root: Path) -> None:

@@ -22,18 +22,19 @@ from typing import Any
 import fuzz_texts as texts
 import torch
 from fuzz_case import ACCEPTED, LOST, Case, Wrong, run
+from fuzz_data import CLASSES, folder_of_images
 from fuzz_folders import good_folder, student_of
+from fuzz_settings import NOWHERE
+from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from kdprof.errors import UserError
 from kdprof.models import build
-from kdprof.models.weights import check_weights, load_weights, read_weights
 from kdprof.store import RunFolder
 from kdprof.train import checkpoint
 
 NETWORK = "pspnet-test_resnet"
-CLASSES = ("road", "sky", "car")
 FORMATS = ("own", "mmseg", "bare", "old", "safetensors")
 CHECKED = ("own", "mmseg", "bare")
 """Formats with a checksum of every tensor: a change in them is never accepted."""
@@ -89,35 +90,63 @@ def _used(case: Case, form: str, data: bytes, *, same: bool = False) -> str:
     suffix = ".safetensors" if form == "safetensors" else case.random.choice((".pth", ".pt", ""))
     path = case.folder / f"weights{suffix}"
     path.write_bytes(data)
-    way = case.random.choice(("read", "read", "adapted", "resume", "export", "evaluate"))
-    case.tell(way)
-    if way == "read":
-        found = read_weights(path)
-        name = check_weights(found, NETWORK, CLASSES)
-        if str(name) != NETWORK:
-            raise UserError(f"another network, {name}")
-        network = build(NETWORK, len(CLASSES))
-        load_weights(network, found)
-        return _same(network.state_dict(), same)
-    if way == "adapted":
-        return _same(read_weights(path, adapted=True).state, same)
-    if way == "resume":
+    way = case.random.choice(("evaluate", "evaluate", "export", "resume", "plan"))
+    if way == "resume" and form == "own":
         folder = RunFolder(case.folder / "run")
         folder.path.mkdir()
         folder.checkpoint.write_bytes(data)
+        case.tell("a run begins again with it")
         held, _ = checkpoint.load(folder)
-        return _same(held["step"]["student"], same) if held and form == "own" else ACCEPTED
-    if way == "export":
-        store = good_folder(case)
-        student_of(store).checkpoint.write_bytes(data)
-        return run(case, "export", case.folder / "made.pth", "--out", store.root, "--method", "kd",
-                   "--budget", student_of(store).path.parent.name).outcome  # fmt: skip
-    return run(case, "evaluate", "--model", NETWORK, "--weights", path, "--data", "synthetic",
-               "--device", "cpu").outcome  # fmt: skip
+        return _same(held["step"]["student"]) if held and same else ACCEPTED
+    if way == "export" and form == "own":
+        store, made = good_folder(case), case.folder / "made.safetensors"
+        student = student_of(store)
+        student.checkpoint.write_bytes(data)
+        record = json.loads(student.record.read_text())
+        record["miou_per_class"] = dict.fromkeys(CLASSES, record["miou"])
+        student.record.write_text(json.dumps(record))
+        store.study.write_text(f'student = "{NETWORK}"\n')
+        done = run(case, "export", made, "--out", store.root, "--method", "kd", "--budget",
+                   student.path.parent.name)  # fmt: skip
+        return _same(load_file(made)) if same and made.exists() else done.outcome
+    if way == "plan":
+        option = case.random.choice(("--teacher-weights", "--student-backbone-weights"))
+        return run(case, "plan", "--study", "quickstart", "--budget", "9", *NOWHERE,
+                   "--teacher", NETWORK, option, path).outcome  # fmt: skip
+    arguments = ("evaluate", "--model", NETWORK, "--data", f"folder:{_images(case)}", "--device",
+                 "cpu", "--json", "--weights")  # fmt: skip
+    done = run(case, *arguments, path)
+    if same and not done.code and json.loads(done.out)["scores"] != _good_scores(case, arguments):
+        raise Wrong(LOST, "other scores")
+    return done.outcome
 
 
-def _same(found: Any, same: bool) -> str:
-    if same and (wrong := [k for k, v in state().items() if not _equal(found.get(k), v)]):
+def _images(case: Case) -> Path:
+    """Return a data set of a few small images, with :data:`CLASSES`."""
+    root = case.folder / "set"
+    folder_of_images(root)
+    return root
+
+
+_scores: dict[str, Any] = {}
+
+
+def _good_scores(case: Case, arguments: tuple[object, ...]) -> Any:
+    """Return the scores of the good weights."""
+    if "own" not in _scores:
+        path = case.folder / "good.pth"
+        path.write_bytes(_good("own"))
+        _scores["own"] = json.loads(run(case, *arguments, path).out)["scores"]
+    return _scores["own"]
+
+
+def _same(found: dict[str, Any]) -> str:
+    """Check that weights are the good ones.
+
+    Raises:
+        Wrong: they are others.
+    """
+    if wrong := [key for key, value in state().items() if not _equal(found.get(key), value)]:
         raise Wrong(LOST, f"{len(wrong)} other tensors, such as {wrong[0]}")
     return ACCEPTED
 
@@ -210,7 +239,7 @@ def _structure(case: Case) -> str:
         case.tell(f"{form}, {how}: {key}")
         content = STRUCTURES[how](held, key)
         if form == "own":
-            content = {"step": {"student": content}}
+            content = {"step": {"student": content}, "iteration": 6}
         elif form == "mmseg":
             content = {"state_dict": content, "meta": {"CLASSES": CLASSES}}
     return _used(case, form, _saved(content, form))

@@ -19,7 +19,7 @@ from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.records import ClaimRecord, Run
 from kdprof.reports import judge
-from kdprof.reports.claims import make_claim, verify
+from kdprof.reports.claims import make_claim, verify, write_claim
 from kdprof.reports.decisions import looks, outcome, within_seeds
 from kdprof.reports.results import Results, collect
 from kdprof.store import Store, read_record, write_record
@@ -82,7 +82,10 @@ def test_no_digit_of_a_claim_is_lost(factor):
         ("a > a @ 2h", "compares a with itself"),
         ("a > b @ 2parsec", "unknown unit"),
         ("a ~ b within 0 @ 2h", "must be above 0"),
-        ("gain(a, b) > 0", "a factor above 0"),
+        ("gain(a, b) > 0", "a finite factor above 0"),
+        ("gain(a, b) > 1e309", "a finite factor above 0"),
+        ("a ~ b within 1e309 @ 2h", "at most 100"),
+        ("a ~ b within 101 @ 2h", "at most 100"),
         ("gain(a b) > 1", "malformed"),
     ],
 )
@@ -92,6 +95,17 @@ def test_a_malformed_claim_is_refused_with_an_example_or_a_cause(text, message):
 
 
 # Judging
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "a/b", ".a", " ", "a\x1b", "a b", "a`b", "a%b", "\udcff", "x" * 201]
+)
+def test_a_claim_is_not_written_by_a_name_that_is_none(store, name):
+    made = make_claim(store, f"m1 > m0 @ {BUDGET}")
+    before = sorted(store.root.rglob("*"))
+    with pytest.raises(UserError, match="must be a file name of letters"):
+        write_claim(store, made, name)
+    assert sorted(store.root.rglob("*")) == before
 
 
 def test_outcomes_follow_the_interval(store):

@@ -248,6 +248,15 @@ def test_a_list_in_another_encoding_is_refused(tmp_path):
 # low: classes.txt
 
 
+@pytest.mark.parametrize("name", ["a\x1b[31m", "\u202ea", "a\x00", "\x7f", "a\tb\x07"])
+def test_a_class_has_a_name_of_visible_characters(tmp_path, name):
+    folder(tmp_path)
+    path = tmp_path / "classes.txt"
+    path.write_text(f"soil\n{name.partition(chr(9))[0]}\x07\nweed\n")
+    with pytest.raises(UserError, match=r"classes.txt, line 2: a class is a name of visible"):
+        opened("folder", tmp_path)
+
+
 def test_a_byte_order_mark_in_classes(tmp_path):
     folder(tmp_path)
     path = tmp_path / "classes.txt"

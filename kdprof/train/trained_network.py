@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdprof.errors import KdprofError, UserError
+from kdprof.errors import UserError
 from kdprof.models import AnyNetwork, build
 from kdprof.store import RunFolder
 from kdprof.train import checkpoint
@@ -27,11 +27,5 @@ def trained_network(folder: RunFolder, name: str) -> tuple[AnyNetwork, tuple[str
         raise UserError(f"{folder.path} trained no network: its weights were read from a file")
     classes = tuple(run.miou_per_class or ())
     network = build(name, len(classes))
-    try:
-        network.load_state_dict(state["step"]["student"])
-    except (LookupError, TypeError, RuntimeError):  # by what it lacks
-        raise KdprofError(
-            f"{folder.checkpoint} holds no {name} of {len(classes)} classes, as its run has; "
-            "train it again"
-        ) from None
+    network.load_state_dict(state["step"]["student"])
     return network.eval(), classes
