@@ -93,7 +93,10 @@ def counts(cases: int) -> dict[str, int]:
 def tables(found: dict[str, Counter[str]]) -> str:
     """Return the counts as a table in Markdown."""
     columns = (REFUSED, ACCEPTED, *FINDINGS)
-    lines = [f"| class | cases | {' | '.join(columns)} |", "| :-- |" + " --: |" * (1 + len(columns))]
+    lines = [
+        f"| class | cases | {' | '.join(columns)} |",
+        "| :-- |" + " --: |" * (1 + len(columns)),
+    ]
     total: Counter[str] = sum(found.values(), Counter())
     for name, count in {**found, "all": total}.items():
         cells = (count.total(), *(count[column] for column in columns))

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -93,7 +94,8 @@ def judged(work: Work, case: Case, limit_s: float) -> Outcome:
     """Run a case and return how it ended."""
     _started.clear()
     try:
-        with _in_time(limit_s), _in_memory(MOST_BYTES), _watched():
+        # In its own folder: an output may be a hostile name.
+        with _in_time(limit_s), _in_memory(MOST_BYTES), _watched(), chdir(case.folder):
             found = Outcome(work(case))
     except _TimeUp:
         found = Outcome(HANGS, f"no end after {limit_s:g} s")

@@ -32,13 +32,15 @@ def data(case: Case) -> str:
     """An image, a label, a list or a name is damaged or strange: used, or refused by name."""
     root = case.folder / "set"
     kind = case.random.choice(("folder", "folder", "voc", "camvid", "cityscapes"))
-    {"folder": folder_of_images, "voc": _voc, "camvid": _camvid, "cityscapes": _cityscapes}[kind](root)
+    KINDS[kind](root)
     for _ in range(case.random.choice((1, 1, 2))):
         _break(case, root)
     before = contents(root)
     given = [case.random.choice(SETTINGS)] if case.random.random() < 0.2 else []
     given = [f"data_settings.{text}" for text in given]
-    splits = [case.random.choice(("train", "val", "test", "..", "x"))] * (case.random.random() < 0.2)
+    splits = [case.random.choice(("train", "val", "test", "..", "x"))] * (
+        case.random.random() < 0.2
+    )
     case.tell(f"{kind}, {given}, {splits}")
     if case.random.random() < 0.1:
         options = [part for text in given for part in ("--set", text)]
@@ -93,8 +95,16 @@ def _cityscapes(root: Path) -> None:
     stems = ("train/x/x_0", "train/x/x_1", "val/y/y_0")
     _write(
         root,
-        [(f"leftImg8bit/{s}_leftImg8bit.png", f"gtFine/{s}_gtFine_labelTrainIds.png") for s in stems],
+        [
+            (f"leftImg8bit/{s}_leftImg8bit.png", f"gtFine/{s}_gtFine_labelTrainIds.png")
+            for s in stems
+        ],
     )
+
+
+KINDS = {
+    "folder": folder_of_images, "voc": _voc, "camvid": _camvid, "cityscapes": _cityscapes,
+}  # fmt: skip
 
 
 # Damage
@@ -155,7 +165,7 @@ def _rename(case: Case, path: Path, *, copy: bool) -> None:
 
 def _change_list(case: Case, root: Path) -> None:
     lists = sorted(path for path in root.rglob("*.txt") if path.is_file())
-    path = case.random.choice(lists) if lists else root / "classes.txt"
+    path = case.random.choice(lists) if lists else root / "more.txt"
     old = path.read_text("utf-8", "replace") if lists else ""
     line = case.random.choice(
         ("a", "a 1", "b -1", "nosuch", "../a", "/a", "a.jpg", "JPEGImages/a.jpg", "x\t1 2 3",
@@ -188,7 +198,9 @@ def _turned(random: Random) -> bytes:
 def _wide(random: Random) -> bytes:
     """Return 16-bit grey."""
     file = io.BytesIO()
-    values = np.random.default_rng(random.randrange(2**32)).integers(0, 2**16, SIZE, dtype=np.uint16)
+    values = np.random.default_rng(random.randrange(2**32)).integers(
+        0, 2**16, SIZE, dtype=np.uint16
+    )
     Image.fromarray(values).save(file, "PNG")
     return file.getvalue()
 
@@ -206,7 +218,12 @@ def _bomb(random: Random) -> bytes:
     """Return a PNG of a few bytes whose header has gigapixels."""
     size = random.choice(((10_000, 10_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1), (0, 5)))
     header = struct.pack(">2I5B", *size, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"x") + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", b"x")
+        + _chunk(b"IEND", b"")
+    )
 
 
 IMAGES = {
@@ -245,5 +262,7 @@ def _with_chunk(png: bytes, random: Random) -> bytes:
          _chunk(b"iCCP", b"x\x00\x00" + random.randbytes(9)), _chunk(b"PLTE", b"\x00" * 7),
          _chunk(b"tRNS", b"\x00" * 300), _chunk(b"abcd", b"x"), b"\x7f\xff\xff\xffIDAT")
     )  # fmt: skip
-    place = 33 if random.random() < 0.8 else max(0, len(png) - 12)  # behind the header; before the end
+    place = (
+        33 if random.random() < 0.8 else max(0, len(png) - 12)
+    )  # behind the header; before the end
     return png[:place] + made + png[place:]

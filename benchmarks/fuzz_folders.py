@@ -56,7 +56,9 @@ def _budgets() -> tuple[str, ...]:
 def _sources() -> tuple[Path, ...]:
     """Return the files that are copied, relative to the reference."""
     costs_of = [path for m in METHODS for path in (REFERENCE / "costs").glob(f"{m}-*.json")]
-    runs = [REFERENCE / run_place("run", m, b, s) for m in METHODS for b in _budgets() for s in SEEDS]
+    runs = [
+        REFERENCE / run_place("run", m, b, s) for m in METHODS for b in _budgets() for s in SEEDS
+    ]
     inside = [path for folder in (REFERENCE / "teacher", *runs) for path in folder.iterdir()]
     files = [REFERENCE / "study.toml", *costs_of, *inside]
     return tuple(path.relative_to(REFERENCE) for path in sorted(files))
@@ -446,7 +448,9 @@ def places(case: Case) -> str:
         if any(len(part.encode()) > 255 for part in place.parts):
             raise Wrong(WRONG, f"no file system has {place}")
         store = Store(case.folder)
-        store.run_folder(made.method, made.budget, made.seed).path.mkdir(parents=True, exist_ok=True)
+        store.run_folder(made.method, made.budget, made.seed).path.mkdir(
+            parents=True, exist_ok=True
+        )
         write_record(store.run_folder(made.method, made.budget, made.seed).record, made)
         found.append(made)
     if len({(run.method, run.budget) for run in found}) != len(Store(case.folder).runs()):

@@ -60,7 +60,8 @@ def settings(case: Case) -> str:
 
 def _assignment(random: Random) -> str:
     keys = [*_keys(Study), "method_settings.kd.temperature", "method_settings.cwd.weights.cwd",
-            "method_settings.new.a", "data_settings.label_map.5", "data_settings.label_map.x"]  # fmt: skip
+            "method_settings.new.a", "data_settings.label_map.5",
+            "data_settings.label_map.x"]  # fmt: skip
     key = random.choice(keys)
     if random.random() < 0.1:
         key = random.choice(
@@ -91,7 +92,9 @@ def _holds(written: Mapping[str, Any], key: str, value: Any) -> bool:
     if isinstance(value, str) and isinstance(inner, list):  # HEIGHTxWIDTH
         return "x".join(map(str, inner)) == value.replace(" ", "")
     if isinstance(value, list) and isinstance(inner, list):
-        return list(dict.fromkeys(map(str, value))) == list(map(str, inner)) or value == inner
+        texts_of = [str(item) for item in value]
+        kept = [str(item) for item in inner]
+        return kept in (texts_of, list(dict.fromkeys(texts_of))) or value == inner
     if isinstance(value, (int, float, str)) and isinstance(inner, (int, float, str)):
         return str(value) == str(inner) or _number(value) == _number(inner)
     return bool(value == inner) or isinstance(value, Mapping)
@@ -166,7 +169,9 @@ def _budget_text(random: Random) -> str:
     )  # fmt: skip
     text = f"{number}{unit}"
     if random.random() < 0.4:
-        text += "@" + random.choice(("kd", "cwd:feature", "", "@", "a b", "..", texts.hostile(random)))
+        text += "@" + random.choice(
+            ("kd", "cwd:feature", "", "@", "a b", "..", texts.hostile(random))
+        )
     if random.random() < 0.2:
         text += "+" + random.choice((text, "1h", "9", "", "+"))
     return text if random.random() < 0.9 else texts.hostile(random)
@@ -225,10 +230,12 @@ def _option(case: Case) -> str:
     given = (f"{parameter.opts[0]}={value}",)
     if isinstance(parameter, click.Argument):
         fixed, given = () if command.name == "export" else fixed, ("--", value)
-    before = contents(store.root)
+    before = contents(case.folder)
     done = run(case, command.name, *fixed, *out, *given)
-    check_kept(before, store.root, ("reports/", "claims/"))
-    texts.check_reports(store.root)
+    check_kept(before, case.folder, ("out/reports/", "out/claims/"))
+    if done.code == 2 and (made := contents(case.folder).keys() - before.keys()):
+        raise Wrong(WRONG, f"refused, but wrote {sorted(made)}")
+    texts.check_reports(case.folder)
     return done.outcome
 
 

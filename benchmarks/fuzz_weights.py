@@ -186,7 +186,9 @@ STRUCTURES: dict[str, Change] = {
     "a key of 10 kB": lambda held, key: {**held, "k" * 10_240: held[key]},
     "nan": _with(lambda t: torch.full_like(t.float(), torch.nan)),
     "infinity": _with(lambda t: torch.full_like(t.float(), torch.inf)),
-    "only nan": lambda held, key: {k: torch.full_like(v.float(), torch.nan) for k, v in held.items()},
+    "only nan": lambda held, key: {
+        k: torch.full_like(v.float(), torch.nan) for k, v in held.items()
+    },
     "sparse": _with(lambda t: t.float().to_sparse()),
     "on the meta device": _with(lambda t: t.to("meta")),
     "quantised": _with(lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)),
@@ -350,4 +352,3 @@ def _zip_directory(case: Case) -> str:
         place = len(data) - 22 + case.random.randrange(22)
         data = data[:place] + bytes([case.random.randrange(256)]) + data[place + 1 :]
     return _used(case, form, data)
-

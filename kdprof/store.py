@@ -556,10 +556,13 @@ class Store:
         write_record(path, decision)
         return path
 
+    def decision_files(self) -> list[Path]:
+        """Return the files of the stored decisions, sorted."""
+        return sorted((self.root / "decisions").glob("*.json"))
+
     def decisions(self) -> list[Decision]:
         """Return every stored decision, ordered by name."""
-        paths = sorted((self.root / "decisions").glob("*.json"))
-        return [read_record(path, Decision) for path in paths]
+        return [read_record(path, Decision) for path in self.decision_files()]
 
     def teacher_folder(self) -> RunFolder:
         """Return the folder of the teacher's training."""

@@ -295,6 +295,9 @@ class Study(Section):
     @classmethod
     def _can_be_written(cls, values: Any) -> Any:
         """Refuse values that TOML would not give back: they would be lost in the folder's study."""
+        for key in _keys(values):
+            if _UNWRITTEN.search(key):
+                raise ValueError(f"key {key!r} has control characters; leave it out")
         for path, value in _leaves(values):
             if (reason := _unwritable(value)) is not None:
                 raise ValueError(f"{'.'.join(path)} {reason}")
@@ -343,6 +346,14 @@ class Study(Section):
             "training": {"loggers"},
         }
         return self.model_dump(mode="json", exclude=exclude)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Yield every key of a table and of the tables in it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _keys(item)
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -217,7 +217,10 @@ def render(store: Store, results: Results, verdict: Verdict) -> list[Path]:
 
 def markdown(results: Results, verdict: Verdict) -> str:
     """Return the whole verdict as Markdown."""
-    parts = ["# Verdict", "\n".join(f"- {markdown_text(sentence)}" for sentence in verdict.sentences)]
+    parts = [
+        "# Verdict",
+        "\n".join(f"- {markdown_text(sentence)}" for sentence in verdict.sentences),
+    ]
     for each in available(results):
         for grid in _gain_grids(verdict, each):
             parts += [f"## {markdown_text(grid.title)}", grid.markdown()]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,24 @@ def test_decide_ends_with_the_failures_of_the_training(tmp_path):
     (decision,), failures = decide(workflow, plan, lambda made: ["cwd 2h seed 0: not finite"])
     assert failures == ["cwd 2h seed 0: not finite"]
     assert decision.outcome == "undecided"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_refused_study_leaves_no_decision(tmp_path, trained):
+    """Nothing was compared, so no report may say that seeds were added until it was decided."""
+    made = simulate(Setting(2, 1, 2), np.random.default_rng(3))[0].finished if trained else []
+    workflow = a_workflow(tmp_path / "study")
+    store = stored(tmp_path / "out", made)
+    before = sorted(store.root.rglob("*"))
+
+    def refuse(made: Workflow) -> list[str]:
+        assert made.store.decisions()
+        raise UserError("device 'nosuch' is not known")
+
+    plan = Plan([parse_claim("kd > none @ 2h")], (), 0.95, 4)
+    with pytest.raises(UserError, match="nosuch"):
+        decide(replace(workflow, store=store), plan, refuse)
+    assert sorted(store.root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("number", [3, 4])

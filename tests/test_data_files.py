@@ -2,6 +2,7 @@
 
 import os
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from test_layouts import SIZE, cityscapes, folder, label, opened, refusal, save, voc
 
+from kdprof.data import files
 from kdprof.data.check import check_data
 from kdprof.data.tree import files_below
 from kdprof.errors import UserError
@@ -243,6 +245,24 @@ def test_a_line_that_may_mean_another_image_is_refused(tmp_path, names, line, me
 def test_a_list_in_another_encoding_is_refused(tmp_path):
     root = listed(tmp_path, ["grün"], ["grün"], "latin-1")
     assert "is not UTF-8 text" in refusal("voc", root)[0]
+
+
+# Content that is no image
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the ending says."""
+    folder(tmp_path)
+    path = tmp_path / "images/train/deep/a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\nshowpage\n")
+    started = []
+    for name in ("Popen", "check_call", "run", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *a, **k: started.append(a))
+    with pytest.raises(UserError, match=rf"{path.name} cannot be read: cannot identify"):
+        opened("folder", tmp_path)
+    with pytest.raises(UserError, match="cannot identify"):
+        files._decoded(path, "RGB")
+    assert not started
 
 
 # low: classes.txt

@@ -17,8 +17,8 @@ from run_records import a_run, a_store
 from kdprof import cli
 from kdprof.cli import output
 from kdprof.cli.environment import explained, settle
-from kdprof.reports.costs import costs_csv, costs_markdown
 from kdprof.records import Decision
+from kdprof.reports.costs import costs_csv, costs_markdown
 from kdprof.reports.judge import judge
 from kdprof.reports.results import collect
 from kdprof.reports.text import csv_cell, markdown_text
