@@ -6,6 +6,7 @@ and ``gain(A, B) < FACTOR``, the last two also with ``on AXIS``.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -67,8 +68,8 @@ def parse_claim(text: str) -> Claim:
     if match := _GAIN.fullmatch(text):
         first, second, relation, factor, axis = match.groups()
         claim = Claim(first, second, relation, None, float(factor), axis or "seconds")  # type: ignore[arg-type]
-        if claim.threshold <= 0:
-            raise UserError(f"claim '{text}': a gain is a factor above 0")
+        if not 0 < claim.threshold < math.inf:
+            raise UserError(f"claim '{text}': a gain is a finite factor above 0")
     elif match := _DIFFERENCE.fullmatch(text):
         first, relation, second, points, budget = match.groups()
         if (relation == "~") != (points is not None):
@@ -82,6 +83,6 @@ def parse_claim(text: str) -> Claim:
         raise UserError(f"claim '{text}' is malformed; write {EXAMPLES}")
     if claim.first == claim.second:
         raise UserError(f"claim '{text}' compares {claim.first} with itself")
-    if claim.relation == "~" and claim.threshold <= 0:
-        raise UserError(f"claim '{text}': the margin must be above 0 percentage points")
+    if claim.relation == "~" and not 0 < claim.threshold <= 100:
+        raise UserError(f"claim '{text}': the margin must be above 0, and at most 100, points")
     return claim

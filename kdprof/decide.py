@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,9 +52,9 @@ def decide(
     """
     _check(workflow.study, plan)
     found = {claim.text(): _decision(claim, plan, None) for claim in plan.claims}
-    _write(workflow.store, found.values())
     failures: list[str] = []
-    with _kept_seeds(workflow):
+    with _taken_back_if_refused(workflow.store), _kept_seeds(workflow):
+        _write(workflow.store, found.values())
         for seeds in range(fewest_seeds(plan.confidence), plan.max_seeds + 1):
             left = [claim for claim in plan.claims if _is_open(found[claim.text()])]
             for claim in left:
@@ -81,6 +81,27 @@ def _is_open(decision: Decision) -> bool:
 def _write(store: Store, decisions: Iterable[Decision]) -> None:
     for decision in decisions:
         store.write_decision(decision)
+
+
+@contextmanager
+def _taken_back_if_refused(store: Store) -> Iterator[None]:
+    """Remove the decisions that were added, if the study is refused before any run began: there was
+    no comparison to look at."""
+    before, begun = set(store.decision_files()), _progress(store)
+    try:
+        yield
+    except UserError:
+        if _progress(store) == begun:
+            for path in set(store.decision_files()) - before:
+                path.unlink()
+                with suppress(OSError):  # folders that hold something else
+                    path.parent.rmdir()
+                    store.root.rmdir()
+        raise
+
+
+def _progress(store: Store) -> list[tuple[str, int]]:
+    return [(run.label(), run.iterations_done) for run in store.runs()]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ or was written by hand.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
@@ -46,8 +47,20 @@ def _method_name(text: str) -> str:
     return text
 
 
+def _finite(value: Any) -> Any:
+    """Refuse numbers that JSON does not have, at any depth: they would be stored as null."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _finite(item)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"must hold finite numbers, not {value}")
+    return value
+
+
 Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_name)]
 MethodName = Annotated[str, AfterValidator(_method_name)]
+Facts = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Values of JSON whose keys are not fixed."""
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -290,12 +303,12 @@ class Cost(Record):
     warnings: list[str]
     unavailable: dict[str, str]
     """Why a field is None."""
-    timing: dict[str, Any]
+    timing: Facts
     """Which timing rules applied: clock, warm-up steps, rounds, why measuring stopped; and where
     the measurement's own time went (``stages_s``)."""
-    hardware: dict[str, Any]
+    hardware: Facts
     """State of the device before, during and after."""
-    settings: dict[str, Any]
+    settings: Facts
     """The study's fields and method settings that the key is computed from."""
     versions: dict[str, str]
 
@@ -590,7 +603,7 @@ class ClaimRecord(Record):
     """Seconds per iteration of the first method divided by those of the second."""
     devices: list[str]
     versions: dict[str, str]
-    study: dict[str, Any]
+    study: Facts
     """Content of study.toml."""
     not_counted: list[str]
     notes: list[str]

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -45,6 +46,32 @@ LARGEST_FILE = 256 * 2**20
 
 LARGEST_LOG = 2**30
 """Bytes of the largest .jsonl file: ten million lines."""
+
+
+def expanded(path: str) -> Path:
+    """Return a path that a user wrote, with the home folder in place of ``~``.
+
+    Raises:
+        UserError: it begins with ``~NAME`` and there is no such account.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: the home folder of {path.partition('/')[0]} is not known; write it out"
+        ) from None
+
+
+def absolute(path: str) -> Path:
+    """Return the absolute path of a file that a user wrote; ``~`` and links are followed.
+
+    Raises:
+        UserError: it has no home folder (see :func:`expanded`), or links form a loop.
+    """
+    try:
+        return expanded(path).resolve()
+    except (OSError, RuntimeError):  # of a loop: the latter before Python 3.13
+        raise UserError(f"{path}: its links form a loop; repair them") from None
 
 
 def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:
@@ -104,6 +131,17 @@ def read_text(path: Path, most: int = LARGEST_FILE) -> str:
         ) from None
 
 
+_DEEP_KEY = re.compile(r"^[^=#'\"\n]*?(?:[\w-]+[ \t]*\.[ \t]*){50}", re.MULTILINE)
+"""For a key of n parts tomllib needs n * n memory."""
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
 def read_toml(path: Path, most: int = LARGEST_FILE) -> dict[str, Any]:
     """Return the content of a TOML file, see :func:`read_file`.
 
@@ -111,21 +149,13 @@ def read_toml(path: Path, most: int = LARGEST_FILE) -> dict[str, Any]:
         UserError: it cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(read_text(path, most))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        text = read_text(path, most)
+        if _DEEP_KEY.search(text):
+            raise ValueError("a key has more than 50 parts")
+        return tomllib.loads(text, parse_float=_finite)
+    # ValueError: tomllib's own error, and Python's of a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}; correct it") from None
-
-
-def expanded(path: str) -> Path:
-    """Return a path with the home folder in place of its ``~``.
-
-    Raises:
-        UserError: there is no such home folder.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: there is no such home folder; give a path without ~") from None
 
 
 @contextmanager
@@ -547,8 +577,8 @@ class Store:
         return self._costs_in("steps")
 
     def _costs_in(self, folder: str) -> list[Cost]:
-        paths = sorted((self.root / folder).glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
-        return [_placed_cost(path) for path in paths]
+        found = [(_placed_cost(path), path) for path in (self.root / folder).glob("*.json")]
+        return [cost for cost, path in sorted(found, key=lambda one: one[1].stat().st_mtime_ns)]
 
     def latest_costs(self) -> dict[str, Cost]:
         """Return the newest Cost of each method.
@@ -586,10 +616,13 @@ class Store:
         write_record(path, decision)
         return path
 
+    def decision_files(self) -> list[Path]:
+        """Return the files of the stored decisions, sorted."""
+        return sorted((self.root / "decisions").glob("*.json"))
+
     def decisions(self) -> list[Decision]:
         """Return every stored decision, ordered by name."""
-        paths = sorted((self.root / "decisions").glob("*.json"))
-        return [read_record(path, Decision) for path in paths]
+        return [read_record(path, Decision) for path in self.decision_files()]
 
     def teacher_folder(self) -> RunFolder:
         """Return the folder of the teacher's training."""

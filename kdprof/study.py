@@ -35,6 +35,8 @@ LONGEST_TEXT = 4096
 """Characters of a text in a study: no path is longer."""
 LARGEST_STUDY = 2**20
 """Bytes of the largest file of a study."""
+DEEPEST_KEY = 10
+"""No key that a user sets lies in so many sections."""
 _UNWRITTEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 RENAMED = {
@@ -293,6 +295,9 @@ class Study(Section):
     @classmethod
     def _can_be_written(cls, values: Any) -> Any:
         """Refuse values that TOML would not give back: they would be lost in the folder's study."""
+        for key in _keys(values):
+            if _UNWRITTEN.search(key):
+                raise ValueError(f"key {key!r} has control characters; leave it out")
         for path, value in _leaves(values):
             if (reason := _unwritable(value)) is not None:
                 raise ValueError(f"{'.'.join(path)} {reason}")
@@ -361,6 +366,14 @@ def _is_path(weights: str) -> bool:
 def _without_folder(network: str) -> str:
     """Return a network's name; of a user's, the name of its file and the function."""
     return Path(network).name if ".py:" in network else network
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Yield every key of a table and of the tables in it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _keys(item)
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -441,9 +454,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # ValueError: also of a number of thousands of digits
         return text
+    # A text of several lines may hold more keys; as a text it is refused, and none of them lost.
+    return found["value"] if found.keys() == {"value"} else text
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -463,6 +478,8 @@ def _read(source: str) -> dict[str, Any]:
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
+    if len(parents) > DEEPEST_KEY:
+        raise UserError(f"'{key[:50]}...' has {len(parents) + 1:,} parts; see the study's keys")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

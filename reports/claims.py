@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from kdprof.claims import Claim, parse_claim
 from kdprof.errors import UserError, unknown
 from kdprof.records import ClaimRecord, Decision, Effect, Outcome
 from kdprof.store import Store, claim_slug, read_record, record_json, write_together
+from kdprof.visible import printable
 
 from .axes import AXES, axis
 from .judge import CONFIDENCE, Evidence, evidence, gain, pair, ratio_of_costs
@@ -24,6 +26,8 @@ NOT_COUNTED = (
     "the search for settings",
     "evaluation and checkpoints",
 )
+LONGEST_FILE_NAME = 200
+_FILE_NAME = re.compile(rf"(?!\.)[\w.+@-]{{1,{LONGEST_FILE_NAME}}}")
 RELATIVE_TOLERANCE = 1e-6
 """Numbers that differ less are the same: libraries round differently."""
 
@@ -201,11 +205,14 @@ def write_claim(store: Store, record: ClaimRecord, name: str | None) -> list[Pat
         name: of the files; by default made from the statement.
 
     Raises:
-        UserError: the name is a path.
+        UserError: the name is no plain file name.
     """
     name = name or claim_slug(record.statement)
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"name '{name}' must be a file name without folders")
+    if not _FILE_NAME.fullmatch(name):
+        raise UserError(
+            f"name '{name}' must be a file name of letters, digits and . _ + @ - of at most "
+            f"{LONGEST_FILE_NAME} characters; it is also a label in LaTeX"
+        )
     path = store.claims / f"{name}.json"
     texts = _texts(record, path)
     write_together({path: record_json(record), **texts})
@@ -258,7 +265,7 @@ def _small(record: ClaimRecord) -> list[str]:
 def markdown(record: ClaimRecord, file: str) -> str:
     """Return a claim as Markdown; ``file`` is the name of its JSON."""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    files = "\n".join(f"{digest}  {path}" for path, digest in record.files.items())
+    files = "\n".join(f"{digest}  {printable(path)}" for path, digest in record.files.items())
     parts = [
         f"# {markdown_text(record.statement)}: {record.outcome}",
         _grid(record).markdown(),

@@ -217,14 +217,18 @@ def render(store: Store, results: Results, verdict: Verdict) -> list[Path]:
 
 def markdown(results: Results, verdict: Verdict) -> str:
     """Return the whole verdict as Markdown."""
-    parts = ["# Verdict", "\n".join(f"- {sentence}" for sentence in verdict.sentences)]
+    parts = [
+        "# Verdict",
+        "\n".join(f"- {markdown_text(sentence)}" for sentence in verdict.sentences),
+    ]
     for each in available(results):
         for grid in _gain_grids(verdict, each):
             parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     for grid in (_flip_grid(results, verdict), *_pair_grids(verdict)):
         if grid.rows:
             parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
-    parts += ["## Notes", "\n".join(f"- {note}" for note in (*_READING, *verdict.notes))]
+    notes = (*_READING, *verdict.notes)
+    parts += ["## Notes", "\n".join(f"- {markdown_text(note)}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 
 

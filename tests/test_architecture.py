@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "resized": {"hardware", "method"},
     "hardware": {"errors"},
     "distributed": {"errors"},
-    "data": {"errors", "method", "pauses", "progress", "store", "study"},
+    "data": {"errors", "method", "pauses", "progress", "store", "study", "visible"},
     "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
     "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},

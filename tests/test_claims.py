@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.records import ClaimRecord, Run
 from kdprof.reports import judge
-from kdprof.reports.claims import make_claim, verify
+from kdprof.reports.claims import make_claim, verify, write_claim
 from kdprof.reports.decisions import looks, outcome, within_seeds
 from kdprof.reports.results import Results, collect
 from kdprof.store import Store, read_record, write_record
@@ -82,7 +83,10 @@ def test_no_digit_of_a_claim_is_lost(factor):
         ("a > a @ 2h", "compares a with itself"),
         ("a > b @ 2parsec", "unknown unit"),
         ("a ~ b within 0 @ 2h", "must be above 0"),
-        ("gain(a, b) > 0", "a factor above 0"),
+        ("gain(a, b) > 0", "a finite factor above 0"),
+        ("gain(a, b) > 1e309", "a finite factor above 0"),
+        ("a ~ b within 1e309 @ 2h", "at most 100"),
+        ("a ~ b within 101 @ 2h", "at most 100"),
         ("gain(a b) > 1", "malformed"),
     ],
 )
@@ -92,6 +96,17 @@ def test_a_malformed_claim_is_refused_with_an_example_or_a_cause(text, message):
 
 
 # Judging
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "a/b", ".a", " ", "a\x1b", "a b", "a`b", "a%b", "\udcff", "x" * 201]
+)
+def test_a_claim_is_not_written_by_a_name_that_is_none(store, name):
+    made = make_claim(store, f"m1 > m0 @ {BUDGET}")
+    before = sorted(store.root.rglob("*"))
+    with pytest.raises(UserError, match="must be a file name of letters"):
+        write_claim(store, made, name)
+    assert sorted(store.root.rglob("*")) == before
 
 
 def test_outcomes_follow_the_interval(store):
@@ -384,6 +399,24 @@ def test_decide_ends_with_the_failures_of_the_training(tmp_path):
     (decision,), failures = decide(workflow, plan, lambda made: ["cwd 2h seed 0: not finite"])
     assert failures == ["cwd 2h seed 0: not finite"]
     assert decision.outcome == "undecided"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_refused_study_leaves_no_decision(tmp_path, trained):
+    """Nothing was compared, so no report may say that seeds were added until it was decided."""
+    made = simulate(Setting(2, 1, 2), np.random.default_rng(3))[0].finished if trained else []
+    workflow = a_workflow(tmp_path / "study")
+    store = stored(tmp_path / "out", made)
+    before = sorted(store.root.rglob("*"))
+
+    def refuse(made: Workflow) -> list[str]:
+        assert made.store.decisions()
+        raise UserError("device 'nosuch' is not known")
+
+    plan = Plan([parse_claim("kd > none @ 2h")], (), 0.95, 4)
+    with pytest.raises(UserError, match="nosuch"):
+        decide(replace(workflow, store=store), plan, refuse)
+    assert sorted(store.root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("number", [3, 4])

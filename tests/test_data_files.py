@@ -2,6 +2,7 @@
 
 import os
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from test_layouts import SIZE, cityscapes, folder, label, opened, refusal, save, voc
 
+from kdprof.data import files
 from kdprof.data.check import check_data
 from kdprof.data.tree import files_below
 from kdprof.errors import UserError
@@ -278,7 +280,34 @@ def test_a_text_that_is_none_is_refused_and_never_waited_for(tmp_path, text, kin
     assert message in problem
 
 
+# Content that is no image
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the ending says."""
+    folder(tmp_path)
+    path = tmp_path / "images/train/deep/a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\nshowpage\n")
+    started = []
+    for name in ("Popen", "check_call", "run", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *a, **k: started.append(a))
+    with pytest.raises(UserError, match=rf"{path.name} cannot be read: cannot identify"):
+        opened("folder", tmp_path)
+    with pytest.raises(UserError, match="cannot identify"):
+        files._decoded(path, "RGB")
+    assert not started
+
+
 # low: classes.txt
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "\u202ea", "a\x00", "\x7f", "a\tb\x07"])
+def test_a_class_has_a_name_of_visible_characters(tmp_path, name):
+    folder(tmp_path)
+    path = tmp_path / "classes.txt"
+    path.write_text(f"soil\n{name.partition(chr(9))[0]}\x07\nweed\n")
+    with pytest.raises(UserError, match=r"classes.txt, line 2: a class is a name of visible"):
+        opened("folder", tmp_path)
 
 
 def test_a_byte_order_mark_in_classes(tmp_path):

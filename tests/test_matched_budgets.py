@@ -1,5 +1,6 @@
 """Runs that keep to their budgets: pace, trunks and branches, ledger, plan and status."""
 
+import csv
 import json
 import time
 from dataclasses import replace
@@ -9,8 +10,10 @@ import torch
 from small_study import small_study, train_small
 from step_observer import observing, signal_at
 
+from kdprof.cli.output import stdout
 from kdprof.errors import UserError
 from kdprof.records import LedgerEntry, Run, Spent
+from kdprof.reports import table
 from kdprof.schedule import decay_start
 from kdprof.store import Held, RunFolder, Store, append_line, write_record
 from kdprof.train import checkpoint
@@ -36,6 +39,27 @@ def record(**changes) -> Run:
         "energy_j": None, "cost_key": "k", "finished": False, "versions": {},
     }  # fmt: skip
     return Run(**(values | changes))
+
+
+# What a budget makes equal
+
+
+def test_tables_say_which_work_is_equal_where_it_is_not_compute(tmp_path, capsys):
+    """F1: two epochs, twelve samples and six iterations are the same six steps of two of the six
+    images for every method, and none of them is equal wall-clock."""
+    budgets = {"2epoch": "epochs", "12sample": "samples", "6": "iterations"}
+    train_small(tmp_path, budgets=list(budgets))
+    store = Store(tmp_path)
+    assert {run.iterations for run in store.runs()} == {6}
+    table.render(store)
+    written = (store.reports / "table.md").read_text()
+    rows = list(csv.DictReader((store.reports / "table.csv").read_text().splitlines()))
+    for budget, equal in budgets.items():
+        assert f"{budget}: equal {equal}\n" in written
+        assert {row["matched"] for row in rows if row["budget"] == budget} == {equal}
+    table.print_table(store, stdout())
+    for text in (written, capsys.readouterr().out):
+        assert "equal wall-clock" not in text
 
 
 # Pace

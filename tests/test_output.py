@@ -1,5 +1,6 @@
 """What reaches the terminal and the reports: nothing that a name could smuggle in."""
 
+import errno
 import io
 import os
 import subprocess
@@ -11,12 +12,17 @@ from click.testing import CliRunner
 from cost_records import make_cost
 from rich.table import Table
 from rich.text import Text
+from run_records import a_run, a_store
 
 from kdprof import cli
 from kdprof.cli import output
 from kdprof.cli.environment import explained, settle
+from kdprof.records import Decision
 from kdprof.reports.costs import costs_csv, costs_markdown
+from kdprof.reports.judge import judge
+from kdprof.reports.results import collect
 from kdprof.reports.text import csv_cell, markdown_text
+from kdprof.reports.verdict_text import markdown
 from kdprof.store import Store
 
 HOSTILE = "\x1b[31mred\x07\x9b31m\u202egnp\r\x00"
@@ -105,6 +111,20 @@ def test_a_cell_is_no_formula(cell, written):
     assert "=HYPERLINK" not in costs_csv([make_cost("kd", device="=HYPERLINK()")]).replace("'=", "")
 
 
+def test_what_a_decision_or_a_claim_says_is_text_in_the_verdict(tmp_path):
+    store = a_store(tmp_path, [a_run("kd"), a_run("cwd", miou=0.72)])
+    said = "kd > <img src=x onerror=alert(1)> [click](http://x)\u202e @ 40k@cwd"
+    store.write_decision(
+        Decision(
+            statement=said, confidence=0.95, max_seeds=4, outcome="undecided", looks=[],
+            saved_runs=0, saved_s=0.0,
+        )
+    )  # fmt: skip
+    results = collect(store)
+    text = markdown(results, judge(results))
+    assert r"kd > \<img src=x onerror=alert(1)> [click]\(http://x)\u202e @" in text
+
+
 def test_numbers_in_markdown_stay_as_they_are():
     for text in ("71.3 [70.9-71.7]", "< 0.5", "> 2", "a <= b"):
         assert markdown_text(text) == text
@@ -135,6 +155,8 @@ def test_an_error_of_the_system_names_the_file_and_the_mend():
     assert explained(OSError(28, "No space left on device", "/a/costs.md")).startswith(
         "/a/costs.md: No space left on device: the disk is full"
     )
+    for number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOENT):
+        assert "--debug" not in explained(OSError(number, os.strerror(number), "/a"))
     assert "--debug" in explained(OSError(5, "Input/output error", "/a"))
 
 

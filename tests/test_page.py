@@ -143,6 +143,11 @@ def test_names_are_text_wherever_they_stand(tmp_path):
     assert not list(root.all("b"))
 
 
+def test_characters_that_control_are_spelled_out():
+    assert join("\x1b[31m\u202ea\x00") == r"\x1b[31m\u202ea\x00"
+    assert tag("p", "a\nb\x9b", title="\x07") == r'<p title="\x07">a' + "\n" + r"b\x9b</p>"
+
+
 def test_what_is_not_markup_is_escaped():
     made = tag("p", "<b>", tag("i", "&"), title="\"'<", data_value=None, hidden=True, class_="a")
     assert made == ('<p title="&quot;&#x27;&lt;" hidden class="a">&lt;b&gt;<i>&amp;</i></p>')

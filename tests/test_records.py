@@ -145,6 +145,15 @@ def test_what_a_claim_is_about_lies_within_its_interval(kind):
         kind(**fields, value=3.0, low=0.5, high=2.0)
 
 
+@pytest.mark.parametrize("value", IMPOSSIBLE)
+def test_numbers_whose_names_are_free_are_finite_too(value):
+    """They would be stored as null and read back as another record."""
+    for field in sorted(FREE - {"schema_version"}):
+        for facts in ({"a": value}, {"a": {"b": [1.0, value]}}):
+            with pytest.raises(ValidationError, match="finite numbers"):
+                make_cost("kd", **{field: facts})
+
+
 HOSTILE = ["\x1b[31m", "a\x07", "a\x9bb", "a\u202eb", "a\nb", "", "x" * 301]
 
 
@@ -175,6 +184,15 @@ def test_a_record_lies_where_it_says(tmp_path):
         store.costs()
     with pytest.raises(UserError, match="holds the cost of 'kd'"):
         store.read_cost("cwd", "key-kd")
+
+
+def test_a_link_to_no_record_is_named(tmp_path):
+    store = Store(tmp_path)
+    path = store.write_cost(make_cost("kd"))
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot read .*cost.*: No such file"):
+        store.costs()
 
 
 def test_infinity_in_json_is_no_number(tmp_path):

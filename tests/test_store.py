@@ -118,6 +118,16 @@ def test_newest_cost_counts_and_devices_do_not_mix(tmp_path):
         store.latest_costs()
 
 
+def test_a_path_that_leads_nowhere_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="its links form a loop"):
+        store.absolute(str(tmp_path / "loop" / "file.py"))
+    for read in (store.absolute, store.expanded):
+        with pytest.raises(UserError, match="home folder of ~nosuchaccount-x is not known"):
+            read("~nosuchaccount-x/weights.pth")
+    assert store.absolute(str(tmp_path / "a" / ".." / "b")) == tmp_path.resolve() / "b"
+
+
 def test_slug():
     assert slug("40k@cwd:feature") == "40k@cwd.feature"
 

@@ -143,10 +143,39 @@ def test_a_setting_that_a_study_cannot_keep_is_refused(tmp_path, value, cause):
         load_study(None, set_)
 
 
+@pytest.mark.parametrize("hidden", ["4\nseeds = 3", "4\r\n[teacher_training]\niterations = 1"])
+def test_no_key_of_a_text_is_lost(hidden):
+    """A text of several lines would set its first line alone."""
+    with pytest.raises(UserError, match=r"step\.batch must be .* without control characters"):
+        load_study(None, parse_assignments([f"step.batch={hidden}"]))
+
+
+@pytest.mark.parametrize("key", ["a\udcff", "step.a\x1b", "method_settings.kd.\u202e"])
+def test_a_key_with_control_characters_is_refused(key):
+    with pytest.raises(UserError, match="has control characters"):
+        load_study(None, {key: 1})
+    with pytest.raises(UserError, match="has control characters"):
+        load_study(None, {key: {}})
+
+
+@pytest.mark.parametrize("key", ["a" + ".a" * 3000, "step" + ".batch" * 11])
+def test_a_key_in_too_many_sections_is_refused(key):
+    with pytest.raises(UserError, match=r"\.\.\.' has [\d,]+ parts"):
+        load_study(None, parse_assignments([f"{key}=1"]))
+
+
+def test_a_number_of_thousands_of_digits_is_a_text():
+    assert parse_assignments(["seeds=" + "9" * 5000]) == {"seeds": "9" * 5000}
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
-    [(b"data = \xff", "not UTF-8"), (b"data = ", "not valid TOML"), (b"a=" + b"[" * 9999, "TOML")],
-)
+    [(b"data = \xff", "not UTF-8"), (b"data = ", "not valid TOML"), (b"a=" + b"[" * 9999, "TOML"),
+     (b"seeds = " + b"9" * 5000, "not valid TOML"), (b"seeds = 1e999", "no finite number"),
+     (b"[step]\nlearning_rate = -inf", "-inf is no finite number"),
+     (b"a" + b".a" * 9999 + b" = 1", "more than 50 parts"),
+     (b"data = 'x'\n[ a" + b" . a" * 60 + b"]", "more than 50 parts")],
+)  # fmt: skip
 def test_a_damaged_study_is_one_line(tmp_path, content, cause):
     file = tmp_path / "study.toml"
     file.write_bytes(content)

@@ -1,8 +1,10 @@
 """Methods, networks and steps in users' files are imported by one rule."""
 
+import json
 import sys
 
 import pytest
+from processes import kdprof
 
 from kdprof.discovery import find_method
 from kdprof.errors import UserError
@@ -11,6 +13,7 @@ from kdprof.models import build
 from kdprof.user_files import import_file
 
 FILE = """
+print("a print of the file")
 import torch
 from torch import nn
 from {helper} import WIDTH
@@ -29,6 +32,7 @@ class Mine(Method):
 
 
 def network(classes):
+    print("a print of the network")
     body = nn.Conv2d(3, classes, 1)
     return AdaptedNetwork(body, lambda net, x: {{"logits": net(x), "head": x}}, classes, name="s")
 
@@ -56,6 +60,21 @@ def test_every_kind_of_file_finds_the_modules_next_to_it(folder):
     assert method.forward(None, None, None, None) == {"l2": 8}
     assert build(f"{folder}/file.py:network", 3).info.num_classes == 3
     assert StepSource.parse(f"{folder}/file.py:make_step").make()() == 8.0
+
+
+def test_a_command_finds_them_too_and_prints_of_users_are_no_records(folder):
+    """F15, and prints of users' files beside ``--json``: a command in the file's folder, whose
+    folder is not on the path."""
+    done = kdprof(
+        "measure", "--count-only", "--json", "--study", "quickstart", "--method", "none",
+        "--student", "./file.py:network", "--teacher", "./file.py:network",
+        "--set", "step.aux_weight=0", "--crop", "64x96", "--batch", "2", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a print of the network" in done.stderr
+    (cost,) = json.loads(done.stdout)
+    # A 1x1 convolution of 3 colours into the 12 classes, forward and its weights' gradient.
+    assert cost["flop"]["total"] == 2 * (2 * 2 * 64 * 96 * 3 * 12)
 
 
 def test_a_module_of_another_folder_is_not_taken_for_the_one_beside(folder, tmp_path):

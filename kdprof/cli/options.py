@@ -151,18 +151,18 @@ class StudyOptions:
         Raises:
             UserError: an assignment is malformed.
         """
-        from kdprof.store import expanded
+        from kdprof.store import absolute
         from kdprof.study import parse_assignments
 
         found = {key: getattr(self, name) for name, key in STUDY_KEYS.items()}
         found = {key: value for key, value in found.items() if value is not None}
         for key in ("teacher_weights", "student_backbone_weights"):
             if key in found and Path(found[key]).suffix:
-                found[key] = str(expanded(found[key]).resolve())
+                found[key] = str(absolute(found[key]))
         for key in ("student", "teacher"):
             path, colon, function = str(found.get(key, "")).rpartition(".py:")
             if colon:
-                found[key] = f"{expanded(path + '.py').resolve()}:{function}"
+                found[key] = f"{absolute(path + '.py')}:{function}"
         if self.methods:
             found["methods"] = _method_specs(self.methods)
         return found | parse_assignments(self.assignments)
@@ -171,6 +171,7 @@ class StudyOptions:
 def _method_specs(given: tuple[str, ...]) -> list[str]:
     """Expand ``all`` and make the paths of method files absolute."""
     from kdprof.discovery import builtin_methods
+    from kdprof.store import absolute
 
     specs: list[str] = []
     for spec in given:
@@ -178,7 +179,7 @@ def _method_specs(given: tuple[str, ...]) -> list[str]:
         if spec == "all":
             specs += builtin_methods()
         else:
-            specs.append(f"{Path(path).resolve()}{colon}{name}" if colon else spec)
+            specs.append(f"{absolute(path)}{colon}{name}" if colon else spec)
     return specs
 
 

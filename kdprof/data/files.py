@@ -27,6 +27,9 @@ UNREAD_LABELS = (".jpg", ".jpeg")
 DEEP_MODES = ("I", "F")
 """The first letters of Pillow's modes of 16 bits and more. Pillow clips such images to white in a
 conversion to RGB."""
+READ_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+"""Pillow's names of the formats that a file may have, whatever its ending. They are not all that
+Pillow knows: for PostScript it starts Ghostscript, which runs what the file says."""
 LOSSY_FORMATS = ("JPEG", "MPO")
 """Pillow's names of formats that change label values. A file's content says which it is."""
 TURNS = {
@@ -275,7 +278,7 @@ def _unequal(image: Path, ours: Header, label: Path, theirs: Header) -> str:
 
 def _header(path: Path) -> Header:
     """Return what an image's header says, without decoding it."""
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), Image.open(path, formats=READ_FORMATS) as image:
         orientation, (width, height) = _orientation(image), image.size
         size = (width, height) if orientation in SIDEWAYS else (height, width)
         return Header(image.mode, size, orientation, image.format or "")
@@ -288,7 +291,7 @@ def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
         UserError: the file cannot be read, or the orientation stands behind the pixels, where a
             header does not show it.
     """
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), Image.open(path, formats=READ_FORMATS) as image:
         told = _orientation(image)
         image.load()
         orientation = _orientation(image)

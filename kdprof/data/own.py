@@ -13,6 +13,7 @@ from kdprof.data.tree import folders
 from kdprof.errors import UserError, nearest
 from kdprof.method import IGNORE
 from kdprof.study import DataSettings
+from kdprof.visible import printable
 
 Colour = tuple[int, int, int]
 
@@ -58,7 +59,9 @@ def _lines(path: Path) -> list[_Line]:
         raise UserError(f"no file {path}; write a class per line, in order of the masks' values")
     found, problems = [], []
     for number, line in enumerate(filter(str.strip, lines_of(path)), 1):
-        name, *rest = line.split("\t")
+        name, *rest = line.strip().split("\t")
+        if printable(name) != name:
+            problems.append(f"{path}, line {number}: a class is a name of visible characters")
         numbers = rest[0].split() if rest else []
         right = len(numbers) == 3 and all(n.isdecimal() and int(n) < 256 for n in numbers)
         if numbers and not right:

@@ -28,6 +28,7 @@ from kdprof.measure.subject import BadStep
 from kdprof.progress import Progress
 from kdprof.records import Cost
 from kdprof.step import Mark
+from kdprof.store import absolute
 from kdprof.study import MeasureSettings
 from kdprof.user_files import following, import_file, import_function, sources_of
 
@@ -86,7 +87,7 @@ class StepSource:
             raise UserError(f"--step {spec}: write FILE.py:FUNCTION, such as ./mine.py:make_step")
         if not Path(path).is_file():
             raise UserError(f"--step {spec}: the file {path} does not exist")
-        return cls(str(Path(path).resolve()), function)
+        return cls(str(absolute(path)), function)
 
     def make(self) -> Step:
         """Load the file and call the function.

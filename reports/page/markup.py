@@ -1,9 +1,14 @@
-"""HTML and SVG from text: everything that is not :class:`Markup` already is escaped."""
+"""HTML and SVG from text: everything that is not :class:`Markup` already is escaped.
+
+Characters that control a terminal, or change the direction of text, are spelled out.
+"""
 
 from __future__ import annotations
 
 from html import escape
 from importlib.resources import files
+
+from kdprof.visible import printable
 
 VOID = frozenset({"br", "col", "hr", "input", "meta"})
 """HTML elements that have no end tag."""
@@ -33,7 +38,7 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
 
 def join(*parts: str) -> Markup:
     """Return the parts one after the other; those that are not markup are escaped."""
-    return Markup("".join(part if isinstance(part, Markup) else escape(part) for part in parts))
+    return Markup("".join(part if isinstance(part, Markup) else _escaped(part) for part in parts))
 
 
 def package_file(name: str) -> Markup:
@@ -57,4 +62,8 @@ def _attribute(key: str, value: Attribute) -> str:
     if value is True:
         return f" {name}"
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return f' {name}="{escape(text)}"'
+    return f' {name}="{_escaped(text)}"'
+
+
+def _escaped(text: str) -> str:
+    return escape("\n".join(map(printable, text.split("\n"))))
