@@ -39,7 +39,10 @@ MAY_IMPORT = {
     "data": {"errors", "method", "pauses", "progress", "store", "study"},
     "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
-    "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
+    "optimizer": {"errors", "method", "study", "user_files"},
+    "step": {
+        "errors", "distributed", "hardware", "method", "optimizer", "resized", "schedule", "study",
+    },
     "step_feed": {"data", "step"},
     "evaluate": {
         "data", "errors", "hardware", "method", "models", "pauses", "progress", "records",

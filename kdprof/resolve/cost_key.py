@@ -12,8 +12,9 @@ from kdprof.hardware.device import versions
 from kdprof.models import is_adapted, parse_name, source_of
 from kdprof.models.names import NetworkName
 from kdprof.resolve.study import ResolvedStudy
+from kdprof.study import own_optimizer
 
-ENGINE = ("step.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
+ENGINE = ("step.py", "optimizer.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
 """The source files that every step uses, relative to the package."""
 
 
@@ -32,6 +33,7 @@ def cost_settings(study: ResolvedStudy, name: str) -> dict[str, Any]:
         "scenario": scenario.model_dump(mode="json") if scenario else None,
         "data_settings": study.data_settings.model_dump(mode="json", exclude={"cache_folder"}),
         "step": study.step.model_dump(mode="json"),
+        "optimizer_sha256": _own_optimizer_sha256(study),
         "method": entry.cls(**settings).settings(),
         "method_source_sha256": entry.source_sha256,
     }
@@ -50,6 +52,12 @@ def _identity_of(network: NetworkName | str) -> str:
     if (source := source_of(network)) is not None:
         return f"{network} {hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]}"
     return network if is_adapted(network) else str(parse_name(network))
+
+
+def _own_optimizer_sha256(study: ResolvedStudy) -> str | None:
+    """Return the hash of the file of a user's optimiser; None with one of kdprof's."""
+    own = own_optimizer(study.step.optimizer)
+    return hashlib.sha256(own[0].read_bytes()).hexdigest() if own else None
 
 
 def _engine_sha256() -> str:
