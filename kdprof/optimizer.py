@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -135,8 +135,7 @@ def _check_selections(
             if not any(parameter.is_selected(selection) for parameter in parameters):
                 reason = _no_parameter(network, parameters, selection)
                 problems.append(f"step.{key}: {network.info.name} {reason}")
-    for parameter in parameters:
-        problems.attempt(partial(_rate_factor, parameter, settings.learning_rate_factors), None)
+    problems += _two_rates(network, parameters, settings.learning_rate_factors)
     problems.refuse()
 
 
@@ -149,19 +148,33 @@ def _no_parameter(network: Network, parameters: Sequence[_Parameter], selection:
     return f"has no parameter '{selection}'; {nearest(selection, parts | {*SELECTIONS})}"
 
 
-def _rate_factor(parameter: _Parameter, factors: Mapping[str, float]) -> float:
-    """Return the factor of a parameter's learning rate.
+def _two_rates(
+    network: Network, parameters: Iterable[_Parameter], factors: Mapping[str, float]
+) -> Iterator[str]:
+    """Yield the pairs of selections that give one parameter two learning rates."""
+    for one, other in combinations(factors, 2):
+        both = [p.name for p in parameters if p.is_selected(one) and p.is_selected(other)]
+        if both and factors[one] != factors[other]:
+            yield (
+                f"step.learning_rate_factors: {one} and {other} both hold {len(both)} parameters "
+                f"of {network.info.name}, such as {both[0]}; give them one factor"
+            )
 
-    Raises:
-        UserError: two selections with different factors hold it.
-    """
-    found = {s: factor for s, factor in factors.items() if parameter.is_selected(s)}
-    if len({*found.values()}) > 1:
-        raise UserError(
-            f"step.learning_rate_factors: {' and '.join(found)} both hold {parameter.name}; "
-            "give it one factor"
-        )
-    return next(iter(found.values()), 1.0)
+
+def _rate_factor(parameter: _Parameter, factors: Mapping[str, float]) -> float:
+    return next((factor for s, factor in factors.items() if parameter.is_selected(s)), 1.0)
+
+
+def group_lines(network: Network, settings: StepSettings) -> list[str]:
+    """Return what each parameter group of a network is, one line each; extras of methods are not
+    in them."""
+    groups = parameter_groups(network, None, settings)
+    return [
+        f"{network.info.name}: {settings.optimizer}, group {number} of {len(groups)}: "
+        f"{len(group.parameters)} tensors, {group.count():,} parameters, learning rate "
+        f"{group.rate_factor * settings.learning_rate:g}, weight decay {group.weight_decay:g}"
+        for number, group in enumerate(groups, 1)
+    ]
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], settings: StepSettings) -> Optimizer:
@@ -240,6 +253,13 @@ def find_function(optimizer: str) -> Callable[..., Any]:
     if not path.is_file():
         raise UserError(f"step.optimizer: no file {path}; give FILE.py:FUNCTION")
     return import_function(path, function)
+
+
+def state_per_value(settings: StepSettings) -> int | None:
+    """Return how many values the optimiser keeps for each trained one; None with a user's."""
+    if own_optimizer(settings.optimizer):
+        return None
+    return 2 if settings.optimizer == "adamw" else int(bool(settings.momentum))
 
 
 def state_bytes(*optimizers: Optimizer | None) -> int:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, Problems, UserError
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
+from kdprof.optimizer import group_lines
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key
 from kdprof.store import Store
+from kdprof.train.cells import check_warmup
 from kdprof.train.loggers import check_loggers
 from kdprof.train.teacher import needs_teacher
 
@@ -35,14 +37,18 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     Only missing Costs are measured, and those that a much shorter training had left less time.
 
     Raises:
-        UserError: a step cannot fit into the device's memory, a logger is not installed, nothing
+        UserError: the teacher's training is all warm-up, a step cannot fit into the device's memory, a logger is not installed, nothing
             can be learned from the data or scored on them, or the folder has runs that were trained
             under other conditions than this study's.
         KdprofError: the reference or a method that a budget names could not be measured.
     """
     check_loggers(study.training.loggers)
     check_runs(study, store, names)
+    _check_teacher_warmup(study, store, names)
     check_content(study, progress)
+    for network in study.trained_shapes():
+        for line in group_lines(network, study.step):
+            progress.detail(line)
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
@@ -61,6 +67,12 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     costs |= {cost.method: cost for cost in measured.costs}
     costs = {name: costs[name] for name in wanted if name in costs}
     return Prepared(costs, measured.summary().splitlines())
+
+
+def _check_teacher_warmup(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None:
+    begun = store.teacher_folder().read_run() is not None
+    if study.teacher_weights is None and needs_teacher(study, names) and not begun:
+        check_warmup(study, study.teacher_training.iterations, "teacher_training.iterations")
 
 
 def check_content(study: ResolvedStudy, progress: Progress) -> None:
