@@ -16,10 +16,11 @@ def learning_rate_factor(settings: StepSettings, position: float, span: int) -> 
         span: iterations that the schedule spans, warm-up included.
 
     The warm-up rises from ``warmup_start`` in its first iteration to 1 in its last, both included,
-    as mmsegmentation's LinearLR. With x the progress after it, from 0 to 1: poly (1 - x)^power; cosine
-    (1 + cos(pi x)) / 2; both from the base rate down to the floor ``min_learning_rate``. wsd stays
-    at the base rate until :func:`decay_start` and falls as 1 - sqrt of the progress from there
-    (Haegele et al. 2024, arXiv 2405.18392), so that runs of all lengths share the trunk before it.
+    as mmsegmentation's LinearLR. With x the progress after it, from 0 to 1: poly (1 - x)^power;
+    cosine (1 + cos(pi x)) / 2; both from the base rate down to the floor ``min_learning_rate``. wsd
+    stays at the base rate until :func:`decay_start` and falls as 1 - sqrt of the progress from
+    there (Haegele et al. 2024, arXiv 2405.18392), so that runs of all lengths share the trunk
+    before it.
     """
     warmup = min(settings.warmup_iterations, span)
     if position < warmup:

@@ -27,8 +27,8 @@ def plan_table(forecasts: Sequence[Forecast], console: Console) -> None:
     on_disk = f", {_gigabytes(sum(disk))} on disk" if len(disk) == len(forecasts) else ""
     notes = [
         f"Total: {duration(seconds - saved_s)} of training [{duration(max(0.0, low - saved_s))} to "
-        f"{duration(max(0.0, high - saved_s))}]{on_disk}. The teacher's own training and evaluation "
-        "are not included: they are part of no budget."
+        f"{duration(max(0.0, high - saved_s))}]{on_disk}. The teacher's own training and "
+        "evaluation are not included: they are part of no budget."
     ]
     if saved_s:
         notes.append(

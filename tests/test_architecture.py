@@ -51,20 +51,20 @@ MAY_IMPORT = {
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
-        "method", "models", "progress", "records", "step", "study",
+        "method", "models", "optimizer", "progress", "records", "step", "study",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "method", "models", "pauses", "processes",
-        "progress", "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
-        "user_files",
+        "data", "distributed", "errors", "hardware", "method", "models", "optimizer", "pauses",
+        "processes", "progress", "records", "resized", "resolve", "stats", "step", "step_feed",
+        "store", "study", "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",
     },
     "train": {
         "budget", "data", "distributed", "errors", "evaluate", "step_feed", "hardware", "measure",
-        "models", "pauses", "processes", "progress", "published", "records", "resolve", "schedule",
-        "store", "study",
+        "models", "optimizer", "pauses", "processes", "progress", "published", "records", "resolve",
+        "schedule", "store", "study",
     },
     "workflow": {
         "distributed", "measure", "processes", "progress", "records", "resolve", "store", "study",

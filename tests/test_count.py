@@ -174,7 +174,9 @@ def count_whole_step(step: TrainStep, mode) -> Count:
         trace.operations(),
         trace.terms(step.method.weights),
         trace.synchronisations(),
-        trained_bytes + kept_bytes + 4 * sum(v.numel() for v in state)
+        trained_bytes
+        + kept_bytes
+        + 4 * sum(v.numel() for v in state)
         + max(following.peak, trained_bytes),
     )
 

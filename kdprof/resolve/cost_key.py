@@ -14,7 +14,14 @@ from kdprof.models.names import NetworkName
 from kdprof.resolve.study import ResolvedStudy
 from kdprof.study import own_optimizer
 
-ENGINE = ("step.py", "optimizer.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
+ENGINE = (
+    "step.py",
+    "optimizer.py",
+    "method.py",
+    "models/*.py",
+    "resized/*.py",
+    "hardware/blocks.py",
+)
 """The source files that every step uses, relative to the package."""
 
 

@@ -37,9 +37,9 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     Only missing Costs are measured, and those that a much shorter training had left less time.
 
     Raises:
-        UserError: the teacher's training is all warm-up, a step cannot fit into the device's memory, a logger is not installed, nothing
-            can be learned from the data or scored on them, or the folder has runs that were trained
-            under other conditions than this study's.
+        UserError: the teacher's training is all warm-up, a step cannot fit into the device's
+            memory, a logger is not installed, nothing can be learned from the data or scored on
+            them, or the folder has runs that were trained under other conditions than this study's.
         KdprofError: the reference or a method that a budget names could not be measured.
     """
     check_loggers(study.training.loggers)
