@@ -68,6 +68,7 @@ Size = Annotated[
 
 
 LabelValue = Annotated[int, Field(ge=0, le=255)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -131,9 +132,7 @@ class StepSettings(Section):
     """0.01 with adamw, which does not scale it by the gradient's statistics."""
     momentum: float | None = Field(None, ge=0, lt=1)
     """Of sgd: 0.9."""
-    betas: (
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
-    ) = None
+    betas: tuple[Beta, Beta] | None = None
     """Of adamw: (0.9, 0.999)."""
     eps: float | None = Field(None, gt=0)
     """Of adamw: 1e-8."""
