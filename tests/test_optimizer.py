@@ -191,7 +191,7 @@ BY_SELECTION = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("selection", "expected"), BY_SELECTION.items(), ids=str)
+@pytest.mark.parametrize(("selection", "expected"), BY_SELECTION.items(), ids=BY_SELECTION)
 def test_a_selection_holds_these_parameters(selection, expected):
     groups = parameter_groups(EveryKind(), None, StepSettings(no_weight_decay=[selection]))
     (plain,) = (group for group in groups if group.weight_decay == 0)
