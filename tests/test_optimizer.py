@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from kdprof.errors import UserError
 from kdprof.measure.counting.count import count_step, fake_tensors
 from kdprof.measure.trace import StepTrace
 from kdprof.method import IGNORE, Network, NetworkInfo
+from kdprof.models import build
 from kdprof.optimizer import group_lines, parameter_groups
 from kdprof.records import CurvePoint
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.cost_key import cost_key
+from kdprof.schedule import learning_rate_factor
 from kdprof.store import Store, read_lines
 from kdprof.study import StepSettings, load_study
 from kdprof.train import checkpoint
@@ -266,6 +269,30 @@ def test_what_the_networks_do_not_have_is_refused_before_anything_runs(step, mes
         ResolvedStudy(small_study(**{f"step.{key}": value for key, value in step.items()}))
 
 
+def test_a_users_network_says_what_its_head_is(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "from kdprof.models import AdaptedNetwork\n"
+        "def make(heads, classes):\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, classes, 1))\n"
+        "    maps = lambda net, images: {'logits': net(images)}\n"
+        "    return AdaptedNetwork(net, maps, classes, heads=heads)\n"
+        "silent, telling, wrong = (\n"
+        "    lambda classes, heads=heads: make(heads, classes) for heads in ([], ['1'], ['head'])\n"
+        ")\n"
+    )
+    settings = StepSettings(learning_rate_factors={"head": 10})
+    groups = parameter_groups(build(f"{tmp_path}/net.py:telling", 5), None, settings)
+    assert [(g.rate_factor, g.names) for g in groups] == [
+        (1, ["module.0.weight", "module.0.bias"]),
+        (10, ["module.1.weight", "module.1.bias"]),
+    ]
+    with pytest.raises(UserError, match="own does not say what its head is; name its modules"):
+        parameter_groups(build(f"{tmp_path}/net.py:silent", 5), None, settings)
+    with pytest.raises(UserError, match="own: unknown head 'head'; valid: 0, 1"):
+        build(f"{tmp_path}/net.py:wrong", 5)
+
+
 def test_the_teachers_rate_must_reach_the_floor_too():
     with pytest.raises(UserError, match=r"teacher_training\.learning_rate = 1e-05 is below"):
         ResolvedStudy(small_study(teacher_training__learning_rate=1e-5))
@@ -318,6 +345,21 @@ def test_a_users_optimizer_is_trained_like_any(tmp_path):
     assert not steps[1]._optimizer.defaults["fused"]
     for ours, theirs in zip(*(step.student.parameters() for step in steps), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_the_page_about_optimizers_is_true(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    recipe, code = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("toml", "python"))
+    (tmp_path / "recipe.toml").write_text(recipe)
+    step = load_study(str(tmp_path / "recipe.toml"), {}).step
+    assert learning_rate_factor(step, 0, 160_000) == 1e-6
+    assert learning_rate_factor(step, 1499, 160_000) == 1
+    assert learning_rate_factor(step, 1500 + 158_500 // 2, 160_000) == 0.5
+    (tmp_path / "mine.py").write_text(code)
+    step = tiny_step(Alone, optimizer=f"{tmp_path}/mine.py:build_optimizer")
+    assert type(step._optimizer) is torch.optim.NAdam
+    step(*tiny_batch(), 0)
+    assert step._optimizer.param_groups[0]["lr"] == 0.05
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     check_runs(study, store, names)
     _check_teacher_warmup(study, store, names)
     check_content(study, progress)
-    for network in study.trained_shapes():
-        for line in group_lines(network, study.step):
-            progress.detail(line)
+    lines = [line for n in study.trained_shapes() for line in group_lines(n, study.step)]
+    for line in dict.fromkeys(lines):
+        progress.detail(line)
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
