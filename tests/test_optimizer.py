@@ -415,7 +415,8 @@ def test_adamw_reads_four_tensors_and_writes_three():
     assert (fused.bytes_read, fused.bytes_written) == (16 * values + counts, 12 * values)
 
 
-def test_the_counted_step_is_the_run_step_with_clipping_and_groups():
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_counted_step_is_the_run_step_with_clipping_and_groups(precision):
     def work(operations):
         return {
             (o.phase, o.name): (o.calls, o.other_flop, o.bytes_read, o.bytes_written)
@@ -423,12 +424,12 @@ def test_the_counted_step_is_the_run_step_with_clipping_and_groups():
             if o.phase == "optimizer"
         }
 
-    step = tiny_step(Mimic, **ADAMW)
+    step = tiny_step(Mimic, precision=precision, **ADAMW)
     step(*tiny_batch(), 0)
     with StepTrace(step) as trace:
         step(*tiny_batch(), 1, trace.mark)
     found = work(trace.operations())
-    assert found == work(count_step(tiny_step(Mimic, **ADAMW), fake_tensors()).operations)
+    assert found == work(count_step(tiny_step(Mimic, precision=precision, **ADAMW), fake_tensors()).operations)
     assert found["optimizer", "aten._fused_adamw_"][0] == 4
     values = sum(p.numel() for m in (step.student, step.method) for p in m.parameters())
     assert found["optimizer", "aten._foreach_norm"][1] == 2 * values
