@@ -78,6 +78,8 @@ class Network(nn.Module):
     info: NetworkInfo
     align_corners: bool
     """The ``align_corners`` setting with which its logits are resized."""
+    heads: tuple[str, ...] = ()
+    """Names of the submodules behind the backbone; empty if that is not known."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from kdprof.distributed.ranks import Lead, Ranks
 from kdprof.errors import KdprofError, unknown
 from kdprof.hardware.device import autocast
 from kdprof.method import IGNORE, Method, Network, Taps
+from kdprof.optimizer import build_optimizer, clip_gradients, parameter_groups
 from kdprof.resized import resized_cross_entropy
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
@@ -80,23 +81,6 @@ def step_seed(seed: int, iteration: int, rank: int = 0) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def _sgd(parameters: list[nn.Parameter], settings: StepSettings) -> torch.optim.SGD:
-    """Return SGD with momentum; fused, because otherwise a loss scaler synchronises the device."""
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    if settings.momentum:
-        # Fused SGD allocates its buffers uninitialised at the first step and leaves them so when
-        # that step overflows, which under a fresh fp16 loss scale it usually does.
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
 def _shared_classes(student: Network, teacher: Network | None, method: Method) -> int | None:
     """Return how many classes a method receives; None = all classes of the student."""
     if teacher is None or method.incremental:
@@ -141,7 +125,8 @@ class TrainStep:
         self.lead, self._ranks = Lead(ranks), ranks
         self._wrap()
         self._graphs = settings.compile == "cuda-graphs"
-        self._optimizer = _sgd([*student.parameters(), *method.extra_parameters()], settings)
+        self._optimizer = build_optimizer(parameter_groups(student, method, settings), settings)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._auxiliary_optimizer = self._build_auxiliary()
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -232,9 +217,7 @@ class TrainStep:
         mark("objective_backward")
         self._student_backward(student, cut)
         mark("student_backward")
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer_step()
         mark("optimizer")
         auxiliary = self._auxiliary_step(cut, teacher, labels)
         mark("auxiliary")
@@ -252,14 +235,15 @@ class TrainStep:
         return dict(zip(losses, mean, strict=True))
 
     def learning_rate(self, position: float) -> float:
-        """Return the learning rate at a position in this step's schedule."""
+        """Return the learning rate at a position in this step's schedule; groups with a factor have
+        that multiple of it."""
         factor = learning_rate_factor(self.settings, position, self.iterations)
         return self.settings.learning_rate * factor
 
     def _set_learning_rate(self, position: float) -> None:
         factor = learning_rate_factor(self.settings, position, self.iterations)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * factor
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
         if self._auxiliary_optimizer is not None and self.method.auxiliary_decays:
             for group, rate in zip(
                 self._auxiliary_optimizer.param_groups, self._auxiliary_rates, strict=True
@@ -333,6 +317,14 @@ class TrainStep:
             [getattr(student, name) for name in reached],
             [getattr(cut, name).grad for name in reached],
         )
+
+    def _optimizer_step(self) -> None:
+        if self.settings.max_gradient_norm is not None:
+            self._scaler.unscale_(self._optimizer)  # the norm is that of the real gradients
+            clip_gradients(self._optimizer, self.settings.max_gradient_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _auxiliary_step(self, cut: Taps, teacher: Taps, labels: Tensor) -> dict[str, Tensor]:
         if self._auxiliary_optimizer is None:

@@ -22,10 +22,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.main import IncEx
+from pydantic_core import PydanticCustomError
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError, nearest, unknown
@@ -68,12 +70,31 @@ Size = Annotated[
 
 
 LabelValue = Annotated[int, Field(ge=0, le=255)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Base class of the parts of a study: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+    "sgd": {"learning_rate": 0.01, "weight_decay": 5e-4, "min_learning_rate": 1e-4,
+            "momentum": 0.9},
+    "adamw": {"learning_rate": 6e-5, "weight_decay": 0.01, "min_learning_rate": 0.0,
+              "betas": (0.9, 0.999), "eps": 1e-8},
+}  # fmt: skip
+"""kdprof's optimisers, with the defaults of their settings: mmsegmentation's for CNNs, and for
+SegFormer (Xie et al. 2021, arXiv:2105.15203)."""
+_EXPLAINED = "explained"
+"""The type of the errors whose message needs no more than the key that it is about."""
+
+
+def own_optimizer(optimizer: str) -> tuple[Path, str] | None:
+    """Return file and function of ``FILE.py:FUNCTION``; None for kdprof's own optimisers."""
+    path, _, function = optimizer.rpartition(":")
+    return (Path(path).expanduser(), function) if path.endswith(".py") and function else None
 
 
 class StepSettings(Section):
@@ -104,18 +125,68 @@ class StepSettings(Section):
     addition and ReLU in one operator where cuDNN has it: the same taps up to rounding."""
     aux_weight: float = Field(0.4, ge=0)
     """Weight of the auxiliary head's cross-entropy; 0 leaves the auxiliary head out."""
+    optimizer: str = "sgd"
+    """sgd, adamw, or a function of one's own, ``FILE.py:build_optimizer`` (docs/training.md). The
+    defaults of the settings below depend on it; a function's are those of sgd."""
     learning_rate: float = Field(0.01, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    """The base rate; 6e-5 with adamw."""
     weight_decay: float = Field(5e-4, ge=0)
+    """0.01 with adamw, which does not scale it by the gradient's statistics."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Of sgd: 0.9."""
+    betas: tuple[Beta, Beta] | None = None
+    """Of adamw: (0.9, 0.999)."""
+    eps: float | None = Field(None, gt=0)
+    """Of adamw: 1e-8."""
+    no_weight_decay: list[str] = []
+    """Parameters without weight decay: norms, biases, position_embeddings, head, or whole parts of
+    their names in the network, such as ``classifier``."""
+    learning_rate_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Factors of the learning rate, for parameters that are named in the same way."""
+    max_gradient_norm: float | None = Field(None, gt=0)
+    """Gradients are scaled down to this norm, that of all of them together, if it is larger. None:
+    they are not clipped."""
     schedule: Literal["poly", "cosine", "wsd"] = "poly"
     """wsd stays at the base rate and decays at the end: runs of several budgets share a trunk."""
     poly_power: float = Field(0.9, gt=0)
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """The part of a run's iterations over which wsd decays."""
     min_learning_rate: float = Field(1e-4, ge=0)
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule; 0 with adamw."""
     warmup_iterations: int = Field(0, ge=0)
-    """Linear warm-up from zero, part of the run's iterations."""
+    """Linear warm-up to the base rate, part of the run's iterations."""
+    warmup_start: float | None = Field(None, gt=0, le=1)
+    """Its first rate, as a fraction of the base rate. None = 1 / warmup_iterations."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_optimizer(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {**OPTIMIZERS.get(str(values.get("optimizer", "sgd")), {}), **values}
+
+    @field_validator("optimizer")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in OPTIMIZERS and own_optimizer(value) is None:
+            reason = unknown("optimizer", value, OPTIMIZERS)
+            raise PydanticCustomError(_EXPLAINED, "{reason}", {"reason": reason})
+        return value
+
+    @field_validator("momentum", "betas", "eps")
+    @classmethod
+    def _belongs_to_the_optimizer(cls, value: Any, info: ValidationInfo) -> Any:
+        optimizer = info.data.get("optimizer")  # missing if it is not valid itself
+        if value is None or optimizer is None or info.field_name in OPTIMIZERS.get(optimizer, {}):
+            return value
+        owner = next(name for name, own in OPTIMIZERS.items() if info.field_name in own)
+        reason = f"a setting of '{owner}', and step.optimizer is '{optimizer}'; leave it out"
+        raise PydanticCustomError(_EXPLAINED, "{reason}", {"reason": reason})
+
+    @field_validator("no_weight_decay")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        return list(dict.fromkeys(value))
 
     @property
     def share(self) -> int:
@@ -352,9 +423,10 @@ class Study(Section):
         found = self.model_dump(mode="json", exclude=exclude)
         found["data"] = self.data.partition(":")[0]
         for network in ("student", "teacher"):
-            found[network] = _without_folder(found[network])
+            found[network] = without_folder(found[network])
             backbone = f"{network}_backbone_weights"
             found[backbone] = "a file" if _is_path(found[backbone]) else found[backbone]
+        found["step"]["optimizer"] = without_folder(self.step.optimizer)
         found["teacher_weights"] = "a file" if self.teacher_weights is not None else None
         return found
 
@@ -363,9 +435,9 @@ def _is_path(weights: str) -> bool:
     return "/" in weights or bool(Path(weights).suffix)
 
 
-def _without_folder(network: str) -> str:
-    """Return a network's name; of a user's, the name of its file and the function."""
-    return Path(network).name if ".py:" in network else network
+def without_folder(name: str) -> str:
+    """Return the name of a network or optimiser; of a user's, its file and function alone."""
+    return Path(name).name if ".py:" in name else name
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -495,6 +567,8 @@ def _explain(origin: str, error: Any) -> str:
         return f"{origin}: the key '{where}' no longer exists; {RENAMED[where]}"
     if error["type"] == "extra_forbidden":
         return f"{origin}: unknown key '{where}'; {nearest(path[-1], _fields_at(path[:-1]))}"
+    if error["type"] == _EXPLAINED:
+        return f"{origin}: {where}: {error['msg']}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if error["type"] == "value_error" and where in ("study", "method_settings"):

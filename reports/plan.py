@@ -23,11 +23,12 @@ def plan_table(forecasts: Sequence[Forecast], console: Console) -> None:
     seconds = sum(one.seconds for one in forecasts)
     saved_s = sum(one.saved_s for one in forecasts)
     low, high = (sum(getattr(one, end) for one in forecasts) for end in _ENDS)
+    disk = [one.disk_bytes for one in forecasts if one.disk_bytes is not None]
+    on_disk = f", {_gigabytes(sum(disk))} on disk" if len(disk) == len(forecasts) else ""
     notes = [
         f"Total: {duration(seconds - saved_s)} of training [{duration(max(0.0, low - saved_s))} to "
-        f"{duration(max(0.0, high - saved_s))}], {_gigabytes(sum(f.disk_bytes for f in forecasts))}"
-        " on disk. The teacher's own training and evaluation are not included: they are part of no "
-        "budget."
+        f"{duration(max(0.0, high - saved_s))}]{on_disk}. The teacher's own training and "
+        "evaluation are not included: they are part of no budget."
     ]
     if saved_s:
         notes.append(
@@ -36,6 +37,8 @@ def plan_table(forecasts: Sequence[Forecast], console: Console) -> None:
         )
     if any(one.energy_j is None for one in forecasts):
         notes.append(f"'{MISSING}' in energy: the device has no energy counter.")
+    if not on_disk:
+        notes.append(f"'{MISSING}' in disk: the state of the study's own optimizer is not known.")
     notes += unreliable_note(one.method for one in forecasts if one.unreliable)
     print_notes(notes, console)
 
@@ -54,7 +57,7 @@ def _cells(one: Forecast) -> list[str]:
         duration(one.seconds),
         f"{duration(one.seconds_low)} to {duration(one.seconds_high)}",
         MISSING if one.energy_j is None else f"{one.energy_j / 3.6e6:.3g} kWh",
-        _gigabytes(one.disk_bytes),
+        MISSING if one.disk_bytes is None else _gigabytes(one.disk_bytes),
     ]
 
 

@@ -32,6 +32,7 @@ class TinyNet(nn.Module):
     norm, dropout, an auxiliary head, stride 4."""
 
     align_corners = False
+    heads = ("classifier", "auxiliary")
 
     def __init__(self, width: int = 6, dropout: float = 0.1):
         super().__init__()

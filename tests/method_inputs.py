@@ -124,6 +124,7 @@ class StagedNet(nn.Module):
     """A network with every tap there is: c2 at stride 4, the others at stride 8."""
 
     align_corners = False
+    heads = ()
 
     def __init__(self, width: int):
         super().__init__()

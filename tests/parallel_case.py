@@ -44,6 +44,10 @@ class Judged(Method):
         return {"judge": judged[0].sigmoid().mean() - judged[1].sigmoid().mean()}
 
 
+ADAMW = {
+    "optimizer": "adamw", "learning_rate": 0.01, "eps": 1e-3, "no_weight_decay": ["biases"],
+    "learning_rate_factors": {"head": 10.0}, "max_gradient_norm": 0.5,
+}  # fmt: skip
 METHODS = {"alone": Alone, "mimic": Mimic, "judged": Judged}
 
 # Memories that keep all that is ever stored and are compared with whole: then nothing depends on
@@ -100,6 +104,7 @@ def train(method, ranks: Ranks | None, steps: int = STEPS, **settings):
 def trajectories(ranks):
     found = {name: train(method, ranks) for name, method in METHODS.items()}
     found["apart"] = train(Alone, ranks, sync_batchnorm=False)
+    found["adamw"] = train(Mimic, ranks, **ADAMW)
     found |= {name: train_coupled(name, ranks) for name in COUPLED}
     torch.compile = functools.partial(torch.compile, backend="eager")  # traced only: fast
     found["compiled"] = train(Mimic, ranks, compile="default")

@@ -39,7 +39,10 @@ MAY_IMPORT = {
     "data": {"errors", "method", "pauses", "progress", "store", "study", "visible"},
     "models": {"errors", "hardware", "imports", "method", "store", "user_files"},
     "schedule": {"study"},
-    "step": {"errors", "distributed", "hardware", "method", "resized", "schedule", "study"},
+    "optimizer": {"errors", "method", "study", "user_files"},
+    "step": {
+        "errors", "distributed", "hardware", "method", "optimizer", "resized", "schedule", "study",
+    },
     "step_feed": {"data", "step"},
     "evaluate": {
         "data", "errors", "hardware", "method", "models", "pauses", "progress", "records",
@@ -48,20 +51,21 @@ MAY_IMPORT = {
     "published": {"budget", "data", "discovery", "errors", "method", "models", "records", "study"},
     "resolve": {
         "budget", "data", "discovery", "distributed", "errors", "evaluate", "step_feed", "hardware",
-        "method", "models", "progress", "records", "step", "store", "study", "user_files",
+        "method", "models", "optimizer", "progress", "records", "step", "store", "study",
+        "user_files",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "method", "models", "pauses", "processes",
-        "progress", "records", "resized", "resolve", "stats", "step", "step_feed", "store", "study",
-        "user_files",
+        "data", "distributed", "errors", "hardware", "method", "models", "optimizer", "pauses",
+        "processes", "progress", "records", "resized", "resolve", "stats", "step", "step_feed",
+        "store", "study", "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",
     },
     "train": {
         "budget", "data", "distributed", "errors", "evaluate", "step_feed", "hardware", "measure",
-        "models", "pauses", "processes", "progress", "published", "records", "resolve", "schedule",
-        "store", "study",
+        "models", "optimizer", "pauses", "processes", "progress", "published", "records", "resolve",
+        "schedule", "store", "study",
     },
     "workflow": {
         "distributed", "measure", "processes", "progress", "records", "resolve", "store", "study",

@@ -170,7 +170,7 @@ def test_without_a_home_folder_only_a_cache_on_disk_is_refused(homeless, tmp_pat
         on_disk.factory.batches(0)
     changes = {"data_settings__cache": "disk", "data_settings__cache_folder": str(tmp_path)}
     ResolvedStudy(small_study(**changes)).factory.batches(0).batch(0)
-    with pytest.raises(UserError, match="home folder of ~.* is not known; write it out"):
+    with pytest.raises(UserError, match=r"home folder of ~.* is not known; write it out"):
         cache_folder("~/here")
 
 

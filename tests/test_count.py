@@ -167,11 +167,16 @@ def count_whole_step(step: TrainStep, mode) -> Count:
         with trace, saved_tensors_hooks(following.pack, lambda holder: holder.tensor):
             plain(*batch, 1, trace.mark)
     trained_bytes, kept_bytes = (4 * sum(p.numel() for p in ps) for ps in (trained, kept))
+    optimizers = [o for o in (plain._optimizer, plain._auxiliary_optimizer) if o is not None]
+    state = [v for o in optimizers for s in o.state.values() for v in s.values() if v is not None]
     return Count(
         trace.operations(),
         trace.terms(step.method.weights),
         trace.synchronisations(),
-        2 * trained_bytes + kept_bytes + max(following.peak, trained_bytes),
+        trained_bytes
+        + kept_bytes
+        + 4 * sum(v.numel() for v in state)
+        + max(following.peak, trained_bytes),
     )
 
 

@@ -54,6 +54,14 @@ def assert_same_training(alone, two, name):
     assert alone["losses"][0] != pytest.approx(alone["losses"][-1], **CLOSE)
 
 
+def test_two_processes_clip_the_gradients_of_the_whole_batch(two):
+    alone = parallel_case.train(parallel_case.Mimic, None, **parallel_case.ADAMW)
+    assert_same_training(alone, two, "adamw")
+    unclipped = parallel_case.ADAMW | {"max_gradient_norm": None}
+    other = parallel_case.train(parallel_case.Mimic, None, **unclipped)
+    assert other["losses"][-1] != pytest.approx(alone["losses"][-1], **CLOSE)
+
+
 @pytest.mark.parametrize("name", parallel_case.COUPLED)
 def test_one_process_with_groups_trains_as_processes_with_a_group_each(two, name):
     """What couples the images of a device, on two devices with 4 images and on one with 8."""

@@ -48,6 +48,11 @@ def test_schedules_by_hand():
     assert [learning_rate_factor(warm, i, 14) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert learning_rate_factor(warm, 4, 14) == 1
     assert learning_rate_factor(warm, 9, 14) == pytest.approx(0.5**0.9)
+    # mmsegmentation's LinearLR from 0.1 in iteration 0 to 1 in iteration 3, then PolyLR.
+    warm = warm.model_copy(update={"warmup_start": 0.1})
+    found = [learning_rate_factor(warm, i, 14) for i in (0, 1, 2, 3, 4, 9)]
+    assert found == pytest.approx([0.1, 0.4, 0.7, 1.0, 1.0, 0.5**0.9])
+    assert learning_rate_factor(warm, 3.5, 14) == 1  # a run that follows its clock
     wsd = StepSettings(learning_rate=0.1, min_learning_rate=0.0, schedule="wsd", decay_fraction=0.4)
     assert decay_start(wsd, 20) == 12
     assert [learning_rate_factor(wsd, i, 20) for i in (0, 12, 14, 18)] == [

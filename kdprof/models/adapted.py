@@ -40,11 +40,13 @@ class AdaptedNetwork(Network):
         num_classes: channels of the logits.
         mean, std: normalisation of its images, per RGB channel in 0..255.
         align_corners: bilinear mode in which its logits are resized.
+        heads: names of the submodules of ``module`` behind the backbone, for studies that set a
+            learning rate or a weight decay for the head.
         name: its name in records.
 
     Raises:
         UserError: ``maps`` returns an unknown tap, no logits, or logits with another number of
-            classes.
+            classes; or a head is no submodule.
     """
 
     mean: Tensor
@@ -59,9 +61,14 @@ class AdaptedNetwork(Network):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         align_corners: bool = False,
+        heads: Collection[str] = (),
         name: str = "own",
     ):
         super().__init__()
+        submodules = [path for path, _ in module.named_modules() if path]
+        if wrong := [head for head in heads if head not in submodules]:
+            raise UserError(f"{name}: {unknown('head', wrong[0], submodules)}")
+        self.heads = tuple(f"module.{head}" for head in heads)
         self.module, self.maps, self.align_corners = module, maps, align_corners
         self.preprocessing = Preprocessing(mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -228,7 +235,8 @@ def _segformer(name: str, size: str, num_classes: int, weights: str) -> AdaptedN
                 f"{source} lacks {len(lacking)} entries of the encoder of {name} "
                 f"({some(lacking)}); give the folder of its ImageNet weights"
             )
-    return AdaptedNetwork(network, _maps_of_segformer, num_classes, name=name)
+    heads = ("decode_head",)
+    return AdaptedNetwork(network, _maps_of_segformer, num_classes, heads=heads, name=name)
 
 
 def _maps_of_segformer(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -269,7 +277,8 @@ def _smp(name: str, rest: str, num_classes: int, weights: str) -> AdaptedNetwork
     except Exception as error:  # by encoder: KeyError, ValueError, the hub's errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"segmentation_models_pytorch cannot build {name}: {reason}") from error
-    return AdaptedNetwork(network, _maps_of_smp, num_classes, name=name)
+    heads = ("decoder", "segmentation_head")
+    return AdaptedNetwork(network, _maps_of_smp, num_classes, heads=heads, name=name)
 
 
 def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

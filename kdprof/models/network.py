@@ -81,6 +81,7 @@ class SegmentationNetwork(Network):
             evaluation resize the logits with it.
     """
 
+    heads = ("decode_head", "auxiliary_head")
     mean: Tensor
     std: Tensor
 

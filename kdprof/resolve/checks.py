@@ -60,7 +60,19 @@ def step_problems(study: Study, device_type: str, missing_compiler: str | None) 
         )
     if step.compile != "none" and missing_compiler:
         problems.append(f"step.compile needs {missing_compiler}; install it or use 'none'")
-    return problems + _network_problems(study)
+    return problems + _rate_problems(study) + _network_problems(study)
+
+
+def _rate_problems(study: Study) -> list[str]:
+    """Return the base rates that lie below the floor of the schedule."""
+    step, teacher = study.step, study.teacher_training.learning_rate
+    rates = {"step": step.learning_rate, "teacher_training": teacher}
+    return [
+        f"{section}.learning_rate = {rate:g} is below step.min_learning_rate = "
+        f"{step.min_learning_rate:g}, where the schedule ends; lower step.min_learning_rate"
+        for section, rate in rates.items()
+        if rate is not None and rate < step.min_learning_rate
+    ]
 
 
 def _network_problems(study: Study) -> list[str]:

@@ -13,15 +13,24 @@ from typing import Any
 
 from kdprof.discovery import find_method, source_hash
 from kdprof.hardware.device import versions
-from kdprof.models import is_adapted, is_from_file, parse_name, sources_of_network
+from kdprof.models import is_adapted, parse_name, sources_of_network
 from kdprof.models.names import NetworkName
 from kdprof.models.weight_files import file_and_place
+from kdprof.optimizer import sources_of_optimizer
 from kdprof.resolve.study import ResolvedStudy
 from kdprof.store import expanded
+from kdprof.study import without_folder
 from kdprof.user_files import content_hash
 
 PACKAGE = Path(__file__).parent.parent
-STEP_CODE = ("step.py", "method.py", "models/*.py", "resized/*.py", "hardware/blocks.py")
+STEP_CODE = (
+    "step.py",
+    "optimizer.py",
+    "method.py",
+    "models/*.py",
+    "resized/*.py",
+    "hardware/blocks.py",
+)
 """The source files that every step uses, relative to the package."""
 COUNTING_CODE = ("measure/counting/*.py",)
 """The source files that count a step's FLOP, relative to the package."""
@@ -66,7 +75,11 @@ def cost_settings(study: ResolvedStudy, name: str) -> dict[str, Any]:
         "teacher_classes": study.data.num_classes("teacher") if reads_teacher else None,
         "scenario": scenario.model_dump(mode="json") if scenario else None,
         "data_settings": study.data_settings.model_dump(mode="json", exclude=NOT_IN_A_COST),
-        "step": study.step.model_dump(mode="json"),
+        "step": {
+            **study.step.model_dump(mode="json"),
+            "optimizer": without_folder(study.step.optimizer),
+        },
+        "optimizer_sources": sources_of_optimizer(study.step.optimizer),
         "method": entry.create(settings).settings(),
         "method_sources": entry.sources(),
     }
@@ -86,7 +99,7 @@ def cost_key(study: ResolvedStudy, name: str) -> str:
 def _name_of(network: NetworkName | str) -> str:
     """Return the full name of a network; of a user's, the file's name and the function."""
     if isinstance(network, str) and is_adapted(network):
-        return Path(network).name if is_from_file(network) else network
+        return without_folder(network)
     return str(network if isinstance(network, NetworkName) else parse_name(network))
 
 
@@ -124,6 +137,7 @@ def teacher_identity(study: ResolvedStudy) -> dict[str, str]:
 def _of_all(study: ResolvedStudy) -> dict[str, str]:
     """Return what every run depends on: data, device, software."""
     return {
+        **_named("of the optimiser", sources_of_optimizer(study.step.optimizer)),
         **study.data.content(),
         "device": study.hardware.name,
         **{f"version of {name}": version for name, version in versions().items()},

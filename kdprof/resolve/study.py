@@ -37,13 +37,14 @@ from kdprof.models import (
 from kdprof.models.names import NetworkName
 from kdprof.models.weight_files import WeightFile, open_weights
 from kdprof.models.weights import Weights, check_weights, misfits, read_weights
+from kdprof.optimizer import find_function, parameter_groups
 from kdprof.progress import Progress
 from kdprof.records import CONTROLS, REFERENCE
 from kdprof.resolve import checks
 from kdprof.resolve.data import StudyData
 from kdprof.resolve.factory import Factory
 from kdprof.resolve.follow import LeadingFactory
-from kdprof.study import Study
+from kdprof.study import Study, own_optimizer
 
 
 class ResolvedStudy:
@@ -117,6 +118,8 @@ class ResolvedStudy:
                 problems.attempt(partial(parse_name, network), None)
         weights = problems.attempt(self._open_teacher_weights, None)
         problems.attempt(self._check_teacher_method, None)
+        if own_optimizer(study.step.optimizer):
+            problems.attempt(partial(find_function, study.step.optimizer), None)
         problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
         if runs:
             problems.attempt(partial(check_precision, self.device, study.step.precision), None)
@@ -133,7 +136,8 @@ class ResolvedStudy:
         """Refuse what would fail later, before anything runs.
 
         Raises:
-            UserError: the crop, the sizes of the images or the taps of the methods do not fit.
+            UserError: the crop, the sizes of the images, the taps of the methods or the parameters
+                that the optimiser's settings name do not fit.
         """
         step, networks = self.step, (self.student_shapes, self.teacher_shapes)
         Problems(checks.crop_problems(networks, step)).refuse()
@@ -141,7 +145,10 @@ class ResolvedStudy:
             Problems(size_problems(networks, self.data.evaluated_sizes())).refuse()
         classes = [self.methods[name].cls for name in self.method_names(control=False)]
         found = checks.tap_problems(classes, *networks, step.aux_weight, self.teacher_weights)
-        Problems(found).refuse()
+        problems = Problems(found)
+        for network in self.trained_shapes():
+            problems.attempt(partial(parameter_groups, network, None, step), None)
+        problems.refuse()
 
     def _follow_methods(self) -> None:
         """Build the users' methods once: what they read is among their sources from now on."""
@@ -277,6 +284,11 @@ class ResolvedStudy:
     def teacher_shapes(self) -> AnyNetwork:
         """The teacher without weights, for what is known of it."""
         return outlined(self.teacher_name, self.data.num_classes("teacher"))
+
+    def trained_shapes(self) -> list[AnyNetwork]:
+        """Return the student, and the teacher if this study trains it, without weights."""
+        teacher = [] if self.teacher_weights else [self.teacher_shapes]
+        return [self.student_shapes, *teacher]
 
     @cached_property
     def hardware(self) -> Hardware:

@@ -93,7 +93,8 @@ def cells_of(
     """Return the cells of the named methods, ordered by budget, then by seed.
 
     Raises:
-        UserError: a budget is less than one iteration of a method, or a schedule has no span.
+        UserError: a budget is less than one iteration of a method, or all warm-up, or a schedule
+            has no span.
     """
     cells = []
     # All seeds of a run must have one length, even if its method was measured again since.
@@ -116,6 +117,8 @@ def _cell(
     planned_s = made.train_s.planned if made else bought.seconds
     span = made.schedule_iterations if made else _span(study, bought.method, iterations)
     low, high = (iterations, iterations) if made else (bought.low, bought.high)
+    if not made:
+        check_warmup(study, min(span, iterations), f"the budget {budget} of {bought.method}")
     return Cell(
         method=bought.method,
         budget=budget,
@@ -126,6 +129,20 @@ def _cell(
         span=span,
         planned_s=planned_s,
     )
+
+
+def check_warmup(study: ResolvedStudy, iterations: int, what: str) -> None:
+    """Refuse a training that would end before its learning rate is the base rate.
+
+    Raises:
+        UserError: it has no iteration after the warm-up.
+    """
+    warmup = study.step.warmup_iterations
+    if 0 < iterations <= warmup:
+        raise UserError(
+            f"{what} is {iterations} iterations, all of them warm-up (step.warmup_iterations = "
+            f"{warmup}); use more iterations, or a shorter warm-up"
+        )
 
 
 def _span(study: ResolvedStudy, method: str, iterations: int) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from kdprof.budget import seconds_per_iteration
 from kdprof.errors import UserError
+from kdprof.optimizer import state_per_value
 from kdprof.records import Cost
 from kdprof.resolve import ResolvedStudy
 from kdprof.store import Store
@@ -41,7 +42,8 @@ class Forecast:
     """Seconds that sharing a trunk with larger budgets saves (wsd); ``seconds`` includes them."""
     energy_j: float | None
     """Of the same runs; None if the device has no counter."""
-    disk_bytes: int
+    disk_bytes: int | None
+    """None with a user's optimiser, whose state is not known before it runs."""
     unreliable: bool
     """True if the underlying Cost is unreliable."""
 
@@ -76,6 +78,7 @@ def _forecast(
     iterations = sum(cell.iterations for cell in waiting)
     each, low, high = seconds_per_iteration(cost, costs)
     shared = sum(_shared_iterations(study, cells, cell) for cell in waiting)
+    checkpoint_bytes = _checkpoint_bytes(study, first.method)
     return Forecast(
         method=first.method,
         budget=first.budget,
@@ -89,7 +92,7 @@ def _forecast(
         seconds_high=iterations * high,
         saved_s=shared * each,
         energy_j=None if cost.energy_j is None else iterations * cost.energy_j,
-        disk_bytes=len(waiting) * KEPT * _checkpoint_bytes(study, first.method),
+        disk_bytes=None if checkpoint_bytes is None else len(waiting) * KEPT * checkpoint_bytes,
         unreliable=not cost.reliable,
     )
 
@@ -102,11 +105,16 @@ def _shared_iterations(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) 
     return plan.marks[cell.budget]
 
 
-def _checkpoint_bytes(study: ResolvedStudy, method: str) -> int:
-    """Return the size of a checkpoint: weights, momentum and buffers of student and extras."""
-    return _state_bytes(study.factory.student(0)) + _state_bytes(study.factory.method(method))
+def _checkpoint_bytes(study: ResolvedStudy, method: str) -> int | None:
+    """Return the size of a checkpoint: weights, buffers and optimiser state of student and extras;
+    None if the optimiser's is not known."""
+    kept = state_per_value(study.step)
+    if kept is None:
+        return None
+    parts = study.factory.student(0), study.factory.method(method)
+    return sum(_state_bytes(part, kept) for part in parts)
 
 
-def _state_bytes(module: nn.Module) -> int:
+def _state_bytes(module: nn.Module, kept: int) -> int:
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    return trained + sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    return kept * trained + sum(t.numel() * t.element_size() for t in module.state_dict().values())

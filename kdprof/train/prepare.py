@@ -8,12 +8,13 @@ from typing import NamedTuple
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, Problems, UserError, refuse_uncounted
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
+from kdprof.optimizer import group_lines
 from kdprof.progress import Progress
 from kdprof.records import REFERENCE, Cost, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.identity import cost_key, differences
 from kdprof.store import Store
-from kdprof.train.cells import identity_of
+from kdprof.train.cells import check_warmup, identity_of
 from kdprof.train.loggers import check_loggers
 from kdprof.train.teacher import needs_teacher
 
@@ -36,15 +37,19 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     Only missing Costs are measured, and those that a much shorter training had left less time.
 
     Raises:
-        UserError: a step cannot fit into the device's memory, a logger is not installed, nothing
-            can be learned from the data or scored on them, the folder has runs that were trained
-            under other conditions than this study's, or the study needs FLOP that cannot be
-            counted.
+        UserError: the teacher's training is all warm-up, a step cannot fit into the device's
+            memory, a logger is not installed, nothing can be learned from the data or scored on
+            them, the folder has runs that were trained under other conditions than this study's,
+            or the study needs FLOP that cannot be counted.
         KdprofError: the reference or a method that a budget names could not be measured.
     """
     check_loggers(study.training.loggers)
     check_runs(study, store, names)
+    _check_teacher_warmup(study, store, names)
     check_content(study, progress)
+    lines = [line for n in study.trained_shapes() for line in group_lines(n, study.step)]
+    for line in dict.fromkeys(lines):
+        progress.detail(line)
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
@@ -88,6 +93,12 @@ def _check_flop(study: ResolvedStudy, costs: Mapping[str, Cost]) -> None:
         totals = {name: cost.flop_per_iteration() for name, cost in costs.items()}
         missed = {n: costs[n].why_no_flop() for n, total in totals.items() if total is None}
         refuse_uncounted(study.needs_flop, missed)
+
+
+def _check_teacher_warmup(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None:
+    begun = store.teacher_folder().read_run() is not None
+    if study.teacher_weights is None and needs_teacher(study, names) and not begun:
+        check_warmup(study, study.teacher_training.iterations, "teacher_training.iterations")
 
 
 def check_content(study: ResolvedStudy, progress: Progress) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -20,7 +19,7 @@ from kdprof.measure.cost import flop_of
 from kdprof.measure.counting.counted_step import CountedStep, Parts
 from kdprof.measure.counting.fakes import CountingMode
 from kdprof.measure.counting.operators import operator_of
-from kdprof.measure.trace import StepTrace, Synchronisation, location_of
+from kdprof.measure.trace import Synchronisation, location_of
 from kdprof.records import Flop, Operation, TermCost
 from kdprof.step import TrainStep
 
@@ -41,8 +40,8 @@ class Count:
     terms: dict[str, TermCost]
     synchronisations: list[Synchronisation]
     least_memory_bytes: int
-    """A lower bound: parameters, momentum, teacher, and the larger of the gradients and what is
-    saved for backward."""
+    """A lower bound: parameters, the state of the optimisers, teacher, and the larger of the
+    gradients and what is saved for backward."""
 
     @property
     def flop(self) -> Flop:
@@ -85,10 +84,10 @@ def count_step(step: Parts | TrainStep, mode: CountingMode) -> Count:
         counted = CountedStep(step, mode)
         images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
         labels = torch.zeros(batch, height, width, dtype=torch.uint8)
-        counted.make_state()
+        _run(counted, counted.make_state)
     trace = counted.trace
     with mode, trace, counted.saved.hooks():
-        _run(counted, images, labels, trace)
+        _run(counted, lambda: counted(images, labels, 0, trace.mark))
     return Count(
         operations=trace.operations(),
         terms=trace.terms(counted.method.weights),
@@ -97,15 +96,21 @@ def count_step(step: Parts | TrainStep, mode: CountingMode) -> Count:
     )
 
 
-def _run(step: TrainStep, images: Tensor, labels: Tensor, trace: StepTrace) -> None:
+def _run(step: CountedStep, work: Callable[[], object]) -> None:
+    """Run a part of a step on fake tensors.
+
+    Raises:
+        Uncountable: it needs real ones.
+    """
     try:
-        step(images, labels, 0, trace.mark)
+        work()
     except Exception as error:
         refused, where = _refused_by_fakes(error), location_of(error)
         if refused is None:
             raise
         # A boolean index fails deep within torch; the trace saw the operator that the line calls.
-        refused = next((s.operator for s in trace.synchronisations() if s.where == where), refused)
+        seen = step.trace.synchronisations()
+        refused = next((s.operator for s in seen if s.where == where), refused)
         raise Uncountable(
             f"method '{step.method.name}' cannot be counted without running it: {refused} at "
             f"{where} needs real values; it is counted when it runs"
@@ -125,10 +130,11 @@ def _refused_by_fakes(error: Exception) -> str | None:
     return None
 
 
-def _least_bytes(step: TrainStep, saved_bytes: int) -> int:
+def _least_bytes(step: CountedStep, saved_bytes: int) -> int:
     """Return the least memory of a step: what is saved for backward is freed as gradients appear,
     so only the larger of the two counts."""
     trained = [*step.student.parameters(), *step.method.parameters()]
     kept = list(step.teacher.parameters()) if step.teacher is not None else []
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    return 2 * size(trained) + size(kept) + max(saved_bytes, size(trained))
+    held = size(trained) + size(kept) + step.optimizer_bytes
+    return held + max(saved_bytes, size(trained))

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kdprof.measure.counting.fakes import CPU, CountingMode
 from kdprof.measure.counting.saved import Saved, SavedForBackward
 from kdprof.measure.trace import Part, StepTrace
 from kdprof.method import Method, Network, Taps
+from kdprof.optimizer import state_bytes
 from kdprof.step import TrainStep
-from kdprof.study import StepSettings
+from kdprof.study import StepSettings, own_optimizer
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,18 @@ class CountedStep(TrainStep):
         self._graph: _Graph | None = None
 
     def make_state(self) -> None:
-        """Make now what the first step would make: the loss scale, the second optimiser's state."""
+        """Make now what the first step would make: the loss scale, the state of optimisers that
+        are not kdprof's."""
         self._scaler.scale(torch.zeros((), device=self.device))
-        optimizer = self._auxiliary_optimizer
-        if optimizer is None:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if own_optimizer(self.settings.optimizer):
+            _make_state(self._optimizer)
+        if self._auxiliary_optimizer is not None:
+            _make_state(self._auxiliary_optimizer)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """The state of its optimisers."""
+        return state_bytes(self._optimizer, self._auxiliary_optimizer)
 
     def teacher_taps(self, images: Tensor) -> Taps:
         """Return what the method reads of the teacher; it is run once for all who read the same."""
@@ -182,6 +186,14 @@ class CountedStep(TrainStep):
         self.trace.add(found.part)
         self.saved.restore(found.saved)
         return found.result
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _gradients(cut: Taps) -> dict[str, Tensor]:

@@ -119,6 +119,16 @@ def _sgd(call: OperatorCall) -> float:
     return 2 * (1 + extras) * sum(t.numel() for t in tensors_in(call.args[0]))
 
 
+def _adam(per_decay: float) -> Formula:
+    """Return the formula of Adam: 13 per value, and ``per_decay`` for weight decay if not zero."""
+
+    def formula(call: OperatorCall) -> float:
+        decay = per_decay if call.kwargs.get("weight_decay", 0) else 0
+        return (13 + decay) * sum(t.numel() for t in tensors_in(call.args[0]))
+
+    return formula
+
+
 def _per_resized_logit(multiple: float, per_label: float) -> Formula:
     """Return the formula of ``multiple`` per class of each label, and of ``per_label``.
 
@@ -224,7 +234,8 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
     ("gather", per_target, "nll_loss_forward nll_loss2d_forward"),
     ("gather", lambda call: call.args[2].numel(), "nll_loss_backward nll_loss2d_backward"),
     ("optimizer", _sgd, "_fused_sgd"),
-    ("optimizer", per_parameter(13), "_fused_adam _fused_adamw"),
+    ("optimizer", _adam(2), "_fused_adam"),
+    ("optimizer", _adam(1), "_fused_adamw"),
     ("optimizer", per_parameter(6), "_fused_adagrad"),
     ("optimizer", per_parameter(2), "_foreach_norm _amp_foreach_non_finite_check_and_unscale"),
     ("optimizer", nothing, "_foreach_copy _foreach_zero _amp_update_scale"),
