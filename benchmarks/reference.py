@@ -92,7 +92,7 @@ def open_call(given: argparse.Namespace, size: Size) -> Call:
         (work / LAYOUT).symlink_to(root)
     data = f"{LAYOUT}:{LAYOUT}" if root else None
     runner = Runner(work, runner.ends, say)
-    return Call(folder, given.device, data, here["methods"], here["versions"], size, state, runner)
+    return Call(folder, here["place"], data, here["methods"], here["versions"], size, state, runner)
 
 
 def slug(device: str) -> str:

@@ -30,6 +30,8 @@ from .cost_grids import phase_words
 from .text import MISSING, Grid, csv_cell, digits, figures, flagged, markdown_text, size
 
 CONVERTED = f"{ATLAS_ITERATIONS:,} of {ATLAS_METHOD} are"
+SHOWN_S = 5e-6
+"""A phase that takes less in every method would be a column of zeros."""
 GROUPED_ABOVE = 3
 """So many methods with the same note are named with it; more are counted."""
 
@@ -149,7 +151,9 @@ def facts(atlas: Atlas) -> str:
 def setting_parts(setting: AtlasSetting, *, level: int, phases: bool) -> list[str]:
     """Return the blocks of Markdown of one setting: title, tables, notes."""
     costs = ordered(setting.costs)
-    grids = [cost_grid(costs), *([phase_grid(costs)] if phases else [])]
+    timed = any(cost.latency_s for cost in costs)
+    grids = [cost_grid(costs) if timed else counted_grid(costs)]
+    grids += [phase_grid(costs)] if phases and timed else []
     made = [grid.without_empty().markdown() for grid in grids if costs and len(grid.header) > 1]
     notes = [f"- {markdown_text(note)}" for note in _notes(setting)]
     title = f"{'#' * level} {markdown_text(setting_title(setting))}"
@@ -178,32 +182,46 @@ def ordered(costs: Iterable[AtlasCost]) -> list[AtlasCost]:
 
 def cost_grid(costs: Sequence[AtlasCost]) -> Grid:
     """Return what a step costs; columns that no method has are dashes throughout."""
-    reference = next((cost for cost in costs if cost.method == REFERENCE), None)
     columns: dict[str, Callable[[AtlasCost], str]] = {
         "method": lambda cost: flagged(cost.method, not cost.reliable),
         "step (ms)": lambda cost: _interval(cost.latency_s, 1e3, brief=True),
         f"/ {REFERENCE} [95 %]": _ratio,
         CONVERTED: _iterations,
         "memory": _memory,
-        "TFLOP": lambda cost: _figures(cost.flop and cost.flop.total, 1e-12),
-        f"TFLOP / {REFERENCE}": lambda cost: _share(
-            cost.flop and cost.flop.total, reference and reference.flop and reference.flop.total
-        ),
+        "TFLOP": lambda cost: _figures(_flop(cost), 1e-12),
+        "moved (GB)": lambda cost: _figures(cost.bytes_moved, 1e-9),
+        "energy (J)": lambda cost: _figures(cost.energy_j, 1),
+    }
+    return _grid(columns, costs)
+
+
+def counted_grid(costs: Sequence[AtlasCost]) -> Grid:
+    """Return the work of a step, which needs no device, as amounts and over the reference's."""
+    reference = next((cost for cost in costs if cost.method == REFERENCE), None)
+    columns: dict[str, Callable[[AtlasCost], str]] = {
+        "method": lambda cost: cost.method,
+        "TFLOP": lambda cost: _figures(_flop(cost), 1e-12),
+        f"/ {REFERENCE}": lambda cost: _share(_flop(cost), reference and _flop(reference)),
         "moved (GB)": lambda cost: _figures(cost.bytes_moved, 1e-9),
         f"moved / {REFERENCE}": lambda cost: _share(
             cost.bytes_moved, reference and reference.bytes_moved
         ),
         "operators": lambda cost: MISSING if cost.operators is None else f"{cost.operators:,}",
-        "energy (J)": lambda cost: _figures(cost.energy_j, 1),
     }
     return _grid(columns, costs)
+
+
+def _flop(cost: AtlasCost) -> float | None:
+    return None if cost.flop is None else cost.flop.total
 
 
 def phase_grid(costs: Sequence[AtlasCost]) -> Grid:
     """Return the milliseconds of each phase."""
     longest = max((cost.phases_s or {} for cost in costs), key=len, default={})
     taken = [
-        name for name in longest if any((cost.phases_s or {}).get(name, 0) > 0 for cost in costs)
+        name
+        for name in longest
+        if any((cost.phases_s or {}).get(name, 0) > SHOWN_S for cost in costs)
     ]
     columns: dict[str, Callable[[AtlasCost], str]] = {
         "ms of": lambda cost: flagged(cost.method, not cost.reliable)

@@ -1,6 +1,5 @@
 """Ceilings measured in place, the roofline by hand, and what vendors publish."""
 
-
 import pytest
 import torch
 

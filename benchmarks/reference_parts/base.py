@@ -23,7 +23,7 @@ class Call:
 
     Attributes:
         folder: of the device.
-        device: as it was asked for.
+        device: as torch names it, such as cuda:0.
         data: ``camvid:camvid`` (a link in the working folder), or None for synthetic scenes.
         methods: all built-in ones.
     """

@@ -1,4 +1,4 @@
-"""Pieces of work in processes of their own: a crash or a time limit ends one piece and not the rest."""
+"""Pieces of work in processes of their own: a crash or a time limit ends that piece alone."""
 
 from __future__ import annotations
 

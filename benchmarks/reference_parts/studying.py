@@ -7,8 +7,8 @@ from typing import Any
 from kdprof.records import Cost
 from kdprof.store import Store
 
-from .base import WORK, Part
-from .plan import StudyPlan, plan_study, seed_s, statements
+from .base import Part
+from .plan import StudyPlan, plan_study, seed_s
 from .state import StudyRecord
 
 COSTS = "study-costs"
@@ -52,8 +52,7 @@ class Studying(Part):
                 self.call.run(name, "train", self._training(overrides), limit_s)
                 trained = self._trained()
         if trained:
-            methods, budgets = self.call.size.study_methods, self._plan().budgets
-            arguments = {"out": RESULTS, "statements": statements(methods, budgets)}
+            arguments = {"out": RESULTS, "budgets": self._plan().budgets}
             self.call.run(REPORT, "report", arguments, self._left_s(ends_s))
 
     def _ready(self) -> bool:

@@ -69,7 +69,7 @@ def _figures(call: Call) -> Iterator[str]:
 
 
 def _study(call: Call) -> Iterator[str]:
-    plan, claims = call.state.record.study, call.state.result(REPORT)
+    plan, found = call.state.record.study, call.state.result(REPORT)
     if plan is None:
         return
     yield "## Study"
@@ -79,8 +79,13 @@ def _study(call: Call) -> Iterator[str]:
         "random weights; methods share trunks (wsd)."
     )
     yield ""
-    for statement, outcome in (claims or {}).items():
-        yield f"- `{statement}`: {outcome}"
+    if found is None:
+        return
+    yield from (f"> {sentence}" for sentence in found["sentences"])
+    yield ""
+    yield from (f"- `{statement}`: {outcome}" for statement, outcome in found["claims"].items())
+    yield ""
+    yield f"![accuracy against compute]({STUDY}/reports/curves.png)"
     yield ""
 
 

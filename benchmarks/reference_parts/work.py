@@ -34,6 +34,7 @@ def identify(device: str, data: str | None) -> dict[str, Any]:
     listing = "\n".join(f"{f.relative_to(data)} {f.stat().st_size}" for f in files if f.is_file())
     return {
         "device": hardware_of(find_device(device)).name,
+        "place": str(find_device(device)),
         "versions": versions(),
         "code": hashlib.sha256(code.encode()).hexdigest()[:12],
         "data": None if data is None else hashlib.sha256(listing.encode()).hexdigest()[:12],
@@ -71,33 +72,41 @@ def train(source: str, overrides: dict[str, Any], out: str) -> list[str]:
     return Workflow.open(source, overrides, Path(out), Progress(None)).train().failures
 
 
-def report(out: str, statements: list[str]) -> dict[str, str]:
-    """Write everything that ``kdprof plot`` writes, and claims; return the outcome of each."""
+def report(out: str, budgets: list[str]) -> dict[str, Any]:
+    """Write everything that ``kdprof plot`` writes, and claims; return the sentences of the verdict
+    and the outcome of each claim."""
     from kdprof.errors import KdprofError
     from kdprof.reports.claims import make_claim, write_claim
     from kdprof.reports.plot import write_all
     from kdprof.store import Store
 
-    store, found = Store(Path(out)), {}
-    write_all(store, formats=("png",))
-    for text in statements:
+    from .plan import statements
+
+    store, claims = Store(Path(out)), {}
+    _, verdict = write_all(store, formats=("png",))
+    finished = {(run.method, run.budget) for run in store.runs() if run.finished}
+    reached = [one for one in budgets if any(budget == one for _, budget in finished)]
+    methods = sorted(name for name, budget in finished if reached and budget == reached[-1])
+    for text in statements(methods, reached):
         try:
             claim = make_claim(store, text)
             write_claim(store, claim, None)
-            found[text] = claim.outcome
+            claims[text] = f"{claim.outcome}: {claim.reason}"
         except KdprofError as error:
-            found[text] = f"not judged: {error}"
-    return found
+            claims[text] = f"not judged: {'; '.join(str(error).splitlines())}"
+    return {"sentences": list(verdict.sentences) if verdict else [], "claims": claims}
 
 
 def figures(out: str, stem: str, target: str) -> list[str]:
-    """Write the figures of the cost report of a folder; return the names of their files."""
+    """Write the figures and the page of the cost report of a folder; return the names of files."""
+    from kdprof.reports import costs
     from kdprof.reports.figures.files import render
     from kdprof.store import Store, write_atomic
 
-    names = []
-    for path in render(Store(Path(out)), None, formats=("png",)):
-        names.append(f"{path.stem}-{stem}.png")
+    store, names = Store(Path(out)), []
+    pages = [path for path in costs.render(store) if path.suffix == ".md"]
+    for path in [*render(store, None, formats=("png",)), *pages]:
+        names.append(f"{path.stem}-{stem}{path.suffix}")
         write_atomic(Path(target) / names[-1], path.read_bytes())
     return names
 
