@@ -19,8 +19,10 @@ import time
 BEGAN = time.monotonic()  # before the imports below, which count
 
 import argparse  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
+import threading  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # -P and PYTHONSAFEPATH leave the folder of a script out of the path.
@@ -136,6 +138,12 @@ def run(call: Call) -> None:
     say(f"written: {call.folder.name}")
 
 
+def give_up() -> None:
+    """End at once: the minutes are a promise, and all that was done is in files."""
+    print("the minutes are over; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,6 +154,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--tiny", action="store_true", help="all parts in small, for a CPU")
     given = parser.parse_args()
+    last = threading.Timer(60 * given.minutes - (time.monotonic() - BEGAN), give_up)
+    last.daemon = True
+    last.start()
     try:
         run(open_call(given, TINY if given.tiny else FULL))
     except KdprofError as error:

@@ -174,7 +174,8 @@ def ordered(costs: Iterable[AtlasCost]) -> list[AtlasCost]:
 
     def place(cost: AtlasCost) -> tuple[float, float, float]:
         ratio = cost.ratio.median if cost.ratio else math.inf
-        flop = cost.flop.total if cost.flop else math.inf
+        # As many figures as are shown: else rows that look alike would be in no order.
+        flop = float(f"{cost.flop.total:.3g}") if cost.flop else math.inf
         return ratio, flop, cost.bytes_moved or math.inf
 
     return sorted(costs, key=place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,12 @@ class Call:
         kind: str,
         arguments: dict[str, Any],
         limit_s: float,
-        on_message: Callable[[str, Any], None] = lambda kind, content: None,
     ) -> PieceRecord:
-        """Run a piece and store how it ended."""
-        piece = self.runner.run(name, kind, arguments, limit_s, on_message)
+        """Run a piece, store how it ended, and list it if it is not done."""
+        piece = self.runner.run(name, kind, arguments, limit_s)
         self.state.note(name, piece)
+        if piece.state != "done":
+            self.leave(name, f"{piece.state}: {piece.reason}")
         return piece
 
     def leave(self, name: str, why: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kdprof.records import Atlas, Cost
 from kdprof.reports import atlas
 from kdprof.reports.atlas_check import without_paths
@@ -56,6 +54,7 @@ class Measuring(Part):
         return sum(self._needs_s(piece) for piece in self.call.size.pieces())
 
     def do(self, ends_s: float) -> None:
+        self._write()  # what was measured by a call that was cut off
         for piece in self.call.size.pieces():
             waiting = self._open(piece)
             if not waiting:
@@ -73,8 +72,11 @@ class Measuring(Part):
         many = f"{len(waiting)} methods" if len(waiting) > 1 else waiting[0]
         failed = self._failures(piece)
         why = f"{many}, needs about {self._needs_s(piece):.0f} s"
+        whole = self.call.state.record.pieces.get(piece.name)
         if failed.keys() >= set(waiting):
             why = "; ".join(f"{name} failed: {failed[name]}" for name in waiting)
+        elif whole is not None and whole.state == "failed" and not failed:
+            why = f"{many}, failed: {whole.reason}"
         self.call.leave(piece.name, why)
 
     def _measure(self, piece: Piece, waiting: list[str], ends_s: float) -> None:
@@ -94,14 +96,8 @@ class Measuring(Part):
             "out": piece.folder,
         }
         before = len(self._costs(piece))
-
-        def on_message(kind: str, content: Any) -> None:
-            if kind == "cost":
-                self._write()
-
-        found = self.call.runner.run(
-            piece.name, "measure", arguments, self._left_s(ends_s), on_message
-        )
+        # Nothing is written meanwhile: work of this process would disturb what is measured.
+        found = self.call.runner.run(piece.name, "measure", arguments, self._left_s(ends_s))
         measured = len(waiting) if piece.energy else len(self._costs(piece)) - before
         failures = {} if found.result is None else found.result
         if found.state == "done" and failures.keys() & set(waiting):

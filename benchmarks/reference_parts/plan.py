@@ -72,7 +72,8 @@ class Size:
         least_s: nothing is begun for less time than this.
         closing_s: kept for the last files and for processes to end.
         methods: of the atlas; empty = all that there are.
-        largest_smallest_s: the smallest budget of the study is at most this.
+        largest_smallest_s, most_teacher_iterations: limits of the study, however much time there
+            is: of its smallest budget, and of its teacher's training.
         measuring: how long each method is measured, as keys of a study.
     """
 
@@ -96,6 +97,7 @@ class Size:
     study_changes: Mapping[str, Any]
     study_methods: Sequence[str]
     largest_smallest_s: float
+    most_teacher_iterations: int
     planned_seeds: int
     most_seeds: int
 
@@ -149,6 +151,7 @@ FULL = Size(
     },
     study_methods=("none", "kd", "fitnet", "cwd", "cirkd", "af_dcd"),
     largest_smallest_s=300.0,
+    most_teacher_iterations=40_000,
     planned_seeds=2,
     most_seeds=5,
 )
@@ -196,6 +199,7 @@ TINY = Size(
     },
     study_methods=("none", "kd", "cwd"),
     largest_smallest_s=0.5,
+    most_teacher_iterations=20,
     planned_seeds=2,
     most_seeds=2,
 )
@@ -260,7 +264,8 @@ def plan_study(
         if seed_s(one, len(iteration_s), size) <= each_s and one <= size.largest_smallest_s
     ]
     smallest = max(fitting, default=possible[0])
-    iterations = max(1, round(teacher_s / (TEACHER_STEPS * teacher_forward_s)))
+    possible_iterations = round(teacher_s / (TEACHER_STEPS * teacher_forward_s))
+    iterations = min(max(1, possible_iterations), size.most_teacher_iterations)
     return StudyPlan([f"{factor * smallest:g}s" for factor in MULTIPLES], iterations)
 
 

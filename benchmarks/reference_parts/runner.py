@@ -42,7 +42,6 @@ class Runner:
         kind: str,
         arguments: dict[str, Any],
         limit_s: float,
-        on_message: Callable[[str, Any], None] = lambda kind, content: None,
     ) -> PieceRecord:
         """Run one piece and return how it ended; see :mod:`reference_parts.work`.
 
@@ -61,8 +60,8 @@ class Runner:
             Child("reference_parts.work", folder, environment={"PYTHONPATH": path}) as child,
             _stopped_after(child, limit_s) as expired,
         ):
-            for message in child.messages():
-                on_message(*message)
+            for _ in child.messages():
+                pass
             found = child.result()
             reason = "" if found else child.last_words()
         seconds = time.monotonic() - began

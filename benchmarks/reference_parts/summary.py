@@ -94,13 +94,7 @@ def _left(call: Call) -> Iterator[str]:
     yield ""
     left = call.state.record.not_done
     yield from (f"- {name}: {why}" for name, why in left.items())
-    failed = {
-        name: piece.reason
-        for name, piece in call.state.record.pieces.items()
-        if piece.state == "failed" and name not in left
-    }
-    yield from (f"- {name}: failed: {why}" for name, why in failed.items())
-    if not left and not failed:
+    if not left:
         yield "Nothing: the reference is complete."
     yield ""
 
