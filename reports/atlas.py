@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from kdprof.budget import cost_ratio
 from kdprof.records import (
     ATLAS_ITERATIONS,
     ATLAS_METHOD,
@@ -23,6 +22,7 @@ from kdprof.records import (
     Cost,
     Interval,
 )
+from kdprof.stats.intervals import ratio_of
 from kdprof.store import record_json, write_together
 
 from .atlas_check import without_paths
@@ -110,13 +110,20 @@ def _without_samples(cost: Cost, costs: Mapping[str, Cost]) -> AtlasCost:
 
 
 def _converted(cost: Cost, costs: Mapping[str, Cost]) -> tuple[Interval | None, str]:
-    """Return the iterations that cost as much as those of the atlas's method, or why not."""
+    """Return the iterations whose steps take as long as those of the atlas's method, or why not.
+
+    The ratios are those of the steps, which the table shows, and not of end-to-end iterations.
+    """
     other = costs.get(ATLAS_METHOD)
     if other is None:
         return None, f"{ATLAS_METHOD} has no cost here"
     if other.ratio is None or cost.ratio is None:
         return None, cost.unavailable.get("ratio", "not measured")
-    value, low, high = (ATLAS_ITERATIONS * factor for factor in cost_ratio(other, cost))
+    if cost is other:
+        factors: tuple[float, ...] = (1.0, 1.0, 1.0)
+    else:
+        factors = ratio_of(*((r.median, r.low, r.high) for r in (other.ratio, cost.ratio)))
+    value, low, high = (ATLAS_ITERATIONS * factor for factor in factors)
     return Interval(median=value, low=low, high=high), ""
 
 

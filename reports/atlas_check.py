@@ -17,7 +17,7 @@ MOST_UNRELIABLE = 0.5
 CHECKED = {".json", ".jsonl", ".toml", ".md", ".csv"}
 """Endings of the files in which paths and names are looked for."""
 
-_PATH = re.compile(r"(?<![\w.~:/<-])~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:(?:\\+[\w.+@-]+)+")
+_PATH = re.compile(r"(?<![\w.~/<-])~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:(?:\\+[\w.+@-]+)+")
 _SYSTEM = ("/sys/", "/proc/", "/dev/")
 """Folders that are the same on every machine of a kind."""
 _ADDRESS = re.compile(r"[\w.+-]+@(?![\w-]+\.(?:json|md|tex)\b)[\w-]+\.[a-z]{2,}")
