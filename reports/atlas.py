@@ -205,15 +205,16 @@ def cost_grid(costs: Sequence[AtlasCost]) -> Grid:
 
 def counted_grid(costs: Sequence[AtlasCost]) -> Grid:
     """Return the work of a step, which needs no device, as amounts and over the reference's."""
-    reference = next((cost for cost in costs if cost.method == REFERENCE), None)
+    of = {cost.method: cost for cost in costs}
+    flop, moved = (
+        (_flop(of[REFERENCE]), of[REFERENCE].bytes_moved) if REFERENCE in of else (None, None)
+    )
     columns: dict[str, Callable[[AtlasCost], str]] = {
         "method": lambda cost: cost.method,
         "TFLOP": lambda cost: _figures(_flop(cost), 1e-12),
-        f"/ {REFERENCE}": lambda cost: _share(_flop(cost), reference and _flop(reference)),
+        f"/ {REFERENCE}": lambda cost: _share(_flop(cost), flop),
         "moved (GB)": lambda cost: _figures(cost.bytes_moved, 1e-9),
-        f"moved / {REFERENCE}": lambda cost: _share(
-            cost.bytes_moved, reference and reference.bytes_moved
-        ),
+        f"moved / {REFERENCE}": lambda cost: _share(cost.bytes_moved, moved),
         "operators": lambda cost: MISSING if cost.operators is None else f"{cost.operators:,}",
     }
     return _grid(columns, costs)

@@ -13,6 +13,7 @@ import pytest
 from cost_records import make_cost
 from reference import data_root, slug
 from reference_parts.base import Call
+from reference_parts.checking import Checks
 from reference_parts.measuring import Measuring
 from reference_parts.plan import FULL, TINY, in_order, limits_s, plan_study, seed_s, statements
 from reference_parts.runner import Runner
@@ -164,6 +165,14 @@ def test_energy_is_measured_again_where_blocks_were_too_short(tmp_path):
     store.write_cost(make_cost("none", unavailable=short))
     store.write_cost(make_cost("kd"))  # no counter
     assert part._open(piece) == ["none"]
+
+
+def test_what_does_not_fit_is_listed_with_what_it_needs(tmp_path):
+    call = call_in(tmp_path)
+    part = Checks(call)
+    part.do(ends_s=call.runner.left_s() - TINY.least_s / 2)
+    assert call.state.record.pieces == {}
+    assert call.state.record.not_done["check resume"] == "needs about 20 s"
 
 
 # Pieces in processes

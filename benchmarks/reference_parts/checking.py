@@ -25,7 +25,9 @@ class Checks(Part):
 
     def do(self, ends_s: float) -> None:
         for name in self._open():
-            if self._fits(f"check {name}", 0.0, ends_s):
+            needs_s = self.call.size.check_s[name]
+            # Forecasts of single checks are rough, and one that is stopped costs little.
+            if self._fits(f"check {name}", needs_s, ends_s, share=0.5):
                 arguments = {"name": name, "device": self.call.device, **self._arguments(name)}
                 self.call.run(f"check {name}", "check", arguments, self._left_s(ends_s))
                 self._write()
