@@ -521,6 +521,43 @@ class Side:
         self._process.join()
 
 
+class Here:
+    """A side in this process: it starts at once, but a run of the oracle cannot be cut off. One
+    that took longer than the limit is its last; its memory is limited by a GPU's allocator only."""
+
+    def __init__(self, task: Task):
+        self._task, self._objective = task, Objective(task)
+
+    def __enter__(self) -> Here:
+        self.make(min(self._task.sizes.grid) / LEAST_SIDE)
+        self.run(0)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        del self._objective
+        trim()
+
+    def make(self, by: float) -> None:
+        self._ask("make", by)
+
+    def run(self, seed: int) -> Reply:
+        return self._ask("run", seed)
+
+    def run_for_peak(self, seed: int) -> Reply:
+        return self._ask("run_for_peak", seed)
+
+    def _ask(self, request: str, argument: float) -> Reply:
+        try:
+            reply = getattr(self._objective, request)(argument)
+        except torch.OutOfMemoryError as error:
+            if not self._task.literal:
+                raise
+            raise Stopped(f"> {self._task.limit_bytes / GB:.1f} GB") from error
+        if reply.seconds > self._task.limit_s:
+            raise Stopped(f"> {self._task.limit_s:g} s")
+        return reply
+
+
 # The comparison of one method.
 
 
@@ -566,6 +603,8 @@ class Comparison:
     repeats: int
     limit_s: float
     limit_bytes: float
+    in_process: bool = False
+    """True to run both sides in this process, one after the other."""
 
     def row(self, name: str) -> Row:
         """Measure both sides of a method."""
@@ -636,12 +675,15 @@ class Comparison:
     def _stop(self, by: int, reason: Stopped) -> str:
         return f"{reason} at {self.sizes.divided(by).text()}"
 
-    def _ours(self, name: str) -> Side:
-        return Side(self._task(name))
+    def _ours(self, name: str) -> Side | Here:
+        return self._side(self._task(name))
 
-    def _literal(self, name: str) -> Side:
+    def _literal(self, name: str) -> Side | Here:
         limits = {"limit_s": self.limit_s, "limit_bytes": self.limit_bytes}
-        return Side(dataclasses.replace(self._task(name), literal=True, **limits))
+        return self._side(dataclasses.replace(self._task(name), literal=True, **limits))
+
+    def _side(self, task: Task) -> Side | Here:
+        return Here(task) if self.in_process else Side(task)
 
     def _task(self, name: str) -> Task:
         return Task(name, False, self.oracles, self.sizes, self.device, self.threads)

@@ -651,3 +651,73 @@ class Decision(Record):
     def seeds(self) -> int:
         """Seeds at which it was decided, or at which the limit was reached."""
         return self.looks[-1].seeds if self.looks else 0
+
+
+class AtlasCost(Record):
+    """What a step of one method costs in a setting of an atlas: a Cost without its samples."""
+
+    method: MethodName
+    latency_s: Interval | None
+    ratio: Ratio | None
+    iterations: Interval | None
+    """Iterations that take as long as :data:`ATLAS_ITERATIONS` of :data:`ATLAS_METHOD`."""
+    phases_s: dict[Name, Amount] | None
+    flop: Flop | None
+    bytes_moved: Amount | None
+    operators: Count | None
+    """Operators of a step, each call counted."""
+    peak_allocated_bytes: Count | None
+    process_bytes: Count | None
+    energy_j: Amount | None
+    reliable: bool
+    warnings: list[str]
+    unavailable: dict[str, str]
+    """Why a field is None."""
+
+
+class AtlasSetting(Record):
+    """The Costs of many methods at one published setting and precision."""
+
+    name: Name
+    """The preset, or the preset and what differs from it."""
+    precision: Name
+    student: Name
+    teacher: Name
+    data: Name
+    classes: Count
+    batch: Count
+    crop: tuple[Count, Count]
+    """Height x width, pixels."""
+    placeholder_images: bool
+    """True if images of the right size stood for the data set's files."""
+    costs: list[AtlasCost]
+    not_measured: dict[MethodName, str]
+    """Methods without a Cost, with the reason."""
+
+
+ATLAS_METHOD, ATLAS_ITERATIONS = "cwd", 40_000
+"""An atlas says how many iterations of each method take as long as so many of this method."""
+
+
+class Atlas(Record):
+    """What an iteration of each method costs on one device (a file atlas.json)."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    kind: Literal["measured", "counted"]
+    """counted: on fake tensors, for a GPU; nothing ran, and there are no seconds."""
+    device: Name | None
+    """None if the steps were counted."""
+    versions: dict[str, str]
+    settings: list[AtlasSetting]
+
+
+class FirstReading(Record):
+    """Seconds of steps as a plain script read them, without intervals or checks."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    device: Name
+    note: str
+    """What was run, and what it lacks."""
+    setting: Name
+    precision: Name
+    step_s: dict[MethodName, Positive]

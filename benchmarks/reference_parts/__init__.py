@@ -1,0 +1,1 @@
+"""What `reference.py` is made of: the plan, the processes that work, and one file for each part."""

@@ -1,0 +1,60 @@
+"""The first part: what the device has, and whether its numbers are right and repeat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdprof.store import write_atomic
+
+from .base import Part
+from .plan import in_order
+from .state import PieceRecord
+
+
+class Checks(Part):
+    """A piece for each check."""
+
+    name = "checks"
+
+    def _open(self) -> list[str]:
+        done = self.call.state.is_done
+        return [name for name in self.call.size.check_s if not done(f"check {name}")]
+
+    def forecast_s(self) -> float:
+        return sum(self.call.size.check_s[name] for name in self._open())
+
+    def do(self, ends_s: float) -> None:
+        for name in self._open():
+            needs_s = self.call.size.check_s[name]
+            # Forecasts of single checks are rough, and one that is stopped costs little.
+            if self._fits(f"check {name}", needs_s, ends_s, share=0.5):
+                arguments = {"name": name, "device": self.call.device, **self._arguments(name)}
+                self.call.run(f"check {name}", "check", arguments, self._left_s(ends_s))
+                self._write()
+
+    def _arguments(self, name: str) -> dict[str, Any]:
+        size = self.call.size
+        precision, methods = size.precisions[0], in_order(size.methods or self.call.methods)
+        return {
+            "synchronisation": {"methods": methods, "precision": precision},
+            "resume": {"kills": 1},
+        }.get(name, {})
+
+    def _write(self) -> None:
+        lines = ["# Checks of this device", ""]
+        for name in self.call.size.check_s:
+            piece = self.call.state.record.pieces.get(f"check {name}")
+            lines += [f"## {name}: {_outcome(piece)}", "", *_listed(piece), ""]
+        write_atomic(self.call.folder / "checks.md", "\n".join(lines))
+
+
+def _outcome(piece: PieceRecord | None) -> str:
+    if piece is None:
+        return "not reached"
+    return piece.result["outcome"] if piece.state == "done" else piece.state
+
+
+def _listed(piece: PieceRecord | None) -> list[str]:
+    if piece is None:
+        return []
+    return [f"- {line}" for line in (piece.result["lines"] if piece.result else [piece.reason])]

@@ -1,0 +1,146 @@
+"""The last part: a study at matched budgets, with as many seeds as the minutes allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdprof.records import Cost
+from kdprof.store import Store
+
+from .base import Part
+from .plan import StudyPlan, plan_study, seed_s
+from .state import StudyRecord
+
+COSTS = "study-costs"
+"""Folder of the study's Costs, in the working folder. They are measured before the budgets are
+known, and a folder of results belongs to one study."""
+STUDY = "study"
+RESULTS = f"../{STUDY}"
+"""The folder of results, as the processes see it from the working folder."""
+MEASURED, TEACHER, REPORT = "study costs", "study teacher", "study report"
+FORECAST_SMALLEST_S = 2.0
+"""Of the smallest budget, before it is known."""
+
+
+class Studying(Part):
+    """Costs, budgets, the teacher, then one piece for each seed of all methods, and the report."""
+
+    name = "study"
+
+    def forecast_s(self) -> float:
+        size, done = self.call.size, self.call.state.is_done
+        seeds = [n for n in range(size.most_seeds) if not done(_seed(n))]
+        if not seeds:
+            return 0.0
+        before = 0.0 if done(MEASURED) else size.start_s + size.method_s * len(size.study_methods)
+        before += 0.0 if done(TEACHER) else size.start_s
+        return before + len(seeds) * self._seed_s() + size.report_s
+
+    def do(self, ends_s: float) -> None:
+        if not self.forecast_s():
+            return
+        trained = self._trained() if self._costs(ends_s) and self._teacher(ends_s) else []
+        for number in range(self.call.size.most_seeds):
+            name = _seed(number)
+            if self.call.state.is_done(name):
+                continue
+            if not self._ready():
+                self.call.leave(name, "the study has no Costs or no teacher yet")
+            elif self._fits(name, self._seed_s(), ends_s + self.call.size.report_s):
+                overrides = self._overrides(seeds=number + 1)
+                limit_s = self._left_s(ends_s) - self.call.size.report_s
+                self.call.run(name, "train", self._training(overrides), limit_s)
+                trained = self._trained()
+        if trained:
+            arguments = {"out": RESULTS, "budgets": self._plan().budgets}
+            self.call.run(REPORT, "report", arguments, self._left_s(ends_s))
+
+    def _ready(self) -> bool:
+        return self.call.state.is_done(MEASURED) and self.call.state.is_done(TEACHER)
+
+    def _trained(self) -> list[str]:
+        """Return the seeds that have runs."""
+        done = self.call.state.record.pieces
+        return [n for n in map(_seed, range(self.call.size.most_seeds)) if n in done]
+
+    def _costs(self, ends_s: float) -> bool:
+        """Measure the study's methods; return whether that is done."""
+        size = self.call.size
+        if self.call.state.is_done(MEASURED):
+            return True
+        if not self._fits(MEASURED, size.start_s + size.method_s, ends_s):
+            return False
+        overrides = self._unplanned() | {"budgets": []}
+        arguments = {**self._source(overrides), "measuring": dict(size.measuring), "out": COSTS}
+        self.call.run(MEASURED, "measure", arguments, self._left_s(ends_s))
+        return self.call.state.is_done(MEASURED)
+
+    def _teacher(self, ends_s: float) -> bool:
+        """Plan the study and train its teacher; return whether that is done."""
+        state, size = self.call.state, self.call.size
+        if state.is_done(TEACHER):
+            return True
+        if state.record.study is None:
+            costs = {cost.method: cost for cost in Store(self.call.work / COSTS).costs()}
+            made = self._planned(costs, self._left_s(ends_s))
+            state.record.study = StudyRecord(**vars(made))
+            state.save()
+        if not self._fits(TEACHER, size.start_s, ends_s):
+            return False
+        arguments = self._training(self._overrides(seeds=1)) | {"costs": COSTS}
+        self.call.run(TEACHER, "teacher", arguments, self._left_s(ends_s))
+        return state.is_done(TEACHER)
+
+    def _planned(self, costs: dict[str, Cost], left_s: float) -> StudyPlan:
+        size = self.call.size
+        available_s = left_s - size.report_s - (1 + size.planned_seeds) * size.start_s
+        iteration_s = {name: one.seconds_per_iteration().median for name, one in costs.items()}
+        teacher_s = (costs["kd"].phases_s or {})["teacher_forward"]
+        return plan_study(max(available_s, 0.0), iteration_s, teacher_s, size)
+
+    def _plan(self) -> StudyRecord:
+        found = self.call.state.record.study
+        assert found is not None, "the study is planned before it is trained"
+        return found
+
+    def _seed_s(self) -> float:
+        """Return the seconds of a seed: those of the last one that was trained, or the forecast."""
+        size, pieces = self.call.size, self.call.state.record.pieces
+        known = [pieces[n].seconds for n in self._trained() if pieces[n].state == "done"]
+        if known:
+            return known[-1]
+        plan = self.call.state.record.study
+        smallest_s = float(plan.budgets[0].removesuffix("s")) if plan else FORECAST_SMALLEST_S
+        return size.start_s + seed_s(smallest_s, len(size.study_methods), size)
+
+    def _source(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        return {"source": self.call.size.study, "overrides": overrides}
+
+    def _training(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        return {**self._source(overrides), "out": RESULTS}
+
+    def _unplanned(self) -> dict[str, Any]:
+        """Return the settings of the study but for its budgets and its teacher."""
+        size = self.call.size
+        return {
+            **size.study_changes,
+            "data": self.call.data or "synthetic",
+            "device": self.call.device,
+            "methods": list(size.study_methods),
+            "student_backbone_weights": "none",
+            "teacher_backbone_weights": "none",
+            "step.schedule": "wsd",
+            "evaluation.points": 1,
+        }
+
+    def _overrides(self, seeds: int) -> dict[str, Any]:
+        plan = self._plan()
+        return self._unplanned() | {
+            "budgets": plan.budgets,
+            "teacher_training.iterations": plan.teacher_iterations,
+            "seeds": seeds,
+        }
+
+
+def _seed(number: int) -> str:
+    return f"study seed {number}"
