@@ -1,10 +1,12 @@
 """What may be used again: every setting, every kind of file, and data by content."""
 
+import contextlib
 import copy
 import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -22,7 +24,7 @@ from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.identity import cost_key, differences, run_identity
 from kdprof.store import Store
 from kdprof.study import Study, load_study
-from kdprof.user_files import following, import_file, sources_of
+from kdprof.user_files import following, import_file, sources, sources_of
 from tests.processes import kdprof
 from tests.small_study import SMALL, small_study, small_toml, train_small
 
@@ -228,10 +230,8 @@ def make(tmp_path, monkeypatch):
 
 
 def test_a_file_depends_on_all_that_it_imports_reads_and_declares(make):
-    found = make()
-    assert set(found) == {
-        *(name for name in SOURCES if not name.startswith("prompts")), "prompts"
-    }  # fmt: skip
+    files = {name for name in SOURCES if not name.startswith("prompts")}
+    assert set(make()) == files | {"prompts", "version of numpy"}
 
 
 def test_sources_are_the_same_in_another_folder(make):
@@ -254,14 +254,71 @@ def test_versions_of_imported_packages_count(make):
     assert not any("json" in name for name in found)
 
 
-def test_what_is_made_and_read_again_is_no_source(tmp_path):
+def test_a_file_that_is_made_if_it_is_missing_counts(tmp_path):
+    """The next process finds it and reads it."""
     file = tmp_path / "maker.py"
-    file.write_text("from pathlib import Path\n")
+    file.write_text("")
     module = import_file(file)
     with following(file):
-        (tmp_path / "scratch.txt").write_text("made")
-        assert (tmp_path / "scratch.txt").read_text() == "made"
-    assert set(sources_of(module)) == {"maker.py"}
+        (tmp_path / "means.txt").write_text("made")
+        assert (tmp_path / "means.txt").read_text() == "made"
+    assert set(sources_of(module)) == {"maker.py", "means.txt"}
+
+
+def test_temporary_files_and_what_libraries_keep_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    sources._not_own.cache_clear()
+    folder = tmp_path / "own"
+    folder.mkdir()
+    module = import_file(written_file(folder / "busy.py", ""))
+    for kept in ("scratch/a.txt", "inductor/b.txt", "torchinductor_me/c.txt"):
+        written_file(tmp_path / kept, "kept")
+    with following(folder / "busy.py"):
+        with tempfile.NamedTemporaryFile("w+") as made:
+            Path(made.name).read_text()
+        (tmp_path / "inductor/b.txt").read_text()
+        (tmp_path / "torchinductor_me/c.txt").read_text()
+        with contextlib.suppress(NotADirectoryError):
+            (folder / "busy.py" / "x").read_text()
+    sources._not_own.cache_clear()
+    assert sources_of(module) == {"busy.py": sources_of(module)["busy.py"], "busy.py/x": "absent"}
+
+
+def written_file(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_what_a_shared_module_reads_counts_for_all_that_import_it(tmp_path, monkeypatch):
+    """Whichever file imports it first: the others find it loaded."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"common_{tmp_path.name}"
+    read = "from pathlib import Path\nPath(__file__).with_name('width.txt').read_text()\n"
+    written_file(tmp_path / f"{name}.py", read)
+    written_file(tmp_path / "width.txt", "8")
+    written_file(tmp_path / "only.txt", "of the first")
+    first = f"import {name}\nopen(__file__.replace('first.py', 'only.txt')).read()\n"
+    one = import_file(written_file(tmp_path / "first.py", first))
+    two = import_file(written_file(tmp_path / "second.py", f"import {name}\n"))
+    assert set(sources_of(one)) == {"first.py", f"{name}.py", "width.txt", "only.txt"}
+    assert set(sources_of(two)) == {"second.py", f"{name}.py", "width.txt"}
+
+
+def test_versions_and_built_in_methods_count_through_ones_own_modules(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"through_{tmp_path.name}"
+    written_file(tmp_path / f"{name}.py", "import numpy\nfrom kdprof.methods import kd\n")
+    found = sources_of(import_file(written_file(tmp_path / "user.py", f"import {name}\n")))
+    assert set(found) == {"user.py", f"{name}.py", "version of numpy", "kdprof's methods"}
+
+
+def test_a_module_that_python_cannot_read_counts_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"old_{tmp_path.name}"
+    written_file(tmp_path / f"{name}.py", "print 'Python 2'\n")
+    file = written_file(tmp_path / "lazy.py", f"def unused():\n    import {name}\n")
+    assert set(sources_of(import_file(file))) == {"lazy.py", f"{name}.py"}
 
 
 def test_a_file_that_is_read_too_late_is_refused_with_the_line_to_add(tmp_path):
@@ -431,6 +488,9 @@ def test_a_changed_helper_of_a_users_file_is_refused_by_name(tmp_path):
     assert "file losses_of_meth.py of the method has changed" in refused
     assert "file nets_of_wrap.py of the student has changed" in refused
     assert "Traceback" not in refused
+    done = kdprof("train", *options[1:-1], "kd", "--no-control", cwd=tmp_path)
+    assert "file nets_of_wrap.py of the student has changed" in done.stderr  # another method's run
+    assert done.returncode == 2
     losses.write_text(USERS["losses_of_meth.py"])
     (tmp_path / "nets_of_wrap.py").write_text(USERS["nets_of_wrap.py"])
     assert "1 were finished before" in train()

@@ -120,12 +120,12 @@ def _place(data: PairedImages) -> str:
 def _read(kept: Path | None) -> dict[str, tuple[Stamp, str]]:
     """Return the stamps and hashes that were kept, by path; none if there is no such file or it is
     damaged."""
-    if kept is None or not kept.exists():
+    if kept is None:
         return {}
     try:
         found = json.loads(read_file(kept))
         return {name: (_stamp(stamp), str(known)) for name, (stamp, known) in found.items()}
-    except (UserError, ValueError, TypeError, AttributeError):
+    except (UserError, OSError, ValueError, TypeError, AttributeError):
         return {}
 
 

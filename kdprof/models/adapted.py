@@ -15,7 +15,7 @@ from kdprof.errors import UserError, some, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
 from kdprof.store import expanded
-from kdprof.user_files import following, import_file, import_function, sources_of
+from kdprof.user_files import following, import_file, import_function, sources_of, version_of
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -292,10 +292,13 @@ def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def sources_of_network(name: object) -> dict[str, str]:
-    """Return the hashes of the files that a user's network depends on, by name; none for others.
+    """Return the hashes of the files that a user's network depends on, by name; of another adapted
+    network the version of its package, and nothing of kdprof's own.
 
     The network must have been built before: it may read files while it is.
     """
-    if not is_from_file(name):
-        return {}
-    return sources_of(import_file(expanded(str(name).rpartition(":")[0])))
+    if is_from_file(name):
+        return sources_of(import_file(expanded(str(name).rpartition(":")[0])))
+    packages = {"segformer": "transformers", "smp": "segmentation_models_pytorch"}
+    package = packages.get(str(name).partition("-")[0])
+    return {f"version of {package}": version_of(package) or "none"} if package else {}

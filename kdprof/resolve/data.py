@@ -110,10 +110,10 @@ class StudyData:
         data = self.files["train"]
         return file_sizes(data) if isinstance(data, PairedImages) else None
 
+    @cached_property
     def content(self) -> dict[str, str]:
-        """Return what runs depend on in the data, by name: hashes of images, labels and classes.
-
-        Images that are made depend on the study's settings alone.
+        """What runs depend on in the data, by name: hashes of images, labels and classes, when they
+        were first asked for. Images that are made depend on the study's settings alone.
 
         Raises:
             UserError: files cannot be read.

@@ -138,7 +138,7 @@ def _of_all(study: ResolvedStudy) -> dict[str, str]:
     """Return what every run depends on: data, device, software."""
     return {
         **_named("of the optimiser", sources_of_optimizer(study.step.optimizer)),
-        **study.data.content(),
+        **study.data.content,
         "device": study.hardware.name,
         **{f"version of {name}": version for name, version in versions().items()},
         "code of kdprof": f"sha256:{source_hash(PACKAGE, TRAINING_CODE)[:16]}",
@@ -167,8 +167,17 @@ def _weights(given: str) -> str:
 
 def _named(whose: str, sources: Mapping[str, str]) -> dict[str, str]:
     return {
-        name if name.startswith("version of") else f"file {name} {whose}": value
+        f"{name if name.startswith('version of') else f'file {name}'} {whose}": value
         for name, value in sources.items()
+    }
+
+
+def of_all_methods(identity: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of a run's identity in which all runs of a folder must be equal: not what
+    belongs to its method, and not the teacher, which some methods do without."""
+    own = (" of the method", " of the teacher")
+    return {
+        name: one for name, one in identity.items() if not name.endswith(own) and name != "teacher"
     }
 
 

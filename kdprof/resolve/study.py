@@ -45,6 +45,7 @@ from kdprof.resolve.data import StudyData
 from kdprof.resolve.factory import Factory
 from kdprof.resolve.follow import LeadingFactory
 from kdprof.study import Study, own_optimizer
+from kdprof.user_files import ask_again
 
 
 class ResolvedStudy:
@@ -83,6 +84,7 @@ class ResolvedStudy:
         ranks: Ranks | None = None,
         runs: bool = True,
     ):
+        ask_again()
         self.plain, self.ranks = study, ranks
         self.step, self.training, self.evaluation = study.step, study.training, study.evaluation
         self.measure, self.data_settings = study.measure, study.data_settings

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, Problems, UserError, refuse_uncounted
 from kdprof.measure import TRAINING_SHARE, TrainingPlan, measure
 from kdprof.optimizer import group_lines
 from kdprof.progress import Progress
-from kdprof.records import REFERENCE, Cost, Run
+from kdprof.records import REFERENCE, Cost, Run, RunKind
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.identity import cost_key, differences
-from kdprof.store import Store
+from kdprof.resolve.identity import cost_key, differences, of_all_methods
+from kdprof.store import RunFolder, Store
 from kdprof.train.cells import check_warmup, identity_of
 from kdprof.train.loggers import check_loggers
 from kdprof.train.teacher import needs_teacher
@@ -53,7 +53,7 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     named = study.budget_methods()
     wanted = list(dict.fromkeys([REFERENCE, *names, *named]))
     costs, missing = _read_costs(study, store, wanted)
-    _say_earlier(study, store, names, progress)
+    _say_earlier(study, store, progress)
     plan = training_plan(study, names)
     missing += _rough(study, costs, plan)
     if not missing:
@@ -73,18 +73,25 @@ def prepare(study: ResolvedStudy, store: Store, names: list[str], progress: Prog
     return Prepared(costs, measured.summary().splitlines())
 
 
-def _say_earlier(
-    study: ResolvedStudy, store: Store, names: Sequence[str], progress: Progress
-) -> None:
-    """Say which runs were planned with other Costs: those of other workers or another cache."""
-    keys = {name: cost_key(study, name) for name in names}
-    runs = [run for run in store.runs() if run.identity is not None and run.method in keys]
-    earlier = sorted({run.method for run in runs if run.cost_key != keys[run.method]})
+def _say_earlier(study: ResolvedStudy, store: Store, progress: Progress) -> None:
+    """Say which runs were planned with Costs of other workers or of another cache than now."""
+    costs = {(cost.method, cost.key): cost for cost in store.costs()}
+    now = _loading(study.data_settings.model_dump(mode="json"))
+    planned = {run.method: costs.get((run.method, run.cost_key or "")) for run in store.runs()}
+    earlier = [
+        name
+        for name, cost in sorted(planned.items())
+        if cost and _loading(cost.settings.get("data_settings", {})) not in ((None, None), now)
+    ]
     if earlier:
         progress.say(
-            f"earlier runs of {', '.join(earlier)} were planned with the Costs of other loading "
-            "(data_settings.workers or cache), and keep them"
+            f"earlier runs of {', '.join(earlier)} were planned with other data_settings.workers "
+            "or cache: equal wall-clock is that of the loading each was measured with"
         )
+
+
+def _loading(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    return settings.get("workers"), settings.get("cache")
 
 
 def _check_flop(study: ResolvedStudy, costs: Mapping[str, Cost]) -> None:
@@ -212,20 +219,20 @@ def check_runs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None
 
     Raises:
         UserError: something that a run of the named methods or the teacher depends on has changed
-            since. It names every such run with what differs.
+            since, or that all runs of a folder have in common. It names every such run with what
+            differs.
     """
-    folders = [*store.run_folders(), *store.trunk_folders()]
-    if needs_teacher(study, names):
-        folders.append(store.teacher_folder())
-    here: dict[tuple[str, str], dict[str, str]] = {}
     problems = []
-    for folder in folders:
+    here: dict[tuple[RunKind, str], dict[str, str]] = {}
+    for folder in _begun(study, store, names):
         run = folder.read_run()
-        if run is None or (run.kind != "teacher" and run.method not in names):
+        if run is None:
             continue
-        if (kind := (run.kind, run.method)) not in here:
+        named = run.kind == "teacher" or run.method in names
+        kind = (run.kind, run.method if named else names[0])
+        if kind not in here:
             here[kind] = identity_of(study, *kind)
-        if changed := _changed(study, run, here[kind]):
+        if changed := _changed(study, run, here[kind], named=named):
             problems.append(
                 f"{folder.path}: {changed}; use another --out, or delete it to train it again"
             )
@@ -233,10 +240,23 @@ def check_runs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None
         raise UserError(*problems)
 
 
-def _changed(study: ResolvedStudy, run: Run, here: Mapping[str, str]) -> str:
-    """Return in words what has changed since a run was begun; empty if nothing has."""
+def _begun(study: ResolvedStudy, store: Store, names: Sequence[str]) -> list[RunFolder]:
+    """Return the folders of all runs and trunks, and of the teacher if it is needed."""
+    teacher = [store.teacher_folder()] if needs_teacher(study, names) else []
+    return [*store.run_folders(), *store.trunk_folders(), *teacher]
+
+
+def _changed(study: ResolvedStudy, run: Run, here: Mapping[str, str], *, named: bool) -> str:
+    """Return in words what has changed since a run was begun; empty if nothing has.
+
+    Args:
+        here: what the run would depend on now; what another method's would, if it is not named.
+    """
     if run.identity is not None:
-        return "; ".join(differences(run.identity, here))
-    if run.cost_key is None or run.cost_key == cost_key(study, run.method):
+        there: Mapping[str, str] = run.identity
+        if not named:
+            there, here = of_all_methods(there), of_all_methods(here)
+        return "; ".join(differences(there, here))
+    if not named or run.cost_key is None or run.cost_key == cost_key(study, run.method):
         return ""
     return "it was trained with other settings, code, data, versions or on another device"

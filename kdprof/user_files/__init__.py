@@ -4,6 +4,14 @@ Here a path becomes a module and its sources. Nothing here knows what the module
 """
 
 from kdprof.user_files.loading import import_file, import_function
-from kdprof.user_files.sources import content_hash, following, sources_of
+from kdprof.user_files.sources import ask_again, content_hash, following, sources_of, version_of
 
-__all__ = ["content_hash", "following", "import_file", "import_function", "sources_of"]
+__all__ = [
+    "ask_again",
+    "content_hash",
+    "following",
+    "import_file",
+    "import_function",
+    "sources_of",
+    "version_of",
+]

@@ -13,11 +13,13 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import stat
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
 from types import ModuleType
@@ -28,22 +30,29 @@ from kdprof.store import short_hash
 
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 """Files below a folder of one of these names belong to installed packages."""
+COMPILED = "torchinductor_"
+"""How the names of torch.compile's folders for temporary files begin."""
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev", "/etc", "/usr/share", "/run")
 """Files below these folders describe the machine, not the user's code."""
-LIBRARIES_OWN = ("~/.config", "~/.cache/matplotlib")
-"""What libraries write for themselves and read when they are imported."""
-ABSENT = "absent"
+LIBRARIES_OWN = (
+    "~/.config", "~/.netrc", "~/.triton", "~/.cache/matplotlib", "~/.cache/torch/kernels",
+    "~/.cache/torch_extensions", "~/.cache/huggingface/token", "~/.cache/huggingface/stored_tokens",
+)  # fmt: skip
+"""What libraries keep for themselves: compiled code, caches, access tokens."""
+LIBRARIES_VARIABLES = (
+    "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_TOKEN_PATH",
+)  # fmt: skip
+"""Variables of the environment that say where they keep it instead."""
+ABSENT, UNREADABLE = "absent", "unreadable"
 _KNOWN = frozenset({"kdprof", "torch", "timm", "triton"})
 """Packages whose versions are part of every identity."""
 
 
 def content_hash(path: Path) -> str:
-    """Return the hash of a file's content, ``sha256:`` and 16 digits; ``absent`` if there is none.
+    """Return the hash of a file's content, ``sha256:`` and 16 digits; ``absent`` if there is none,
+    ``unreadable`` if it may not be read or is no regular file.
 
     The hash of a folder is that of the names and contents of all files below it.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     try:
         if path.is_dir():
@@ -51,11 +60,13 @@ def content_hash(path: Path) -> str:
             listed = [f"{one.relative_to(path).as_posix()} {content_hash(one)}" for one in below]
             return short_hash("\n".join(listed))
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return UNREADABLE
         return _hash_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ABSENT
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except OSError:
+        return UNREADABLE
 
 
 @functools.cache
@@ -82,12 +93,21 @@ def sources_of(module: ModuleType) -> dict[str, str]:
     assert module.__file__ is not None
     path, package = Path(module.__file__).resolve(), module.__package__ or ""
     code = _code_files(path, package)
-    found = {name: _hash_of_code(file) for name, file in code.items()}
-    opened = _opened.setdefault(path, _Opened())
-    opened.asked = True
-    files = [*opened.files, *_declared(module, path)]
-    others = [file for file in dict.fromkeys(files) if file not in code.values()]
-    return {**found, **_versions_of(path, package), **_hashes_of(others, path.parent)}
+    found = {name: _hash_of_code(file) for name, (file, _) in code.items()}
+    _asked.add(path)
+    own = {file for file, _ in code.values()}
+    opened = [read for file in (path, *sorted(own - {path})) for read in _opened.get(file, ())]
+    others = [
+        file for file in dict.fromkeys([*opened, *_declared(module, path)]) if file not in own
+    ]
+    imported = {name for file, inside in code.values() for name in _imports_of(file, inside)}
+    return {**found, **_versions_of(frozenset(imported)), **_hashes_of(others, path.parent)}
+
+
+def ask_again() -> None:
+    """Let users' files read new files again: another study begins, and its results are not looked
+    for yet."""
+    _asked.clear()
 
 
 def _hashes_of(files: Iterable[Path], folder: Path) -> dict[str, str]:
@@ -113,43 +133,55 @@ def _hash_of_code(file: Path) -> str:
 
 
 @functools.cache
-def _versions_of(path: Path, package: str) -> dict[str, str]:
-    """Return the versions of the installed packages that a file itself imports."""
-    names = {_top(name) for name in _imports_of(path, package)} - _KNOWN - sys.stdlib_module_names
-    versions = {f"version of {name}": _version_of(name) for name in sorted(names)}
-    return {name: version for name, version in versions.items() if version is not None}
+def _versions_of(imported: frozenset[str]) -> dict[str, str]:
+    """Return the versions of the installed packages among the modules that files import, and the
+    hash of kdprof's own methods if they build on these."""
+    names = {_top(name) for name in imported} - _KNOWN - sys.stdlib_module_names
+    versions = {f"version of {name}": version_of(name) for name in sorted(names)}
+    found = {name: version for name, version in versions.items() if version is not None}
+    if any(name.startswith("kdprof.methods") for name in imported):
+        spec = importlib.util.find_spec("kdprof.methods")
+        folders = spec.submodule_search_locations if spec else ()
+        files = [file for one in folders or () for file in sorted(Path(one).glob("*.py"))]
+        found["kdprof's methods"] = short_hash("".join(map(_hash_of_code, files)))
+    return found
 
 
 @functools.cache
-def _code_files(path: Path, package: str) -> dict[str, Path]:
-    """Return the user's own modules that a file imports, itself first, by names such as
-    ``package/module.py``.
+def _code_files(path: Path, package: str) -> dict[str, tuple[Path, str]]:
+    """Return the user's own modules that a file imports, itself first, each with the package that
+    it is in, by names such as ``package/module.py``.
 
     Import statements are read, not run: one inside a function counts, too.
     """
-    found, seen, root = {path.name: path}, {"kdprof"}, _package_root(path)
-    waiting = sorted(_imports_of(path, package))
+    found, files, seen = {path.name: (path, package)}, {path}, {"kdprof"}
+    root, waiting = _package_root(path), sorted(_imports_of(path, package))
     while waiting:
         name = waiting.pop()
         if name in seen or _top(name) == "kdprof":
             continue
         seen.add(name)
         file = _file_of(name)
-        if file is None or not _is_own(file, root) or file in found.values():
+        if file is None or not _is_own(file, root) or file in files:
             continue
+        files.add(file)
         is_package = file.name.startswith("__init__.")
         inside = name if is_package else name.rpartition(".")[0]
-        found["/".join([*filter(None, inside.split(".")), file.name])] = file
+        found["/".join([*filter(None, inside.split(".")), file.name])] = (file, inside)
         waiting += sorted(_imports_of(file, inside))
     return found
 
 
-def _imports_of(file: Path, package: str) -> set[str]:
-    """Return the names of the modules that a file may import, with all packages above them."""
-    if file.suffix != ".py":
-        return set()  # an extension module
+@functools.cache
+def _imports_of(file: Path, package: str) -> frozenset[str]:
+    """Return the names of the modules that a file may import, with all packages above them; none of
+    an extension module, or of a file that Python could not import itself."""
+    try:
+        tree = ast.parse(file.read_bytes()) if file.suffix == ".py" else ast.Module([], [])
+    except (SyntaxError, ValueError, OSError):
+        return frozenset()
     names = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -157,7 +189,7 @@ def _imports_of(file: Path, package: str) -> set[str]:
             base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     parents = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
-    return {name for name in names | parents if name.strip(".")}
+    return frozenset(name for name in names | parents if name.strip("."))
 
 
 def _top(name: str) -> str:
@@ -197,7 +229,10 @@ def _is_own(file: Path, package: Path | None = None) -> bool:
     if package is not None and file.is_relative_to(package):
         return True
     installed = any(part in PACKAGE_FOLDERS for part in file.parts)
-    return not installed and not any(file.is_relative_to(one) for one in _not_own())
+    compiled = any(part.startswith("torchinductor_") for part in file.parts)
+    return (
+        not installed and not compiled and not any(file.is_relative_to(one) for one in _not_own())
+    )
 
 
 @functools.cache
@@ -206,11 +241,12 @@ def _not_own() -> tuple[Path, ...]:
     python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     specs = map(importlib.util.find_spec, ("kdprof", "kdprof.methods", "kdprof.reports"))
     ours = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
-    caches = map(os.path.expanduser, LIBRARIES_OWN)  # unlike Path's, it needs no account
+    caches = [os.path.expanduser(one) for one in LIBRARIES_OWN]  # noqa: PTH111 - no account needed
+    caches += [os.environ[name] for name in LIBRARIES_VARIABLES if os.environ.get(name)]
     return tuple(Path(one).resolve() for one in (*python, *ours, *SYSTEM_FOLDERS, *caches))
 
 
-def _version_of(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     """Return the version of an installed package by the name it is imported as; None if a module of
     this name is not installed."""
     try:
@@ -227,27 +263,35 @@ def _version_of(name: str) -> str | None:
 
 
 @dataclass
-class _Opened:
-    """The files that were opened for reading while a user's code ran.
+class _Seen:
+    """A file that was opened, and for which of the user's files.
 
     Attributes:
-        asked: they were asked for already, and are part of an identity.
+        reader: the module whose code was being imported; None if a function of the user's ran.
+        read: it was opened for reading at least once.
+        written: it was opened for writing at least once.
     """
 
-    files: dict[Path, None] = field(default_factory=dict)
-    asked: bool = False
+    reader: Path | None
+    read: bool = False
+    written: bool = False
 
 
-_opened: dict[Path, _Opened] = {}
-"""By the user's file whose code ran."""
-_following: list[dict[Path, bool]] = []
-"""For each context of :func:`following`: the files opened so far, True if one was written first."""
+_opened: dict[Path, dict[Path, None]] = {}
+"""The files that were read, by the user's file that needed them."""
+_asked: set[Path] = set()
+"""The users' files whose sources are part of an identity already."""
+_following: list[dict[Path, _Seen]] = []
+"""The files opened so far, for each context of :func:`following`."""
 _hooked: list[bool] = []
 
 
 @contextmanager
 def following(module_file: Path) -> Iterator[None]:
     """Note the files that are opened for reading in this context: a user's file depends on them.
+
+    What a module reads while it is imported belongs to that module, and so to every file that
+    imports it.
 
     Raises:
         UserError: one of them is new, and what the file depends on was asked for before.
@@ -261,14 +305,14 @@ def following(module_file: Path) -> Iterator[None]:
         yield
     finally:
         seen = _following.pop()
-    opened = _opened.setdefault(path, _Opened())
-    new = [file for file in map(_source, _own_reads(seen)) if file not in opened.files]
-    if opened.asked and (late := [file for file in new if file.suffix != ".py"]):
-        raise UserError(
-            f"{path} reads {late[0]} after its results were looked for; declare it in the file: "
-            f"reads = ({os.path.relpath(late[0], path.parent)!r},)"
-        )
-    opened.files |= dict.fromkeys(new)
+    for file, one in _needed(seen, path.parent).items():
+        known = _opened.setdefault(one.reader or path, {})
+        if file not in known and path in _asked and file.suffix != ".py":
+            raise UserError(
+                f"{path} reads {file} after its results were looked for; declare it in the file: "
+                f"reads = ({os.path.relpath(file, path.parent)!r},)"
+            )
+        known[file] = None
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
@@ -278,17 +322,45 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
     written = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)) if arguments[2] else False
     file = Path(os.fsdecode(arguments[0])).absolute()
     for seen in _following:
-        seen.setdefault(file, written)
+        one = seen.setdefault(file, _Seen(_importing()))
+        one.read, one.written = one.read or not written, one.written or written
 
 
-def _own_reads(seen: dict[Path, bool]) -> list[Path]:
-    """Return the user's own files among those that were opened, without those that were made.
+def _importing() -> Path | None:
+    """Return the user's own module whose code is being imported; None if there is none."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "<module>" and _is_own(file := Path(code.co_filename).resolve()):
+            return file if file.suffix == ".py" and _is_imported(frame.f_globals) else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
-    Python itself opens the folders of the import path, and the program to show a line of it.
+
+def _is_imported(module: dict[str, Any]) -> bool:
+    return module.get("__name__") != "__main__"
+
+
+def _needed(seen: dict[Path, _Seen], folder: Path) -> dict[Path, _Seen]:
+    """Return the user's own files among those that were opened.
+
+    A file that was made is one if it is still there, because the next process finds it. What is
+    made in a folder for temporary files is none.
     """
     pythons = {*sys.path, getattr(sys.modules["__main__"], "__file__", None)}
-    read = [f.resolve() for f, written in seen.items() if not written and str(f) not in pythons]
-    return [file for file in read if _is_own(file) and not file.is_dir()]
+    temporary, found = Path(tempfile.gettempdir()).resolve(), {}
+    for name, one in seen.items():
+        if not one.read or str(name) in pythons:
+            continue
+        file = _source(name.resolve())
+        passing = file.is_relative_to(temporary) and not file.is_relative_to(folder)
+        made = one.written or (passing and not file.exists())
+        compiled = name.suffix == ".pyc" and not file.exists()
+        if compiled or (made and (passing or not file.exists())):
+            continue
+        if _is_own(file) and not file.is_dir():
+            found[file] = one
+    return found
 
 
 def _source(file: Path) -> Path:
