@@ -54,10 +54,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def some(names: Iterable[str], shown: int = 3) -> str:
-    """Return the first few names, shortened, and how many more there are."""
+    """Return the first few names, each as :func:`shortened`, and how many more there are."""
     found = sorted(names)
     more = f" and {len(found) - shown} more" if len(found) > shown else ""
-    return ", ".join(n if len(n) <= LONGEST else f"{n[:LONGEST]}..." for n in found[:shown]) + more
+    return ", ".join(map(shortened, found[:shown])) + more
+
+
+def shortened(name: str) -> str:
+    """Return a name as a part of one line: cut, and without line ends."""
+    line = name if name.isprintable() else repr(name)[1:-1]
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 LONGEST = 120

@@ -65,7 +65,7 @@ class Workflow:
         if not store.has_locks():
             progress.say(
                 f"{out}: this file system has no locks; a run is known to be in training by its "
-                "lease alone: begin no two trainings of this folder within a second"
+                "lease alone"
             )
         source = source or (str(store.study) if store.study.is_file() else None)
         study = load_study(source, overrides)

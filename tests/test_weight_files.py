@@ -294,6 +294,30 @@ def test_every_problem_is_named_at_once(tmp_path):
     assert "; of another shape: classifier.weight (19, 4, 1, 1) for (3, 4, 1, 1)" in line
 
 
+ODD = "\x1b[31m\n\u2028" + "x" * 500
+"""A name with a control sequence and ends of lines."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {ODD: 1},
+        {ODD: torch.ones(3)},
+        {ODD: {7: torch.ones(3)}},
+        {**own_state(), ODD: torch.ones(3)},
+        {ODD: own_state(), ODD + "a": own_state(1.0)},
+        {f"a.{ODD}": torch.ones(1), f"a._orig_mod.{ODD}": torch.ones(1)},
+        {**own_state(), f"classifier.{ODD}": meta()},
+        {"state_dict": own_state(), "meta": {"CLASSES": ODD}},
+        {"state_dict": {**own_state(), "classifier.bias": torch.ones(7)}, "meta": ODD},
+    ],
+)
+def test_names_in_a_file_neither_end_a_line_nor_fill_it(content, tmp_path):
+    line = refusal(saved(tmp_path / "t.pth", content))
+    assert line.isprintable()
+    assert len(line) < 900
+
+
 def test_a_variance_below_0(tmp_path):
     state = {**own_state(), "body.1.running_var": torch.tensor([1.0, 1.0, -1.0, 1.0])}
     assert "are variances below 0 (body.1.running_var)" in refusal(saved(tmp_path / "t.pth", state))

@@ -173,6 +173,14 @@ def test_names_of_classes_may_be_written_otherwise(published):
     loaded(published, classes=("Road", "sky", "c-a-r"))
 
 
+def test_names_of_classes_in_any_script_are_compared(tmp_path):
+    content = {"state_dict": mmseg_state(), "meta": {"CLASSES": ("道路", "天空", "+")}}
+    path = saved(tmp_path / "t.pth", content)
+    loaded(path, classes=("道路", "天空", "+"))
+    assert "class 0 is '道路' there, '天空' in" in refusal(path, classes=("天空", "道路", "+"))
+    assert "class 2 is '+' there, '-' in" in refusal(path, classes=("道路", "天空", "-"))
+
+
 def test_a_short_name_leaves_the_layout_to_the_file(tmp_path):
 
     path = next((f for f in FILES if f.stem == "cirkd2022_deeplabv3_resnet18"), None)

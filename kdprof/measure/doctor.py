@@ -173,7 +173,7 @@ def _locks(out: Path) -> Finding:
         return Finding("locks", f"unknown: {out}: {error.strerror}", "choose another --out")
     if found:
         return Finding("locks", "work in this folder")
-    cost = "leases are used: begin no two trainings of a folder within a second"
+    cost = "leases are used, which take half a second more per run"
     return Finding("locks", "none on this file system", cost)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdprof.errors import Problems, UserError, nearest, some
+from kdprof.errors import Problems, UserError, nearest, shortened, some
 from kdprof.models.weight_files import STATE_DICT, WeightFile
 
 DEPTH = 3
@@ -81,12 +81,17 @@ class StateDict:
     def told(self) -> str:
         """Return in words what was taken and what was not; empty if that is the whole file."""
         wrappers = {found for key in self.entries for found in _WRAPPER.findall(str(key))}
-        off = [f"`{name}`" for name in (self.prefix, *sorted(f"{w}." for w in wrappers)) if name]
+        off = [
+            f"`{shortened(name)}`"
+            for name in (self.prefix, *sorted(f"{w}." for w in wrappers))
+            if name
+        ]
         kind = "averaged weights" if self.averaged else "weights"
-        parts = [f"{kind} under `{'.'.join(self.path)}`"] if self.path else []
+        parts = [f"{kind} under `{shortened('.'.join(self.path))}`"] if self.path else []
         parts += [f"prefix {' and '.join(off)} taken off"] if off else []
         parts += [f"parameters from mmcv's `{COPIES}` entries"] if self.copies else []
-        parts += [f"others under `{place}` (FILE#{place} takes them)" for place in self.instead]
+        places = map(shortened, self.instead)
+        parts += [f"others under `{place}` (FILE#{place} takes them)" for place in places]
         if left := self.left:
             parts.append(f"left out: {some(left)}")
         if self.state and not any(tensor.any() for tensor in self.state.values()):
@@ -111,7 +116,7 @@ def unwrapped(file: WeightFile, fits: Fits, infinite: Collection[str] = ()) -> S
         raise UserError(f"{file.path} holds no tensors; its keys are {held}; {STATE_DICT}")
     there = [one for one in every if _is_at(one, file.place)]
     if not there:
-        known = [one.place for one in every if one.place and fits(one.state)]
+        known = [shortened(one.place) for one in every if one.place and fits(one.state)]
         fix = nearest(str(file.place), known)
         raise UserError(f"{file.path} has no weights at '{file.place}'; {fix}")
     chosen = _preferred(file, _best(there, fits))
@@ -159,7 +164,8 @@ def _read(file: WeightFile, path: tuple[str, ...], held: Mapping[Any, Any]) -> I
         clean = _cleaned(key)
         if clean in groups[""]:
             raise UserError(
-                f"{file.path} has '{clean}' twice, in a wrapper of torch and without; remove one"
+                f"{file.path} has '{shortened(clean)}' twice, in a wrapper of torch and without; "
+                "remove one"
             )
         for depth in range(min(clean.count("."), DEPTH) + 1):
             names = clean.split(".", depth)
@@ -224,7 +230,7 @@ def _preferred(file: WeightFile, found: Sequence[StateDict]) -> StateDict:
     places = [one.place for one in found]
     raise UserError(
         f"{file.path} holds weights under {some(places)}, which fit equally; say which, as in "
-        f"{file.path}#{places[0] or places[-1]}"
+        f"{file.path}#{shortened(places[0] or places[-1])}"
     )
 
 
@@ -244,7 +250,7 @@ def _is_averaged(one: StateDict, content: Mapping[Any, Any]) -> bool:
 def _check_keys(file: WeightFile, one: StateDict) -> None:
     odd = [repr(key) for key in one.entries if not isinstance(key, str)]
     if odd:
-        where = f" under `{one.place}`" if one.place else ""
+        where = f" under `{shortened(one.place)}`" if one.place else ""
         raise UserError(
             f"{file.path}: {len(odd)} keys{where} are no text ({some(odd)}); {STATE_DICT}"
         )

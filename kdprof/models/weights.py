@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdprof.errors import Problems, UserError, some
+from kdprof.errors import Problems, UserError, shortened, some
 from kdprof.models.adapted import AdaptedNetwork, is_adapted
 from kdprof.models.names import LAYOUTS, NetworkName, parse_name
 from kdprof.models.network import SegmentationNetwork, width_of
@@ -213,7 +213,7 @@ def _check_classifier(path: Path, source: str, state: Mapping[str, Tensor]) -> N
 def _named(path: Path, name: str) -> NetworkName:
     """Return the network that a file's header names."""
     try:
-        return parse_name(name)
+        return parse_name(shortened(name))
     except UserError as error:
         raise UserError(f"{path}: its header: {error}") from None
 
@@ -260,8 +260,8 @@ def _class_problems(weights: Weights, classes: tuple[str, ...]) -> list[str]:
     pairs = enumerate(zip(weights.classes, classes, strict=True))
     index, (theirs, ours) = next(p for p in pairs if _plain(p[1][:1]) != _plain(p[1][1:]))
     return [
-        f"{weights.path} has its classes in another order: class {index} is '{theirs}' there, "
-        f"'{ours}' in the data; {fix}"
+        f"{weights.path} has its classes in another order: class {index} is "
+        f"'{shortened(theirs)}' there, '{ours}' in the data; {fix}"
     ]
 
 
@@ -385,7 +385,8 @@ def _renamed(state: Mapping[str, Tensor], source: str, path: Path) -> dict[str, 
         for pattern, replacement in _RULES[source]:
             key = re.sub(pattern, replacement, key)
         if key in found:
-            raise UserError(f"{path}: '{found[key]}' and '{theirs}' are one entry; remove one")
+            both = f"'{shortened(found[key])}' and '{shortened(theirs)}'"
+            raise UserError(f"{path}: {both} are one entry; remove one")
         found[key] = theirs
     return found
 
@@ -462,4 +463,5 @@ def _short(name: NetworkName) -> str:
 
 
 def _plain(classes: Iterable[str]) -> list[str]:
-    return [re.sub(r"[^a-z0-9]", "", name.lower()) for name in classes]
+    """Return names without what is written in several ways: capitals, spaces, hyphens."""
+    return ["".join(filter(str.isalnum, name.casefold())) or name for name in classes]
