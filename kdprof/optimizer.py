@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from kdprof.errors import Problems, UserError, nearest
 from kdprof.method import Method, Network
 from kdprof.study import StepSettings, own_optimizer
-from kdprof.user_files import import_file, import_function, sources_of
+from kdprof.user_files import following, import_file, import_function, sources_of
 
 NORMS, BIASES, POSITIONS, HEAD = "norms", "biases", "position_embeddings", "head"
 SELECTIONS = (NORMS, BIASES, POSITIONS, HEAD)
@@ -226,7 +226,11 @@ def _with_state(optimizer: Optimizer) -> Optimizer:
 def _own(given: list[dict[str, Any]], settings: StepSettings) -> Optimizer:
     """Return the optimiser of a user's function."""
     wanted = {id(p) for group in given for p in group["params"]}
-    optimizer = find_function(settings.optimizer)(given, settings)
+    own = own_optimizer(settings.optimizer)
+    assert own is not None, "the caller asked"
+    build = find_function(settings.optimizer)
+    with following(own[0]):
+        optimizer = build(given, settings)
     if not isinstance(optimizer, Optimizer):
         raise UserError(
             f"{settings.optimizer} returned a {type(optimizer).__name__}; return a "

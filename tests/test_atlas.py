@@ -36,7 +36,8 @@ SETTINGS = {
 
 def cost(method: str, seconds: float, teacher="pspnet-large", **changes):
     settings = {**SETTINGS, "teacher": teacher}
-    flop = Flop(teacher=0, student=1e12, objective=0, backward=2e12, auxiliary=0, total=3e12)
+    parts = {"teacher": 0, "student": 1e12, "objective": 0, "backward": 2e12, "auxiliary": 0}
+    flop = Flop(**parts, total=3e12, counted=3e12)
     phases = {"student_forward": 0.1, "objective": seconds - 0.1, "auxiliary": 1e-7}
     given = {"phases_s": phases, "bytes_moved": 5e9, "settings": settings, "flop": flop, **changes}
     return make_cost(method, seconds, **given)

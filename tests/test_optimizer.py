@@ -376,12 +376,15 @@ def test_a_users_optimizer_must_have_all_parameters(tmp_path, function, message)
 
 
 def test_the_file_of_a_users_optimizer_is_part_of_the_identity(tmp_path):
-    file, keys = tmp_path / "own.py", []
-    for text in (OWN, OWN + "# changed\n"):
+    keys = []
+    for number, text in enumerate((OWN, OWN, OWN + "# changed\n")):
+        file = tmp_path / str(number) / "own.py"
+        file.parent.mkdir()
         file.write_text(text)
         study = ResolvedStudy(small_study(step__optimizer=f"{file}:build"))
         keys.append(cost_key(study, "none"))
     keys.append(cost_key(ResolvedStudy(small_study()), "none"))
+    assert keys[0] == keys[1]
     assert len({*keys}) == 3
 
 
