@@ -5,6 +5,7 @@ Every case begins with a copy of some real records, those of ``reports/reference
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import fuzz_texts as texts
+import torch
 from fuzz_case import (
     ACCEPTED,
     LOST,
@@ -33,11 +35,13 @@ from pydantic import ValidationError
 
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError
+from kdprof.models import build
 from kdprof.records import ClaimRecord, Cost, CurvePoint, Decision, LedgerEntry, Record, Run
 from kdprof.reports import costs, page, table, verdict_text
 from kdprof.reports.judge import judge
 from kdprof.reports.results import collect
 from kdprof.store import RunFolder, Store, read_lines, read_record, run_place, write_record
+from kdprof.study import load_study
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reports" / "reference" / "camvid-cpu"
 METHODS = ("none", "kd", "cwd")
@@ -78,7 +82,7 @@ def good_folder(case: Case) -> Store:
         )
     )  # fmt: skip
     store.claims.mkdir()
-    (store.claims / texts.GIVEN).write_text(_claim())
+    (store.claims / "a.json").write_text(_claim())
     return store
 
 
@@ -101,6 +105,18 @@ def statement(random: Random | None = None) -> str:
 def student_of(store: Store) -> RunFolder:
     """Return the folder of a finished run of a good folder; it has no checkpoint."""
     return store.run_folder("kd", _budgets()[0], SEEDS[0])
+
+
+@cache
+def _checkpoint() -> bytes:
+    """Return the checkpoint of a run of the reference, with random weights."""
+    study = load_study(str(REFERENCE / "study.toml"), {})
+    record = REFERENCE / run_place("run", "kd", _budgets()[0], SEEDS[0]) / "run.json"
+    classes = read_record(record, Run).miou_per_class or {}
+    file = io.BytesIO()
+    student = build(study.student, len(classes)).state_dict()
+    torch.save({"iteration": 1, "step": {"student": student}}, file)
+    return file.getvalue()
 
 
 KINDS: dict[str, type[Record]] = {
@@ -147,8 +163,7 @@ def use(case: Case, store: Store) -> Printed:
     ]  # fmt: skip
     done = case.random.choice(ways)()
     check_kept(before, store.root, ("reports/", "claims/"))
-    texts.check_reports(store.reports)
-    texts.check_reports(store.claims)
+    texts.check_reports(store.root, before)
     return done
 
 
@@ -274,7 +289,7 @@ def figures(case: Case) -> str:
         arguments += ["--method", case.random.choice((method, "kd", texts.argument(case.random)))]
     done = run(case, "plot", "--out", store.root, *arguments)
     check_kept(before, store.root, ("reports/",))
-    texts.check_reports(store.reports)
+    texts.check_reports(store.root, before)
     return done.outcome
 
 
@@ -398,13 +413,15 @@ def writing(case: Case) -> str:
     elif way == 2:
         target = case.folder / f"made{case.random.choice(('.pth', '.safetensors', '.x', ''))}"
         case.tell(f"{target.name} is {_special(case, target)}")
+        student_of(store).checkpoint.write_bytes(_checkpoint())
+        before = contents(store.root)
         done = run(case, "export", target, "--method", "kd", "--budget", _budgets()[0],
                    "--out", store.root)  # fmt: skip
     else:
         name = texts.argument(case.random)
         done = run(case, "claim", statement(case.random), "--name", name, "--out", store.root)
     check_kept(before, store.root, ("reports/", "claims/"))
-    texts.check_reports(store.reports)
+    texts.check_reports(store.root, before)
     _check_inside(case)
     return REFUSED if done.code else ACCEPTED
 

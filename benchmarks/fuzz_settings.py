@@ -235,7 +235,7 @@ def _option(case: Case) -> str:
     check_kept(before, case.folder, ("out/reports/", "out/claims/"))
     if done.code == 2 and (made := contents(case.folder).keys() - before.keys()):
         raise Wrong(WRONG, f"refused, but wrote {sorted(made)}")
-    texts.check_reports(case.folder)
+    texts.check_reports(case.folder, before)
     return done.outcome
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -33,8 +33,6 @@ NUMBERS: tuple[Any, ...] = (
     {}, {"a": 1},
 )  # fmt: skip
 NOT_NUMBERS = {f"{sign}{word}" for sign in ("", "+", "-") for word in ("nan", "inf")}
-GIVEN = "a.json"
-"""The claim that a fuzzed folder holds beforehand, which may be damaged on purpose."""
 OWN_TAGS = {"details", "summary", "br"}
 """HTML that kdprof itself writes into Markdown."""
 
@@ -134,8 +132,11 @@ def damaged(random: Random, data: bytes) -> tuple[bytes, str]:
 # What reports are
 
 
-def check_reports(folder: Path) -> None:
-    """Check that all files in a folder of reports can be read as what they are, and run nothing.
+def check_reports(folder: Path, before: Mapping[str, object] = {}) -> None:
+    """Check that reports below a folder can be read as what they are, and run nothing.
+
+    Args:
+        before: what lay in the folder; what is still the same is not looked at.
 
     Raises:
         Wrong: one cannot.
@@ -143,9 +144,11 @@ def check_reports(folder: Path) -> None:
     checks = {".md": _markdown, ".csv": _csv, ".html": _html, ".svg": _svg, ".tex": _tex,
               ".json": _json}  # fmt: skip
     for path in sorted(folder.rglob("*")):
-        if path.suffix not in checks or path.name == GIVEN or not path.is_file():
+        if path.suffix not in checks or not path.is_file():
             continue
-        text = path.read_text("utf-8")
+        if before.get(path.relative_to(folder).as_posix()) == (data := path.read_bytes()):
+            continue
+        text = data.decode()
         if path.suffix != ".json" and any(printable(line) != line for line in text.split("\n")):
             # A page holds a script and styles, whose own lines are printable as well.
             raise Wrong(WRONG, f"{path.name} holds control characters")
