@@ -39,6 +39,8 @@ MOST_BYTES = 2 * 2**30
 STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen"}
 """Audited events of a process that is started: no fuzzed command has a reason to."""
 LONGEST_STORY = 2000
+LARGEST = 2**26
+"""Bytes of a file whose content is compared; larger ones are huge on purpose."""
 
 
 class Wrong(Exception):
@@ -239,7 +241,7 @@ def contents(folder: Path) -> dict[str, object]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             found[name] = path.readlink()
-        elif path.is_file() and path.stat().st_size < 2**26:
+        elif path.is_file() and path.stat().st_size < LARGEST:
             found[name] = path.read_bytes()
         elif not path.is_dir():
             found[name] = path.lstat().st_mode

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzz_case import WRONG, Wrong
+from fuzz_case import LARGEST, WRONG, Wrong
 
 from kdprof.visible import printable
 
@@ -144,7 +144,7 @@ def check_reports(folder: Path, before: Mapping[str, object] = {}) -> None:
     checks = {".md": _markdown, ".csv": _csv, ".html": _html, ".svg": _svg, ".tex": _tex,
               ".json": _json}  # fmt: skip
     for path in sorted(folder.rglob("*")):
-        if path.suffix not in checks or not path.is_file():
+        if path.suffix not in checks or not path.is_file() or path.stat().st_size >= LARGEST:
             continue
         if before.get(path.relative_to(folder).as_posix()) == (data := path.read_bytes()):
             continue

@@ -14,7 +14,7 @@ from fuzz_case import ACCEPTED, FINDINGS, REFUSED, Case, Wrong, check_kept, cont
 
 from kdprof.errors import UserError
 
-CASES = 300
+CASES = 200
 SEED = 0
 
 

@@ -155,9 +155,9 @@ def test_a_price_of_another_device_is_refused(tmp_path):
     run = store.run_folder("kd", "6", 0).read_run()
     write_record(
         store.run_folder("kd", "6", 0).record,
-        run.model_copy(update={"cost_key": "0", "finished": False}),
+        run.model_copy(update={"identity": {**run.identity, "device": "NVIDIA X"}}),
     )
-    with pytest.raises(UserError, match=r"runs/kd/6/0 was trained .* on another device"):
+    with pytest.raises(UserError, match=r"runs/kd/6/0: device was NVIDIA X, is .* here"):
         train_named(study, store, Progress(None), "kd", ["6"], 0)
 
 
