@@ -108,6 +108,7 @@ def test_what_needs_a_total_is_refused_before_anything_runs(study, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_measured_record_lacks_what_follows_from_the_total(measured):
     cost, plain = cost_of(measured, "spectral"), cost_of(measured, "none")
     assert (cost.flop.total, cost.hidden_cost, cost.mfu) == (None, None, None)
@@ -120,6 +121,7 @@ def test_a_measured_record_lacks_what_follows_from_the_total(measured):
     assert cost.flop_per_iteration() is None
 
 
+@pytest.mark.slow
 def test_measured_costs_are_not_converted_by_flop(measured, study, tmp_path, capsys):
     assert run_here("convert", "1e12flop", "--out", measured) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -501,6 +501,7 @@ def test_a_chrome_trace_is_written(capsys, monkeypatch, tmp_path):
     assert "a CPU does not have" in err
 
 
+@pytest.mark.slow
 def test_one_reference_cost_per_folder(capsys, monkeypatch, tmp_path):
     """Measuring one more method leaves the reference's Cost, and plans made with it, alone."""
     study, out = small_toml(tmp_path, budgets=[], methods=["kd"]), tmp_path / "out"

@@ -71,7 +71,12 @@ def resized(network: SegmentationNetwork, logits: Tensor, golden) -> Tensor:
     return F.interpolate(logits, size, mode="bilinear", align_corners=network.align_corners)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def sized(path: Path):
+    """The largest networks, those on a ResNet-101, take ten seconds each."""
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if "101" in path.stem else ())
+
+
+@pytest.mark.parametrize("path", [sized(path) for path in FILES])
 def test_an_imported_network_computes_what_the_original_computed(path, tmp_path):
     golden = np.load(path, allow_pickle=False)
     state = regenerated(golden)
