@@ -8,6 +8,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,13 @@ from weight_cases import mmseg_state, own_network, own_state, saved
 
 from kdprof.errors import UserError
 from kdprof.models.weight_files import open_weights
-from kdprof.models.weights import load_weights, misfits, read_weights
+from kdprof.models.weights import (
+    Weights,
+    _class_problems,
+    load_weights,
+    misfits,
+    read_weights,
+)
 
 
 def load(path):
@@ -389,3 +396,10 @@ def test_a_header_that_names_no_network(tmp_path):
         UserError, match=r"t\.safetensors: its header: .* did you mean 'pspnet-r18'"
     ):
         read_weights(open_weights(path))
+
+
+def test_names_of_fewer_classes_than_the_file_has_are_refused(monkeypatch):
+    monkeypatch.setattr(Weights, "num_classes", 3)
+    held = Weights(Path("a.pth"), "mmsegmentation", {}, {}, None, ("road",))
+    (problem,) = _class_problems(held, ("road", "sky", "car"))
+    assert problem == "a.pth names 1 classes and has 3; correct its CLASSES or leave them out"

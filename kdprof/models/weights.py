@@ -257,6 +257,11 @@ def _class_problems(weights: Weights, classes: tuple[str, ...]) -> list[str]:
         return [f"{weights.path} has {count} classes, the data has {len(classes)}; {fix}"]
     if weights.classes is None or _plain(weights.classes) == _plain(classes):
         return []
+    if (named := len(weights.classes)) != count:
+        return [
+            f"{weights.path} names {named} classes and has {count}; correct its CLASSES or leave "
+            "them out"
+        ]
     pairs = enumerate(zip(weights.classes, classes, strict=True))
     index, (theirs, ours) = next(p for p in pairs if _plain(p[1][:1]) != _plain(p[1][1:]))
     return [
