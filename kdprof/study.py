@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError, nearest, unknown
-from kdprof.store import read_toml, write_atomic
+from kdprof.store import expanded, read_toml, write_atomic
 
 LONGEST_TEXT = 4096
 """Characters of a text in a study: no path is longer."""
@@ -94,7 +94,7 @@ _EXPLAINED = "explained"
 def own_optimizer(optimizer: str) -> tuple[Path, str] | None:
     """Return file and function of ``FILE.py:FUNCTION``; None for kdprof's own optimisers."""
     path, _, function = optimizer.rpartition(":")
-    return (Path(path).expanduser(), function) if path.endswith(".py") and function else None
+    return (expanded(path), function) if path.endswith(".py") and function else None
 
 
 class StepSettings(Section):
@@ -468,6 +468,8 @@ def _unwritable(value: Any) -> str | None:
         return "must be a number of at most 64 bits"
     if isinstance(value, (datetime.date, datetime.time)):
         return f"must not be a date or time; put the text '{value}' in quotation marks"
+    if isinstance(value, (bytes, bytearray)):  # pydantic would make a text of them
+        return "must be a text, not bytes"
     if isinstance(value, str) and (len(value) > LONGEST_TEXT or _UNWRITTEN.search(value)):
         return f"must be at most {LONGEST_TEXT:,} characters of text without control characters"
     return None

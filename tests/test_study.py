@@ -2,7 +2,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kdprof.errors import UserError
@@ -118,6 +118,7 @@ KEYS = [
     st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
     st.dictionaries(TEXTS, st.dictionaries(TEXTS, VALUES, max_size=2), max_size=2),
 )
+@example({"student": b"\x00"}, {})
 def test_what_a_study_writes_it_reads_back_equal(changes, method_settings):
     """Any value is refused in a line that names it, or is in the study that is written."""
     try:
