@@ -24,9 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdprof.records import FirstReading
+from kdprof.store import read_record
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "reports" / "reference" / "first-reading-h200"
-TIMED, COUNTED = FOLDER / "phases.json", FOLDER / "counted-now.json"
+STEPS, TIMED, COUNTED = (
+    FOLDER / name for name in ("steps.json", "phases.json", "counted-now.json")
+)
 PAGE = ROOT / "docs" / "reproduce.md"
 
 NETWORKS = ("teacher_forward", "student_forward", "student_backward")
@@ -91,11 +96,11 @@ class Forecast(NamedTuple):
 def timed_steps() -> tuple[Device, dict[str, Timed]]:
     """Return the device and the steps that were timed on it, by method."""
     found = json.loads(TIMED.read_text())
-    steps = {}
-    for name, one in found["methods"].items():
-        work = {phase: Work(w["matrix_flop"], w["bytes"]) for phase, w in one["phases"].items()}
-        seconds = {phase: w["seconds"] for phase, w in one["phases"].items()}
-        steps[name] = Timed(one["step_s"], seconds, work)
+    step_s, steps = read_record(STEPS, FirstReading).step_s, {}
+    for name, phases in found["methods"].items():
+        work = {phase: Work(one["matrix_flop"], one["bytes"]) for phase, one in phases.items()}
+        seconds = {phase: one["seconds"] for phase, one in phases.items()}
+        steps[name] = Timed(step_s[name], seconds, work)
     return Device(found["matmul_flop_per_s"], found["copy_bytes_per_s"]), steps
 
 

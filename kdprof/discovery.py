@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +16,7 @@ from typing import Any
 
 from kdprof.errors import UserError, unknown
 from kdprof.method import Method
-from kdprof.user_files import following, import_file, sources_of
+from kdprof.user_files import following, import_file, source_hash, sources_of
 
 BUILT_IN = "built-in"
 
@@ -56,7 +55,7 @@ class MethodEntry:
         Built-in methods share modules, so all their files are one entry.
         """
         if self.is_builtin:
-            return {BUILT_IN: f"sha256:{source_hash(self._file.parent, ('*.py',))[:16]}"}
+            return {BUILT_IN: source_hash(self._file.parent, ("*.py",))}
         return sources_of(sys.modules[self.cls.__module__])
 
     @property
@@ -115,14 +114,6 @@ def _methods_in(module: Any, origin: str) -> list[MethodEntry]:
         and value.__module__ == module.__name__
     ]
     return [MethodEntry(cls, origin) for cls in classes]
-
-
-@functools.cache
-def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Return the hash of the files in ``folder`` that match any of the patterns, as they were when
-    this process first asked: it runs the code of that time."""
-    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _method_from_file(path: Path, cls_name: str) -> MethodEntry:

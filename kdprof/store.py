@@ -172,7 +172,22 @@ def naming(path: Path) -> Iterator[None]:
 def short_hash(content: bytes | str) -> str:
     """Return a hash as identities write it: ``sha256:`` and 16 digits."""
     content = content if isinstance(content, bytes) else content.encode()
-    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+    return shortened_hash(hashlib.sha256(content).hexdigest())
+
+
+def shortened_hash(digest: str) -> str:
+    """Return a SHA-256 as identities write it, see :func:`short_hash`."""
+    return f"sha256:{digest[:16]}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

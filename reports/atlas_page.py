@@ -25,7 +25,7 @@ from .text import MISSING, Grid, figures, markdown_text
 
 REGENERATE = "python benchmarks/atlas_pages.py"
 COUNT_AGAIN = f"{REGENERATE} --count"
-COUNTED, READING = "counted", "first-reading.json"
+COUNTED, READING = "counted", "first-reading-h200/steps.json"
 """Folder of the counted atlas, and file of the first reading, in the folder of references."""
 BEGIN, END = f"<!-- made by {REGENERATE} -->", "<!-- end of what is made -->"
 

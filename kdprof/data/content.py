@@ -10,14 +10,13 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
-from hashlib import file_digest
 from pathlib import Path
 
 from kdprof.data.files import PairedImages
 from kdprof.data.threads import in_threads
 from kdprof.errors import KdprofError, Problems, UserError
 from kdprof.progress import Progress
-from kdprof.store import read_file, short_hash, write_atomic
+from kdprof.store import file_sha256, read_file, short_hash, write_atomic
 
 CLOCK_NS = 2_000_000_000
 """The coarsest step in which a file system writes times."""
@@ -64,8 +63,7 @@ def digest(path: Path) -> str:
         UserError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise _unreadable(path, error) from None
 

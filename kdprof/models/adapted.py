@@ -150,7 +150,7 @@ def _quiet() -> Iterator[None]:
 
 def is_adapted(name: str) -> bool:
     """Return whether a name belongs to an adapted network."""
-    return ".py:" in name or name.startswith(("segformer-", "smp-"))
+    return is_from_file(name) or name.startswith(("segformer-", "smp-"))
 
 
 def is_from_file(name: object) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from kdprof.store import file_sha256
 
 MMSEG_SOURCE = "mmsegmentation, configs/{head}/metafile.yaml"
 
@@ -58,11 +59,7 @@ _CITYSCAPES = {
 
 def reported(path: Path) -> Reported | None:
     """Return the published mIoU of a file, by its content; None if it is unknown."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    found = _CITYSCAPES.get(digest.hexdigest()[:8])
+    found = _CITYSCAPES.get(file_sha256(path)[:8])
     if found is None:
         return None
     name, miou, flipped = found

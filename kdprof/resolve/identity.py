@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdprof.discovery import find_method, source_hash
+from kdprof.discovery import find_method
 from kdprof.hardware.device import versions
 from kdprof.models import is_adapted, parse_name, sources_of_network
 from kdprof.models.names import NetworkName
@@ -20,7 +20,7 @@ from kdprof.optimizer import sources_of_optimizer
 from kdprof.resolve.study import ResolvedStudy
 from kdprof.store import expanded
 from kdprof.study import without_folder
-from kdprof.user_files import content_hash
+from kdprof.user_files import content_hash, source_hash
 
 PACKAGE = Path(__file__).parent.parent
 STEP_CODE = (
@@ -141,7 +141,7 @@ def _of_all(study: ResolvedStudy) -> dict[str, str]:
         **study.data.content,
         "device": study.hardware.name,
         **{f"version of {name}": version for name, version in versions().items()},
-        "code of kdprof": f"sha256:{source_hash(PACKAGE, TRAINING_CODE)[:16]}",
+        "code of kdprof": source_hash(PACKAGE, TRAINING_CODE),
     }
 
 

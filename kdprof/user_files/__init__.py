@@ -4,7 +4,14 @@ Here a path becomes a module and its sources. Nothing here knows what the module
 """
 
 from kdprof.user_files.loading import import_file, import_function
-from kdprof.user_files.sources import ask_again, content_hash, following, sources_of, version_of
+from kdprof.user_files.sources import (
+    ask_again,
+    content_hash,
+    following,
+    source_hash,
+    sources_of,
+    version_of,
+)
 
 __all__ = [
     "ask_again",
@@ -12,6 +19,7 @@ __all__ = [
     "following",
     "import_file",
     "import_function",
+    "source_hash",
     "sources_of",
     "version_of",
 ]

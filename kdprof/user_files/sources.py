@@ -17,16 +17,15 @@ import stat
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from kdprof.errors import UserError
-from kdprof.store import short_hash
+from kdprof.store import expanded, file_sha256, short_hash, shortened_hash
 
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 """Files below a folder of one of these names belong to installed packages."""
@@ -72,8 +71,15 @@ def content_hash(path: Path) -> str:
 @functools.cache
 def _hash_of(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
     """Return a file's hash; a file of the same size and times is read once per process."""
-    with path.open("rb") as file:
-        return f"sha256:{file_digest(file, 'sha256').hexdigest()[:16]}"
+    return shortened_hash(file_sha256(path))
+
+
+@functools.cache
+def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Return the hash of the files in ``folder`` that match any of the patterns, as they were when
+    this process first asked: it runs the code of that time."""
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    return short_hash(b"".join(file.read_bytes() for file in files))
 
 
 def sources_of(module: ModuleType) -> dict[str, str]:
@@ -140,11 +146,15 @@ def _versions_of(imported: frozenset[str]) -> dict[str, str]:
     versions = {f"version of {name}": version_of(name) for name in sorted(names)}
     found = {name: version for name, version in versions.items() if version is not None}
     if any(name.startswith("kdprof.methods") for name in imported):
-        spec = importlib.util.find_spec("kdprof.methods")
-        folders = spec.submodule_search_locations if spec else ()
-        files = [file for one in folders or () for file in sorted(Path(one).glob("*.py"))]
-        found["kdprof's methods"] = short_hash("".join(map(_hash_of_code, files)))
+        (folder,) = _folders_of("kdprof.methods")
+        found["kdprof's methods"] = source_hash(Path(folder), ("*.py",))
     return found
+
+
+def _folders_of(package: str) -> Sequence[str]:
+    """Return where the modules of a package lie, without importing them."""
+    spec = importlib.util.find_spec(package)
+    return (spec and spec.submodule_search_locations) or ()
 
 
 @functools.cache
@@ -154,7 +164,8 @@ def _code_files(path: Path, package: str) -> dict[str, tuple[Path, str]]:
 
     Import statements are read, not run: one inside a function counts, too.
     """
-    found, files, seen = {path.name: (path, package)}, {path}, {"kdprof"}
+    found, files = {path.name: (path, package)}, {path}
+    seen: set[str] = set()
     root, waiting = _package_root(path), sorted(_imports_of(path, package))
     while waiting:
         name = waiting.pop()
@@ -228,19 +239,17 @@ def _is_own(file: Path, package: Path | None = None) -> bool:
     """Return whether a file is a user's own, or belongs to the named package."""
     if package is not None and file.is_relative_to(package):
         return True
-    installed = any(part in PACKAGE_FOLDERS for part in file.parts)
-    compiled = any(part.startswith("torchinductor_") for part in file.parts)
-    return (
-        not installed and not compiled and not any(file.is_relative_to(one) for one in _not_own())
-    )
+    if any(part in PACKAGE_FOLDERS or part.startswith(COMPILED) for part in file.parts):
+        return False
+    return not any(file.is_relative_to(one) for one in _not_own())
 
 
 @functools.cache
 def _not_own() -> tuple[Path, ...]:
     """Return the folders of Python itself, of kdprof and of the system."""
     python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    specs = map(importlib.util.find_spec, ("kdprof", "kdprof.methods", "kdprof.reports"))
-    ours = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    packages = ("kdprof", "kdprof.methods", "kdprof.reports")
+    ours = [place for package in packages for place in _folders_of(package)]
     caches = [os.path.expanduser(one) for one in LIBRARIES_OWN]  # noqa: PTH111 - no account needed
     caches += [os.environ[name] for name in LIBRARIES_VARIABLES if os.environ.get(name)]
     return tuple(Path(one).resolve() for one in (*python, *ours, *SYSTEM_FOLDERS, *caches))
@@ -331,21 +340,19 @@ def _importing() -> Path | None:
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "<module>" and _is_own(file := Path(code.co_filename).resolve()):
-            return file if file.suffix == ".py" and _is_imported(frame.f_globals) else None
+        is_module = code.co_name == "<module>" and code.co_filename.endswith(".py")
+        if is_module and _is_own(file := Path(code.co_filename).resolve()):
+            return None if frame.f_globals.get("__name__") == "__main__" else file
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def _is_imported(module: dict[str, Any]) -> bool:
-    return module.get("__name__") != "__main__"
 
 
 def _needed(seen: dict[Path, _Seen], folder: Path) -> dict[Path, _Seen]:
     """Return the user's own files among those that were opened.
 
     A file that was made is one if it is still there, because the next process finds it. What is
-    made in a folder for temporary files is none.
+    made in a folder for temporary files, or is gone from it, is none; nor is a compiled module
+    without its source.
     """
     pythons = {*sys.path, getattr(sys.modules["__main__"], "__file__", None)}
     temporary, found = Path(tempfile.gettempdir()).resolve(), {}
@@ -353,10 +360,11 @@ def _needed(seen: dict[Path, _Seen], folder: Path) -> dict[Path, _Seen]:
         if not one.read or str(name) in pythons:
             continue
         file = _source(name.resolve())
+        gone = not file.exists()
         passing = file.is_relative_to(temporary) and not file.is_relative_to(folder)
-        made = one.written or (passing and not file.exists())
-        compiled = name.suffix == ".pyc" and not file.exists()
-        if compiled or (made and (passing or not file.exists())):
+        if one.written and (gone or passing):
+            continue
+        if gone and (passing or name.suffix == ".pyc"):
             continue
         if _is_own(file) and not file.is_dir():
             found[file] = one
@@ -382,7 +390,7 @@ def _declared(module: ModuleType, path: Path) -> list[Path]:
     reads = getattr(module, "reads", ())
     if not isinstance(reads, (tuple, list)) or not all(isinstance(one, str) for one in reads):
         raise UserError(f"{path}: reads must be a tuple of files, such as ('start.pth',)")
-    files = [(path.parent / Path(one).expanduser()).resolve() for one in reads]
+    files = [(path.parent / expanded(one)).resolve() for one in reads]
     if missing := [file for file in files if not file.exists()]:
         raise UserError(f"{path} declares that it reads {missing[0]}, which does not exist")
     return files
