@@ -19,6 +19,7 @@ import time
 BEGAN = time.monotonic()  # before the imports below, which count
 
 import argparse  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
@@ -67,8 +68,8 @@ def open_call(given: argparse.Namespace, size: Size) -> Call:
     """Ask a process what this device is, and open its folder.
 
     Raises:
-        UserError: the folder holds a reference that was begun otherwise.
-        KdprofError: the device cannot be used.
+        UserError: the device cannot be used, or the folder holds a reference that was begun
+            otherwise.
     """
     root = data_root(given.data)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def open_call(given: argparse.Namespace, size: Size) -> Call:
     arguments = {"device": given.device, "data": None if root is None else str(root)}
     found = runner.run("device", "identify", arguments, runner.left_s())
     if found.state != "done":
-        raise KdprofError(f"the device could not be identified: {found.reason}")
+        raise UserError(f"the device could not be identified: {found.reason}")
     here = found.result
     folder = given.out.resolve() / slug(here["device"])
     identity = {
@@ -138,6 +139,21 @@ def run(call: Call) -> None:
     say(f"written: {call.folder.name}")
 
 
+def minutes(text: str) -> float:
+    """Return the minutes that a text says.
+
+    Raises:
+        ArgumentTypeError: it is no number above 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"give a number of minutes above 0, not '{text}'")
+    return value
+
+
 def give_up() -> None:
     """End at once: the minutes are a promise, and all that was done is in files."""
     print("the minutes are over; the same command goes on", file=sys.stderr, flush=True)
@@ -148,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=12.0, help="the end of everything")
+    parser.add_argument("--minutes", type=minutes, default=12.0, help="the end of everything")
     parser.add_argument("--out", type=Path, required=True, help="DIR: results are in DIR/DEVICE")
     parser.add_argument("--data", help=f"{LAYOUT}:ROOT; synthetic scenes if not given")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cost_records import make_cost
-from reference import data_root, slug
+from reference import data_root, minutes, slug
 from reference_parts.base import Call
 from reference_parts.checking import Checks
 from reference_parts.measuring import Measuring
@@ -278,3 +279,9 @@ def test_wrong_data_are_refused_before_anything_is_written(tmp_path):
     assert done.returncode == 2
     assert "the study is CamVid's" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+def test_minutes_are_a_number_above_0(text):
+    with pytest.raises(ArgumentTypeError, match=f"above 0, not '{text}'"):
+        minutes(text)
