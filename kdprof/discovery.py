@@ -16,7 +16,14 @@ from typing import Any
 
 from kdprof.errors import UserError, unknown
 from kdprof.method import Method
-from kdprof.user_files import following, import_file, source_hash, sources_of
+from kdprof.user_files import (
+    NamedInFile,
+    following,
+    import_file,
+    named_in_file,
+    source_hash,
+    sources_of,
+)
 
 BUILT_IN = "built-in"
 
@@ -96,9 +103,8 @@ def find_method(spec: str) -> MethodEntry:
     Raises:
         UserError: ``spec`` names no method, or the file cannot be loaded.
     """
-    path, colon, cls_name = spec.rpartition(":")
-    if path.endswith(".py") or spec.endswith(".py"):
-        return _method_from_file(Path(path if colon and path else spec), cls_name if path else "")
+    if (own := named_in_file(spec)) is not None:
+        return _method_from_file(own)
     methods = builtin_methods()
     if spec not in methods:
         raise UserError(unknown("method", spec, methods))
@@ -116,9 +122,9 @@ def _methods_in(module: Any, origin: str) -> list[MethodEntry]:
     return [MethodEntry(cls, origin) for cls in classes]
 
 
-def _method_from_file(path: Path, cls_name: str) -> MethodEntry:
-    if not path.is_file():
-        raise UserError(f"method file {path} does not exist; give FILE.py:ClassName")
+def _method_from_file(own: NamedInFile) -> MethodEntry:
+    own.check_exists("method", "FILE.py:ClassName")
+    path, cls_name = own
     module = import_file(path)
     found = {method.cls.__name__: method for method in _methods_in(module, str(path))}
     if not cls_name and len(found) == 1:

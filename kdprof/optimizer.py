@@ -253,16 +253,14 @@ def find_function(optimizer: str) -> Callable[..., Any]:
     """
     own = own_optimizer(optimizer)
     assert own is not None, "the settings refuse other names"
-    path, function = own
-    if not path.is_file():
-        raise UserError(f"step.optimizer: no file {path}; give FILE.py:FUNCTION")
-    return import_function(path, function)
+    own.check_exists("step.optimizer")
+    return import_function(*own)
 
 
 def sources_of_optimizer(optimizer: str) -> dict[str, str]:
     """Return the hashes of the files that a user's optimiser depends on, by name; else none."""
     own = own_optimizer(optimizer)
-    return sources_of(import_file(own[0])) if own else {}
+    return sources_of(import_file(own.path)) if own else {}
 
 
 def state_per_value(settings: StepSettings) -> int | None:

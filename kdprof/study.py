@@ -31,7 +31,8 @@ from pydantic_core import PydanticCustomError
 
 from kdprof.budget import parse_budget
 from kdprof.errors import KdprofError, UserError, nearest, unknown
-from kdprof.store import expanded, read_toml, write_atomic
+from kdprof.store import read_toml, write_atomic
+from kdprof.user_files import NamedInFile, named_in_file
 
 LONGEST_TEXT = 4096
 """Characters of a text in a study: no path is longer."""
@@ -91,10 +92,10 @@ _EXPLAINED = "explained"
 """The type of the errors whose message needs no more than the key that it is about."""
 
 
-def own_optimizer(optimizer: str) -> tuple[Path, str] | None:
+def own_optimizer(optimizer: str) -> NamedInFile | None:
     """Return file and function of ``FILE.py:FUNCTION``; None for kdprof's own optimisers."""
-    path, _, function = optimizer.rpartition(":")
-    return (expanded(path), function) if path.endswith(".py") and function else None
+    own = named_in_file(optimizer)
+    return own if own and own.name else None
 
 
 class StepSettings(Section):
@@ -437,7 +438,7 @@ def _is_path(weights: str) -> bool:
 
 def without_folder(name: str) -> str:
     """Return the name of a network or optimiser; of a user's, its file and function alone."""
-    return Path(name).name if ".py:" in name else name
+    return Path(name).name if named_in_file(name) else name
 
 
 def _keys(value: Any) -> Iterator[str]:

@@ -82,7 +82,7 @@ def test_record_keys_snapshot():
         (["measure", "--precision", "int8"], "fp32"),
         (["measure", "--precision", "tf32", "--device", "cpu"], "use --precision fp32"),
         (["train", "--budget", "9", "--precision", "tf32", "--device", "cpu"], "this is a CPU"),
-        (["measure", "--method", "./none.py:My"], "none.py does not exist"),
+        (["measure", "--method", "./none.py:My"], "none.py; give FILE.py:ClassName"),
         (["measure", "--set", "method_settings.kd.temprature=2"], "did you mean 'temperature'?"),
         (
             ["measure", "--set", "method_settings.cirkd.images_per_group=3", "--batch", "4"],

@@ -62,7 +62,7 @@ def test_imported_methods_are_not_the_files_own(mine):
 @pytest.mark.parametrize(
     ("text", "spec", "message"),
     [
-        (MINE, "gone.py:MyKD", r"method file gone\.py does not exist"),
+        (MINE, "gone.py:MyKD", r"method: no file gone\.py; give FILE.py:ClassName"),
         (MINE, "mine.py:MyKd", r"mine\.py: unknown method class 'MyKd'; did you mean 'MyKD'"),
         (
             MINE + "\nclass Two(Method): pass",

@@ -441,7 +441,7 @@ def test_steps_of_files(capsys, monkeypatch, tmp_path):
     for step, message in (
         ("mine.py:larg", "did you mean 'large'?"),
         ("mine.py", "write FILE.py:FUNCTION"),
-        ("no.py:x", "no.py does not exist"),
+        ("no.py:x", "no.py; give FILE.py:FUNCTION"),
         ("mine.py:empty", "must return a callable"),
     ):
         code, _, err = run_here(capsys, monkeypatch, "measure", "--step", tmp_path / step, *options)

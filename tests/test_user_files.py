@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from processes import kdprof
@@ -10,7 +11,7 @@ from kdprof.discovery import find_method
 from kdprof.errors import UserError
 from kdprof.measure.user_step import StepSource
 from kdprof.models import build
-from kdprof.user_files import import_file
+from kdprof.user_files import import_file, named_in_file
 
 FILE = """
 print("a print of the file")
@@ -60,6 +61,28 @@ def test_every_kind_of_file_finds_the_modules_next_to_it(folder):
     assert method.forward(None, None, None, None) == {"l2": 8}
     assert build(f"{folder}/file.py:network", 3).info.num_classes == 3
     assert StepSource.parse(f"{folder}/file.py:make_step").make()() == 8.0
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("mine.py:MyKD", ("mine.py", "MyKD")),
+        ("./a:b/mine.py:f", ("a:b/mine.py", "f")),
+        ("a:b/mine.py", ("a:b/mine.py", "")),
+        ("cwd:feature", None),
+        ("mine.pyc:f", None),
+        ("", None),
+    ],
+)
+def test_names_in_files_have_one_form(text, found):
+    assert named_in_file(text) == (found and (Path(found[0]), found[1]))
+
+
+def test_the_home_folder_is_known_for_every_kind(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert find_method("~/mine/file.py:Mine").cls.__name__ == "Mine"
+    assert build("~/mine/file.py:network", 3).info.num_classes == 3
+    assert StepSource.parse("~/mine/file.py:make_step").make()() == 8.0
 
 
 def test_a_command_finds_them_too_and_prints_of_users_are_no_records(folder):

@@ -30,7 +30,7 @@ from kdprof.records import Cost
 from kdprof.step import Mark
 from kdprof.store import absolute
 from kdprof.study import MeasureSettings
-from kdprof.user_files import following, import_file, import_function, sources_of
+from kdprof.user_files import following, import_file, import_function, named_in_file, sources_of
 
 Step = Callable[[], Any]
 
@@ -82,12 +82,11 @@ class StepSource:
         Raises:
             UserError: ``spec`` has another form, or the file does not exist.
         """
-        path, _, function = spec.rpartition(":")
-        if not path.endswith(".py") or not function:
+        own = named_in_file(spec)
+        if own is None or not own.name:
             raise UserError(f"--step {spec}: write FILE.py:FUNCTION, such as ./mine.py:make_step")
-        if not Path(path).is_file():
-            raise UserError(f"--step {spec}: the file {path} does not exist")
-        return cls(str(absolute(path)), function)
+        own.check_exists("--step")
+        return cls(str(absolute(str(own.path))), own.name)
 
     def make(self) -> Step:
         """Load the file and call the function.

@@ -14,8 +14,15 @@ from torch._subclasses import FakeTensorMode
 from kdprof.errors import UserError, some, unknown
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
-from kdprof.store import expanded
-from kdprof.user_files import following, import_file, import_function, sources_of, version_of
+from kdprof.user_files import (
+    NamedInFile,
+    following,
+    import_file,
+    import_function,
+    named_in_file,
+    sources_of,
+    version_of,
+)
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -155,7 +162,12 @@ def is_adapted(name: str) -> bool:
 
 def is_from_file(name: object) -> bool:
     """Return whether a name is that of a network in a user's file: ``FILE.py:FUNCTION``."""
-    return ".py:" in str(name)
+    return _named(name) is not None
+
+
+def _named(name: object) -> NamedInFile | None:
+    own = named_in_file(str(name))
+    return own if own and own.name else None
 
 
 def build_adapted(name: str, num_classes: int, weights: str = "none") -> AdaptedNetwork:
@@ -168,19 +180,16 @@ def build_adapted(name: str, num_classes: int, weights: str = "none") -> Adapted
     Raises:
         UserError: the network does not exist, or a package that it needs is not installed.
     """
-    if is_from_file(name):
-        return _from_file(name, num_classes)
+    if (own := _named(name)) is not None:
+        return _from_file(name, own, num_classes)
     kind, _, rest = name.partition("-")
     return (_segformer if kind == "segformer" else _smp)(name, rest, num_classes, weights)
 
 
-def _from_file(name: str, num_classes: int) -> AdaptedNetwork:
-    path, _, function = name.rpartition(":")
-    file = expanded(path)
-    if not file.is_file():
-        raise UserError(f"no file {file}; give FILE.py:FUNCTION")
-    build = import_function(file, function)
-    with following(file):
+def _from_file(name: str, own: NamedInFile, num_classes: int) -> AdaptedNetwork:
+    own.check_exists(f"network {name}")
+    build = import_function(*own)
+    with following(own.path):
         found = build(num_classes)
     if not isinstance(found, AdaptedNetwork):
         raise UserError(
@@ -297,8 +306,8 @@ def sources_of_network(name: object) -> dict[str, str]:
 
     The network must have been built before: it may read files while it is.
     """
-    if is_from_file(name):
-        return sources_of(import_file(expanded(str(name).rpartition(":")[0])))
+    if (own := _named(name)) is not None:
+        return sources_of(import_file(own.path))
     packages = {"segformer": "transformers", "smp": "segmentation_models_pytorch"}
     package = packages.get(str(name).partition("-")[0])
     return {f"version of {package}": version_of(package) or "none"} if package else {}

@@ -45,7 +45,7 @@ from kdprof.resolve.data import StudyData
 from kdprof.resolve.factory import Factory
 from kdprof.resolve.follow import LeadingFactory
 from kdprof.study import Study, own_optimizer
-from kdprof.user_files import ask_again
+from kdprof.user_files import ask_again, named_in_file
 
 
 class ResolvedStudy:
@@ -215,7 +215,7 @@ class ResolvedStudy:
         for name in self.budget_methods():
             if name in known:
                 found[name] = known[name]
-            elif name.partition(":")[0].endswith(".py"):
+            elif named_in_file(name) is not None:
                 problems.append(
                     f"budget of '{name}': write the method's name, one of {', '.join(found)}"
                 )
