@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,16 @@ from reference import data_root, minutes, slug
 from reference_parts.base import Call
 from reference_parts.checking import Checks
 from reference_parts.measuring import Measuring
-from reference_parts.plan import FULL, TINY, in_order, limits_s, plan_study, seed_s, statements
+from reference_parts.plan import (
+    FULL,
+    TINY,
+    in_order,
+    limits_s,
+    plan_budgets,
+    plan_teacher,
+    seed_s,
+    statements,
+)
 from reference_parts.runner import Runner
 from reference_parts.state import PieceRecord, State
 
@@ -75,23 +83,27 @@ def test_what_a_part_does_not_need_goes_to_the_next():
 
 def test_seconds_of_a_seed():
     """Budgets 1, 2 and 4 s: a trunk of 3.2 s, branches of 0.2, 0.4 and 0.8 s; four evaluations."""
-    size = replace(FULL, run_s=0.5)
-    assert seed_s(1.0, 3, size) == pytest.approx(3 * (3.2 + 1.4 + 4 * 0.5))
+    assert seed_s(1.0, 3, run_s=0.5) == pytest.approx(3 * (3.2 + 1.4 + 4 * 0.5))
 
 
 def test_the_largest_budgets_that_fit_are_taken():
-    """Of 100 s the teacher gets 15; a seed gets 42.5 s, a method 14.2: 4.6 B + 4 x 0.5 <= 14.2."""
-    size = replace(FULL, run_s=0.5)
+    """Of 85 s a seed gets 42.5 s, a method 14.2: 4.6 B + 4 x 0.5 <= 14.2."""
     seconds = {"none": 0.01, "kd": 0.02, "cwd": 0.02}
-    plan = plan_study(100.0, seconds, teacher_forward_s=0.05, size=size)
-    assert plan.budgets == ["2s", "4s", "8s"]
-    assert plan.teacher_iterations == 100  # of 3 x 0.05 s each
+    assert plan_budgets(85.0, seconds, 0.5, FULL) == ["2s", "4s", "8s"]
+    assert plan_budgets(85.0, seconds, 2.5, FULL) == ["0.5s", "1s", "2s"]
+
+
+def test_the_teacher_gets_a_share_of_the_time():
+    """15 of 100 s, an iteration taking 3 x 0.05 s."""
+    assert plan_teacher(100.0, 0.05, FULL) == 100
+    assert plan_teacher(0.0, 0.05, FULL) == 1
+    assert plan_teacher(1e9, 0.05, FULL) == FULL.most_teacher_iterations
 
 
 def test_budgets_are_never_less_than_a_few_iterations():
     seconds = {"none": 0.1, "kd": 0.2, "dear": 0.7}
-    assert plan_study(1.0, seconds, 0.05, FULL).budgets == ["4s", "8s", "16s"]
-    assert plan_study(1.0, {"dear": 100.0}, 0.05, FULL).budgets == ["501s", "1002s", "2004s"]
+    assert plan_budgets(1.0, seconds, 0.5, FULL) == ["4s", "8s", "16s"]
+    assert plan_budgets(1.0, {"dear": 100.0}, 0.5, FULL) == ["501s", "1002s", "2004s"]
 
 
 def test_claims_are_about_what_was_trained():
@@ -260,11 +272,11 @@ def test_a_killed_reference_goes_on(tmp_path):
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     made = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert made >= {
-        "README.md", "checks.md", "atlas.md", "atlas.csv", "atlas.json", "cost-tiny-fp32.png",
-        "memory-tiny-fp32.png", "costs-tiny-fp32.md", "objectives.md", "objectives.json",
+        "README.md", "checks.md", "atlas.md", "atlas.csv", "atlas.json", "tiny-fp32/cost.png",
+        "tiny-fp32/memory.png", "tiny-fp32/costs.md", "objectives.md", "objectives.json",
         "study/study.toml", "study/reports/index.html", "study/reports/curves.png",
-        "study/claims/cwd-gt-kd-2s.json",
     }  # fmt: skip
+    assert len(list((folder / "study" / "claims").glob("cwd-gt-kd-*s.json"))) == 1
     assert {run.seed for run in Store(folder / "study").runs() if run.finished} == {0, 1}
     left = check_folder(folder, names={str(tmp_path)}, without=("work",))
     assert not [line for line in left if "names a place or a person" in line]

@@ -109,8 +109,8 @@ class Measuring(Part):
 
     def _draw(self, piece: Piece) -> None:
         if self._costs(piece):
-            target = {"out": piece.folder, "stem": piece.folder, "target": ".."}
-            self.call.run(f"figures {piece.folder}", "figures", target, self.call.size.report_s)
+            arguments = {"out": piece.folder, "target": f"../{piece.folder}"}
+            self.call.run(f"figures {piece.folder}", "figures", arguments, self.call.size.report_s)
 
     def _failures(self, piece: Piece) -> dict[str, str]:
         found = self.call.state.record.pieces.get(piece.name)

@@ -68,7 +68,9 @@ class Size:
         shares: of the minutes that each part gets at most; the study gets what is left.
         start_s, method_s, energy_s, check_s, objective_s, run_s, report_s: forecasts of the start
             of a process with its networks, of one method, of one method with its energy, of each
-            check, of one objective, of a run's evaluation and checkpoint, and of the report.
+            check, of one objective, of a run but for its training and its evaluation, and of the
+            report.
+        evaluation_s: forecast of a run's evaluation, until the teacher's shows it.
         least_s: nothing is begun for less time than this.
         closing_s: kept for the last files and for processes to end.
         methods: of the atlas; empty = all that there are.
@@ -89,6 +91,7 @@ class Size:
     objective_scale: float
     most_objectives: int
     run_s: float
+    evaluation_s: float
     report_s: float
     least_s: float
     closing_s: float
@@ -130,7 +133,8 @@ FULL = Size(
     objective_s=10.0,
     objective_scale=1.0,
     most_objectives=40,
-    run_s=2.5,
+    run_s=1.0,
+    evaluation_s=1.5,
     report_s=20.0,
     least_s=8.0,
     closing_s=8.0,
@@ -180,7 +184,8 @@ TINY = Size(
     objective_s=7.0,
     objective_scale=16.0,
     most_objectives=1,
-    run_s=0.3,
+    run_s=0.1,
+    evaluation_s=0.2,
     report_s=10.0,
     least_s=2.0,
     closing_s=4.0,
@@ -230,43 +235,47 @@ def limits_s(left_s: float, forecasts_s: Mapping[str, float], size: Size) -> dic
     return limits
 
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """What the study trains, decided once from its Costs and from the time it first had."""
+def seed_s(smallest_s: float, methods: int, run_s: float) -> float:
+    """Return about how long one seed of all methods takes: a trunk, and a branch per budget.
 
-    budgets: list[str]
-    teacher_iterations: int
-
-
-def seed_s(smallest_s: float, methods: int, size: Size) -> float:
-    """Return about how long one seed of all methods takes: a trunk, and a branch per budget."""
+    Args:
+        run_s: of a trunk or branch, but for its training.
+    """
     longest, together = max(MULTIPLES), sum(MULTIPLES)
     trained = smallest_s * ((1 - DECAY) * longest + DECAY * together)
-    return methods * (trained + (len(MULTIPLES) + 1) * size.run_s)
+    return methods * (trained + (len(MULTIPLES) + 1) * run_s)
 
 
-def plan_study(
-    available_s: float, iteration_s: Mapping[str, float], teacher_forward_s: float, size: Size
-) -> StudyPlan:
-    """Return the largest budgets of which the planned seeds fit into the time.
+def plan_teacher(available_s: float, teacher_forward_s: float, size: Size) -> int:
+    """Return the teacher's iterations.
 
     Args:
         available_s: for the teacher and all seeds.
-        iteration_s: seconds of an iteration of each method.
     """
-    teacher_s = TEACHER_SHARE * available_s
+    possible = round(TEACHER_SHARE * available_s / (TEACHER_STEPS * teacher_forward_s))
+    return min(max(1, possible), size.most_teacher_iterations)
+
+
+def plan_budgets(
+    available_s: float, iteration_s: Mapping[str, float], run_s: float, size: Size
+) -> list[str]:
+    """Return the largest budgets of which the planned seeds fit into the time.
+
+    Args:
+        available_s: for all seeds.
+        iteration_s: seconds of an iteration of each method.
+        run_s: of a run, but for its training.
+    """
     least_s = LEAST_ITERATIONS * max(iteration_s.values())
-    each_s = (available_s - teacher_s) / size.planned_seeds
+    each_s = available_s / size.planned_seeds
     possible = [one for one in BUDGETS_S if one >= least_s] or [float(round(least_s + 1))]
     fitting = [
         one
         for one in possible
-        if seed_s(one, len(iteration_s), size) <= each_s and one <= size.largest_smallest_s
+        if seed_s(one, len(iteration_s), run_s) <= each_s and one <= size.largest_smallest_s
     ]
     smallest = max(fitting, default=possible[0])
-    possible_iterations = round(teacher_s / (TEACHER_STEPS * teacher_forward_s))
-    iterations = min(max(1, possible_iterations), size.most_teacher_iterations)
-    return StudyPlan([f"{factor * smallest:g}s" for factor in MULTIPLES], iterations)
+    return [f"{factor * smallest:g}s" for factor in MULTIPLES]
 
 
 def statements(methods: Sequence[str], budgets: Sequence[str]) -> list[str]:

@@ -24,10 +24,11 @@ class PieceRecord(Record):
 
 
 class StudyRecord(Record):
-    """What the study trains; fixed by the first call, so that all its seeds are alike."""
+    """What the study trains; each is fixed once, so that all its seeds are alike."""
 
-    budgets: list[str]
     teacher_iterations: int
+    budgets: list[str] = []
+    """Empty before the teacher is trained, whose evaluation shows how long those of runs take."""
 
 
 class StateRecord(Record):

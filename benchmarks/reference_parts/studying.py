@@ -8,7 +8,7 @@ from kdprof.records import Cost
 from kdprof.store import Store
 
 from .base import Part
-from .plan import StudyPlan, plan_study, seed_s
+from .plan import plan_budgets, plan_teacher, seed_s
 from .state import StudyRecord
 
 COSTS = "study-costs"
@@ -23,7 +23,7 @@ FORECAST_SMALLEST_S = 2.0
 
 
 class Studying(Part):
-    """Costs, budgets, the teacher, then one piece for each seed of all methods, and the report."""
+    """Costs, the teacher, budgets, then one piece for each seed of all methods, and the report."""
 
     name = "study"
 
@@ -39,7 +39,10 @@ class Studying(Part):
     def do(self, ends_s: float) -> None:
         if not self.forecast_s():
             return
-        trained = self._trained() if self._costs(ends_s) and self._teacher(ends_s) else []
+        trained = []
+        if self._costs(ends_s) and self._teacher(ends_s):
+            self._plan_budgets(ends_s)
+            trained = self._trained()
         for number in range(self.call.size.most_seeds):
             name = _seed(number)
             if self.call.state.is_done(name):
@@ -76,14 +79,15 @@ class Studying(Part):
         return self.call.state.is_done(MEASURED)
 
     def _teacher(self, ends_s: float) -> bool:
-        """Plan the study and train its teacher; return whether that is done."""
+        """Train the teacher; return whether that is done."""
         state, size = self.call.state, self.call.size
         if state.is_done(TEACHER):
             return True
         if state.record.study is None:
-            costs = {cost.method: cost for cost in Store(self.call.work / COSTS).costs()}
-            made = self._planned(costs, self._left_s(ends_s))
-            state.record.study = StudyRecord(**vars(made))
+            forward_s = (self._measured()["kd"].phases_s or {})["teacher_forward"]
+            available_s = self._available_s(ends_s) - size.start_s
+            iterations = plan_teacher(available_s, forward_s, size)
+            state.record.study = StudyRecord(teacher_iterations=iterations)
             state.save()
         if not self._fits(TEACHER, size.start_s, ends_s):
             return False
@@ -91,12 +95,29 @@ class Studying(Part):
         self.call.run(TEACHER, "teacher", arguments, self._left_s(ends_s))
         return state.is_done(TEACHER)
 
-    def _planned(self, costs: dict[str, Cost], left_s: float) -> StudyPlan:
+    def _plan_budgets(self, ends_s: float) -> None:
+        plan = self._plan()
+        if not plan.budgets:
+            costs = self._measured().items()
+            iteration_s = {name: one.seconds_per_iteration().median for name, one in costs}
+            available_s = self._available_s(ends_s)
+            plan.budgets = plan_budgets(available_s, iteration_s, self._run_s(), self.call.size)
+            self.call.state.save()
+
+    def _measured(self) -> dict[str, Cost]:
+        return {cost.method: cost for cost in Store(self.call.work / COSTS).costs()}
+
+    def _available_s(self, ends_s: float) -> float:
+        """Return the seconds that the planned seeds have for their runs."""
         size = self.call.size
-        available_s = left_s - size.report_s - (1 + size.planned_seeds) * size.start_s
-        iteration_s = {name: one.seconds_per_iteration().median for name, one in costs.items()}
-        teacher_s = (costs["kd"].phases_s or {})["teacher_forward"]
-        return plan_study(max(available_s, 0.0), iteration_s, teacher_s, size)
+        return max(0.0, self._left_s(ends_s) - size.report_s - size.planned_seeds * size.start_s)
+
+    def _run_s(self) -> float:
+        """Return the seconds of a run but for its training. The first evaluation reads all images,
+        and the teacher is the larger network: the others take no longer."""
+        size, folder = self.call.size, self.call.folder / STUDY
+        teacher = Store(folder).teacher_folder().read_run() if folder.exists() else None
+        return size.run_s + (teacher.eval_s if teacher else size.evaluation_s)
 
     def _plan(self) -> StudyRecord:
         found = self.call.state.record.study
@@ -110,8 +131,9 @@ class Studying(Part):
         if known:
             return known[-1]
         plan = self.call.state.record.study
-        smallest_s = float(plan.budgets[0].removesuffix("s")) if plan else FORECAST_SMALLEST_S
-        return size.start_s + seed_s(smallest_s, len(size.study_methods), size)
+        budgets = plan.budgets if plan else []
+        smallest_s = float(budgets[0].removesuffix("s")) if budgets else FORECAST_SMALLEST_S
+        return size.start_s + seed_s(smallest_s, len(size.study_methods), self._run_s())
 
     def _source(self, overrides: dict[str, Any]) -> dict[str, Any]:
         return {"source": self.call.size.study, "overrides": overrides}

@@ -63,14 +63,22 @@ def _files(call: Call) -> Iterator[str]:
 
 
 def _figures(call: Call) -> Iterator[str]:
-    for path in sorted(call.folder.glob("*.png")):
-        yield f"![{path.stem}]({path.name})"
+    for piece in call.size.pieces():
+        pages = sorted((call.folder / piece.folder).glob("*.md"))
+        if piece.energy or not pages:
+            continue
+        yield f"## {piece.setting.name}, {piece.precision}"
         yield ""
+        yield from (f"[{path.name}]({piece.folder}/{path.name})" for path in pages)
+        yield ""
+        for path in sorted((call.folder / piece.folder).glob("*.png")):
+            yield f"![{path.stem}]({piece.folder}/{path.name})"
+            yield ""
 
 
 def _study(call: Call) -> Iterator[str]:
     plan, found = call.state.record.study, call.state.result(REPORT)
-    if plan is None:
+    if plan is None or not plan.budgets:
         return
     yield "## Study"
     yield ""

@@ -96,8 +96,9 @@ def report(out: str, budgets: list[str]) -> dict[str, Any]:
     return {"sentences": list(verdict.sentences) if verdict else [], "claims": claims}
 
 
-def figures(out: str, stem: str, target: str) -> list[str]:
-    """Write the figures and the page of the cost report of a folder; return the names of files."""
+def figures(out: str, target: str) -> list[str]:
+    """Write the figures and the page of the cost report of the folder ``out`` into the folder
+    ``target``; return the names of files."""
     from kdprof.reports import costs
     from kdprof.reports.figures.files import render
     from kdprof.store import Store, write_atomic
@@ -105,8 +106,8 @@ def figures(out: str, stem: str, target: str) -> list[str]:
     store, names = Store(Path(out)), []
     pages = [path for path in costs.render(store) if path.suffix == ".md"]
     for path in [*render(store, None, formats=("png",)), *pages]:
-        names.append(f"{path.stem}-{stem}{path.suffix}")
-        write_atomic(Path(target) / names[-1], path.read_bytes())
+        names.append(path.name)
+        write_atomic(Path(target) / path.name, path.read_bytes())
     return names
 
 
