@@ -68,10 +68,13 @@ def absolute(path: str) -> Path:
     Raises:
         UserError: it has no home folder (see :func:`expanded`), or links form a loop.
     """
+    file = expanded(path)
     try:
-        return expanded(path).resolve()
-    except (OSError, RuntimeError):  # of a loop: the latter before Python 3.13
-        raise UserError(f"{path}: its links form a loop; repair them") from None
+        file.stat()  # resolve() alone sees no loops from Python 3.13 on
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: its links form a loop; repair them") from None
+    return file.resolve()
 
 
 def read_file(path: Path, most: int = LARGEST_FILE) -> bytes:

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdprof.discovery import builtin_methods
 from kdprof.measure import trace as tracing
 from kdprof.measure.counting.count import count_step, fake_tensors
+from kdprof.measure.counting.flop_formulas import ELEMENTWISE
+from kdprof.measure.counting.operators import _classified
 from kdprof.measure.trace import WHOLE, StepTrace
 from kdprof.method import Method
 
@@ -165,6 +167,17 @@ def test_kinds(kind, work):
     assert kind in {o.kind for o in found.values()}
     assert all((o.other_flop is None) == (o.kind == "uncounted") for o in found.values())
     assert all(o.bytes_written > 0 for o in found.values() if o.name != "aten._linalg_check_errors")
+
+
+class Untagged:
+    """An operator of an older torch, which does not say that it is elementwise."""
+
+    tags = ()
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "leaky_relu_", "elu", "hardtanh_", "selu"])
+def test_kinds_do_not_depend_on_the_tags_of_a_version(name):
+    assert _classified(Untagged(), name) == ("elementwise", ELEMENTWISE)
 
 
 def test_operators_of_inference_mode_are_watched_inside():

@@ -160,9 +160,8 @@ class StudyOptions:
             if key in found and Path(found[key]).suffix:
                 found[key] = str(absolute(found[key]))
         for key in ("student", "teacher"):
-            path, colon, function = str(found.get(key, "")).rpartition(".py:")
-            if colon:
-                found[key] = f"{absolute(path + '.py')}:{function}"
+            if key in found:
+                found[key] = _with_absolute_path(found[key])
         if self.methods:
             found["methods"] = _method_specs(self.methods)
         return found | parse_assignments(self.assignments)
@@ -171,16 +170,23 @@ class StudyOptions:
 def _method_specs(given: tuple[str, ...]) -> list[str]:
     """Expand ``all`` and make the paths of method files absolute."""
     from kdprof.discovery import builtin_methods
-    from kdprof.store import absolute
 
     specs: list[str] = []
     for spec in given:
-        path, colon, name = spec.partition(".py")
-        if spec == "all":
-            specs += builtin_methods()
-        else:
-            specs.append(f"{absolute(path)}{colon}{name}" if colon else spec)
+        specs += builtin_methods() if spec == "all" else [_with_absolute_path(spec)]
     return specs
+
+
+def _with_absolute_path(text: str) -> str:
+    """Make the path absolute if the text is ``FILE.py:NAME`` or ``FILE.py``."""
+    from kdprof.store import absolute
+    from kdprof.user_files import named_in_file
+
+    own = named_in_file(text)
+    if own is None:
+        return text
+    path = str(absolute(str(own.path)))
+    return f"{path}:{own.name}" if own.name else path
 
 
 study_options = grouped(

@@ -173,6 +173,9 @@ _ROWS: tuple[tuple[OperationKind, Formula, str], ...] = (
      "sigmoid_backward tanh_backward threshold_backward hardshrink_backward "
      "softshrink_backward _prelu_kernel _prelu_kernel_backward glu glu_backward rrelu_with_noise "
      "floor_divide logical_and logical_or logical_xor isin bucketize"),
+    # Torch before 2.12 does not tag these as pointwise.
+    ("elementwise", ELEMENTWISE,
+     "celu elu hardsigmoid hardtanh leaky_relu selu ldexp _conj_physical"),
     ("elementwise", _per_output(3),
      "mse_loss_backward smooth_l1_loss_backward huber_loss_backward soft_margin_loss_backward "
      "binary_cross_entropy_backward"),
