@@ -3,11 +3,12 @@
     python benchmarks/forecast.py             the score, and the table of docs/reproduce.md
     python benchmarks/forecast.py --update    count the steps again and put the table into the page
 
-A phase of a step takes at least what its matrix FLOP need at the device's ceiling and its bytes at
-the speed of a copy: its floor. Teacher, student and task loss reached a fraction of their floors
-that hardly differs between methods, so it is taken from the phases that were timed on the H200. The
-objectives differ: their FLOP and bytes have one fraction each, fitted over all methods. Each method
-is scored with fractions from the others.
+The matrix FLOP of a phase need a time at the device's ceiling, and its bytes one at the speed of a
+copy; both together are its ideal time. Teacher and student reached a fraction of that speed that
+hardly differs between methods, so it is taken from the phases that were timed on the H200. The
+objectives differ: their FLOP and bytes have one fraction each, fitted over all methods. The task
+loss was written anew since it was timed, so it is forecast like an objective. Each method is scored
+with fractions from the others: its step with the task loss that was timed, and its objective.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Device(NamedTuple):
     flop_per_s: float
     bytes_per_s: float
 
-    def floors_s(self, work: Work) -> np.ndarray:
-        """Return the seconds that the FLOP and the bytes of a phase need at least."""
+    def ideal_s(self, work: Work) -> np.ndarray:
+        """Return the seconds (2,) that the FLOP and the bytes of a phase need at full speed."""
         return np.array([work.matrix_flop / self.flop_per_s, work.bytes / self.bytes_per_s])
 
 
@@ -72,25 +73,33 @@ class Timed(NamedTuple):
 
 
 class Fractions(NamedTuple):
-    """Which share of its floor's speed each phase reached.
+    """Which share of the ideal speed each phase reached.
 
     Attributes:
         phases: of the networks and of the task loss as it was timed.
         objective: of the FLOP and of the bytes of objectives.
         spread: standard deviation of the logarithm of an objective's seconds over its forecast.
+        loss_miss: seconds of the task loss that was timed over its forecast as an objective.
     """
 
     phases: Mapping[str, float]
     objective: np.ndarray
     spread: float
+    loss_miss: float
 
 
 class Forecast(NamedTuple):
-    """Seconds of a step, with a 95 % interval from how the objectives scatter."""
+    """Seconds of a step, with a 95 % interval from how the objectives scatter, and from how far
+    the one task loss that was timed lies from its forecast.
+
+    Attributes:
+        objective_s: the part of the objective and its backward.
+    """
 
     seconds: float
     low: float
     high: float
+    objective_s: float
 
 
 def timed_steps() -> tuple[Device, dict[str, Timed]]:
@@ -113,26 +122,30 @@ def fractions(device: Device, steps: Iterable[Timed]) -> Fractions:
         )
         for phase in (*NETWORKS, LOSS)
     }
-    floors, seconds = _objectives(device, steps)
+    ideal, seconds = _objectives(device, steps)
     # Relative errors count alike for cheap and dear objectives.
-    inverse = np.linalg.lstsq(floors / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
-    misses = np.log(seconds / (floors @ inverse))
-    return Fractions(phases, 1 / inverse, float(np.sqrt(np.mean(misses**2))))
+    inverse = np.linalg.lstsq(ideal / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
+    misses = np.log(seconds / (ideal @ inverse))
+    losses = [
+        step.seconds[LOSS] / float(device.ideal_s(step.work[LOSS]) @ inverse) for step in steps
+    ]
+    spread = float(np.sqrt(np.mean(misses**2)))
+    return Fractions(phases, 1 / inverse, spread, float(np.median(losses)))
 
 
 def _fraction(device: Device, step: Timed, phase: str) -> float:
-    return float(device.floors_s(step.work[phase]).sum() / step.seconds[phase])
+    return float(device.ideal_s(step.work[phase]).sum() / step.seconds[phase])
 
 
 def _objectives(device: Device, steps: Sequence[Timed]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the floors (n, 2) and the seconds (n,) of the objectives of steps."""
+    """Return the ideal times (n, 2) and the seconds (n,) of the objectives of steps."""
     found = [
-        (device.floors_s(step.work[phase]), step.seconds[phase])
+        (device.ideal_s(step.work[phase]), step.seconds[phase])
         for step in steps
         for phase in OBJECTIVE
         if phase in step.work
     ]
-    return np.array([floors for floors, _ in found]), np.array([seconds for _, seconds in found])
+    return np.array([ideal for ideal, _ in found]), np.array([seconds for _, seconds in found])
 
 
 def forecast(device: Device, work: Phases, reached: Fractions, *, old_loss: bool) -> Forecast:
@@ -142,40 +155,57 @@ def forecast(device: Device, work: Phases, reached: Fractions, *, old_loss: bool
         old_loss: True if its task loss is the one that was timed; another one is forecast like an
             objective.
     """
-    like_objectives = [*OBJECTIVE, *(() if old_loss else (LOSS,))]
-    surely = [*NETWORKS, *((LOSS,) if old_loss else ())]
-    fixed = sum(
-        device.floors_s(work[phase]).sum() / reached.phases[phase]
-        for phase in surely
-        if phase in work
+
+    def as_timed_s(phases: Sequence[str]) -> float:
+        return sum(
+            device.ideal_s(work[one]).sum() / reached.phases[one] for one in phases if one in work
+        )
+
+    def as_objective_s(phases: Sequence[str]) -> float:
+        inverse = 1 / reached.objective
+        return sum(float(device.ideal_s(work[one]) @ inverse) for one in phases if one in work)
+
+    fixed_s = as_timed_s([*NETWORKS, LOSS] if old_loss else NETWORKS)
+    loss_s = 0.0 if old_loss else as_objective_s([LOSS])
+    objective_s, factor = as_objective_s(OBJECTIVE), math.exp(1.96 * reached.spread)
+    return Forecast(
+        fixed_s + loss_s + objective_s,
+        fixed_s + (loss_s + objective_s) / factor,
+        fixed_s + loss_s * max(factor, reached.loss_miss) + objective_s * factor,
+        objective_s,
     )
-    varying = sum(
-        float(device.floors_s(work[phase]) @ (1 / reached.objective))
-        for phase in like_objectives
-        if phase in work
-    )
-    factor = math.exp(1.96 * reached.spread)
-    return Forecast(fixed + varying, fixed + varying / factor, fixed + varying * factor)
 
 
-def scores() -> dict[str, tuple[float, Forecast]]:
-    """Return for each timed method its seconds and the forecast from all other methods."""
+def scores() -> dict[str, tuple[Timed, Forecast]]:
+    """Return for each timed method its step and the forecast from all other methods."""
     device, steps = timed_steps()
     found = {}
     for name, step in steps.items():
         others = [one for other, one in steps.items() if other != name]
         reached = fractions(device, others)
-        found[name] = step.step_s, forecast(device, step.work, reached, old_loss=True)
+        found[name] = step, forecast(device, step.work, reached, old_loss=True)
     return found
 
 
 def score_table() -> str:
     """Return the score as Markdown."""
-    lines = ["| method | timed, ms | forecast, ms | error |", "| :-- | --: | --: | --: |"]
-    for name, (step_s, found) in scores().items():
-        error = f"{100 * (found.seconds / step_s - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
-        lines.append(f"| {name} | {1e3 * step_s:.1f} | {1e3 * found.seconds:.1f} | {error} |")
+    columns = ("method", "step, ms", "forecast", "error", "objective, ms", "forecast", "error")
+    lines = [f"| {' | '.join(columns)} |", "| :-- " + "| --: " * 6 + "|"]
+    for name, (step, found) in scores().items():
+        objective_s = sum(step.seconds.get(phase, 0.0) for phase in OBJECTIVE)
+        cells = [*_scored(step.step_s, found.seconds), *_scored(objective_s, found.objective_s)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _scored(timed_s: float, forecast_s: float) -> tuple[str, str, str]:
+    """Return the cells of a time, its forecast and the error; dashes if nothing was timed."""
+    if not timed_s:
+        return "-", "-", "-"
+    percent = round(100 * (forecast_s / timed_s - 1))
+    error = f"{percent:+d} %".replace("-", "\N{MINUS SIGN}") if percent else "0 %"
+    places = 1 if timed_s >= 0.01 else 2
+    return f"{1e3 * timed_s:.{places}f}", f"{1e3 * forecast_s:.{places}f}", error
 
 
 def forecast_table() -> str:
@@ -196,7 +226,8 @@ def forecast_table() -> str:
 
 
 def _ms(found: Forecast) -> str:
-    seconds, low, high = (f"{1e3 * one:.{0 if one >= 0.1 else 1}f}" for one in found)
+    shown = found.seconds, found.low, found.high
+    seconds, low, high = (f"{1e3 * one:.{0 if one >= 0.1 else 1}f}" for one in shown)
     return seconds if low == high else f"{seconds} [{low}-{high}]"
 
 

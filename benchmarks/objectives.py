@@ -530,12 +530,16 @@ class Here:
 
     def __enter__(self) -> Here:
         self.make(min(self._task.sizes.grid) / LEAST_SIDE)
-        self.run(0)
+        # Without a limit: a GPU's first run loads its libraries and kernels.
+        self._objective.run(0)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        device = self._objective.device
         del self._objective
         trim()
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
     def make(self, by: float) -> None:
         self._ask("make", by)

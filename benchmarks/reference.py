@@ -40,6 +40,7 @@ from reference_parts.state import State  # noqa: E402
 from reference_parts.studying import Studying  # noqa: E402
 
 from kdprof.errors import KdprofError, UserError  # noqa: E402
+from kdprof.reports.atlas_check import without_paths  # noqa: E402
 
 LAYOUT = "camvid"
 
@@ -131,12 +132,22 @@ def run(call: Call) -> None:
         # The study takes what the others left; the others keep to their limits.
         ends_s = 0.0 if part is parts[-1] else max(0.0, left_s - limits[part.name])
         part.do(ends_s)
-        summary.write(call)
-    for name, why in call.state.record.not_done.items():
-        say(f"not done: {name}: {why}")
-    for problem in summary.problems(call):
-        say(f"not yet a reference: {problem}")
+        left = left_of(call, parts)
+        summary.write(call, left)
+    for line in left:
+        say(line)
     say(f"written: {call.folder.name}")
+
+
+def left_of(call: Call, parts: list[Part]) -> list[str]:
+    """Return what was not done, what failed, and what keeps the folder out of the reference."""
+    not_done = call.state.record.not_done.items()
+    failures = [failure for part in parts for failure in part.failures()]
+    return [
+        *(f"not done: {name}: {why}" for name, why in not_done),
+        *(f"failed: {without_paths(failure)}" for failure in failures),
+        *(f"not yet a reference: {problem}" for problem in summary.problems(call)),
+    ]
 
 
 def minutes(text: str) -> float:

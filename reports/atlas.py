@@ -212,7 +212,7 @@ def counted_grid(costs: Sequence[AtlasCost]) -> Grid:
     columns: dict[str, Callable[[AtlasCost], str]] = {
         "method": lambda cost: cost.method,
         "TFLOP": lambda cost: _figures(_flop(cost), 1e-12),
-        f"/ {REFERENCE}": lambda cost: _share(_flop(cost), flop),
+        f"TFLOP / {REFERENCE}": lambda cost: _share(_flop(cost), flop),
         "moved (GB)": lambda cost: _figures(cost.bytes_moved, 1e-9),
         f"moved / {REFERENCE}": lambda cost: _share(cost.bytes_moved, moved),
         "operators": lambda cost: MISSING if cost.operators is None else f"{cost.operators:,}",

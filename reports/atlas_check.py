@@ -14,7 +14,7 @@ from kdprof.store import read_record, read_text
 LEAST_VERSIONS = ("kdprof", "python", "torch")
 MOST_UNRELIABLE = 0.5
 """A setting of which a larger share of methods is unreliable says nothing about a device."""
-CHECKED = {".json", ".jsonl", ".toml", ".md", ".csv"}
+CHECKED = {".json", ".jsonl", ".toml", ".md", ".csv", ".html", ".tex"}
 """Endings of the files in which paths and names are looked for."""
 
 _PATH = re.compile(r"(?<![\w.~/<-])~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:(?:\\+[\w.+@-]+)+")
@@ -22,6 +22,10 @@ _SYSTEM = ("/sys/", "/proc/", "/dev/")
 """Folders that are the same on every machine of a kind."""
 _ADDRESS = re.compile(r"[\w.+-]+@(?![\w-]+\.(?:json|md|tex)\b)[\w-]+\.[a-z]{2,}")
 """Not the name of a claim's file, such as cwd-gt-kd-40k@cwd.json."""
+
+
+_PICTURE = re.compile(r"data:[\w/+.;-]+;base64,[\w+/=]+")
+"""A picture in a page."""
 
 
 def without_paths(text: str) -> str:
@@ -33,6 +37,7 @@ def without_paths(text: str) -> str:
 
 def private_words(text: str, names: Collection[str] = ()) -> list[str]:
     """Return the paths and e-mail addresses in a text, and which of some names, each once."""
+    text = _PICTURE.sub("", text)
     paths = [found[0] for found in _PATH.finditer(text) if not _is_common(found[0])]
     named = [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)]
     return list(dict.fromkeys([*paths, *_ADDRESS.findall(text), *named]))

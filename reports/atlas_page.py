@@ -40,18 +40,24 @@ Generated from the records in [reports/reference](../reports/reference) by
 - A **step** is one optimisation step as `kdprof train` runs it, with the batch already on the
   device: teacher, student, task loss, objective, backward, optimiser. Loading data, evaluation and
   checkpoints are not part of it. [measuring.md](measuring.md) has the rules.
-- **/ {REFERENCE}** is the ratio to the student alone, measured in turns with it, with its 95 %
-  interval. It carries over to another device better than milliseconds do, but it is not a constant
-  of the method: it depends on networks, crop, batch and precision.
+- **TFLOP** are those of convolutions and matrix products; 1 multiply-add = 2 FLOP. **moved** is
+  what all operators read and write, caches left aside; **operators** are those that a step starts.
+- Ratios to the student alone are called **/ {REFERENCE}**: **TFLOP / {REFERENCE}** and **moved /
+  {REFERENCE}** compare work, not time.
+"""
+HOW_TO_READ_COUNTS = """\
+- **Counted** figures are no measurement: they say how much work a step has, not how long it takes.
+  A step with 8 times the FLOP is not 8 times as slow: bytes and starting operators take time, too.
+"""
+HOW_TO_READ_TIMES = f"""\
+- **/ {REFERENCE}** at a time is the ratio of seconds, measured in turns with {REFERENCE}, with its
+  95 % interval. It carries over to another device better than milliseconds do, but it is not a
+  constant of the method: it depends on networks, crop, batch and precision.
 - **{CONVERTED}**: the iterations that take as long. A method that gets fewer must be better per
   iteration by as much as the missing ones would have brought.
-- **memory** is the peak of the allocator over a step; **moved** is what all operators read and
-  write, caches left aside; **TFLOP** are those of convolutions and matrix products. 1 multiply-add
-  = 2 FLOP.
-- **energy** is the device's counter over a step, idle power included. A dash has its reason in the
-  notes.
+- **memory** is the peak of the allocator over a step; **energy** is the device's counter over a
+  step, idle power included. A dash has its reason in the notes.
 - **†** marks an unreliable measurement; the notes say why.
-- **Counted** figures are no measurement: they say how much work a step has, not how long it takes.
 """
 
 
@@ -86,7 +92,7 @@ def read_references(folder: Path) -> References:
 
 def page(references: References) -> str:
     """Return docs/atlas.md."""
-    parts = [HOW_TO_READ]
+    parts = [HOW_TO_READ + (HOW_TO_READ_TIMES if references.measured else "") + HOW_TO_READ_COUNTS]
     if not references.measured:
         parts.append("No GPU's atlas is in the repository yet; until then, steps are counted.\n")
     for folder, atlas in references.measured.items():
@@ -114,19 +120,13 @@ def _counted(atlas: Atlas) -> list[str]:
 
 def _reading(reading: FirstReading) -> list[str]:
     rows = [
-        [name, f"{1e3 * seconds:.1f}", _over(reading, name)]
+        [name, f"{1e3 * seconds:.1f}"]
         for name, seconds in sorted(reading.step_s.items(), key=lambda item: item[1])
     ]
-    grid = Grid("", ("method", "step (ms)", f"/ {REFERENCE}"), rows)
+    grid = Grid("", ("method", "step (ms)"), rows)
     title = f"## First reading by a plain script: {markdown_text(reading.device)}"
     where = f"{reading.setting}, {reading.precision}. {reading.note}"
     return [f"{part}\n" for part in (title, markdown_text(where), grid.markdown())]
-
-
-def _over(reading: FirstReading | None, name: str) -> str:
-    if reading is None or name not in reading.step_s:
-        return MISSING
-    return f"{reading.step_s[name] / reading.step_s[REFERENCE]:.2f}"
 
 
 def readme_table(references: References) -> str:
@@ -150,14 +150,10 @@ def _with_reading(costs: Sequence[AtlasCost], reading: FirstReading | None) -> G
     grid = counted_grid(costs)
     if reading is None:
         return grid
-    names = [cost.method for cost in costs]
-    seconds = [reading.step_s.get(name) for name in names]
-    columns = {
-        f"{reading.device}: ms": [MISSING if s is None else figures(1e3 * s) for s in seconds],
-        f"its ms / {REFERENCE}": [_over(reading, name) for name in names],
-    }
-    rows = [[*row, *extra] for row, *extra in zip(grid.rows, *columns.values(), strict=True)]
-    return Grid("", [*grid.header, *columns], rows)
+    seconds = [reading.step_s.get(cost.method) for cost in costs]
+    cells = [MISSING if one is None else figures(1e3 * one) for one in seconds]
+    rows = [[*row, cell] for row, cell in zip(grid.rows, cells, strict=True)]
+    return Grid("", [*grid.header, f"{reading.device}, earlier version: ms"], rows)
 
 
 def with_table(readme: str, table: str) -> str:

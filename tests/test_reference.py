@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cost_records import make_cost
-from reference import data_root, minutes, slug
+from reference import data_root, left_of, minutes, parts_of, slug
 from reference_parts.base import Call
 from reference_parts.checking import Checks
 from reference_parts.measuring import Measuring
@@ -27,6 +27,7 @@ from reference_parts.plan import (
 )
 from reference_parts.runner import Runner
 from reference_parts.state import PieceRecord, State
+from reference_parts.studying import Studying
 
 from kdprof.discovery import builtin_methods
 from kdprof.errors import UserError
@@ -41,14 +42,16 @@ IDENTITY = {"device": "GPU 1", "size": "full"}
 
 
 def test_the_most_valuable_is_measured_first():
+    """Methods of every setting come before variants, and bf16 before tf32."""
     names = [piece.name for piece in FULL.pieces()]
-    assert names[:3] == [
-        "atlas cityscapes-pspnet-r18-bf16",
-        "atlas cityscapes-pspnet-r18-bf16 energy",
-        "atlas cityscapes-deeplabv3-r18-bf16",
+    assert names[:2] == [
+        "atlas cityscapes-pspnet-r18-bf16 methods",
+        "atlas cityscapes-deeplabv3-r18-bf16 methods",
     ]
-    assert len(names) == 1 + 2 * 5
-    assert [name.endswith("tf32") for name in names] == [False] * 6 + [True] * 5
+    assert len(names) == 3 * 2 * 5
+    assert ["tf32" in name for name in names] == ([False] * 5 + [True] * 5) * 3
+    kinds = [name.rpartition(" ")[2] for name in names]
+    assert kinds == ["methods"] * 10 + ["variants"] * 10 + ["energy"] * 10
     assert in_order(["at", "kd", "cwd:feature", "none", "cwd"]) == [
         "none", "kd", "cwd", "at", "cwd:feature",
     ]  # fmt: skip
@@ -96,7 +99,7 @@ def test_the_largest_budgets_that_fit_are_taken():
 def test_the_teacher_gets_a_share_of_the_time():
     """15 of 100 s, an iteration taking 3 x 0.05 s."""
     assert plan_teacher(100.0, 0.05, FULL) == 100
-    assert plan_teacher(0.0, 0.05, FULL) == 1
+    assert plan_teacher(0.0, 0.05, FULL) == 0
     assert plan_teacher(1e9, 0.05, FULL) == FULL.most_teacher_iterations
 
 
@@ -162,8 +165,9 @@ def call_in(folder: Path, size=TINY, said=lambda text: None) -> Call:
 def test_measured_methods_are_not_measured_again(tmp_path):
     """And the forecast of a setting is for the others only."""
     part = Measuring(call_in(tmp_path))
-    (piece,) = [one for one in TINY.pieces() if not one.energy]
+    piece, variants, _ = TINY.pieces()
     before = part.forecast_s()
+    assert part._open(variants) == ["cwd:feature"]
     assert part._open(piece) == ["none", "kd", "cwd"]
     Store(tmp_path / "work" / piece.folder).write_cost(make_cost("none"))
     assert part._open(piece) == ["kd", "cwd"]
@@ -172,7 +176,7 @@ def test_measured_methods_are_not_measured_again(tmp_path):
 
 def test_energy_is_measured_again_where_blocks_were_too_short(tmp_path):
     part = Measuring(call_in(tmp_path))
-    (piece,) = [one for one in TINY.pieces() if one.energy]
+    *_, piece = TINY.pieces()
     store = Store(tmp_path / "work" / piece.folder)
     short = {"energy_j": "timed blocks are too short; --detail measures it"}
     store.write_cost(make_cost("none", unavailable=short))
@@ -180,12 +184,55 @@ def test_energy_is_measured_again_where_blocks_were_too_short(tmp_path):
     assert part._open(piece) == ["none"]
 
 
+def note(call: Call, name: str, seconds: float, result, state="done") -> None:
+    call.state.note(name, PieceRecord(state=state, seconds=seconds, result=result))
+
+
+def test_seconds_of_a_method_are_those_of_methods_that_were_measured(tmp_path):
+    """Not of energy, nor of a piece that measured nothing before it was stopped."""
+    call = call_in(tmp_path)
+    part, size = Measuring(call), call.size
+    assert part._method_s() == size.method_s
+    note(call, "atlas tiny-fp32 methods", size.start_s + 8, {"measured": 2, "failures": {}})
+    note(call, "atlas tiny-fp32 variants", 50, {"measured": 0, "failures": {}}, "stopped")
+    note(call, "atlas tiny-fp32 energy", 90, {"measured": 3, "failures": {}})
+    assert part._method_s() == pytest.approx(4)
+
+
+def test_what_failed_in_an_earlier_call_is_said_again(tmp_path):
+    call = call_in(tmp_path)
+    note(call, "check resume", 9, {"outcome": "failed", "lines": ["1 of 1 differ"]})
+    note(call, "check parity", 9, {"outcome": "not checked", "lines": ["no folder"]})
+    note(call, "check doctor", 9, {"outcome": "passed", "lines": ["x"]})
+    note(call, "study seed 0", 9, ["kd 1s seed 0: its process was killed"])
+    note(call, "study seed 1", 9, [])
+    left = left_of(call, parts_of(call))
+    assert left == [
+        "failed: check resume: failed: 1 of 1 differ",
+        "failed: check parity: not checked: no folder",
+        "failed: study seed 0: kd 1s seed 0: its process was killed",
+    ]
+
+
+def test_a_study_without_time_for_its_teacher_waits(tmp_path):
+    """Its plan would be kept by all later calls."""
+    call = call_in(tmp_path)
+    note(call, "study costs", 9, {})
+    for name in call.size.study_methods:
+        cost = make_cost(name, phases_s={"teacher_forward": 1.0, "student_forward": 1.0})
+        Store(call.work / "study-costs").write_cost(cost)
+    part = Studying(call)
+    part.do(ends_s=call.runner.left_s() - 50)  # 15 % of some 22 s, 3 s an iteration
+    assert call.state.record.study is None
+    assert "allows fewer than 2 iterations" in call.state.record.not_done["study teacher"]
+
+
 def test_what_does_not_fit_is_listed_with_what_it_needs(tmp_path):
     call = call_in(tmp_path)
     part = Checks(call)
     part.do(ends_s=call.runner.left_s() - TINY.least_s / 2)
     assert call.state.record.pieces == {}
-    assert call.state.record.not_done["check resume"] == "needs about 20 s"
+    assert call.state.record.not_done["check resume"] == "needs about 15 s"
 
 
 # Pieces in processes
@@ -258,7 +305,7 @@ def killed_when(out: Path, line: str) -> None:
 @pytest.mark.timeout(900)
 def test_a_killed_reference_goes_on(tmp_path):
     """What is not done within the minutes of a call is left to the next."""
-    killed_when(tmp_path, "atlas tiny-fp32: at most")
+    killed_when(tmp_path, "atlas tiny-fp32 methods: at most")
     first = done_pieces(tmp_path)
     assert "check doctor" in first
     assert not any(name.startswith("study") for name in first)
@@ -280,7 +327,10 @@ def test_a_killed_reference_goes_on(tmp_path):
     assert {run.seed for run in Store(folder / "study").runs() if run.finished} == {0, 1}
     left = check_folder(folder, names={str(tmp_path)}, without=("work",))
     assert not [line for line in left if "names a place or a person" in line]
-    assert "Nothing: the reference is complete." in (folder / "README.md").read_text()
+    _, left = (folder / "README.md").read_text().split("## Not done, or not right\n")
+    # Depends on the machine: how quiet it is, and whether the authors' numbers are there.
+    known = ("methods are unreliable", "check parity: not checked", "the reference is complete")
+    assert all(any(text in line for text in known) for line in left.splitlines() if line)
     refused = run(tmp_path, "--data", f"camvid:{tmp_path}")
     assert refused.returncode == 2
     assert "was begun otherwise (data was synthetic" in refused.stderr

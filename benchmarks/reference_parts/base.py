@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,10 @@ class Part:
     def forecast_s(self) -> float:
         """Return about how long what is left takes."""
         raise NotImplementedError
+
+    def failures(self) -> Iterator[str]:
+        """Yield what was carried out and did not succeed, in this call or in an earlier one."""
+        yield from ()
 
     def do(self, ends_s: float) -> None:
         """Do what is left.

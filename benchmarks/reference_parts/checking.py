@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from kdprof.store import write_atomic
@@ -9,6 +10,8 @@ from kdprof.store import write_atomic
 from .base import Part
 from .plan import in_order
 from .state import PieceRecord
+
+PASSED = "passed"
 
 
 class Checks(Part):
@@ -31,6 +34,12 @@ class Checks(Part):
                 arguments = {"name": name, "device": self.call.device, **self._arguments(name)}
                 self.call.run(f"check {name}", "check", arguments, self._left_s(ends_s))
                 self._write()
+
+    def failures(self) -> Iterator[str]:
+        for name in self.call.size.check_s:
+            found = self.call.state.result(f"check {name}")
+            if found and found["outcome"] != PASSED:
+                yield f"check {name}: {found['outcome']}: {'; '.join(found['lines'])}"
 
     def _arguments(self, name: str) -> dict[str, Any]:
         size = self.call.size

@@ -6,6 +6,8 @@ Each returns ``outcome`` (passed, failed or not checked) and ``lines``, which na
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,9 +51,20 @@ def resume(device: str, kills: int) -> Check:
     program = [sys.executable, str(BENCHMARKS / "kills.py"), "--kills", str(kills), "--seed", "1"]
     options = ["--set", f"device={device}"]
     options += ["--set", "step.deterministic=true"] if device.startswith("cuda") else []
-    done = subprocess.run([*program, *options], capture_output=True, text=True, check=False)
-    said = (done.stdout if done.returncode == 0 else done.stdout + done.stderr).strip()
-    return _found("failed" if done.returncode else "passed", said.splitlines()[-1:])
+    # It forks: if this process is asked to end, all of them must.
+    with subprocess.Popen(
+        [*program, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return _found("failed" if process.returncode else "passed", said.strip().splitlines()[-1:])
 
 
 def synchronisation(device: str, methods: list[str], precision: str) -> Check:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kdprof.records import Atlas, Cost
 from kdprof.reports import atlas
 from kdprof.reports.atlas_check import without_paths
 from kdprof.store import Store
 
 from .base import Part
-from .plan import Piece, in_order
+from .plan import Piece, in_order, is_variant
 
 LEAST_METHOD_S = 0.2
 """The shortest time that a method is forecast to take."""
 
 
 class Measuring(Part):
-    """A piece for each setting and precision."""
+    """For each setting and precision a piece of its methods, of variants, and of energy."""
 
     name = "atlas"
 
@@ -29,16 +31,17 @@ class Measuring(Part):
     def _open(self, piece: Piece) -> list[str]:
         """Return the methods of a piece that are not measured, in order."""
         costs, names = self._costs(piece), self._names()
-        if piece.energy:
+        if piece.what == "energy":
             return [name for name in names if name in costs and _lacks_energy(costs[name])]
-        return [name for name in names if name not in costs]
+        variants = piece.what == "variants"
+        return [name for name in names if is_variant(name) == variants and name not in costs]
 
     def _names(self) -> list[str]:
         return in_order(self.call.size.methods or self.call.methods)
 
     def _needs_s(self, piece: Piece) -> float:
         size, waiting = self.call.size, self._open(piece)
-        each = size.energy_s if piece.energy else self._method_s()
+        each = size.energy_s if piece.what == "energy" else self._method_s()
         return size.start_s + each * len(waiting) if waiting else 0.0
 
     def _method_s(self) -> float:
@@ -46,7 +49,8 @@ class Measuring(Part):
         found = [
             (piece.seconds - self.call.size.start_s) / piece.result["measured"]
             for name, piece in self.call.state.record.pieces.items()
-            if name.startswith("atlas ") and piece.result and piece.result.get("measured")
+            if name.startswith("atlas ") and not name.endswith(" energy")
+            if piece.result and piece.result["measured"]
         ]
         return max(found[-1], LEAST_METHOD_S) if found else self.call.size.method_s
 
@@ -60,7 +64,7 @@ class Measuring(Part):
             if not waiting:
                 continue
             # A few methods of a setting are worth more than none: only its start must fit.
-            if self._left_s(ends_s) < self.call.size.start_s + self.call.size.method_s:
+            if self._left_s(ends_s) < self.call.size.start_s + self._method_s():
                 self._leave(piece, waiting)
                 continue
             self._measure(piece, waiting, ends_s)
@@ -87,7 +91,7 @@ class Measuring(Part):
             "device": self.call.device,
             "methods": waiting,
             # A study with a budget in joules measures energy in a window of its own.
-            "budgets": ["1kJ"] if piece.energy else [],
+            "budgets": ["1kJ"] if piece.what == "energy" else [],
         }
         arguments = {
             "source": piece.setting.preset,
@@ -95,10 +99,9 @@ class Measuring(Part):
             "measuring": dict(size.measuring),
             "out": piece.folder,
         }
-        before = len(self._costs(piece))
         # Nothing is written meanwhile: work of this process would disturb what is measured.
         found = self.call.runner.run(piece.name, "measure", arguments, self._left_s(ends_s))
-        measured = len(waiting) if piece.energy else len(self._costs(piece)) - before
+        measured = len(waiting) - len(self._open(piece))
         failures = {} if found.result is None else found.result
         if found.state == "done" and failures.keys() & set(waiting):
             found = found.model_copy(update={"state": "failed", "reason": "of some methods"})
@@ -121,7 +124,7 @@ class Measuring(Part):
         found = [
             self._setting(piece, list(costs.values()))
             for piece in self.call.size.pieces()
-            if not piece.energy and (costs := self._costs(piece))
+            if piece.what == "methods" and (costs := self._costs(piece))
         ]
         if not found:
             return None
@@ -129,7 +132,9 @@ class Measuring(Part):
         return Atlas(kind="measured", device=device, versions=versions, settings=found)
 
     def _setting(self, piece: Piece, costs: list[Cost]) -> atlas.AtlasSetting:
-        failed, there = self._failures(piece), {cost.method for cost in costs}
+        variants = replace(piece, what="variants")
+        failed = {**self._failures(piece), **self._failures(variants)}
+        there = {cost.method for cost in costs}
         missing = [name for name in self._names() if name not in there]
         reasons = {name: failed.get(name, "not reached in the time") for name in missing}
         return atlas.setting_of(piece.setting.name, costs, reasons)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from kdprof.records import ATLAS_METHOD, CONTROL, REFERENCE
 
@@ -40,16 +40,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Piece:
-    """One measurement of the atlas: all methods of a setting at a precision.
+    """One measurement of the atlas, at a setting and a precision.
 
     Attributes:
-        energy: True to measure the methods again whose timed blocks were too short for the
-            energy counter, with a window for it.
+        what: the methods; their variants; or the energy of both, where the timed blocks were too
+            short for the energy counter: they are measured again, with a window for it.
     """
 
     setting: Setting
     precision: str
-    energy: bool = False
+    what: Literal["methods", "variants", "energy"]
 
     @property
     def folder(self) -> str:
@@ -57,7 +57,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return f"atlas {self.folder}" + " energy" * self.energy
+        return f"atlas {self.folder} {self.what}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Size:
         methods: of the atlas; empty = all that there are.
         largest_smallest_s, most_teacher_iterations: limits of the study, however much time there
             is: of its smallest budget, and of its teacher's training.
+        least_teacher_iterations: with time for fewer, the study waits for the next call.
         measuring: how long each method is measured, as keys of a study.
     """
 
@@ -101,14 +102,19 @@ class Size:
     study_methods: Sequence[str]
     largest_smallest_s: float
     most_teacher_iterations: int
+    least_teacher_iterations: int
     planned_seeds: int
     most_seeds: int
 
     def pieces(self) -> list[Piece]:
-        """Return the pieces of the atlas, the most valuable first."""
-        found = [Piece(one, p) for p in self.precisions for one in self.settings]
-        main = found[0]
-        return [main, Piece(main.setting, main.precision, energy=True), *found[1:]]
+        """Return the pieces of the atlas, the most valuable first: methods of every setting, then
+        variants, then what a step's energy is."""
+        return [
+            Piece(setting, precision, what)
+            for what in ("methods", "variants", "energy")
+            for precision in self.precisions
+            for setting in self.settings
+        ]
 
 
 FULL = Size(
@@ -127,9 +133,9 @@ FULL = Size(
     methods=(),
     shares={"checks": 1 / 12, "atlas": 4 / 12, "objectives": 1 / 12},
     start_s=30.0,
-    method_s=3.5,
+    method_s=5.0,
     energy_s=8.0,
-    check_s={"doctor": 8.0, "synchronisation": 12.0, "parity": 15.0, "resume": 25.0},
+    check_s={"doctor": 8.0, "resume": 25.0, "synchronisation": 25.0, "parity": 15.0},
     objective_s=10.0,
     objective_scale=1.0,
     most_objectives=40,
@@ -156,6 +162,7 @@ FULL = Size(
     study_methods=("none", "kd", "fitnet", "cwd", "cirkd", "af_dcd"),
     largest_smallest_s=300.0,
     most_teacher_iterations=40_000,
+    least_teacher_iterations=100,
     planned_seeds=2,
     most_seeds=5,
 )
@@ -175,12 +182,12 @@ TINY = Size(
         ),
     ),
     precisions=("fp32",),
-    methods=("none", "kd", "cwd"),
+    methods=("none", "kd", "cwd", "cwd:feature"),
     shares={"checks": 0.4, "atlas": 0.2, "objectives": 0.15},
     start_s=6.0,
     method_s=2.5,
     energy_s=6.0,
-    check_s={"doctor": 4.0, "synchronisation": 5.0, "parity": 5.0, "resume": 20.0},
+    check_s={"doctor": 4.0, "resume": 15.0, "synchronisation": 5.0, "parity": 5.0},
     objective_s=7.0,
     objective_scale=16.0,
     most_objectives=1,
@@ -205,14 +212,19 @@ TINY = Size(
     study_methods=("none", "kd", "cwd"),
     largest_smallest_s=0.5,
     most_teacher_iterations=20,
+    least_teacher_iterations=2,
     planned_seeds=2,
     most_seeds=2,
 )
 
 
+def is_variant(method: str) -> bool:
+    return ":" in method
+
+
 def in_order(methods: Sequence[str]) -> list[str]:
     """Return methods as they are measured: controls, then every method, then their variants."""
-    rest = sorted(set(methods) - set(FIRST), key=lambda name: (":" in name, name))
+    rest = sorted(set(methods) - set(FIRST), key=lambda name: (is_variant(name), name))
     return [name for name in FIRST if name in methods] + rest
 
 
@@ -247,13 +259,13 @@ def seed_s(smallest_s: float, methods: int, run_s: float) -> float:
 
 
 def plan_teacher(available_s: float, teacher_forward_s: float, size: Size) -> int:
-    """Return the teacher's iterations.
+    """Return the teacher's iterations; fewer than the size's least are too few to begin with.
 
     Args:
         available_s: for the teacher and all seeds.
     """
     possible = round(TEACHER_SHARE * available_s / (TEACHER_STEPS * teacher_forward_s))
-    return min(max(1, possible), size.most_teacher_iterations)
+    return min(possible, size.most_teacher_iterations)
 
 
 def plan_budgets(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from kdprof.records import Cost
+from kdprof.reports.atlas_check import without_paths
 from kdprof.store import Store
 
 from .base import Part
@@ -75,7 +77,15 @@ class Studying(Part):
             return False
         overrides = self._unplanned() | {"budgets": []}
         arguments = {**self._source(overrides), "measuring": dict(size.measuring), "out": COSTS}
-        self.call.run(MEASURED, "measure", arguments, self._left_s(ends_s))
+        found = self.call.run(MEASURED, "measure", arguments, self._left_s(ends_s))
+        if found.result:
+            # Budgets need the Cost of every method: the next call tries again.
+            failed = [f"{name} failed: {why}" for name, why in found.result.items()]
+            reason = without_paths("; ".join(failed))
+            self.call.state.note(
+                MEASURED, found.model_copy(update={"state": "failed", "reason": reason})
+            )
+            self.call.leave(MEASURED, reason)
         return self.call.state.is_done(MEASURED)
 
     def _teacher(self, ends_s: float) -> bool:
@@ -84,9 +94,11 @@ class Studying(Part):
         if state.is_done(TEACHER):
             return True
         if state.record.study is None:
-            forward_s = (self._measured()["kd"].phases_s or {})["teacher_forward"]
-            available_s = self._available_s(ends_s) - size.start_s
-            iterations = plan_teacher(available_s, forward_s, size)
+            iterations = self._teacher_iterations(ends_s)
+            if iterations < size.least_teacher_iterations:
+                least = f"{size.least_teacher_iterations} iterations"
+                self.call.leave(TEACHER, f"its share of the time left allows fewer than {least}")
+                return False
             state.record.study = StudyRecord(teacher_iterations=iterations)
             state.save()
         if not self._fits(TEACHER, size.start_s, ends_s):
@@ -95,9 +107,19 @@ class Studying(Part):
         self.call.run(TEACHER, "teacher", arguments, self._left_s(ends_s))
         return state.is_done(TEACHER)
 
+    def _teacher_iterations(self, ends_s: float) -> int:
+        forward_s = (self._measured()["kd"].phases_s or {})["teacher_forward"]
+        available_s = self._available_s(ends_s) - self.call.size.start_s
+        return plan_teacher(max(0.0, available_s), forward_s, self.call.size)
+
+    def failures(self) -> Iterator[str]:
+        for name in self._trained():
+            yield from (f"{name}: {failure}" for failure in self.call.state.result(name) or ())
+
     def _plan_budgets(self, ends_s: float) -> None:
+        """Choose the budgets, by the time that there is now; they are fixed by the first seed."""
         plan = self._plan()
-        if not plan.budgets:
+        if not self._trained():
             costs = self._measured().items()
             iteration_s = {name: one.seconds_per_iteration().median for name, one in costs}
             available_s = self._available_s(ends_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from kdprof.reports.atlas_check import check_folder
@@ -31,9 +31,13 @@ COMMON = {"root", "user", "ubuntu", "localhost"}
 """Names that are nobody's."""
 
 
-def write(call: Call) -> None:
-    """Write README.md of the device's folder, and what git leaves out of it."""
-    parts = [*_head(call), *_files(call), *_figures(call), *_study(call), *_left(call)]
+def write(call: Call, left: Sequence[str]) -> None:
+    """Write README.md of the device's folder, and what git leaves out of it.
+
+    Args:
+        left: what was not done, failed, or keeps the folder out of the reference.
+    """
+    parts = [*_head(call), *_files(call), *_figures(call), *_study(call), *_left(left)]
     write_atomic(call.folder / "README.md", "\n".join(parts))
     write_atomic(call.folder / ".gitignore", IGNORED)
 
@@ -65,7 +69,7 @@ def _files(call: Call) -> Iterator[str]:
 def _figures(call: Call) -> Iterator[str]:
     for piece in call.size.pieces():
         pages = sorted((call.folder / piece.folder).glob("*.md"))
-        if piece.energy or not pages:
+        if piece.what != "methods" or not pages:
             continue
         yield f"## {piece.setting.name}, {piece.precision}"
         yield ""
@@ -97,11 +101,10 @@ def _study(call: Call) -> Iterator[str]:
     yield ""
 
 
-def _left(call: Call) -> Iterator[str]:
-    yield "## Not done"
+def _left(left: Sequence[str]) -> Iterator[str]:
+    yield "## Not done, or not right"
     yield ""
-    left = call.state.record.not_done
-    yield from (f"- {name}: {why}" for name, why in left.items())
+    yield from (f"- {line}" for line in left)
     if not left:
         yield "Nothing: the reference is complete."
     yield ""
