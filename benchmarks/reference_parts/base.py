@@ -88,13 +88,9 @@ class Part:
     def _left_s(self, ends_s: float) -> float:
         return self.call.runner.left_s() - ends_s
 
-    def _fits(self, name: str, needs_s: float, ends_s: float, *, share: float = 1.0) -> bool:
-        """Return whether a piece is begun; note what it needs if not.
-
-        Args:
-            share: of the forecast, for which it is begun nevertheless.
-        """
-        if self._left_s(ends_s) >= max(share * needs_s, self.call.size.least_s):
+    def _fits(self, name: str, needs_s: float, ends_s: float) -> bool:
+        """Return whether a piece is begun; note what it needs if not."""
+        if self._left_s(ends_s) >= max(needs_s, self.call.size.least_s):
             return True
         self.call.leave(name, f"needs about {needs_s:.0f} s")
         return False

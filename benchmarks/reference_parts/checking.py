@@ -28,9 +28,7 @@ class Checks(Part):
 
     def do(self, ends_s: float) -> None:
         for name in self._open():
-            needs_s = self.call.size.check_s[name]
-            # Forecasts of single checks are rough, and one that is stopped costs little.
-            if self._fits(f"check {name}", needs_s, ends_s, share=0.5):
+            if self._fits(f"check {name}", self.call.size.check_s[name], ends_s):
                 arguments = {"name": name, "device": self.call.device, **self._arguments(name)}
                 self.call.run(f"check {name}", "check", arguments, self._left_s(ends_s))
                 self._write()
