@@ -208,8 +208,8 @@ def test_what_failed_in_an_earlier_call_is_said_again(tmp_path):
     note(call, "study seed 1", 9, [])
     left = left_of(call, parts_of(call))
     assert left == [
-        "failed: check resume: failed: 1 of 1 differ",
         "failed: check parity: not checked: no folder",
+        "failed: check resume: failed: 1 of 1 differ",
         "failed: study seed 0: kd 1s seed 0: its process was killed",
     ]
 
