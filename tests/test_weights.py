@@ -360,8 +360,16 @@ def test_a_backbone_is_read_once_before_anything_runs_and_said(tmp_path):
         "step.aux_weight": 0,
         "data": folder_of_3_classes(tmp_path / "data"),
     }
-    with pytest.raises(UserError, match=r"student_backbone_weights: .* loads its weights itself"):
-        ResolvedStudy(small_study(student_backbone_weights=str(path), **own))
+    own_network = own["student"]
+    for role in ("student", "teacher"):
+        for weights in (str(path), "imagenet"):
+            given = {**own, role: own_network, f"{role}_backbone_weights": weights}
+            with pytest.raises(UserError) as caught:
+                ResolvedStudy(small_study(**given))
+            assert str(caught.value) == (
+                f"{role}_backbone_weights: {own_network} loads its weights itself; set it to none, "
+                f"not {weights}"
+            )
     first = next(key for key, value in state.items() if value.is_floating_point())
     saved(path, {**state, first: state[first] * float("nan")})
     with pytest.raises(UserError, match=rf"1 of {len(state)} tensors hold NaN \({first}\)"):
