@@ -8,7 +8,7 @@ from safetensors import safe_open
 from small_study import train_small
 
 from kdprof.errors import UserError
-from kdprof.models import build
+from kdprof.models import AdaptedNetwork, build
 from kdprof.models.export import export
 from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
@@ -107,6 +107,36 @@ def test_safetensors_tell_the_network_and_its_preprocessing(tmp_path):
         export(network, tmp_path / "c.pth", CLASSES, (64, 64))
     with pytest.raises(UserError, match=r"export writes \.safetensors, \.pth, \.onnx, not '\.h5'"):
         export(network, tmp_path / "c.h5", CLASSES, (64, 64))
+
+
+def _tied_maps(module, images):
+    head = module.second(module.first(module.stem(images)).relu())
+    return {"logits": module.classifier(head), "head": head}
+
+
+def tied_network():
+    """Two convolutions of one weight, and a bias that is a part of another's memory."""
+    module = torch.nn.Module()
+    module.stem, module.classifier = torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Conv2d(4, 3, 1)
+    module.first, module.second = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3)
+    module.second.weight = module.first.weight
+    both = torch.arange(8.0)
+    module.first.bias, module.second.bias = map(torch.nn.Parameter, both.split(4))
+    return AdaptedNetwork(module, _tied_maps, 3, name="tied")
+
+
+def test_weights_that_share_memory_are_written_and_load_back(tmp_path):
+    path, network = tmp_path / "t.safetensors", tied_network().eval()
+    export(network, path, CLASSES, (64, 64))
+    again = tied_network().eval()
+    loaded = load_weights(again, read_weights(open_weights(path), again))
+    assert (loaded.missing, loaded.left) == ([], [])
+    assert again.module.second.weight is again.module.first.weight
+    for key, value in network.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[key], value)
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    taps = [made(images, ["logits"]).logits for made in (network, again)]
+    assert torch.equal(*taps)
 
 
 def test_onnx_runtime_computes_the_same(network, tmp_path):

@@ -65,8 +65,17 @@ def export(
 
 
 def _state(network: AnyNetwork) -> dict[str, Tensor]:
+    """Return a network's state; entries that share memory, such as tied weights, as copies, because
+    safetensors has no shared ones."""
     module = network.module if isinstance(network, AdaptedNetwork) else network
-    return {key: value.detach().contiguous() for key, value in module.state_dict().items()}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in module.state_dict().items():
+        entry = value.detach().contiguous()
+        place = entry.untyped_storage().data_ptr()
+        found[key] = entry.clone() if place in seen else entry
+        seen.add(place)
+    return found
 
 
 def _safetensors(network: AnyNetwork, classes: Sequence[str]) -> bytes:
