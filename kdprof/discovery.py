@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from kdprof.errors import UserError, unknown
+from kdprof.errors import UserError, shortened, unknown
 from kdprof.method import Method
 from kdprof.user_files import (
     NamedInFile,
@@ -78,34 +78,75 @@ def method_modules() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
 
 
-@functools.cache
 def builtin_methods() -> Mapping[str, MethodEntry]:
     """Import and return all built-in and installed methods (entry point ``kdprof.methods``), by
-    name."""
+    name. Installed ones that cannot be used are left out, and said once on stderr."""
+    return _found()[0]
+
+
+@functools.cache
+def _found() -> tuple[Mapping[str, MethodEntry], Mapping[str, UserError]]:
+    """Return the methods that can be used, and why each of the other installed ones cannot."""
     found: dict[str, MethodEntry] = {}
+    unusable: dict[str, UserError] = {}
     for module in method_modules():
         for method in _methods_in(importlib.import_module(f"kdprof.methods.{module}"), BUILT_IN):
             found[method.cls.name] = method
     for point in entry_points(group="kdprof.methods"):
+        name = point.name
+        try:
+            cls = _installed(point)
+            name = cls.name
+            if name in found:
+                raise UserError(
+                    f"{_told(point)} has the name '{name}' of another method; change its class "
+                    "attribute 'name', or uninstall it"
+                )
+            found[name] = MethodEntry(cls, point.value)
+        except UserError as error:
+            unusable[name] = error
+            sys.stderr.write(f"kdprof: {error}\n")
+    return MappingProxyType(found), unusable
+
+
+def _installed(point: EntryPoint) -> type[Method]:
+    """Return the class of an entry point.
+
+    Raises:
+        UserError: it cannot be loaded, or is no method.
+    """
+    try:
         cls = point.load()
-        if cls.name in found:
-            raise UserError(
-                f"the installed method '{cls.name}' ({point.value}) has the same name as "
-                "another; change its class attribute 'name'"
-            )
-        found[cls.name] = MethodEntry(cls, point.value)
-    return MappingProxyType(found)
+    except Exception as error:  # the package's code: any
+        reason = shortened(" ".join(str(error).split()))
+        raise UserError(
+            f"{_told(point)} cannot be loaded: {type(error).__name__}: {reason}; mend or uninstall "
+            "it"
+        ) from error
+    if isinstance(cls, type) and issubclass(cls, Method) and cls is not Method:
+        return cls
+    raise UserError(
+        f"{_told(point)} is no subclass of kdprof.method.Method; mend its entry point, or "
+        "uninstall it"
+    )
+
+
+def _told(point: EntryPoint) -> str:
+    package = point.dist.name if point.dist else "an unknown package"
+    return shortened(f"the installed method '{point.name}' ({point.value} of {package})")
 
 
 def find_method(spec: str) -> MethodEntry:
     """Return the method that ``spec`` names: ``cwd``, ``cwd:feature`` or ``./mine.py:MyKD``.
 
     Raises:
-        UserError: ``spec`` names no method, or the file cannot be loaded.
+        UserError: ``spec`` names no method, or the file or the installed package cannot be loaded.
     """
     if (own := named_in_file(spec)) is not None:
         return _method_from_file(own)
-    methods = builtin_methods()
+    methods, unusable = _found()
+    if spec in unusable:
+        raise unusable[spec]
     if spec not in methods:
         raise UserError(unknown("method", spec, methods))
     return methods[spec]

@@ -47,8 +47,8 @@ class Views:
 
     Attributes:
         window: height and width of a sliding window, pixels; None = the whole image at once.
-        stride: distance between windows, pixels. They lie as in mmsegmentation, the last one at the
-            border.
+        stride: distance between windows, pixels, at most the window; None = the window. They lie as
+            in mmsegmentation, the last one at the border.
         scales: factors that the image is resized by; softmax is averaged over them.
         flip: True to predict the mirrored image at each scale as well.
         fit: size that the image is first resized to fit, see :func:`kdprof.data.augment.fitting`.
@@ -175,6 +175,7 @@ def _logits(network: Network, images: Tensor, views: Views) -> Tensor:
 
 def _places(length: int, window: int, stride: int) -> list[slice]:
     """Return the positions of windows along a side; the last window ends at the border."""
+    assert stride <= window, "windows that leave pixels out were refused"
     count = max(0, length - window + stride - 1) // stride + 1
     ends = [min(length, place * stride + window) for place in range(count)]
     return [slice(max(0, end - window), end) for end in ends]

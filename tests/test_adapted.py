@@ -54,6 +54,98 @@ def other_tap(num_classes):
 """
 
 
+WRONG = """
+
+
+def raises(classes):
+    raise ValueError("no such" + chr(10) + "width")
+
+
+def raises_in_maps(classes):
+    return AdaptedNetwork(Mine(classes), lambda n, p: {"logits": n.neck(p)}, classes)
+
+
+def of(classes, found=None, **settings):
+    return AdaptedNetwork(Mine(classes), found or maps, classes, **settings)
+
+
+def list_of_maps(classes):
+    return of(classes, lambda n, p: list(maps(n, p).values()))
+
+
+def tuple_as_logits(classes):
+    return of(classes, lambda n, p: {"logits": (maps(n, p)["logits"],)})
+
+
+def flat_head(classes):
+    return of(classes, lambda n, p: {**maps(n, p), "head": maps(n, p)["head"].mean((2, 3))})
+
+
+def no_maps(classes):
+    return of(classes, lambda n, p: {})
+
+
+def two_means(classes):
+    return of(classes, mean=(1, 2))
+
+
+def text_mean(classes):
+    return of(classes, mean="rgb")
+
+
+def infinite_std(classes):
+    return of(classes, std=(1, 1, float("inf")))
+
+
+def zero_std(classes):
+    return of(classes, std=(58.4, 0, 57.4))
+
+
+def std_in_0_1(classes):
+    return of(classes, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+def caffe(classes):
+    return of(classes, mean=[123, 117, 104], std=[1, 1, 1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", "mine.py:raises cannot be built: ValueError: no such width ({file}:{line})"),
+        (
+            "raises_in_maps",
+            "mine.py:raises_in_maps cannot be built: AttributeError: 'Mine' object has no "
+            "attribute 'neck' ({file}:{line})",
+        ),
+        ("list_of_maps", "own: its maps are a list; return a dict of tensors by the names "),
+        ("tuple_as_logits", "own: its map 'logits' is a tuple; return a Tensor (N, C, h, w)"),
+        ("flat_head", "own: its map 'head' is a Tensor (1, 16); return a Tensor (N, C, h, w)"),
+        ("no_maps", "own: its maps hold no 'logits', only nothing"),
+        ("two_means", "own: mean = (1, 2); give three finite numbers"),
+        ("text_mean", "own: mean = rgb; give three finite numbers"),
+        ("infinite_std", "own: std = (1, 1, inf); give three finite numbers"),
+        ("zero_std", "own: std = (58.4, 0.0, 57.4); images are divided by it"),
+        ("std_in_0_1", "images are in 0..255: multiply mean and std by 255"),
+    ],
+)
+def test_what_is_wrong_in_ones_own_network_is_said_with_its_place(mine, function, message):
+    mine.write_text(MINE + WRONG)
+    with pytest.raises(UserError) as caught:
+        build(f"{mine}:{function}", 5)
+    lines = mine.read_text().splitlines()
+    first = lines.index(f"def {function}(classes):") + 2
+    assert message.format(file=mine, line=first) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_normalisation_may_be_a_list_and_divide_by_one(mine):
+    mine.write_text(MINE + WRONG)
+    network = build(f"{mine}:caffe", 5)
+    assert vars(network.preprocessing) == {"mean": (123, 117, 104), "std": (1, 1, 1), "bgr": False}
+
+
 @pytest.fixture
 def mine(tmp_path):
     path = tmp_path / "mine.py"
@@ -189,6 +281,83 @@ def test_segmentation_models_pytorch_networks():
         build("smp-unett-resnet34", 5)
     with pytest.raises(UserError, match="cannot build smp-unet-resnet17"):
         build("smp-unet-resnet17", 5)
+    with pytest.raises(UserError, match="cannot build smp-fpn-tu-inception_v4: The size of tensor"):
+        build("smp-fpn-tu-inception_v4", 5)
+
+
+def test_the_stages_of_an_encoder_that_ends_early_are_named_by_their_strides():
+    """Its c2 was the image, its c5 the map at stride 8."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    network = build("smp-pspnet-resnet18", 5).eval()
+    assert network.info.stride == {"logits": 1, "head": 8, "c2": 4, "c3": 8}
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    encoder = smp.encoders.get_encoder("resnet18", depth=3).eval()
+    encoder.load_state_dict(network.module.encoder.state_dict())
+    with torch.no_grad():
+        *_, c2, c3 = encoder((images - network.mean) / network.std)
+        taps = network(images, ["c2", "c3"])
+    assert torch.equal(taps.c2, c2)
+    assert torch.equal(taps.c3, c3)
+    changes = {"student": "smp-pspnet-resnet18", "step.aux_weight": 0, "methods": ["reviewkd"]}
+    with pytest.raises(UserError, match=r"c5 of the student, which has .*; use another network"):
+        ResolvedStudy(small_study(**changes))
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn", "pan", "deeplabv3", "upernet"])
+def test_other_architectures_of_the_library_have_all_stages(architecture):
+    pytest.importorskip("segmentation_models_pytorch")
+    info = build(f"smp-{architecture}-resnet18", 5).info
+    widths = {tap: info.channels[tap] for tap in ("c2", "c3", "c4", "c5")}
+    assert widths == {"c2": 64, "c3": 128, "c4": 256, "c5": 512}
+    assert info.stride["c2"] == 4
+
+
+def test_images_are_normalised_as_the_weights_of_an_encoder_need_it():
+    """timm's configurations of these weights: mean 0 and std 1; mean and std 0.5; ImageNet's."""
+    pytest.importorskip("segmentation_models_pytorch")
+    for encoder, mean, std in (
+        ("tu-mobilevitv2_050", (0, 0, 0), (255, 255, 255)),
+        ("tu-test_resnet", (127.5,) * 3, (127.5,) * 3),
+        ("tu-resnet18", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        ("resnet18", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ):
+        network = build(f"smp-fpn-{encoder}", 3)
+        assert (network.preprocessing.mean, network.preprocessing.std) == (mean, std)
+        assert network.mean.flatten().tolist() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({}, None),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3}, r"need RGB images of mean \(127.5, 127.5, 127.5\)"),
+        ({"input_space": "BGR"}, "need BGR images of mean"),
+        ({"input_range": [0, 255]}, r"need RGB images of mean \(0.485,"),
+        ({"input_range": [-1, 3]}, "the normalisation of the weights 'imagenet' is not known"),
+        ({"std": None}, "the normalisation of the weights 'imagenet' is not known"),
+    ],
+)  # fmt: skip
+def test_weights_that_need_another_normalisation_are_refused(told, message, monkeypatch):
+    """The library reads it from the hub; here it is given."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    usual = {"input_space": "RGB", "input_range": [0, 1], "mean": [0.485, 0.456, 0.406],
+             "std": [0.229, 0.224, 0.225]}  # fmt: skip
+    monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda *_: usual | told)
+    make = smp.create_model
+    monkeypatch.setattr(
+        smp, "create_model", lambda *a, **k: make(*a, **k | {"encoder_weights": None})
+    )
+    if message is None:
+        build("smp-fpn-resnet18", 3, backbone_weights="imagenet")
+        return
+    with pytest.raises(UserError, match=message):
+        build("smp-fpn-resnet18", 3, backbone_weights="imagenet")
+
+
+def test_a_file_for_an_encoder_of_timm_is_not_replaced_by_its_imagenet_weights():
+    pytest.importorskip("segmentation_models_pytorch")
+    with pytest.raises(UserError, match="the backbone weights of a tu- encoder are none or imag"):
+        build("smp-fpn-tu-resnet18", 3, backbone_weights="mine.pth")
 
 
 @pytest.mark.parametrize("package", ["transformers", "segmentation_models_pytorch"])

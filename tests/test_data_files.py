@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from test_layouts import SIZE, cityscapes, folder, label, opened, refusal, save, voc
 
-from kdprof.data import files
+from kdprof.data import decoded, files, open_data
 from kdprof.data.check import check_data
 from kdprof.data.tree import files_below
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.reports.data_check import _passed_over
+from kdprof.study import DataSettings
 
 
 def checked(spec, *splits):
@@ -418,3 +419,88 @@ def test_conversions_are_said(tmp_path):
     notes = checked(f"folder:{tmp_path}", "train").splits[0].notes
     assert notes == ["1 image is RGBA, converted to RGB", "2 images are L, converted to RGB"]
     assert opened("folder", tmp_path)[0][0].shape == (3, *SIZE)
+
+
+# Bits of a value
+
+
+def chunk(name, content):
+    packed = name + content
+    return struct.pack(">I", len(content)) + packed + struct.pack(">I", zlib.crc32(packed))
+
+
+def png_of(values, bits, colour):
+    """A PNG by its specification: ``values`` (H, W) or (H, W, 3), ``bits`` of each, type of
+    colour 0 (grey), 2 (RGB) or 3 (palette)."""
+    height, width = values.shape[:2]
+    rows = values.reshape(height, -1).astype(">u2")
+    unpacked = np.unpackbits(rows.view(np.uint8).reshape(height, -1, 2), axis=2)[..., -bits:]
+    packed = np.packbits(unpacked.reshape(height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    palette = chunk(b"PLTE", bytes(3 * 2**bits)) if colour == 3 else b""
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    parts = chunk(b"IHDR", header), palette, chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def masked(root, content, settings=None):
+    """A ``folder:`` of eight classes whose mask of training is this file."""
+    folder(root)
+    (root / "classes.txt").write_text("".join(f"c{i}\t{i} 0 0\n" for i in range(8)))
+    (root / "masks/train/deep/a.png").write_bytes(content)
+    return open_data(
+        f"folder:{root}", "train", synthetic_size=(8, 8), synthetic_count=1, labels=settings
+    )
+
+
+@pytest.mark.parametrize("colour", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_classes_of_few_bits_are_read_as_the_file_has_them(tmp_path, bits, colour):
+    """Pillow spreads grey of 2 and 4 bits over 0-255: class 1 was read as 85 and as 17."""
+    values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % min(8, 2**bits)
+    data = masked(tmp_path / "data", png_of(values, bits, colour))
+    assert np.array_equal(data.label(0), values)
+    kept = decoded(data, "disk", tmp_path / "cache", Progress(None))
+    assert torch.equal(kept.label(0), data.label(0))
+    train = checked(f"folder:{tmp_path / 'data'}", "train").splits[0]
+    assert train.pixels.tolist() == np.bincount(values.ravel(), minlength=9).tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_values_of_few_bits_in_a_label_map_are_those_of_the_file(tmp_path, bits):
+    values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 3
+    settings = DataSettings(label_map={0: "c5", 1: "void", 2: "c7"})
+    data = masked(tmp_path, png_of(values, bits, 0), settings)
+    assert np.array_equal(data.label(0), np.array([5, 255, 7])[values])
+
+
+def test_a_tiff_of_four_bits_is_read_as_the_file_has_it(tmp_path):
+    """What a file is shows its content, not its ending."""
+    values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 8
+    packed = np.packbits(np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 4:])
+    tags = [(256, SIZE[1]), (257, SIZE[0]), (258, 4), (259, 1), (262, 1), (273, 8), (277, 1),
+            (278, SIZE[0]), (279, packed.size)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    start = struct.pack("<2sHI", b"II", 42, 8 + packed.size)
+    assert np.array_equal(masked(tmp_path, start + packed.tobytes() + directory).label(0), values)
+
+
+def test_labels_of_sixteen_bits_are_refused(tmp_path):
+    """Pillow drops the lower eight bits of colours: class 7 here was read as class 0."""
+    values = np.zeros((*SIZE, 3), int)
+    values[..., 0] = 7
+    with pytest.raises(UserError, match="has 16 bits per value; save labels with 8"):
+        masked(tmp_path, png_of(values, 16, 2), DataSettings(masks="colours"))
+    with pytest.raises(UserError, match="not 8-bit class indices"):
+        masked(tmp_path / "grey", png_of(values[..., 0], 16, 0))
+
+
+def test_an_image_of_sixteen_bits_is_converted_and_said(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "images/train/deep/a.jpg").unlink()
+    values = np.full((*SIZE, 3), 0x7F03)
+    (tmp_path / "images/train/deep/a.png").write_bytes(png_of(values, 16, 2))
+    assert torch.equal(opened("folder", tmp_path)[0][0].unique(), torch.tensor([0x7F]).byte())
+    notes = checked(f"folder:{tmp_path}", "train").splits[0].notes
+    assert notes == ["1 image is RGB of 16 bits, converted to RGB"]

@@ -1,8 +1,10 @@
 """How methods are found: built-in by name, custom ones in .py files."""
 
 import pytest
+from processes import kdprof
 
-from kdprof.discovery import find_method
+from kdprof import discovery
+from kdprof.discovery import builtin_methods, find_method
 from kdprof.errors import UserError
 from kdprof.methods.cwd import CWD
 
@@ -90,3 +92,72 @@ def test_a_mended_file_is_read_again(mine):
         find_method("mine.py:MyKD")
     mine(MINE)
     assert find_method("mine.py:MyKD").cls.name == "mykd"
+
+
+# Installed packages
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a package with one module, whose entry point ``coolkd`` is the object ``MyKD``."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(text, package):
+        (tmp_path / f"{package}.py").write_text(text)
+        told = tmp_path / f"{package}-1.0.dist-info"
+        told.mkdir()
+        (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (told / "entry_points.txt").write_text(f"[kdprof.methods]\ncoolkd = {package}:MyKD\n")
+        discovery._found.cache_clear()
+
+    yield write
+    discovery._found.cache_clear()
+
+
+def test_an_installed_method_is_found_by_its_name(install, capsys):
+    install(MINE, "installed_well")
+    found = find_method("mykd")
+    assert (found.cls.__name__, found.origin) == ("MyKD", "installed_well:MyKD")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "message"),
+    [
+        ("import nowhere_at_all", "coolkd", "cannot be loaded: ModuleNotFoundError: No module"),
+        ("raise ValueError('a\\nb')", "coolkd", "cannot be loaded: ValueError: a b; mend or"),
+        ("x = 1", "coolkd", "cannot be loaded: AttributeError: module"),
+        ("MyKD = 3", "coolkd", "is no subclass of kdprof.method.Method; mend its entry point"),
+        ("class MyKD: name = 'x'", "coolkd", "is no subclass of kdprof.method.Method"),
+        ("from kdprof.method import Method as MyKD", "coolkd", "is no subclass of kdprof.method"),
+        (MINE.replace('"logits"', '"logit"'), "coolkd", "cannot be loaded: UserError: "),
+        (
+            MINE.replace("class MyKD(Method):", "class MyKD(Method):\n    name = 'cwd'"),
+            "cwd",
+            "has the name 'cwd' of another method; change its class attribute 'name'",
+        ),
+    ],
+    ids=["import", "raises", "no class", "number", "class", "base", "tap", "clash"],
+)
+def test_a_broken_package_breaks_no_other_method(install, capsys, request, text, asked, message):
+    package = f"broken_{request.node.callspec.id.replace(' ', '_')}"
+    install(text, package)
+    assert find_method("kd").origin == "built-in"
+    assert set(builtin_methods()) >= {"kd", "cwd", "none"}
+    assert "coolkd" not in builtin_methods()
+    (line,) = capsys.readouterr().err.splitlines()  # once
+    assert line.startswith(f"kdprof: the installed method 'coolkd' ({package}:MyKD of {package}) ")
+    assert message in line
+    with pytest.raises(UserError) as raised:
+        find_method(asked)
+    assert line == f"kdprof: {raised.value}"
+
+
+def test_commands_run_beside_a_broken_package(install):
+    install("1 / 0", "broken_for_commands")
+    done = kdprof("methods", "kd")
+    assert done.returncode == 0
+    assert done.stderr.count("broken_for_commands:MyKD") == 1
+    done = kdprof("methods", "coolkd")
+    assert done.returncode == 2
+    assert "ZeroDivisionError" in done.stderr.splitlines()[-1]

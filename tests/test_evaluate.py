@@ -12,6 +12,8 @@ from processes import kdprof
 from torch import nn
 
 from kdprof import evaluate as evaluation
+from kdprof.cli.networks import ViewOptions
+from kdprof.errors import UserError
 from kdprof.evaluate import (
     SIZE_PERIOD,
     Views,
@@ -202,6 +204,35 @@ def test_fitted_images_are_scored_at_their_own_size():
     torch.testing.assert_close(predict(network, PICTURE, Views(fit=(80, 400))), back)
     same = predict(network, PICTURE, Views(fit=(40, 400)))
     torch.testing.assert_close(same, predict(network, PICTURE), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": "64x64", "stride": "64x65"}, "--stride 64x65 leaves out pixels"),
+        ({"window": "64x64", "stride": "65x1"}, "--stride 65x1 leaves out pixels"),
+        ({"window": "0x64"}, "--window 0x64: give sides of at least 1 pixel"),
+        ({"window": "64x64", "stride": "5x0"}, "--stride 5x0: give sides of at least 1 pixel"),
+        ({"resize": "0x5"}, "--resize 0x5: give sides of at least 1 pixel"),
+        *(
+            ({"scales": scales}, f"--scales {scales}: give factors above 0")
+            for scales in ("nan", "inf", "1,nan", "-inf,1", "1,-1", "")
+        ),
+    ],
+)
+def test_views_that_no_image_has_are_refused(options, message):
+    usual = {"resize": "none", "window": None, "stride": None, "scales": "1", "flip": False}
+    with pytest.raises(UserError) as raised:
+        ViewOptions(**usual | options).views("camvid")
+    (line,) = raised.value.problems
+    assert line.startswith(message)
+
+
+def test_windows_as_far_apart_as_they_are_large_cover_every_pixel():
+    views = ViewOptions("none", "24x16", "24x16", "1", flip=False).views("camvid")
+    assert predict(Local(), PICTURE, views).isfinite().all()
+    with pytest.raises(AssertionError, match="leave pixels out"):
+        predict(Local(), PICTURE, Views(window=(24, 24), stride=(24, 25)))
 
 
 def evaluated(*arguments):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from small_study import train_small
 
 from kdprof.errors import UserError
-from kdprof.models import build
+from kdprof.models import AdaptedNetwork, build
 from kdprof.models.export import export
 from kdprof.models.weight_files import open_weights
 from kdprof.models.weights import check_weights, load_weights, read_weights
@@ -42,6 +42,49 @@ def test_what_is_written_loads_back_bit_equal(network, tmp_path, ending):
         assert torch.equal(again.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("stem", ["", "c"], ids=["plain", "deep"])
+@pytest.mark.parametrize("depth", [18, 34, 50, pytest.param(101, marks=pytest.mark.slow)])
+def test_every_resnet_of_mmsegmentation_computes_the_same_after_its_file(depth, stem, tmp_path):
+    torch.manual_seed(depth)
+    name, path = f"pspnet-resnet{depth}{stem}", tmp_path / "t.pth"
+    network = build(name, len(CLASSES)).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    export(network, path, CLASSES, (64, 64))
+    weights = read_weights(open_weights(path))
+    again = build(check_weights(weights, name, CLASSES), len(CLASSES)).eval()
+    load_weights(again, weights)
+    images = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
+    with torch.no_grad():
+        ours, theirs = (made(images, ["logits"]).logits for made in (again, network))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_plain_stem_is_named_where_the_deep_one_is_asked_for(tmp_path):
+    export(build("pspnet-resnet18", 3), tmp_path / "t.pth", CLASSES, (64, 64))
+    weights = read_weights(open_weights(tmp_path / "t.pth"))
+    with pytest.raises(UserError, match=r"pspnet-resnet18, not pspnet-r18; use pspnet-resnet18$"):
+        check_weights(weights, "pspnet-r18", CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pspnet-resnetblur18", "mmsegmentation has no pspnet-resnetblur18"),
+        ("pspnet-resnet18s", "mmsegmentation has no pspnet-resnet18s"),
+        ("pspnet-resnet18d", "mmsegmentation has no pspnet-resnet18d"),
+        ("pspnet-ecaresnet26t", "mmsegmentation has no pspnet-ecaresnet26t"),
+        ("pspnet-r18-os16", "end at stride 8, not at 16 as pspnet-resnet18c-os16; export .safet"),
+    ],
+)
+def test_networks_that_mmsegmentation_does_not_compute_are_refused(name, message, tmp_path):
+    """They have a ResNet's stages; their keys were written as if they were mmsegmentation's."""
+    with pytest.raises(UserError, match=message):
+        export(build(name, 3), tmp_path / "t.pth", CLASSES, (64, 64))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_keys_are_mmsegmentations(network, tmp_path):
     export(network, tmp_path / "s.pth", CLASSES, (64, 64))
     content = torch.load(tmp_path / "s.pth", weights_only=True)
@@ -64,6 +107,36 @@ def test_safetensors_tell_the_network_and_its_preprocessing(tmp_path):
         export(network, tmp_path / "c.pth", CLASSES, (64, 64))
     with pytest.raises(UserError, match=r"export writes \.safetensors, \.pth, \.onnx, not '\.h5'"):
         export(network, tmp_path / "c.h5", CLASSES, (64, 64))
+
+
+def _tied_maps(module, images):
+    head = module.second(module.first(module.stem(images)).relu())
+    return {"logits": module.classifier(head), "head": head}
+
+
+def tied_network():
+    """Two convolutions of one weight, and a bias that is a part of another's memory."""
+    module = torch.nn.Module()
+    module.stem, module.classifier = torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Conv2d(4, 3, 1)
+    module.first, module.second = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3)
+    module.second.weight = module.first.weight
+    both = torch.arange(8.0)
+    module.first.bias, module.second.bias = map(torch.nn.Parameter, both.split(4))
+    return AdaptedNetwork(module, _tied_maps, 3, name="tied")
+
+
+def test_weights_that_share_memory_are_written_and_load_back(tmp_path):
+    path, network = tmp_path / "t.safetensors", tied_network().eval()
+    export(network, path, CLASSES, (64, 64))
+    again = tied_network().eval()
+    loaded = load_weights(again, read_weights(open_weights(path), again))
+    assert (loaded.missing, loaded.left) == ([], [])
+    assert again.module.second.weight is again.module.first.weight
+    for key, value in network.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[key], value)
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    taps = [made(images, ["logits"]).logits for made in (network, again)]
+    assert torch.equal(*taps)
 
 
 def test_onnx_runtime_computes_the_same(network, tmp_path):

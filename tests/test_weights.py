@@ -235,6 +235,26 @@ def test_what_is_no_segmentation_network(tmp_path):
     assert "holds a list" in refusal(saved(tmp_path / "l.pth", [torch.ones(1)]))
 
 
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [
+        ("pspnet-r18-os16", "pspnet-r18"),
+        ("pspnet-r18-os16", "pspnet-r18-os32"),
+        ("pspnet-r18", "pspnet-r18-os16"),
+        ("pspnet-r18", "pspnet-r18-aligned"),
+    ],
+)
+def test_a_stride_that_the_file_states_is_not_overridden(held, asked, tmp_path):
+    path = tmp_path / "t.safetensors"
+    export(build(held, 3), path, CLASSES, (64, 64))
+    assert refusal(path, asked).endswith(f"holds kdprof's {held}, not {asked}; use {held}")
+    assert loaded(path, held)[0].name == parse_name(held)
+
+
+def test_a_file_that_states_no_stride_fits_every_one(published):
+    assert loaded(published, "pspnet-r18-os16")[0].name == parse_name("pspnet-r18-os16")
+
+
 # A published teacher in a study
 
 
@@ -281,6 +301,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(teacher, pu
     path, _ = teacher
     for weights, name, message in (
         (path, "deeplabv3-r18", "not deeplabv3-r18; use cirkd-pspnet-r18-w64"),
+        (path, "pspnet-r18-os16", "not pspnet-r18-os16; use cirkd-pspnet-r18-w64"),
         (published, "pspnet-r18", "has 3 classes, the data has 12"),
         ("nowhere.pth", "pspnet-r18", "no file nowhere.pth"),
     ):
@@ -339,8 +360,16 @@ def test_a_backbone_is_read_once_before_anything_runs_and_said(tmp_path):
         "step.aux_weight": 0,
         "data": folder_of_3_classes(tmp_path / "data"),
     }
-    with pytest.raises(UserError, match=r"student_backbone_weights: .* loads its weights itself"):
-        ResolvedStudy(small_study(student_backbone_weights=str(path), **own))
+    own_network = own["student"]
+    for role in ("student", "teacher"):
+        for weights in (str(path), "imagenet"):
+            given = {**own, role: own_network, f"{role}_backbone_weights": weights}
+            with pytest.raises(UserError) as caught:
+                ResolvedStudy(small_study(**given))
+            assert str(caught.value) == (
+                f"{role}_backbone_weights: {own_network} loads its weights itself; set it to none, "
+                f"not {weights}"
+            )
     first = next(key for key, value in state.items() if value.is_floating_point())
     saved(path, {**state, first: state[first] * float("nan")})
     with pytest.raises(UserError, match=rf"1 of {len(state)} tensors hold NaN \({first}\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,11 @@ class ViewOptions:
         stride = problems.attempt(lambda: _size("stride", self.stride), None)
         if self.stride and not self.window:
             problems.append("--stride is the distance between windows; add --window")
+        if window and stride and (stride[0] > window[0] or stride[1] > window[1]):
+            problems.append(
+                f"--stride {self.stride} leaves out pixels between windows of {self.window}; give "
+                "at most the window"
+            )
         scales = problems.attempt(self._scales, ())
         problems.refuse()
         assert resize is not None, "a malformed size was refused"
@@ -64,7 +70,7 @@ class ViewOptions:
             found = tuple(float(scale) for scale in self.scales.split(","))
         except ValueError:
             found = ()
-        if not found or min(found) <= 0:
+        if not found or not all(0 < scale < math.inf for scale in found):
             raise UserError(f"--scales {self.scales}: give factors above 0, such as 0.5,1,2")
         return found
 
@@ -75,9 +81,12 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     try:
-        return parse_size(text)
+        height, width = parse_size(text)
     except ValueError as error:
         raise UserError(f"--{option} {text}: {error}") from None
+    if min(height, width) < 1:
+        raise UserError(f"--{option} {text}: give sides of at least 1 pixel, such as 512x1024")
+    return height, width
 
 
 @click.command()

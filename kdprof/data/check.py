@@ -12,7 +12,7 @@ import numpy as np
 from kdprof.data.base import DataOnDisk
 from kdprof.data.dataset import open_data
 from kdprof.data.degenerate import Findings, examine_files, examine_labels
-from kdprof.data.files import PairedImages
+from kdprof.data.files import BITS, Header, PairedImages
 from kdprof.data.layouts import PUBLISHED_DATA_SETS, PublishedDataSet
 from kdprof.data.threads import in_threads
 from kdprof.data.tree import passed_over
@@ -141,11 +141,16 @@ def _passed_over(opened: Sequence[PairedImages]) -> Counter[str]:
 def _conversions(data: PairedImages) -> list[str]:
     """Return which images are not 8-bit RGB as they are stored, in sentences."""
     headers = [data.header(index) for index in range(len(data))]
-    modes = Counter(header.mode for header in headers if header.mode != "RGB")
+    modes = Counter(map(_kind, headers))
+    del modes["RGB"]
     turned = sum(header.orientation != 1 for header in headers)
     found = [f"{_images(count)} {mode}, converted to RGB" for mode, count in modes.items()]
     found += [f"{_images(turned)} turned as EXIF says"] if turned else []
     return found
+
+
+def _kind(header: Header) -> str:
+    return header.mode if header.bits <= BITS else f"{header.mode} of {header.bits} bits"
 
 
 def _images(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -30,6 +31,8 @@ conversion to RGB."""
 READ_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 """Pillow's names of the formats that a file may have, whatever its ending. They are not all that
 Pillow knows: for PostScript it starts Ghostscript, which runs what the file says."""
+BITS = 8
+"""Bits of a value in most files, and in an array."""
 LOSSY_FORMATS = ("JPEG", "MPO")
 """Pillow's names of formats that change label values. A file's content says which it is."""
 TURNS = {
@@ -59,12 +62,14 @@ class Header(NamedTuple):
         size: height and width as a viewer shows it, pixels.
         orientation: that of EXIF, 1 to 8; 1 = as stored.
         format: Pillow's name of the file format.
+        bits: of each value in the file; Pillow's modes do not tell 16 from 8 in colours.
     """
 
     mode: str
     size: tuple[int, int]
     orientation: int
     format: str
+    bits: int
 
 
 @cache
@@ -257,6 +262,8 @@ def _pair_problems(image: Path, label: Path, pixels: LabelPixels) -> list[str]:
         problems.append(f"{image} is {ours.mode}, not 8 bits per channel; convert it to 8-bit RGB")
     if theirs.mode not in pixels.modes:
         problems.append(f"{label} {pixels.wrong_mode(theirs.mode)}")
+    if theirs.mode in pixels.modes and theirs.bits > BITS:
+        problems.append(f"{label} has {theirs.bits} bits per value; save labels with {BITS}")
     if theirs.format in LOSSY_FORMATS:
         problems.append(f"{label} is a JPEG, which changes label values; save labels as PNG")
     if ours.size != theirs.size:
@@ -281,24 +288,44 @@ def _header(path: Path) -> Header:
     with _reading(path), Image.open(path, formats=READ_FORMATS) as image:
         orientation, (width, height) = _orientation(image), image.size
         size = (width, height) if orientation in SIDEWAYS else (height, width)
-        return Header(image.mode, size, orientation, image.format or "")
+        return Header(image.mode, size, orientation, image.format or "", _bits(image))
 
 
 def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
-    """Return the pixels as a viewer shows them, turned by the EXIF orientation.
+    """Return the pixels, turned by the EXIF orientation as a viewer shows them.
+
+    Args:
+        mode: Pillow's mode that they are converted to; None = the values that the file has.
 
     Raises:
         UserError: the file cannot be read, or the orientation stands behind the pixels, where a
             header does not show it.
     """
     with _reading(path), Image.open(path, formats=READ_FORMATS) as image:
-        told = _orientation(image)
+        told, bits = _orientation(image), _bits(image)
         image.load()
         orientation = _orientation(image)
         if orientation != told:
             raise ValueError(f"its EXIF orientation, {orientation}, stands behind its pixels")
         turned = image.transpose(TURNS[orientation]) if orientation in TURNS else image
-        return np.array(turned.convert(mode) if mode else turned)
+        if mode:
+            return np.array(turned.convert(mode))
+        values = np.array(turned)
+        # Pillow has made 0-255 of grey with 2 or 4 bits: it has multiplied by 85 or 17.
+        return values // (255 // (2**bits - 1)) if image.mode == "L" and bits < BITS else values
+
+
+def _bits(image: Image.Image) -> int:
+    """Return the bits of each value in a file that is open and not decoded yet.
+
+    They stand only in the raw mode that its decoder gets: L;4 is grey with 4 bits, RGB;16B colour
+    with 16.
+    """
+    tiles = getattr(image, "tile", [])
+    given = tiles[0][3] if tiles else ""
+    raw = given[0] if isinstance(given, tuple) and given else given
+    found = re.fullmatch(r"(?!BGR)[A-Za-z]+;(\d+)\w*", str(raw))  # BGR;16 is 16 per pixel
+    return int(found.group(1)) if found else BITS
 
 
 def _orientation(image: Image.Image) -> int:

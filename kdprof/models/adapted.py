@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from kdprof.errors import UserError, some, unknown
+from kdprof.imports import quick_import
 from kdprof.method import FEATURE_TAPS, Network, NetworkInfo, Taps
 from kdprof.models.network import Preprocessing
 from kdprof.user_files import (
@@ -24,6 +28,9 @@ from kdprof.user_files import (
     version_of,
 )
 
+with quick_import():
+    import timm
+
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 PROBE = 128
@@ -31,6 +38,8 @@ PROBE = 128
 REASON = 160
 """Characters of a network's own message in an error."""
 
+RGB = tuple[float, float, float]
+"""A number for each channel of an image."""
 Maps = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 """A function that returns the taps of a network, each (N, C, h, w), for normalised images (N, 3, H,
 W)."""
@@ -45,15 +54,16 @@ class AdaptedNetwork(Network):
             ``aux`` (auxiliary logits) and ``c2`` to ``c5`` if it has them. All are computed in
             every step, even if the method reads only some of them.
         num_classes: channels of the logits.
-        mean, std: normalisation of its images, per RGB channel in 0..255.
+        mean, std: normalisation of its images, per RGB channel in 0..255; std above 0.
         align_corners: bilinear mode in which its logits are resized.
         heads: names of the submodules of ``module`` behind the backbone, for studies that set a
             learning rate or a weight decay for the head.
         name: its name in records.
 
     Raises:
-        UserError: ``maps`` returns an unknown tap, no logits, or logits with another number of
-            classes; or a head is no submodule.
+        UserError: ``maps`` returns no mapping of tensors (N, C, h, w), an unknown tap, no logits,
+            or logits with another number of classes; mean or std are no three such numbers; or a
+            head is no submodule.
     """
 
     mean: Tensor
@@ -65,8 +75,8 @@ class AdaptedNetwork(Network):
         maps: Maps,
         num_classes: int,
         *,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: RGB = IMAGENET_MEAN,
+        std: RGB = IMAGENET_STD,
         align_corners: bool = False,
         heads: Collection[str] = (),
         name: str = "own",
@@ -77,6 +87,8 @@ class AdaptedNetwork(Network):
             raise UserError(f"{name}: {unknown('head', wrong[0], submodules)}")
         self.heads = tuple(f"module.{head}" for head in heads)
         self.module, self.maps, self.align_corners = module, maps, align_corners
+        mean, std = _three(name, "mean", mean), _three(name, "std", std)
+        _check_std(name, std)
         self.preprocessing = Preprocessing(mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -107,7 +119,7 @@ class AdaptedNetwork(Network):
             return None
         return (
             f"{self.info.name} cannot take images of {crop[0]}x{crop[1]} "
-            f"({' '.join(refused.split())[:REASON]}); use another size or network"
+            f"({_short(refused)}); use another size or network"
         )
 
     @torch.no_grad()
@@ -129,11 +141,7 @@ class AdaptedNetwork(Network):
         training = self.module.training
         found = self.maps(self.module.eval(), torch.zeros(1, 3, PROBE, PROBE))
         self.module.train(training)
-        for tap in found:
-            if tap not in FEATURE_TAPS:
-                raise UserError(f"{name}: {unknown('tap', tap, FEATURE_TAPS)}")
-        if "logits" not in found:
-            raise UserError(f"{name}: its maps hold no 'logits', only {', '.join(found)}")
+        _check_maps(name, found)
         if found["logits"].shape[1] != num_classes:
             raise UserError(
                 f"{name}: its logits have {found['logits'].shape[1]} channels for {num_classes} "
@@ -142,6 +150,51 @@ class AdaptedNetwork(Network):
         channels = {tap: value.shape[1] for tap, value in found.items()}
         stride = {tap: round(PROBE / value.shape[-1]) for tap, value in found.items()}
         return NetworkInfo(name, num_classes, channels, stride)
+
+
+def _three(name: str, what: str, given: Iterable[float]) -> RGB:
+    try:
+        red, green, blue = map(float, given)
+    except (TypeError, ValueError):
+        red = green = blue = math.nan
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise UserError(
+            f"{name}: {what} = {given}; give three finite numbers, for red, green, blue"
+        )
+    return red, green, blue
+
+
+def _check_std(name: str, std: RGB) -> None:
+    if min(std) <= 0:
+        raise UserError(f"{name}: std = {std}; images are divided by it, so give numbers above 0")
+    if max(std) < 1:
+        raise UserError(
+            f"{name}: std = {std}, but images are in 0..255: multiply mean and std by 255"
+        )
+
+
+def _check_maps(name: str, found: object) -> None:
+    """Check the types and names of what a network's maps return."""
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f"{name}: its maps are a {type(found).__name__}; return a dict of tensors by the names "
+            f"{', '.join(FEATURE_TAPS)}"
+        )
+    for tap, value in found.items():
+        if tap not in FEATURE_TAPS:
+            raise UserError(f"{name}: {unknown('tap', str(tap), FEATURE_TAPS)}")
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            raise UserError(
+                f"{name}: its map '{tap}' is a {type(value).__name__}{shape}; return a Tensor "
+                "(N, C, h, w)"
+            )
+    if "logits" not in found:
+        raise UserError(f"{name}: its maps hold no 'logits', only {', '.join(found) or 'nothing'}")
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:REASON]
 
 
 @contextmanager
@@ -189,14 +242,29 @@ def build_adapted(name: str, num_classes: int, weights: str = "none") -> Adapted
 def _from_file(name: str, own: NamedInFile, num_classes: int) -> AdaptedNetwork:
     own.check_exists(f"network {name}")
     build = import_function(*own)
-    with following(own.path):
-        found = build(num_classes)
+    try:
+        with following(own.path):
+            found = build(num_classes)
+    except UserError:
+        raise
+    except Exception as error:  # the user's code: any
+        raise UserError(
+            f"{name} cannot be built: {type(error).__name__}: {_short(error) or 'no message'} "
+            f"({_line_in(own.path, error)})"
+        ) from error
     if not isinstance(found, AdaptedNetwork):
         raise UserError(
             f"{name} returned a {type(found).__name__}; return AdaptedNetwork(network, maps, "
             "num_classes), see docs/own-model.md"
         )
     return found
+
+
+def _line_in(path: Path, error: Exception) -> str:
+    """Return ``FILE:line`` of the innermost line of a user's file that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename) == path.resolve()]
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 # MiT encoders: blocks per stage and widths (Xie et al. 2021, arXiv:2105.15203, table 6).
@@ -276,6 +344,8 @@ def _smp(name: str, rest: str, num_classes: int, weights: str) -> AdaptedNetwork
              "deeplabv3plus", "upernet", "segformer")  # fmt: skip
     if architecture not in known or not encoder:
         raise UserError(unknown("network", name, [f"smp-{one}-resnet34" for one in known]))
+    mean, std = _normalisation_of_smp(smp, name, encoder, weights)
+    heads = ("decoder", "segmentation_head")
     try:
         network = smp.create_model(
             architecture,
@@ -283,11 +353,53 @@ def _smp(name: str, rest: str, num_classes: int, weights: str) -> AdaptedNetwork
             encoder_weights=None if weights == "none" else weights,
             classes=num_classes,
         )
+        return AdaptedNetwork(
+            network, _maps_of_smp, num_classes, mean=mean, std=std, heads=heads, name=name
+        )
+    except Exception as error:  # by encoder: KeyError, ValueError, RuntimeError, the hub's errors
+        raise UserError(
+            f"segmentation_models_pytorch cannot build {name}: {_short(error)}"
+        ) from error
+
+
+def _normalisation_of_smp(smp: Any, name: str, encoder: str, weights: str) -> tuple[RGB, RGB]:
+    """Return mean and std of an encoder's images, per RGB channel in 0..255.
+
+    They depend on its name alone, because a network that was trained is built again without
+    weights: of a ``tu-`` encoder they are timm's for its weights, of the others ImageNet's.
+
+    Raises:
+        UserError: the weights need another normalisation, or one that is not known.
+    """
+    universal = encoder.startswith("tu-")
+    if weights == "none" and not (universal and timm.is_model_pretrained(encoder[3:])):
+        return IMAGENET_MEAN, IMAGENET_STD
+    if universal and weights not in ("none", "imagenet"):
+        raise UserError(f"{name}: the backbone weights of a tu- encoder are none or imagenet")
+    given = "imagenet" if weights == "none" else weights
+    try:
+        told = smp.encoders.get_preprocessing_params(encoder, given)
+        factor = {1: 255, 255: 1}[told["input_range"][1]]
+        mean, std = (tuple(factor * value for value in told[key]) for key in ("mean", "std"))
     except Exception as error:  # by encoder: KeyError, ValueError, the hub's errors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"segmentation_models_pytorch cannot build {name}: {reason}") from error
-    heads = ("decoder", "segmentation_head")
-    return AdaptedNetwork(network, _maps_of_smp, num_classes, heads=heads, name=name)
+        raise UserError(
+            f"{name}: the normalisation of the weights '{given}' is not known "
+            f"({type(error).__name__}: {_short(error)}); take another encoder, or weights none"
+        ) from error
+    rgb = told["input_space"] == "RGB"
+    if rgb and _close(mean, IMAGENET_MEAN) and _close(std, IMAGENET_STD):
+        return IMAGENET_MEAN, IMAGENET_STD
+    if rgb and universal:
+        return mean, std
+    raise UserError(
+        f"{name}: its weights '{given}' need {told['input_space']} images of mean {mean} and std "
+        f"{std}, not ImageNet's; take a tu- encoder, or write a file that builds the network with "
+        "these (docs/own-model.md)"
+    )
+
+
+def _close(numbers: Sequence[float], others: Sequence[float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(numbers, others, strict=True))
 
 
 def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -296,7 +408,8 @@ def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     )
     features = encoder(images)
     head = decoder(features)
-    stages = dict(zip(("c2", "c3", "c4", "c5"), features[-4:], strict=False))
+    # Before c2, at stride 4, come the image and a map of half its size. PSPNet's end with c3.
+    stages = dict(zip(("c2", "c3", "c4", "c5"), features[2:], strict=False))
     return {"logits": classifier(head), "head": head, **stages}
 
 

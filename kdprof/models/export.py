@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from kdprof.errors import UserError
 from kdprof.hardware.device import installed_version
 from kdprof.models import AdaptedNetwork, AnyNetwork
+from kdprof.models.backbone import OUTPUT_STRIDE
+from kdprof.models.weights import DEEP, RESNETS
 from kdprof.store import write_atomic
 
 FORMATS = (".safetensors", ".pth", ".onnx")
 ONNX_TOLERANCE = 1e-4
 """Allowed relative L2 between torch's logits and ONNX Runtime's. Rounding causes about 1e-6."""
+MMSEG_BACKBONES = {resnet + stem for resnet in RESNETS.values() for stem in ("", DEEP["mmseg"])}
+"""mmsegmentation's ResNet and ResNetV1c."""
 _MMSEG = (
     (r"^backbone\.net\.conv1\.(\d)", r"backbone.stem.\1"),
     (r"^backbone\.net\.bn1\.", "backbone.stem.7."),
@@ -61,8 +65,17 @@ def export(
 
 
 def _state(network: AnyNetwork) -> dict[str, Tensor]:
+    """Return a network's state; entries that share memory, such as tied weights, as copies, because
+    safetensors has no shared ones."""
     module = network.module if isinstance(network, AdaptedNetwork) else network
-    return {key: value.detach().contiguous() for key, value in module.state_dict().items()}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in module.state_dict().items():
+        entry = value.detach().contiguous()
+        place = entry.untyped_storage().data_ptr()
+        found[key] = entry.clone() if place in seen else entry
+        seen.add(place)
+    return found
 
 
 def _safetensors(network: AnyNetwork, classes: Sequence[str]) -> bytes:
@@ -76,14 +89,25 @@ def _safetensors(network: AnyNetwork, classes: Sequence[str]) -> bytes:
 
 
 def _mmsegmentation(network: AnyNetwork, classes: Sequence[str]) -> bytes:
+    """Return a checkpoint of mmsegmentation.
+
+    Raises:
+        UserError: mmsegmentation does not compute this network. Keys alone do not show that: a
+            backbone of timm's may have a ResNet's keys and other convolutions.
+    """
     if (
         isinstance(network, AdaptedNetwork)
         or network.name.layout != "mmseg"
-        or not hasattr(network.backbone.net, "layer4")
+        or network.name.backbone not in MMSEG_BACKBONES
     ):
         raise UserError(
             f"mmsegmentation has no {network.info.name} with these keys; export .safetensors "
             "instead"
+        )
+    if network.name.output_stride != OUTPUT_STRIDE:
+        raise UserError(
+            f"mmsegmentation's PSPNet and DeepLabV3 end at stride {OUTPUT_STRIDE}, not at "
+            f"{network.name.output_stride} as {network.info.name}; export .safetensors instead"
         )
     deep = "backbone.net.conv1.0.weight" in network.state_dict()
     rules = _MMSEG if deep else _MMSEG_PLAIN

@@ -26,13 +26,16 @@ OURS, MMSEG, CIRKD, TORCHVISION, TIMM = "kdprof", "mmsegmentation", "CIRKD", "to
 ADAPTED = "the network's own"
 """The source of an adapted network's file: its keys are the network's own names."""
 AUXILIARY = "auxiliary_head."
-BLOCKS = {
-    (2, 2, 2, 2, False): "r18",
-    (3, 4, 6, 3, False): "r34",
-    (3, 4, 6, 3, True): "r50",
-    (3, 4, 23, 3, True): "r101",
+RESNETS = {
+    (2, 2, 2, 2, False): "resnet18",
+    (3, 4, 6, 3, False): "resnet34",
+    (3, 4, 6, 3, True): "resnet50",
+    (3, 4, 23, 3, True): "resnet101",
+    (3, 8, 36, 3, True): "resnet152",
 }
-"""Blocks per stage and whether they are bottlenecks -> the short name of the ResNet."""
+"""Blocks per stage and whether they are bottlenecks -> the ResNet with a plain stem."""
+DEEP = {"mmseg": "c", "cirkd": "s"}
+"""What is appended to its name for the deep stem of a layout."""
 
 _MMSEG = (
     (r"^backbone\.stem\.7\.", "backbone.net.bn1."),
@@ -238,14 +241,15 @@ def check_weights(weights: Weights, wanted: str, classes: tuple[str, ...]) -> Ne
         return wanted
     asked = parse_name(wanted)
     found = weights.name or asked
-    if not _agrees(asked, found, wanted):
+    stated = weights.source == OURS
+    if not _agrees(asked, found, wanted) or (stated and not _as_stated(asked, found)):
         problems.append(
             f"{weights.path} holds {weights.source}'s {_short(found)}, not {wanted}; "
             f"use {_short(found)}"
         )
     if problems:
         raise UserError(*problems)
-    # No file states these two for certain.
+    # Only the header of an export of kdprof's states these two for certain.
     aligned = asked.aligned or found.aligned
     return replace(found, aligned=aligned, output_stride=asked.output_stride)
 
@@ -402,21 +406,21 @@ def _name_of(state: Mapping[str, Tensor], source: str, file: WeightFile) -> Netw
         return None
     layout = _LAYOUT_OF[source]
     head = "pspnet" if _TOLD_BY[0] in state else "deeplabv3"
-    short = _resnet(state)
-    deep = "backbone.net.conv1.0.weight" in state
-    aliases = LAYOUTS[layout] if deep else LAYOUTS["torchvision"]
     aligned = layout == "mmseg" and _says_aligned(file.content)
-    name = NetworkName(head, aliases.get(short, short), layout, aligned=aligned)
+    name = NetworkName(head, _resnet(state, layout), layout, aligned=aligned)
     width = len(state["decode_head.bottleneck.conv.weight"])
     channels = next(state[key].shape[1] for key in _TOLD_BY if key in state)
     return name if width == width_of(name, channels) else replace(name, width=width)
 
 
-def _resnet(state: Mapping[str, Tensor]) -> str:
+def _resnet(state: Mapping[str, Tensor], layout: str) -> str:
     places = {m.groups() for key in state if (m := re.search(r"\.net\.layer(\d)\.(\d+)\.", key))}
     blocks = [sum(stage == str(number) for stage, _ in places) for number in (1, 2, 3, 4)]
     bottleneck = "backbone.net.layer1.0.conv3.weight" in state
-    return BLOCKS.get((*blocks, bottleneck), f"resnet with {blocks} blocks")
+    known = RESNETS.get((*blocks, bottleneck))
+    if known is None:
+        return f"resnet with {blocks} blocks"
+    return known + (DEEP.get(layout, "") if "backbone.net.conv1.0.weight" in state else "")
 
 
 def _says_aligned(content: Mapping[str, Any]) -> bool:
@@ -460,6 +464,11 @@ def _agrees(asked: NetworkName, found: NetworkName, wanted: str) -> bool:
     by_layout = {wanted.partition("-")[0]} & set(LAYOUTS)
     short = wanted.split("-")[1]
     return not by_layout and LAYOUTS[found.layout].get(short) == found.backbone
+
+
+def _as_stated(asked: NetworkName, found: NetworkName) -> bool:
+    """Return whether a network has the output stride that a file states, and no other resizes."""
+    return asked.output_stride == found.output_stride and asked.aligned <= found.aligned
 
 
 def _short(name: NetworkName) -> str:

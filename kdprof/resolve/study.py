@@ -163,19 +163,23 @@ class ResolvedStudy:
         """Load the files of backbones that will be trained, and say what was taken from them.
 
         Raises:
-            UserError: a file cannot be read, or does not fit its backbone.
+            UserError: a file cannot be read, or does not fit its backbone; or weights are given for
+                a network that loads its own.
         """
         plain, problems = self.plain, Problems()
         given = {"student": (plain.student, plain.student_backbone_weights)}
         if self.teacher_weights is None:
             given["teacher"] = (plain.teacher, plain.teacher_backbone_weights)
         for role, (name, weights) in given.items():
-            if weights in ("none", "imagenet"):
+            if weights == "none":
                 continue
             if is_from_file(name):
                 problems.append(
-                    f"{role}_backbone_weights: {name} loads its weights itself; leave {weights} out"
+                    f"{role}_backbone_weights: {name} loads its weights itself; set it to none, "
+                    f"not {weights}"
                 )
+                continue
+            if weights == "imagenet":
                 continue
             network = problems.attempt(partial(build, name, 2, backbone_weights=weights), None)
             if isinstance(network, SegmentationNetwork):
