@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from kdprof.hardware.device import versions
@@ -94,6 +95,7 @@ def measured_cost(
         gpus=identity.gpus,
         key=identity.key,
         session=uuid.uuid4().hex[:12],
+        measured_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **timed,
         outliers=readings.outliers,
         canary=canary,
