@@ -515,6 +515,15 @@ def test_gains_are_sorted_with_bounds_hollow_and_open_ends_as_arrows(tmp_path):
     assert 1 in [line.get_xdata()[0] for line in panel.lines]
 
 
+def test_large_gains_have_more_ticks_than_the_one(tmp_path):
+    axis = two_ends(a_store(tmp_path, matrix()))[1]
+    figure = gains.draw(
+        [a_gain("cwd", 980.0, 740.0, None)], axis, looks(SIX), {"cwd": "cwd", "kd": "kd"}
+    )
+    (panel,) = figure.axes
+    assert list(panel.get_xticks()) == [1, 100]
+
+
 def test_flips_are_coloured_unless_unlikely_and_the_others_grey(tmp_path):
     verdict = a_verdict(("none", "kd", "cwd", "cirkd", "mgd"))
     sure, likely, unlikely, _ = verdict.flips

@@ -402,6 +402,20 @@ def test_a_rise_that_the_seeds_do_not_show_gives_no_interval():
     assert verdict.pairs[0].probability > 0.95
 
 
+def test_curves_that_are_flat_in_truth_seldom_get_a_gain_with_an_interval():
+    """Both are noise around levels one point apart: no compute makes the control as good."""
+    rng, stated = np.random.default_rng(1), 0
+    for _ in range(60):
+        shared = 0.4 * rng.standard_normal((3, 3))
+        points = {
+            name: (level + shared + 0.4 * rng.standard_normal((3, 3))).tolist()
+            for name, level in (("kd", 70.0), ("a", 71.0))
+        }
+        (found,) = [g for g in judge(_curves(points)).gains if g.axis == "seconds"]
+        stated += found.has_interval
+    assert stated <= 3  # 5 %
+
+
 def test_the_slope_is_that_of_a_regression_of_the_means():
     logs = np.log([1.0, 2.0, 5.0])
     model = fit(scores(a={"x": [60.0, 61], "y": [62.0, 63], "z": [61.0, 64]}), pool_budgets=False)

@@ -134,8 +134,8 @@ def counted_cost(
 ) -> CountedCost:
     """Return the Cost of a step that was counted, not run; no budget can be converted with it."""
     run_only = (
-        "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary", "phases_s",
-        "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
+        "measured_at", "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary",
+        "phases_s", "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
     )  # fmt: skip
     unavailable = dict.fromkeys((*run_only, "memory_bytes"), COUNTED)
     if modules_flop is None:
