@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal, localcontext
 from typing import Literal
 
 from kdprof.errors import UserError, no_flop
@@ -27,14 +29,14 @@ _MATCHED: dict[Unit, Matched] = {
     "J": "energy",
 }
 
-_PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-_UNITS: dict[str, tuple[Unit, float]] = {
+_PREFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
+_UNITS: dict[str, tuple[Unit, int]] = {
     "": ("iterations", 1),
-    "k": ("iterations", 1e3),
-    "M": ("iterations", 1e6),
+    "k": ("iterations", 10**3),
+    "M": ("iterations", 10**6),
     "sample": ("samples", 1),
-    "ksample": ("samples", 1e3),
-    "Msample": ("samples", 1e6),
+    "ksample": ("samples", 10**3),
+    "Msample": ("samples", 10**6),
     "epoch": ("epochs", 1),
     "s": ("s", 1),
     "min": ("s", 60),
@@ -43,10 +45,10 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "flop": ("flop", 1),
     **{f"{prefix}flop": ("flop", factor) for prefix, factor in _PREFIXES.items()},
     "J": ("J", 1),
-    "kJ": ("J", 1e3),
-    "MJ": ("J", 1e6),
+    "kJ": ("J", 10**3),
+    "MJ": ("J", 10**6),
     "Wh": ("J", 3600),
-    "kWh": ("J", 3.6e6),
+    "kWh": ("J", 3_600_000),
 }
 _MOST: dict[Unit, float] = {
     "iterations": 1e9,
@@ -172,19 +174,31 @@ def _parse_term(text: str) -> Budget:
     if unit not in _UNITS:
         raise UserError(f"budget '{text}': unknown unit '{unit}'; write {EXAMPLES}")
     kind, factor = _UNITS[unit]
-    amount = float(number) * factor
+    amount = _product(number, factor)
     if method and kind != "iterations":
         raise UserError(
             f"budget '{text}': only iterations can be those of a method; write {number}k@{method} "
             f"or {number}{unit}"
         )
-    if kind == "iterations" and amount < 1e15 and amount != round(amount):
+    if kind == "iterations" and amount.is_finite() and amount != amount.to_integral_value():
         raise UserError(f"budget '{text}' is not a whole number of iterations; round it")
     if method and not METHOD_NAME.fullmatch(method):
         raise UserError(f"budget '{text}': {method!r} is no name of a method; write {EXAMPLES}")
     if amount <= 0 or (kind == "iterations" and amount < 1):
         raise UserError(f"budget '{text}' is smaller than one iteration; give more")
-    return Budget(text, amount, kind, method)
+    return Budget(text, float(amount), kind, method)
+
+
+def _product(number: str, factor: int) -> Decimal:
+    """Return a written number times a factor, exactly: 16.1 x 1000 is 16100, but not in floats.
+
+    What no float can hold becomes infinite or 0, before its digits could fill the memory.
+    """
+    as_float = float(number)
+    if as_float == 0 or math.isinf(as_float):
+        return Decimal(as_float)
+    with localcontext(prec=LONGEST_TEXT + 20):
+        return Decimal(number) * factor
 
 
 def convert(

@@ -26,9 +26,9 @@ def run(out: Path, progress: Progress, console: Console) -> None:
     for budget in workflow.study.budgets:
         conversion_table(budget, convert(parse_budget(budget), prepared.costs), console)
     train(resolved, store, progress, prepared=prepared)
-    paths, verdict = write_all(store)
+    made = write_all(store)
     table.print_table(store, console)
-    for path in [store.study, *paths]:
+    for path in [store.study, *made.files]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    if verdict is not None:
-        print_sentences(verdict, console)
+    if made.verdict is not None:
+        print_sentences(made.verdict, console)

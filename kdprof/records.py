@@ -65,6 +65,8 @@ Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Moment = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+"""A time in UTC as ISO 8601 writes it, to the second: the later of two texts is the later time."""
 
 
 PARTS_OF_FLOP = ("teacher", "student", "objective", "backward", "auxiliary")
@@ -268,6 +270,9 @@ class Cost(Record):
     """Hash of everything that changes the cost."""
     session: str
     """The process that measured it; samples of one session are paired round by round."""
+    measured_at: Moment | None = None
+    """When it was measured, by the clock of its machine: of several Costs of a method the newest
+    counts. None in records that were written before there was this field. No part of ``key``."""
     latency_s: Interval | None
     ratio: Ratio | None
     end_to_end_s: Interval | None

@@ -27,7 +27,7 @@ import stat
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -291,6 +291,11 @@ def run_place(kind: RunKind, method: str, budget: str, seed: int) -> Path:
     if kind == "trunk":
         return Path("trunks", slug(method), str(seed))
     return Path("runs", slug(method), slug(budget), str(seed))
+
+
+def cost_file_name(method: str, key: str) -> str:
+    """Return the name of the file of a Cost."""
+    return f"{slug(method)}-{key}.json"
 
 
 _RELATIONS = {">": "gt", "<": "lt", "~": "like"}
@@ -567,7 +572,7 @@ class Store:
 
     def cost_path(self, method: str, key: str) -> Path:
         """Return the file of a method's Cost with a key."""
-        return self.root / "costs" / f"{slug(method)}-{key}.json"
+        return self.root / "costs" / cost_file_name(method, key)
 
     def read_cost(self, method: str, key: str) -> Cost | None:
         """Return a stored Cost, or None if it is not measured yet."""
@@ -582,39 +587,36 @@ class Store:
 
     def write_step_cost(self, cost: Cost) -> Path:
         """Store the Cost of a user's step and return its file."""
-        path = self.root / "steps" / f"{slug(cost.method)}-{cost.key}.json"
+        path = self.root / "steps" / cost_file_name(cost.method, cost.key)
         write_record(path, cost)
         return path
 
     def costs(self) -> list[Cost]:
-        """Return every stored Cost of a method, the newest last."""
+        """Return every stored Cost of a method, ordered by when it was measured."""
         return self._costs_in("costs")
 
     def step_costs(self) -> list[Cost]:
-        """Return every stored Cost of a user's step, the newest last."""
+        """Return every stored Cost of a user's step, ordered by when it was measured."""
         return self._costs_in("steps")
 
     def _costs_in(self, folder: str) -> list[Cost]:
-        found = [(_placed_cost(path), path) for path in (self.root / folder).glob("*.json")]
-        return [cost for cost, path in sorted(found, key=lambda one: one[1].stat().st_mtime_ns)]
+        found = [_placed_cost(path) for path in sorted((self.root / folder).glob("*.json"))]
+        return sorted(found, key=lambda cost: cost.measured_at or "")
 
     def latest_costs(self) -> dict[str, Cost]:
         """Return the newest Cost of each method.
 
         Raises:
-            UserError: no Cost is stored, or the Costs come from different devices.
+            UserError: no Cost is stored, the Costs come from different devices, or it is not known
+                which one of a method is the newest.
         """
-        costs = {cost.method: cost for cost in self.costs()}
+        costs = newest_by_method(self.costs())
         if not costs:
             raise UserError(
                 f"{self.root} holds no costs; run 'kdprof measure --out {self.root}' first"
             )
-        devices = sorted({cost.device for cost in costs.values()})
-        if len(devices) > 1:
-            raise UserError(
-                f"the costs in {self.root} come from different devices ({' and '.join(devices)}); "
-                "measure all methods on one"
-            )
+        if why := different_devices(costs.values()):
+            raise UserError(f"{self.root}: {why}; measure all methods on one")
         return costs
 
     def hashes(self) -> dict[str, str]:
@@ -689,12 +691,51 @@ def _placed_cost(path: Path) -> Cost:
         UserError: the file cannot be read, or holds the Cost of another method.
     """
     cost = read_record(path, Cost)
-    if path.name != f"{slug(cost.method)}-{cost.key}.json":
+    if path.name != cost_file_name(cost.method, cost.key):
         raise UserError(
             f"{path} holds the cost of '{cost.method}' with key {cost.key}; rename it, or delete "
             "it and measure again"
         )
     return cost
+
+
+def newest(costs: Sequence[Cost]) -> Cost:
+    """Return the Cost of one method that was measured last. The times of files do not tell: a copy
+    or a clone of the folder has others.
+
+    Raises:
+        UserError: two of the newest ones do not say when, or name the same second.
+    """
+    last = max(cost.measured_at or "" for cost in costs)
+    found = [cost for cost in costs if (cost.measured_at or "") == last]
+    if len(found) > 1:
+        names = " and ".join(sorted(cost_file_name(cost.method, cost.key) for cost in found))
+        when = f"were measured in the same second ({last})"
+        when = when if last else "do not say when they were measured"
+        raise UserError(
+            f"the newest Cost of {found[0].method} is not known: {names} {when}; delete the older "
+            "one, or measure again"
+        )
+    return found[0]
+
+
+def newest_by_method(costs: Iterable[Cost]) -> dict[str, Cost]:
+    """Return the newest Cost of each method, by name.
+
+    Raises:
+        UserError: it is not known which one of a method is the newest, see :func:`newest`.
+    """
+    found: dict[str, list[Cost]] = {}
+    for cost in costs:
+        found.setdefault(cost.method, []).append(cost)
+    return {method: newest(found[method]) for method in sorted(found)}
+
+
+def different_devices(costs: Iterable[Cost]) -> str:
+    """Return that Costs come from different devices and cannot be compared, or nothing."""
+    devices = sorted({cost.device for cost in costs})
+    named = " and ".join(devices)
+    return f"the costs come from different devices ({named})" if len(devices) > 1 else ""
 
 
 def to_json(records: Sequence[Record]) -> str:

@@ -19,7 +19,7 @@ from kdprof.visible import printable
 from .axes import AXES, axis
 from .judge import CONFIDENCE, Evidence, evidence, gain, pair, ratio_of_costs
 from .results import Results, classes_notes, collect, count, decision_note, device_text, drifted
-from .text import MISSING, Grid, markdown_text
+from .text import MISSING, Grid, factor, markdown_text
 
 NOT_COUNTED = (
     "the teacher's training",
@@ -44,13 +44,15 @@ def make_claim(store: Store, statement: str, *, confidence: float = CONFIDENCE) 
     results = collect(store)
     _check_names(claim, results)
     found = evidence(results)
-    effect, seeds = _effect(claim, found, confidence)
-    outcome, reason = _outcome(claim, effect, found, confidence)
+    effect, seeds, no_interval = _effect(claim, found, confidence)
+    outcome, reason = _outcome(claim, effect, found, confidence, no_interval)
     ratio = ratio_of_costs(results, claim.first, claim.second)
-    why = "" if ratio else "the runs were not planned with stored Costs that have a ratio"
+    why = "the runs were not planned with stored Costs that have a ratio"
+    if len(results.devices()) > 1:
+        why = "runs are from different devices"
     methods = {claim.first, claim.second}
     own = [decision for decision in results.decisions if methods & _methods_of(decision)]
-    notes = _notes(claim, results) + list(map(decision_note, own))
+    notes = _notes(claim, found) + list(map(decision_note, own))
     return ClaimRecord(
         statement=claim.text(),
         confidence=confidence,
@@ -64,7 +66,7 @@ def make_claim(store: Store, statement: str, *, confidence: float = CONFIDENCE) 
         study=results.study,
         not_counted=list(NOT_COUNTED),
         notes=notes,
-        unavailable={"cost_ratio": why} if why else {},
+        unavailable={} if ratio else {"cost_ratio": why},
         files=store.hashes(),
     )
 
@@ -90,25 +92,22 @@ def _check_names(claim: Claim, results: Results) -> None:
         raise UserError(*problems)
 
 
-def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, dict[str, int]]:
-    """Return the effect and the seeds that it is based on."""
+def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, dict[str, int], str]:
+    """Return the effect, the seeds that it is based on, and why it has no interval, or nothing."""
     names = (claim.first, claim.second)
-    seeds = {name: found.seeds(name, budget=claim.budget) for name in names}
     if claim.budget is None:
         made = gain(found, *names, axis(found.results, claim.axis), confidence=confidence)
         if made.value is None:
             raise UserError(f"no gain of {claim.first} over {claim.second}: {made.reason}")
-        return (
-            Effect(
-                unit="factor",
-                value=made.value,
-                bound=made.bound,
-                low=made.low,
-                high=made.high,
-                probability=made.probability,
-            ),
-            seeds,
+        effect = Effect(
+            unit="factor",
+            value=made.value,
+            bound=made.bound,
+            low=made.low,
+            high=made.high,
+            probability=made.probability,
         )
+        return effect, made.seeds_of, "" if made.has_interval else made.reason
     gap = pair(found, claim.budget, *names, confidence=confidence)
     effect = Effect(
         unit="points",
@@ -117,14 +116,14 @@ def _effect(claim: Claim, found: Evidence, confidence: float) -> tuple[Effect, d
         high=gap.high,
         probability=gap.probability,
     )
-    return effect, seeds
+    return effect, {name: found.seeds(name, budget=claim.budget) for name in names}, gap.reason
 
 
 def _outcome(
-    claim: Claim, effect: Effect, found: Evidence, confidence: float
+    claim: Claim, effect: Effect, found: Evidence, confidence: float, no_interval: str
 ) -> tuple[Outcome, str]:
-    if effect.probability is None and effect.low is None and effect.high is None:
-        return "undecided", "no interval: one seed, or no equal compute"
+    if no_interval:
+        return "undecided", no_interval
     if claim.relation == "~":
         return _equivalence(claim, effect, found, confidence)
     low = -math.inf if effect.low is None else effect.low
@@ -170,7 +169,8 @@ def _versions(results: Results) -> dict[str, str]:
     return {name: " and ".join(versions) for name, versions in sorted(found.items())}
 
 
-def _notes(claim: Claim, results: Results) -> list[str]:
+def _notes(claim: Claim, found: Evidence) -> list[str]:
+    results = found.results
     own = [
         run
         for run in results.finished
@@ -179,9 +179,12 @@ def _notes(claim: Claim, results: Results) -> list[str]:
     notes = []
     if claim.budget is not None and not parse_budget(claim.budget).is_compute:
         notes.append(f"{claim.budget} is equal work, not equal compute")
+    if claim.is_gain:
+        left = [c for name in (claim.first, claim.second) for c in found.left_out_of_curve(name)]
+        notes += [f"{' '.join(cell)} has one seed and is left out of the curve" for cell in left]
     if off := sum(map(drifted, own)):
         notes.append(f"{off} of {count(len(own), 'run')} spent over 2 % more or less than planned")
-    # Only Costs that the runs name: another choice would depend on the files' times.
+    # Only Costs that the runs name: a newer one would change the claim.
     costs = [results.cost_of(run) for run in own if run.cost_key]
     if bad := {cost.method for cost in costs if cost is not None and not cost.reliable}:
         notes.append(f"planned with an unreliable Cost of {', '.join(sorted(bad))}")
@@ -233,16 +236,21 @@ def effect_text(record: ClaimRecord) -> str:
     effect = record.effect
     if effect.value is None:
         return MISSING
-    sign = "+" if effect.unit == "points" else ""
-    ends = [MISSING if end is None else f"{end:{sign}.2f}" for end in (effect.low, effect.high)]
-    noun = " points" if effect.unit == "points" else "x"
-    value = f"{effect.bound}{' ' if effect.bound else ''}{effect.value:{sign}.2f}{noun}"
+    written, noun = (_points, " points") if effect.unit == "points" else (factor, "x")
+    ends = [MISSING if end is None else written(end) for end in (effect.low, effect.high)]
+    value = f"{effect.bound}{' ' if effect.bound else ''}{written(effect.value)}{noun}"
     return value if ends == [MISSING, MISSING] else f"{value} [{ends[0]}, {ends[1]}]"
+
+
+def _points(value: float) -> str:
+    return f"{value:+.2f}"
 
 
 def _grid(record: ClaimRecord) -> Grid:
     ratio = record.cost_ratio
-    cost = f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]" if ratio else MISSING
+    cost = MISSING
+    if ratio:
+        cost = f"{factor(ratio.median)} [{factor(ratio.low)}-{factor(ratio.high)}]"
     seeds = ", ".join(f"{name} {number}" for name, number in record.seeds.items())
     interval = f"effect, {100 * record.confidence:g} % interval"
     header = ("claim", "outcome", interval, "seeds", "cost ratio")

@@ -14,7 +14,7 @@ from rich.console import Console
 from kdprof.errors import UserError
 from kdprof.records import Cost, CountedCost, Interval
 from kdprof.stats.intervals import relative_width
-from kdprof.store import Store, write_together
+from kdprof.store import Store, newest_by_method, write_together
 
 from .cost_grids import (
     HIDDEN_LIMIT,
@@ -115,7 +115,7 @@ def render(store: Store) -> list[Path]:
     ``reports/``; write nothing if no Cost is stored.
 
     Raises:
-        UserError: the costs come from different devices.
+        UserError: the costs come from different devices, or it is not known which is the newest.
     """
     if not store.costs():
         return []
@@ -124,7 +124,7 @@ def render(store: Store) -> list[Path]:
 
 def render_steps(store: Store) -> list[Path]:
     """Write the same files, named ``steps.*``, of the newest Cost of each user's step."""
-    costs = {cost.method: cost for cost in store.step_costs()}
+    costs = newest_by_method(store.step_costs())
     return _write(store.reports / "steps", list(costs.values())) if costs else []
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from kdprof.claims import Claim
 from kdprof.errors import UserError
 from kdprof.records import Decision, Look, Outcome
-from kdprof.stats.gain import difference_weights
+from kdprof.stats.gain import difference_weights, slope
 from kdprof.stats.sequential import confidence_sequence
 
 from .axes import axis
-from .judge import evidence
+from .judge import evidence, why_no_gain
 from .results import Results, count, final_miou
 from .text import MISSING, duration
 
@@ -24,7 +24,8 @@ def looks(claim: Claim, results: Results, confidence: float, max_seeds: int) -> 
     """Return what is known after 2, 3, ... seeds, up to the decision.
 
     Raises:
-        UserError: a claimed gain lies outside what the budgets can show.
+        UserError: a claimed gain lies outside what the budgets can show, or accuracy does not rise
+            with compute.
     """
     differences = within_seeds(claim, results)[:max_seeds]
     found = []
@@ -77,7 +78,8 @@ def _first_seeds(sets: Sequence[set[int]]) -> list[int]:
 def _along_curves(claim: Claim, results: Results) -> list[float]:
     found = evidence(results)
     chosen = axis(results, claim.axis)
-    curve, control = (found.curve(name, chosen) for name in (claim.first, claim.second))
+    names = (claim.first, claim.second)
+    curve, control = (found.curve(name, chosen) for name in names)
     cells = [*curve.cells, *control.cells]
     shift = math.log(claim.threshold)
     if not control.logs[0] - curve.logs[-1] <= shift <= control.logs[-1] - curve.logs[0]:
@@ -85,6 +87,10 @@ def _along_curves(claim: Claim, results: Results) -> list[float]:
             f"the budgets cannot show a gain of {claim.threshold:g}; train budgets that are "
             "further apart"
         )
+    model = found.model(claim.first, claim.second)
+    slopes = {name: slope(model, one) for name, one in zip(names, (curve, control), strict=True)}
+    if why := why_no_gain(slopes):
+        raise UserError(f"{why}, so there is no gain; train larger budgets")
     (weights,) = difference_weights(cells, curve, control, np.array([shift]))
     return [
         float(weights @ [found.scores[cell][seed] for cell in cells])

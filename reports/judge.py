@@ -6,19 +6,22 @@ intervals cover the truth in simulated studies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from kdprof.budget import cost_ratio
 from kdprof.errors import UserError, unknown
 from kdprof.records import CONTROL, REFERENCE, Interval, Run
-from kdprof.stats.gain import Curve, compute_equivalent_gain
+from kdprof.stats.gain import Curve, compute_equivalent_gain, slope
 from kdprof.stats.seeds import (
+    ROUNDING,
     Cell,
+    Contrast,
     SeedModel,
     fit,
     fit_separately,
@@ -27,9 +30,10 @@ from kdprof.stats.seeds import (
     t_quantile,
     tukey_factor,
 )
+from kdprof.store import different_devices
 
 from .axes import ORDERED_BY, Axis, available
-from .results import Results, classes_notes, decision_note, final_miou, flop_notes, shortened
+from .results import Results, final_miou, run_notes, shortened
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 from .verdict_text import sentences
 
@@ -52,13 +56,9 @@ class Evidence:
     pool_budgets: bool
     """True if the variance is pooled over budgets, too."""
 
-    def seeds(self, *methods: str, budget: str | None = None) -> int:
-        """Return the smallest number of seeds of some methods, under all budgets or one."""
-        return min(
-            len(found)
-            for (method, own), found in self.scores.items()
-            if method in methods and budget in (None, own)
-        )
+    def seeds(self, *methods: str, budget: str) -> int:
+        """Return the smallest number of seeds of some methods under a budget."""
+        return min(len(self.scores[method, budget]) for method in methods)
 
     def model(self, first: str, second: str) -> SeedModel:
         """Return the model that compares two methods: of all, or of these two alone if variances
@@ -83,19 +83,24 @@ class Evidence:
     def curve(self, method: str, axis: Axis) -> Curve:
         """Return a method's budgets on an axis, at the mean compute of their runs.
 
-        Budgets with one seed are left out if two or more have several: they would leave the whole
-        curve without an interval.
-
         Raises:
             UserError: a run has no such quantity.
         """
-        cells = [cell for cell in self.scores if cell[0] == method]
-        repeated = [cell for cell in cells if len(self.scores[cell]) > 1]
+        left_out = self.left_out_of_curve(method)
         places = {
-            cell: self._log_compute(cell, axis) for cell in (repeated if repeated[1:] else cells)
+            cell: self._log_compute(cell, axis)
+            for cell in self.scores
+            if cell[0] == method and cell not in left_out
         }
         ordered = sorted(places, key=lambda cell: places[cell])
         return Curve(ordered, np.array([places[cell] for cell in ordered]))
+
+    def left_out_of_curve(self, method: str) -> list[Cell]:
+        """Return the budgets with one seed if two or more have several: they would leave the whole
+        curve without an interval."""
+        cells = [cell for cell in self.scores if cell[0] == method]
+        single = [cell for cell in cells if len(self.scores[cell]) < 2]
+        return single if len(cells) - len(single) > 1 else []
 
     def _log_compute(self, cell: Cell, axis: Axis) -> float:
         spent = [axis.quantity(run) for run in self.results.group(*cell)]
@@ -194,7 +199,7 @@ def _ranked(found: Evidence, budget: str) -> list[str]:
         for (method, own), mean in zip(model.cells, model.means, strict=True)
         if own == budget
     }
-    return sorted(means, key=lambda method: (-means[method], method))
+    return sorted(means, key=lambda method: (-round(means[method] / ROUNDING), method))
 
 
 # Gain
@@ -210,41 +215,69 @@ def gain(
         curves = [found.curve(name, axis) for name in (method, versus)]
     except UserError as error:
         return Gain(method, versus, axis.name, None, reason=str(error))
-    seeds = min(len(found.scores[cell]) for curve in curves for cell in curve.cells)
+    made = Gain(method, versus, axis.name, None, **_seeds_of(found, curves))
     if short := [c.cells[0][0] for c in curves if np.ptp(c.logs) < SAME_COMPUTE]:
         reason = f"{' and '.join(short)} trained at one amount of compute: a curve needs two"
-        return Gain(method, versus, axis.name, None, seeds=seeds, reason=reason)
-    repeated = seeds > 1
+        return replace(made, reason=reason)
     model = found.model(method, versus)
+    slopes = {curve.cells[0][0]: slope(model, curve) for curve in curves}
+    if reason := why_no_gain(slopes):
+        return replace(made, reason=reason)
+    without = _why_no_interval(made.seeds, slopes, confidence)
     shift = compute_equivalent_gain(
         model,
         *curves,
         confidence=confidence,
-        intervals=repeated,
+        intervals=not without,
         cost_error=0.0 if axis.name in EXACT_AXES else _cost_error(found, method, versus),
     )
-    reasons = []
-    if shift.bound:
-        better = "better" if shift.bound == ">" else "worse"
-        reasons.append(
-            f"{method} is {better} than {versus} over all compute that both curves can be compared "
-            "at; nothing is extrapolated"
-        )
-    if not repeated:
-        reasons.append("one seed, so no interval")
-    elif not shift.overlap:
+    reasons = [_bound_text(method, versus, shift.bound), without]
+    if not without and not shift.overlap:
         reasons.append("no equal compute: their budgets lie apart on this axis")
-    return Gain(
-        method,
-        versus,
-        axis.name,
-        shift.value,
-        shift.bound,
-        shift.low,
-        shift.high,
-        shift.probability,
-        seeds,
-        "; ".join(reasons),
+    return replace(
+        made,
+        value=shift.value,
+        bound=shift.bound,
+        low=shift.low,
+        high=shift.high,
+        has_interval=shift.has_interval,
+        probability=shift.probability,
+        reason="; ".join(filter(None, reasons)),
+    )
+
+
+def why_no_gain(slopes: Mapping[str, Contrast]) -> str:
+    """Return why curves with these slopes have no gain, or nothing."""
+    falling = [name for name, each in slopes.items() if each.value <= 0]
+    return f"accuracy of {' and '.join(falling)} does not rise with compute" if falling else ""
+
+
+def _seeds_of(found: Evidence, curves: Sequence[Curve]) -> dict[str, Any]:
+    each = {c.cells[0][0]: min(len(found.scores[cell]) for cell in c.cells) for c in curves}
+    return {"seeds": min(each.values()), "seeds_of": each}
+
+
+def _why_no_interval(seeds: int, slopes: Mapping[str, Contrast], confidence: float) -> str:
+    """Return why a gain has no interval, or nothing."""
+    if seeds < 2:
+        return "one seed, so no interval"
+    if min(each.freedom for each in slopes.values()) < 1:
+        return "no interval: the runs say nothing about their variance"
+    doubtful = [name for name, each in slopes.items() if each.probability() < confidence]
+    if not doubtful:
+        return ""
+    return (
+        f"no interval: accuracy of {' and '.join(doubtful)} may not rise with compute, by these "
+        "seeds"
+    )
+
+
+def _bound_text(method: str, versus: str, bound: str) -> str:
+    if not bound:
+        return ""
+    return (
+        f"{method} is {'better' if bound == '>' else 'worse'} than {versus} over all compute that "
+        "both curves can be compared at; nothing is extrapolated"
     )
 
 
@@ -257,7 +290,7 @@ def _cost_error(found: Evidence, method: str, versus: str) -> float:
 
 def ratio_of_costs(results: Results, first: str, second: str) -> Interval | None:
     """Return the ratio of the costs of two methods' iterations that their runs were planned with;
-    None if a run names no stored Cost that has a ratio."""
+    None if a run names no stored Cost that has a ratio, or the two are of different devices."""
     costs = []
     for name in (first, second):
         planned = [run for run in results.finished if run.method == name and run.cost_key]
@@ -265,6 +298,8 @@ def ratio_of_costs(results: Results, first: str, second: str) -> Interval | None
         if cost is None or cost.ratio is None:
             return None
         costs.append(cost)
+    if different_devices(costs):
+        return None
     median, low, high = cost_ratio(*costs)
     return Interval(median=median, low=low, high=high)
 
@@ -278,10 +313,12 @@ def pair(
     """Return the difference between two methods under a budget."""
     seeds = found.seeds(first, second, budget=budget)
     if seeds < 2:
-        return Pair(
-            budget, first, second, _raw_difference(found, budget, first, second), seeds=seeds
-        )
+        gap = _raw_difference(found, budget, first, second)
+        return Pair(budget, first, second, gap, seeds=seeds, reason="one seed, so no interval")
     contrast = found.model(first, second).difference(budget, first, second)
+    if contrast.freedom < 1:
+        why = "no interval: the runs say nothing about their variance"
+        return Pair(budget, first, second, contrast.value, seeds=seeds, reason=why)
     low, high = contrast.interval(confidence)
     reach = _simultaneous(found, budget, contrast.freedom, confidence) * contrast.error
     return Pair(
@@ -304,7 +341,8 @@ def _raw_difference(found: Evidence, budget: str, first: str, second: str) -> fl
     here, there = found.scores[first, budget], found.scores[second, budget]
     common = here.keys() & there.keys()
     means = [np.mean([values[s] for s in common or values]) for values in (here, there)]
-    return float(means[0] - means[1])
+    gap = float(means[0] - means[1])
+    return gap if abs(gap) > ROUNDING else 0.0
 
 
 def _better_first(found: Evidence, budget: str, first: str, second: str, confidence: float) -> Pair:
@@ -348,8 +386,9 @@ def _best(
         if draws is None or min(len(found.scores[cell]) for cell in cells) < 2:
             continue
         model, drawn = draws
-        winners = drawn[:, [model.cells.index(cell) for cell in cells]].argmax(axis=1)
-        shares = np.bincount(winners, minlength=len(cells)) / len(winners)
+        own = drawn[:, [model.cells.index(cell) for cell in cells]]
+        winners = own >= own.max(axis=1, keepdims=True) - ROUNDING
+        shares = (winners / winners.sum(axis=1, keepdims=True)).mean(axis=0)
         order = np.argsort(-shares, kind="stable")
         chances[budget] = {cells[i][0]: float(shares[i]) for i in order}
     return chances
@@ -369,7 +408,7 @@ def _standing(found: Evidence, axis: Axis) -> Standing | None:
         method: float(curve.weights(at) @ model.means[[model.cells.index(c) for c in curve.cells]])
         for method, curve in curves.items()
     }
-    order = sorted(scores, key=lambda method: (-scores[method], method))
+    order = sorted(scores, key=lambda method: (-round(scores[method] / ROUNDING), method))
     return Standing(axis.name, float(np.exp(at)), {method: scores[method] for method in order})
 
 
@@ -399,7 +438,7 @@ def _flips(
         both = [m for m in base.miou_percent if m in other.miou_percent]
         for first, second in combinations(both, 2):
             gaps = [s.miou_percent[first] - s.miou_percent[second] for s in (base, other)]
-            if gaps[0] * gaps[1] < 0:
+            if gaps[0] * gaps[1] < 0 and min(map(abs, gaps)) > ROUNDING:
                 chance = None
                 if drawn and _repeated(found, first, second):
                     here, there = drawn[base.axis], drawn[other.axis]
@@ -435,25 +474,53 @@ def _drawn_at(
 
 def _notes(found: Evidence, axes: Sequence[Axis], standings: Sequence[Standing]) -> list[str]:
     """Return how the verdict was computed and what it leaves out."""
-    notes = []
     results = found.results
-    if max(map(len, found.scores.values())) > 1 and len(results.methods()) > 1:
-        how = {
-            (True, True): "one variance for all methods and budgets",
-            (True, False): "one variance per budget for all methods",
-            (False, False): "each pair's own variance, because those of the methods differ",
-        }[found.pooled is not None, found.pool_budgets and found.pooled is not None]
-        shared = _share_trunk(results.finished)
-        trunk = "; budgets share a trunk, so their noise is correlated" if shared else ""
-        notes.append(f"Differences are within seeds, with {how}{trunk}.")
+    notes = _how(found)
+    cells = [cell for method in results.methods() for cell in found.left_out_of_curve(method)]
+    if cells:
+        notes.append(f"Left out of curves, one seed: {shortened([' '.join(c) for c in cells])}.")
     ranked = {method for standing in standings for method in standing.miou_percent}
     if standings and (left := sorted(set(results.methods()) - ranked)):
         notes.append(f"In no rank on an axis, because trained at one budget: {shortened(left)}.")
     without = [a.name for a in axes if a.name not in {s.axis for s in standings}]
     if without and len(results.budgets()) > 1:
-        notes.append(f"No rank at equal {', '.join(without)}: no amount is covered by all methods.")
+        notes.append(f"No rank at equal {', '.join(without)}: no amount is covered by all curves.")
     if len(results.devices()) > 1:
         notes.append("Runs are from different devices: no gain in seconds or joules.")
-    notes += classes_notes(results.finished)
-    notes += flop_notes(results.finished)
-    return notes + list(map(decision_note, results.decisions))
+    return notes + run_notes(results)
+
+
+def _how(found: Evidence) -> list[str]:
+    """Return how differences are estimated; nothing if no pair has an interval."""
+    apart = {budget: _is_apart(found, budget) for budget in found.results.budgets()}
+    known = {budget: one for budget, one in apart.items() if one is not None}
+    if not known:
+        return []
+    pooled = found.pooled is not None
+    how = {
+        (True, True): "one variance for all methods and budgets",
+        (True, False): "one variance per budget for all methods",
+        (False, False): "each pair's own variance, because those of the methods differ",
+    }[pooled, found.pool_budgets and pooled and not all(known.values())]
+    shared = _share_trunk(found.results.finished)
+    trunk = "; budgets share a trunk, so their noise is correlated" if shared else ""
+    if all(known.values()):
+        few = "the methods share too few seeds to be compared within seeds"
+        return [f"Differences are of means over seeds, with {how}{trunk}: {few}."]
+    notes = [f"Differences are within seeds, with {how}{trunk}."]
+    if some := [budget for budget, one in known.items() if one]:
+        notes.append(
+            f"Not so at {shortened(some)}, where methods share too few seeds: differences are of "
+            "means over seeds there, with the variance of that budget."
+        )
+    return notes
+
+
+def _is_apart(found: Evidence, budget: str) -> bool | None:
+    """Return whether methods are not compared within seeds under a budget, some at least; None if
+    no pair of it has an interval."""
+    repeated = [m for (m, own), seeds in found.scores.items() if own == budget and len(seeds) > 1]
+    pairs = list(combinations(repeated, 2))
+    if not pairs:
+        return None
+    return any(budget not in found.model(*pair).within_seeds for pair in pairs)

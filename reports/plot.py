@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kdprof.store import Store
+from kdprof.store import Store, different_devices, newest_by_method
 
 from . import costs, page, table, verdict_text
-from .figures.files import render
+from .figures.files import NAMES, render
 from .figures.sheet import FORMATS, PAGE
 from .judge import judge
 from .results import collect
 from .verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and what the reader of the files must know."""
+
+    files: list[Path]
+    removed: list[Path]
+    """Files of an earlier call that the records do not allow any more, or that were not asked for
+    this time: they would show another state than the files beside them."""
+    verdict: Verdict | None
+    """None if no run was trained; then only costs are shown."""
+    notes: list[str]
+    """What was left out, and why."""
 
 
 def write_all(
@@ -23,15 +38,13 @@ def write_all(
     methods: Collection[str] = (),
     formats: Sequence[str] = FORMATS,
     width_mm: float = PAGE,
-) -> tuple[list[Path], Verdict | None]:
-    """Write every report that the records of a folder allow.
+) -> Written:
+    """Write every report that the records of a folder allow, and remove those of an earlier call
+    that are not written again.
 
     Args:
         versus: see :func:`kdprof.reports.judge.judge`; the others are those of
             :func:`kdprof.reports.figures.files.render`.
-
-    Returns:
-        The files, and the verdict; None if no run was trained, then only costs are shown.
 
     Raises:
         UserError: an argument is not valid (then nothing is written), or there is nothing to show.
@@ -39,8 +52,27 @@ def write_all(
     only_costs = not store.runs() and bool(store.costs())
     results = None if only_costs else collect(store)
     verdict = None if results is None else judge(results, versus, axis=x)
+    why = different_devices(newest_by_method(store.costs()).values())
     # First, because it refuses arguments that are not valid before it writes.
     paths = render(store, verdict, x=x, formats=formats, width_mm=width_mm, methods=methods)
     if results is not None and verdict is not None:
         paths += [*table.render(store), *verdict_text.render(store, results, verdict)]
-    return [*paths, *costs.render(store), page.render(store, verdict, x)], verdict
+    if not why:
+        paths += costs.render(store)
+    paths.append(page.render(store, verdict, x))
+    notes = [f"no figures and tables of costs: {why}; measure all methods on one"] if why else []
+    return Written(paths, _remove_others(store, paths), verdict, notes)
+
+
+_TEXTS = ("table.md", "table.csv", "verdict.md", "verdict.json", "costs.md", "costs.csv",
+          "costs.tex")  # fmt: skip
+
+
+def _remove_others(store: Store, written: Collection[Path]) -> list[Path]:
+    """Remove the files of :func:`write_all` that it did not write this time, and return them."""
+    names = [*(f"{name}.{suffix}" for name in NAMES for suffix in FORMATS), *_TEXTS]
+    left = [path for name in names if (path := store.reports / name) not in written]
+    removed = [path for path in left if path.is_file()]
+    for path in removed:
+        path.unlink()
+    return removed

@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from kdprof.budget import parse_budget
 from kdprof.errors import UserError
 from kdprof.records import Cost, Decision, Run
-from kdprof.store import Store, read_toml
+from kdprof.store import Store, newest, read_toml
 
-from .text import MISSING
+from .text import MISSING, UNRELIABLE, flagged
 
 DRIFT_LIMIT = 0.02
 """A run whose seconds are further than this fraction from the planned ones is flagged."""
@@ -33,7 +34,7 @@ class Results:
     study: dict[str, Any]
     """Content of study.toml."""
     costs: list[Cost]
-    """Every stored Cost, the newest last."""
+    """Every stored Cost."""
     decisions: list[Decision] = field(default_factory=list)
     """Comparisons whose seeds were added until they were decided."""
 
@@ -78,7 +79,7 @@ class Results:
 
     def _newest(self, method: str, device: str) -> Cost | None:
         found = [c for c in self.costs if (c.method, c.device) == (method, device)]
-        return found[-1] if found else None
+        return newest(found) if found else None
 
     def unreliable(self) -> list[Cost]:
         """Return the unreliable Costs that finished runs were planned with."""
@@ -89,6 +90,12 @@ class Results:
             if not cost.reliable
         }
         return [found[key] for key in sorted(found)]
+
+    def flagged_names(self) -> dict[str, str]:
+        """Return the name of each compared method, marked if its Cost is an unreliable one that
+        runs were planned with."""
+        bad = {cost.method for cost in self.unreliable()}
+        return {name: flagged(name, name in bad) for name in self.methods()}
 
     def devices(self) -> list[str]:
         """Return the devices that the finished runs were trained on."""
@@ -199,6 +206,53 @@ def flop_notes(runs: Sequence[Run]) -> list[str]:
         f"No FLOP of {shortened(list(methods))}: {reason}. Methods are not compared by FLOP."
         for reason, methods in missed.items()
     ]
+
+
+def run_notes(results: Results) -> list[str]:
+    """Return what a reader must know about the runs before comparing them, whatever the report: one
+    sentence each."""
+    found = classes_notes(results.finished) + flop_notes(results.finished)
+    if most := max((run.concurrent_runs or 0 for run in results.finished), default=0):
+        found.append(
+            f"Up to {most} concurrent runs on the same machine: they share its memory bandwidth, "
+            "so planned seconds may not hold."
+        )
+    found += _drift_notes(results)
+    if bad := results.unreliable():
+        methods = shortened(sorted({cost.method for cost in bad}))
+        found.append(
+            f"{UNRELIABLE} Planned with an unreliable cost: {methods}; costs.md says why of each."
+        )
+    if results.left_out:
+        labels = shortened([_unfinished(run) for run in results.left_out])
+        found.append(f"Left out: {labels}.")
+    return found + list(map(decision_note, results.decisions))
+
+
+def _drift_notes(results: Results) -> list[str]:
+    """Return how many runs spent other seconds than planned and how far off they are, in one line;
+    and what it means for the comparison if they are most of the runs."""
+    off = [run.train_s.drift() or 0.0 for run in results.finished if drifted(run)]
+    if not off:
+        return []
+    sizes = sorted(100 * abs(drift) for drift in off)
+    low, high = f"{sizes[0]:.0f}", f"{sizes[-1]:.0f}"
+    span = low if low == high else f"{low} to {high}"
+    found = [
+        f"{len(off)} of {count(len(results.finished), 'run')} (* in the table) spent {span} % more "
+        f"or less than planned (median {100 * median(off):+.0f} %): table.csv has each."
+    ]
+    if 2 * len(off) > len(results.finished):
+        found.append(
+            "Most runs drifted, as on a busy machine: the budgets matched what was planned, not "
+            "what was spent. Figures and gains use the seconds really spent."
+        )
+    return found
+
+
+def _unfinished(run: Run) -> str:
+    state = "no mIoU" if run.finished else "failed" if run.failure else "not finished"
+    return f"{run.label()} ({state}, {run.iterations_done:,} of {run.iterations:,} iterations)"
 
 
 def decision_note(decision: Decision) -> str:

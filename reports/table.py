@@ -21,21 +21,17 @@ from kdprof.store import Store, write_together
 
 from .results import (
     Results,
-    classes_notes,
     collect,
     count,
-    decision_note,
     device_text,
     drift_text,
     drifted,
     final_miou,
-    flop_notes,
-    shortened,
+    run_notes,
     study_text,
 )
 from .text import (
     MISSING,
-    UNRELIABLE,
     Estimate,
     Grid,
     csv_cell,
@@ -275,8 +271,6 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {CONTROL}' is in "
         "percentage points, paired by seed. Times exclude evaluation and checkpoints."
     ]
-    found += classes_notes(results.finished)
-    found += flop_notes(results.finished)
     if gpus := {run.gpus for run in results.finished} - {1}:
         found.append(
             f"A run is trained by {' or '.join(map(str, sorted(gpus)))} devices together: its "
@@ -292,51 +286,8 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
         found.append(f"One seed, so no interval: {'all' if every else ', '.join(single)}.")
     if len(results.devices()) > 1:
         found.append("Runs are from different devices: their wall-clock times cannot be compared.")
-    if most := max((run.concurrent_runs or 0 for run in results.finished), default=0):
-        found.append(
-            f"Up to {most} concurrent runs on the same machine: they share its memory bandwidth, "
-            "so planned seconds may not hold."
-        )
-    found += drift_notes(results)
-    if bad := results.unreliable():
-        methods = shortened(sorted({cost.method for cost in bad}))
-        found.append(
-            f"{UNRELIABLE} Planned with an unreliable cost: {methods}; costs.md says why of each."
-        )
-    if results.left_out:
-        labels = shortened([_unfinished(run) for run in results.left_out])
-        found.append(f"Left out: {labels}.")
-    found += map(decision_note, results.decisions)
+    found += run_notes(results)
     return found + _missing_notes(made)
-
-
-def _unfinished(run: Run) -> str:
-    state = "no mIoU" if run.finished else "not finished"
-    return f"{run.label()} ({state}, {run.iterations_done:,} of {run.iterations:,} iterations)"
-
-
-def drift_notes(results: Results) -> list[str]:
-    """Return how many runs spent other seconds than planned and how far off they are, in one line;
-    and what it means for the comparison if they are most of the runs."""
-    off = [run.train_s.drift() or 0.0 for run in results.finished if drifted(run)]
-    if not off:
-        return []
-    sizes = sorted(100 * abs(drift) for drift in off)
-    found = [
-        f"* {len(off)} of {count(len(results.finished), 'run')} spent {_range(sizes)} % more or "
-        f"less than planned (median {100 * float(np.median(off)):+.0f} %): table.csv has each."
-    ]
-    if 2 * len(off) > len(results.finished):
-        found.append(
-            "Most runs drifted, as on a busy machine: the budgets matched what was planned, not "
-            "what was spent. Figures and gains use the seconds really spent."
-        )
-    return found
-
-
-def _range(sizes: Sequence[float]) -> str:
-    low, high = f"{sizes[0]:.0f}", f"{sizes[-1]:.0f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def _missing_notes(made: Sequence[Row]) -> list[str]:

@@ -213,6 +213,12 @@ def unreliable_note(methods: Iterable[str]) -> list[str]:
     return [f"{UNRELIABLE} Based on an UNRELIABLE Cost ({named}); {fix}."] if named else []
 
 
+def unreliable_names_note(names: Iterable[str]) -> list[str]:
+    """Return the note for a figure of runs that explains the marks of some names, or no note."""
+    marked = any(name.endswith(UNRELIABLE) for name in names)
+    return [f"{UNRELIABLE}\u00a0planned with an unreliable Cost: costs.md says why."] * marked
+
+
 def print_notes(notes: Iterable[str], console: Console) -> None:
     """Print notes under a grid, one per line, without reading them as markup."""
     for note in notes:
@@ -232,6 +238,13 @@ def figures(value: float, number: int = 3) -> str:
         return "0"
     decimals = number - 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{max(0, decimals)}f}"
+
+
+def factor(value: float) -> str:
+    """Return a factor as ``0.81``, ``12`` or ``0.0042``: one that is not 0 never reads as 0."""
+    if value < 0.1:
+        return figures(value, 2)
+    return f"{value:.2f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -27,14 +27,18 @@ class Gain:
     smallest gain that they can show. Empty if ``value`` is an estimate."""
     low: float | None = None
     """Lower end of the interval; None if it is open (the budgets can show no smaller gain) or if
-    there is no interval (``probability`` is None then, too)."""
+    there is no interval."""
     high: float | None = None
+    has_interval: bool = False
+    """False with one seed, or where it is not known that accuracy rises with compute."""
     probability: float | None = None
-    """P(gain > 1); None with one seed."""
+    """P(gain > 1); None without an interval, and where the two have no equal compute."""
     seeds: int = 0
     """The smaller number of seeds of the two methods."""
+    seeds_of: dict[str, int] = field(default_factory=dict)
+    """The smallest number of seeds of a budget in the curve of each of the two."""
     reason: str = ""
-    """Why the value is not known, is a bound, or has no interval."""
+    """Why the value is not known, is a bound, or has no interval or probability."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,20 @@ class Pair:
     difference: float
     """mIoU of ``first`` minus that of ``second``."""
     low: float | None = None
-    """Ends of the interval; None with one seed."""
+    """Ends of the interval; None if there is none: ``reason`` says why."""
     high: float | None = None
     simultaneous_low: float | None = None
     """Ends of the interval that holds for all pairs of the budget together (Tukey-Kramer, or
-    Bonferroni's bound where variances are not pooled); None with one seed."""
+    Bonferroni's bound where variances are not pooled); None without an interval."""
     simultaneous_high: float | None = None
     probability: float | None = None
-    """P(``first`` is better); None with one seed."""
+    """P(``first`` is better); None without an interval."""
     seeds: int = 1
     more_seeds: int | None = None
     """Further seeds that would show a difference of this size with 90 % power; 0 if it is shown
-    already; None with one seed, or if over 1000 are needed."""
+    already; None with one seed, if over 1000 are needed, or if the difference is 0."""
+    reason: str = ""
+    """Why there is no interval."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Standing:
 
     axis: str
     at: float
-    """The amount that all methods' budgets cover, in the axis' own unit (seconds, FLOP, ...)."""
+    """The amount that all methods' curves cover, in the axis' own unit (seconds, FLOP, ...)."""
     miou_percent: dict[str, float]
     """Of each method, the best first."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from kdprof.store import Store, write_together
 
 from .axes import COMPUTE, ORDERED_BY, Axis, available, axis
 from .results import Results, count, shortened
-from .text import MISSING, Grid, markdown_text, print_notes
+from .text import MISSING, Grid, factor, markdown_text, print_notes
 from .verdict import Flip, Gain, Pair, Standing, Verdict
 
 NAMED_METHODS = 4
@@ -42,7 +42,7 @@ def sentences(
     if len(results.methods()) > 1:
         found.append(_largest_budget(results, pairs, best))
     if len(results.budgets()) > 1 and len(results.methods()) > 1:
-        found.append(_flip_sentence(flips, [standing.axis for standing in standings]))
+        found.append(_flip_sentence(results, flips, [standing.axis for standing in standings]))
     return [sentence for sentence in found if sentence]
 
 
@@ -59,6 +59,7 @@ def _gain_sentence(
             rest = [f"{g.method} {need_text(g)}{_sure(g)}" for g in known[1:NAMED_METHODS]]
             more = len(known) - NAMED_METHODS
             rest += [f"{more} more methods in verdict.md"] if more > 0 else []
+            rest += _not_known([g for g in own if g.versus == control and g.value is None])
             return "; ".join([f"{first}{_sure(known[0], seeds=True)}", *rest]) + "."
     if not controls or len(results.methods()) < 2:
         return "No gain: train a control (kd or none) and another method at two budgets."
@@ -68,11 +69,19 @@ def _gain_sentence(
             "One budget, so no compute-equivalent gain: a curve needs two; run "
             f"'kdprof train --budget {half}' with the same --out."
         )
-    return (
-        f"No compute-equivalent gain in {COMPUTE[name]}: "
-        + (own[0].reason if own else "the runs have no comparable amount of it")
-        + "."
-    )
+    why = "the runs have no comparable amount of it"
+    if len(results.devices()) > 1 and name in ("seconds", "joules"):
+        why = "runs are from different devices"
+    return f"No compute-equivalent gain in {COMPUTE[name]}: {own[0].reason if own else why}."
+
+
+def _not_known(gains: Sequence[Gain]) -> list[str]:
+    """Return which methods have no gain, and why if one reason is to be told."""
+    if not gains:
+        return []
+    reasons = {gain.reason for gain in gains}
+    why = reasons.pop() if len(reasons) == 1 else "verdict.md says why"
+    return [f"no gain of {shortened([gain.method for gain in gains])}: {why}"]
 
 
 def _need(gain: Gain) -> str:
@@ -83,6 +92,8 @@ def _sure(gain: Gain, *, seeds: bool = False) -> str:
     """Return in brackets how sure it is that the method needs less compute than the control."""
     if gain.seeds < 2:
         return " (one seed: may be chance)"
+    if not gain.has_interval:
+        return f" ({gain.reason})"
     name = "P(saves compute)" if seeds else "P"
     found = [] if gain.probability is None else [f"{name} {chance_text(gain.probability)}"]
     found += [count(gain.seeds, "seed")] if seeds else []
@@ -94,7 +105,7 @@ def need_text(gain: Gain) -> str:
     ``0.81x [0.74-0.90]``."""
     assert gain.value is not None, "a gain that is not known has no text"
     sign = {">": "less than ", "<": "more than ", "": ""}[gain.bound]
-    return f"{sign}{_times(1 / gain.value)}{_range(gain, inverse=True)}"
+    return f"{sign}{factor(1 / gain.value)}x{_range(gain, inverse=True)}"
 
 
 def gain_text(gain: Gain) -> str:
@@ -102,27 +113,19 @@ def gain_text(gain: Gain) -> str:
     if gain.value is None:
         return MISSING
     sign = f"{gain.bound} " if gain.bound else ""
-    return f"{sign}{_times(gain.value)}{_range(gain, inverse=False)}"
+    return f"{sign}{factor(gain.value)}x{_range(gain, inverse=False)}"
 
 
 def _range(gain: Gain, *, inverse: bool) -> str:
     """Return the interval in brackets; an open end is said in words."""
-    if gain.seeds < 2:
+    if not gain.has_interval:
         return ""
     low, high = gain.low, gain.high
     if inverse:
         low, high = (None if high is None else 1 / high), (None if low is None else 1 / low)
-    if low is None and high is None:
-        return " [anything]"
     if low is None:
-        return f" [{high:.2f} or less]"
-    if high is None:
-        return f" [{low:.2f} or more]"
-    return f" [{low:.2f}-{high:.2f}]"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x" if value < 9.95 else f"{value:.0f}x"
+        return " [anything]" if high is None else f" [{factor(high)} or less]"
+    return f" [{factor(low)} or more]" if high is None else f" [{factor(low)}-{factor(high)}]"
 
 
 def probability_text(probability: float) -> str:
@@ -141,21 +144,35 @@ def chance_text(probability: float) -> str:
 def _largest_budget(
     results: Results, pairs: Sequence[Pair], best: dict[str, dict[str, float]]
 ) -> str:
-    budget = results.budgets()[-1]
-    own = [pair for pair in pairs if pair.budget == budget]
-    if not own:
+    """Return who is best under the largest budget of compute; under one of equal work, such as
+    equal iterations, only if there is no other, and then it says so."""
+    compared = [b for b in results.budgets() if any(pair.budget == b for pair in pairs)]
+    if not compared:
         return ""
-    lead = own[0]
+    compute = [budget for budget in compared if parse_budget(budget).is_compute]
+    budget = (compute or compared)[-1]
+    at = f"At {budget}"
+    if not compute:
+        at = f"At equal {parse_budget(budget).matches} ({budget}), not equal compute"
+    lead = next(pair for pair in pairs if pair.budget == budget)
+    return f"{at}, {_lead_text(lead, best.get(budget))}."
+
+
+def _lead_text(lead: Pair, best: dict[str, float] | None) -> str:
+    chance = f"P(best) {chance_text(best.get(lead.first, 0.0))}" if best else ""
+    if lead.difference == 0:
+        same = f"{lead.first} and {lead.second} have the same mean"
+        if lead.seeds < 2:
+            return f"{same}; one seed, so it may be chance"
+        return f"{same} ({chance})" if chance else same
     gap = f"{lead.difference:+.2f} points over {lead.second}"
     if lead.probability is None:
-        return f"At {budget}, {lead.first} is first ({gap}); one seed, so it may be chance."
-    if budget not in best:
-        return f"At {budget}, {lead.first} is first ({gap} {_ends(lead)}{_decided(lead)})."
-    chance = chance_text(best[budget].get(lead.first, 0.0))
-    return (
-        f"At {budget}, {lead.first} has the best mean (P(best) {chance}), {gap} "
-        f"{_ends(lead)}{_decided(lead)}."
-    )
+        why = "one seed, so it may be chance" if lead.seeds < 2 else lead.reason
+        return f"{lead.first} is first ({gap}); {why}"
+    ends = f"{_ends(lead)}{_decided(lead)}"
+    if not chance:
+        return f"{lead.first} is first ({gap} {ends})"
+    return f"{lead.first} has the best mean ({chance}), {gap} {ends}"
 
 
 def _ends(pair: Pair) -> str:
@@ -170,17 +187,18 @@ def _decided(pair: Pair) -> str:
     return f": undecided, about {count(pair.more_seeds, 'further seed')} would decide it"
 
 
-def _flip_sentence(flips: Sequence[Flip], axes: Sequence[str]) -> str:
+def _flip_sentence(results: Results, flips: Sequence[Flip], axes: Sequence[str]) -> str:
     """Return the flips between equal iterations and equal wall-clock, or another axis without it.
 
     Args:
-        axes: those on which all methods can be ranked.
+        axes: those on which all methods with a curve can be ranked.
     """
     others = [axis for axis in axes if axis not in (ORDERED_BY, "samples")]
     if ORDERED_BY not in axes or not others:
-        return (
-            "Ranks at equal iterations and at equal compute: no amounts that all methods reached."
-        )
+        why = "no amounts that the curves of all methods reach"
+        if len(results.devices()) > 1:
+            why = "the runs are from different devices"
+        return f"No ranks at equal iterations and at equal compute: {why}."
     other = "seconds" if "seconds" in others else others[0]
     between = f"between equal iterations and equal {COMPUTE[other]}"
     own = [flip for flip in flips if flip.axes[1] == other]
@@ -222,7 +240,7 @@ def markdown(results: Results, verdict: Verdict) -> str:
         "\n".join(f"- {markdown_text(sentence)}" for sentence in verdict.sentences),
     ]
     for each in available(results):
-        for grid in _gain_grids(verdict, each):
+        for grid in _gain_grids(results, verdict, each):
             parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     for grid in (_flip_grid(results, verdict), *_pair_grids(verdict)):
         if grid.rows:
@@ -244,26 +262,27 @@ _READING = (
 )
 
 
-def _gain_grids(verdict: Verdict, each: Axis) -> list[Grid]:
+def _gain_grids(results: Results, verdict: Verdict, each: Axis) -> list[Grid]:
     own = [gain for gain in verdict.gains if gain.axis == each.name and gain.axis != "samples"]
     if all(gain.value is None for gain in own):
         return []  # the sentence says what to run
     header = ("method", "gain", "needs", "P(gain > 1)", "seeds", "note")
+    names = results.flagged_names()
     return [
         Grid(
-            f"Compute-equivalent gain over {control}, {COMPUTE[each.name]}",
+            f"Compute-equivalent gain over {names[control]}, {COMPUTE[each.name]}",
             header,
-            [_gain_cells(gain) for gain in own if gain.versus == control],
+            [_gain_cells(gain, names) for gain in own if gain.versus == control],
             words=("note",),
         )
         for control in dict.fromkeys(gain.versus for gain in own)
     ]
 
 
-def _gain_cells(gain: Gain) -> list[str]:
+def _gain_cells(gain: Gain, names: Mapping[str, str]) -> list[str]:
     needs = MISSING if gain.value is None else need_text(gain)
     chance = MISSING if gain.probability is None else probability_text(gain.probability)
-    return [gain.method, gain_text(gain), needs, chance, str(gain.seeds), gain.reason]
+    return [names[gain.method], gain_text(gain), needs, chance, str(gain.seeds), gain.reason]
 
 
 def _flip_grid(results: Results, verdict: Verdict) -> Grid:
@@ -290,7 +309,7 @@ def _pair_grids(verdict: Verdict) -> list[Grid]:
               "further seeds")  # fmt: skip
     return [
         Grid(
-            f"{budget}: differences",
+            f"{budget}: differences at equal {parse_budget(budget).matches}",
             header,
             [_pair_cells(pair) for pair in verdict.pairs if pair.budget == budget],
             words=("worse",),
@@ -303,7 +322,6 @@ def _pair_cells(pair: Pair) -> list[str]:
     wide = pair.simultaneous_low is not None
     together = f"[{pair.simultaneous_low:+.2f}, {pair.simultaneous_high:+.2f}]" if wide else MISSING
     chance = MISSING if pair.probability is None else probability_text(pair.probability)
-    more = MISSING if pair.probability is None else "> 1000"
     return [
         pair.first,
         pair.second,
@@ -312,5 +330,13 @@ def _pair_cells(pair: Pair) -> list[str]:
         together,
         chance,
         str(pair.seeds),
-        more if pair.more_seeds is None else str(pair.more_seeds),
+        further_text(pair),
     ]
+
+
+def further_text(pair: Pair) -> str:
+    """Return how many further seeds would decide a pair: ``12``, ``> 1000``, or a dash if no number
+    would."""
+    if pair.more_seeds is not None:
+        return str(pair.more_seeds)
+    return MISSING if pair.probability is None or pair.difference == 0 else "> 1000"

@@ -1,3 +1,4 @@
+from decimal import Decimal
 from math import exp
 
 import pytest
@@ -203,3 +204,24 @@ def test_any_text_is_a_finite_budget_or_is_refused(text):
         return
     assert 0 < budget.amount < 1e28
     parse_budget(budget.half())
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("k", 10**3), ("M", 10**6)])
+def test_every_written_number_of_whole_iterations_is_whole(unit, factor):
+    """16.1 x 1000 and 4.1 x 1,000,000 are not whole in floats."""
+    for places in (1, 2, 3):
+        for digits in range(10**places, 10**places + 3000, 7):
+            number = Decimal(digits).scaleb(-places)
+            assert parse_budget(f"{number}{unit}").amount == int(number * factor)
+
+
+@pytest.mark.parametrize("text", ["16.1005k", "2.0000001M", "1e-4k", "1e-400k"])
+def test_parts_of_an_iteration_are_refused(text):
+    with pytest.raises(UserError, match=r"whole number|smaller than one"):
+        parse_budget(text)
+
+
+def test_an_exponent_without_end_is_refused_at_once():
+    for text in ("1e999999999k", "9e99999999999999999999", "1e308kWh"):
+        with pytest.raises(UserError, match="more than"):
+            parse_budget(text)

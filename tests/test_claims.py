@@ -142,7 +142,7 @@ def test_one_seed_decides_nothing(tmp_path):
     found = make_claim(stored(tmp_path, runs), f"kd > none @ {BUDGET}")
     assert (found.outcome, found.reason) == (
         "undecided",
-        "no interval: one seed, or no equal compute",
+        "one seed, so no interval",
     )
 
 
@@ -318,6 +318,16 @@ def test_a_gain_is_decided_by_the_curves_of_each_seed():
     )
     assert len(below) == 4
     assert min(below) > 0 > max(above)
+
+
+def test_a_gain_of_curves_that_fall_with_compute_is_not_decided(tmp_path):
+    study = simulate(Setting(3, 3, 4, noise=0.01), np.random.default_rng(0))[0]
+    falling = [run.model_copy(update={"miou": 1 - (run.miou or 0.0)}) for run in study.finished]
+    statement = "gain(m0, kd) > 1.2 on iterations"
+    with pytest.raises(UserError, match="accuracy of m0 and kd does not rise with compute"):
+        within_seeds(parse_claim(statement), replace(study, finished=falling))
+    with pytest.raises(UserError, match="no gain of m0 over kd: accuracy of m0 and kd does not"):
+        make_claim(stored(tmp_path, falling), statement)
 
 
 class Trainer:

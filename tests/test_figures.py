@@ -33,6 +33,7 @@ from kdprof.reports.figures import cost_bars, curves, flips, gains, memory_bars,
 from kdprof.reports.figures.files import render, render_schedules
 from kdprof.reports.figures.looks import COLOURS, HATCH, PHASE_COLOURS, folder_looks, looks
 from kdprof.reports.figures.sheet import INCH, apart, fitted, text_width
+from kdprof.reports.text import flagged
 from kdprof.reports.verdict import Flip, Gain, Standing, Verdict
 from kdprof.reports.verdict_text import gain_text
 
@@ -56,7 +57,8 @@ def curves_of(store, gains=(), **options):
 
 def a_gain(method="cwd", value=1.25, low=1.1, high=1.4, **changes) -> Gain:
     known = {"probability": 0.98, "seeds": 5}
-    return replace(Gain(method, "kd", "seconds", value, "", low, high, **known), **changes)
+    made = replace(Gain(method, "kd", "seconds", value, "", low, high, **known), **changes)
+    return replace(made, has_interval=made.value is not None and made.seeds > 1)
 
 
 def some_gains(methods) -> list[Gain]:
@@ -133,12 +135,13 @@ def every_figure(root, methods, *, seeds, width):
     store = a_store(root, matrix(methods, seeds=seeds), costs)
     own, how = looks(methods), {"width_mm": width}
     left, right = two_ends(store)
+    names = {cost.method: flagged(cost.method, not cost.reliable) for cost in costs}
     return {
         "curves": curves.draw(results.collect(store), own, verdict.gains, **how),
         "cost": cost_bars.draw(costs, own, **how),
         "memory": memory_bars.draw(costs, own, **how),
-        "flips": flips.draw(verdict, (left, right), own, **how),
-        "gain": gains.draw(verdict.gains, right, own, **how),
+        "flips": flips.draw(verdict, (left, right), own, names, **how),
+        "gain": gains.draw(verdict.gains, right, own, names, **how),
         "schedules": schedules.draw(schedules_of(methods), costs, own, **how),
     }
 
@@ -490,7 +493,7 @@ def test_gains_are_sorted_with_bounds_hollow_and_open_ends_as_arrows(tmp_path):
         a_gain("af_dcd", 0.8, None, None, probability=None, seeds=1),
         a_gain("cwd", 9.0, axis="flop"),
     ]
-    figure = gains.draw(found, axis, looks(SIX))
+    figure = gains.draw(found, axis, looks(SIX), {name: name for name in SIX} | {"mgd": "mgd†"})
     (panel,) = figure.axes
     points = {
         line.get_ydata()[0]: (line.get_xdata()[0], line.get_markerfacecolor() == "white")
@@ -507,14 +510,26 @@ def test_gains_are_sorted_with_bounds_hollow_and_open_ends_as_arrows(tmp_path):
     assert {*map(gain_text, found[:2]), "0.98"} <= set(texts_of(figure))
     text = " ".join(texts_of(figure))
     assert "Not known: mgd (one budget)." in text
+    assert "mgd†" in texts_of(figure)
+    assert "planned with an unreliable Cost" in text
     assert 1 in [line.get_xdata()[0] for line in panel.lines]
+
+
+def test_large_gains_have_more_ticks_than_the_one(tmp_path):
+    axis = two_ends(a_store(tmp_path, matrix()))[1]
+    figure = gains.draw(
+        [a_gain("cwd", 980.0, 740.0, None)], axis, looks(SIX), {"cwd": "cwd", "kd": "kd"}
+    )
+    (panel,) = figure.axes
+    assert list(panel.get_xticks()) == [1, 100]
 
 
 def test_flips_are_coloured_unless_unlikely_and_the_others_grey(tmp_path):
     verdict = a_verdict(("none", "kd", "cwd", "cirkd", "mgd"))
     sure, likely, unlikely, _ = verdict.flips
     verdict = replace(verdict, flips=[sure, replace(likely, second="cirkd"), unlikely])
-    figure = flips.draw(verdict, two_ends(a_store(tmp_path, matrix())), looks(SIX))
+    ends = two_ends(a_store(tmp_path, matrix()))
+    figure = flips.draw(verdict, ends, looks(SIX), {name: name for name in SIX} | {"cwd": "cwd†"})
     drawn = [line for line in figure.axes[0].lines if len(line.get_ydata()) == 2]
     colours = {next(iter(line.get_ydata())): line.get_color() for line in drawn}
     grey = [72 - 0.01 * n for n in (2, 4)]
@@ -522,6 +537,8 @@ def test_flips_are_coloured_unless_unlikely_and_the_others_grey(tmp_path):
     text = " ".join(texts_of(figure))
     assert "none over kd (+0.01 to -0.01 points, P = 0.97)" in text
     assert "1 pair is grey" in text
+    assert "cwd†" in text
+    assert "planned with an unreliable Cost" in text
     assert [line.get_linestyle() for line in drawn].count("--") == 1
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,13 @@ def detailed() -> dict[str, Cost]:
     study = small_study(methods=["none", "fitnet"], measure__detail=True)
     found = measure(ResolvedStudy(study), ["none", "fitnet"], Progress(None))
     return {cost.method: cost for cost in found.costs}
+
+
+def test_a_cost_says_when_it_was_measured_and_its_key_does_not_depend_on_it(costs):
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    for cost in costs.values():
+        assert cost.measured_at <= now
+        assert "measured_at" not in cost.settings
 
 
 def test_every_part_of_a_cost_is_there_or_says_why_not(costs):

@@ -242,3 +242,14 @@ def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
     with pytest.raises(UserError, match="not UTF-8 text"):
         read_text(tmp_path / "latin")
     assert read_text(tmp_path / "marked") == "road"
+
+
+def test_when_a_cost_was_measured_is_a_time_in_utc_or_not_known():
+    made = make_cost("kd", 1.0, measured_at="2026-11-27T08:00:00Z")
+    assert Cost.model_validate_json(made.model_dump_json(by_alias=True)) == made
+    older = json.loads(made.model_dump_json(by_alias=True))
+    del older["measured_at"]
+    assert Cost.model_validate(older).measured_at is None
+    for text in ("2026-11-27 08:00:00", "2026-11-27T08:00:00+01:00", "yesterday"):
+        with pytest.raises(ValidationError):
+            make_cost("kd", 1.0, measured_at=text)

@@ -95,7 +95,7 @@ def test_drift_of_one_seed_flags_the_row_though_the_mean_is_on_plan(tmp_path):
     (row,) = table.rows(store)
     assert row.drifted
     assert row.drift_percent == pytest.approx(0)
-    note = "* 2 of 2 runs spent 3 % more or less than planned (median +0 %): table.csv has each."
+    note = "2 of 2 runs (* in the table) spent 3 % more or less than planned (median +0 %)"
     assert note in printed(table.print_table, store)
     table.render(store)
     assert "0: +3.0 %; 1: -3.0 %" in (store.reports / "table.csv").read_text()

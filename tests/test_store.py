@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -105,14 +106,44 @@ def test_two_processes_never_share_a_run_and_a_dead_one_lets_go(tmp_path):
         pass
 
 
-def test_newest_cost_counts_and_devices_do_not_mix(tmp_path):
-    store = Store(tmp_path)
+def test_the_cost_that_was_measured_last_counts_not_the_file_that_was_written_last(tmp_path):
+    store = Store(tmp_path / "out")
     with pytest.raises(UserError, match="holds no costs"):
         store.latest_costs()
-    store.write_cost(make_cost("kd", 1.0, key="a"))
-    os.utime(store.cost_path("kd", "a"), ns=(1, 1))
-    store.write_cost(make_cost("kd", 2.0, key="b"))
-    assert store.latest_costs()["kd"].latency_s.median == 2.0
+    store.write_cost(make_cost("kd", 1.0, key="a", measured_at="2026-11-27T08:00:01Z"))
+    store.write_cost(make_cost("kd", 2.0, key="b", measured_at="2026-11-27T08:00:00Z"))
+    store.write_cost(make_cost("kd", 3.0, key="c"))
+    assert store.latest_costs()["kd"].latency_s.median == 1.0
+    # A clone writes the files in the order of their names, all at once.
+    for name in "abc":
+        shutil.copy(store.cost_path("kd", name), tmp_path)
+        os.utime(store.cost_path("kd", name), ns=(1, 1))
+    assert store.latest_costs()["kd"].latency_s.median == 1.0
+    assert [cost.key for cost in store.costs()] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "when"),
+    [(None, "do not say when they were measured"),
+     ("2026-11-27T08:00:00Z", "were measured in the same second (2026-11-27T08:00:00Z)")],
+)  # fmt: skip
+def test_without_a_newest_cost_it_is_refused_and_measuring_again_mends_it(tmp_path, moment, when):
+    store = Store(tmp_path)
+    for key in "ba":
+        store.write_cost(make_cost("kd", 1.0, key=key, measured_at=moment))
+    with pytest.raises(UserError) as refused:
+        store.latest_costs()
+    assert refused.value.problems == (
+        f"the newest Cost of kd is not known: kd-a.json and kd-b.json {when}; delete the older "
+        "one, or measure again",
+    )
+    store.write_cost(make_cost("kd", 2.0, key="b", measured_at="2026-11-27T08:00:01Z"))
+    assert store.latest_costs()["kd"].key == "b"
+
+
+def test_devices_do_not_mix(tmp_path):
+    store = Store(tmp_path)
+    store.write_cost(make_cost("kd", 2.0))
     store.write_cost(make_cost("cwd", 2.0, device="H200"))
     with pytest.raises(UserError, match="different devices"):
         store.latest_costs()

@@ -13,9 +13,10 @@ from kdprof.errors import UserError
 from kdprof.records import Run
 from kdprof.reports.axes import axis
 from kdprof.reports.judge import evidence, gain, judge
+from kdprof.reports.judge import pair as difference
 from kdprof.reports.results import Results
 from kdprof.reports.verdict_text import gain_text, markdown, need_text, probability_text
-from kdprof.stats.gain import Curve, compute_equivalent_gain
+from kdprof.stats.gain import Curve, compute_equivalent_gain, slope
 from kdprof.stats.seeds import (
     Contrast,
     equal_variances,
@@ -80,6 +81,93 @@ def test_methods_that_share_no_seed_are_compared_by_the_unpaired_t_test():
     oracle = scipy.stats.ttest_ind(a, b)
     assert found.freedom == 4
     assert found.value / found.error == pytest.approx(oracle.statistic)
+
+
+SHARED = [((0, 1), (1, 2)), ((0, 1, 2), (2, 3, 4))]
+"""Seeds of two methods that share one: method + seed would fit any scores exactly."""
+
+
+@pytest.mark.parametrize("seeds", SHARED)
+def test_methods_that_share_too_few_seeds_are_compared_by_the_unpaired_t_test(seeds):
+    rng = np.random.default_rng(3)
+    a, b = (list(70 + rng.standard_normal(len(own))) for own in seeds)
+    table = {
+        (method, "x"): dict(zip(own, values, strict=True))
+        for method, own, values in zip("ab", seeds, (a, b), strict=True)
+    }
+    model = fit(table, pool_budgets=False)
+    found = model.difference("x", "a", "b")
+    oracle = scipy.stats.ttest_ind(a, b)
+    interval = oracle.confidence_interval(0.95)
+    assert model.within_seeds == frozenset()
+    assert found.freedom == len(a) + len(b) - 2
+    assert found.interval(0.95) == pytest.approx((interval.low, interval.high))
+
+
+def test_two_shared_seeds_give_the_paired_t_test_of_these_two():
+    a, b = {0: 70.0, 1: 71.2, 2: 70.1}, {1: 71.9, 2: 70.5, 3: 68.0}
+    model = fit({("a", "x"): a, ("b", "x"): b}, pool_budgets=False)
+    found = model.difference("x", "a", "b")
+    oracle = scipy.stats.ttest_rel([a[1], a[2]], [b[1], b[2]])
+    interval = oracle.confidence_interval(0.95)
+    assert model.within_seeds == {"x"}
+    assert found.freedom == 1
+    assert found.interval(0.95) == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.parametrize("seeds", [*SHARED, ((0, 1, 2), (1, 2, 3)), ((0, 1), (1, 2), (2, 3))])
+def test_equal_methods_with_few_shared_seeds_rarely_differ_significantly(seeds):
+    rng = np.random.default_rng(5)
+    wrong = 0
+    for _ in range(600):
+        effect = 0.7 * rng.standard_normal(6)
+        table = {
+            (f"m{i}", "x"): {seed: 70 + effect[seed] + rng.standard_normal() for seed in own}
+            for i, own in enumerate(seeds)
+        }
+        low, high = fit(table, pool_budgets=False).difference("x", "m0", "m1").interval(0.95)
+        wrong += not low <= 0 <= high
+    # 5 % and three standard deviations of 600 draws; less where seeds' effects widen the interval.
+    assert wrong / 600 <= 0.077
+
+
+def test_a_budget_without_seeds_effects_keeps_its_own_variance_when_budgets_are_pooled():
+    """Within seeds x has almost no noise; in y the seeds' effects are part of it."""
+    table = scores(a={"x": [70.0, 74.1, 67.0]}, b={"x": [70.1, 74.0, 67.0]})
+    table |= {("a", "y"): {0: 70.0, 1: 74.0}, ("b", "y"): {1: 74.1, 2: 67.2}}
+    model = fit(table, pool_budgets=True)
+    found = model.difference("y", "a", "b")
+    oracle = scipy.stats.ttest_ind([70.0, 74.0], [74.1, 67.2])
+    assert model.within_seeds == {"x"}
+    assert found.freedom == 2
+    assert found.value / found.error == pytest.approx(oracle.statistic)
+    assert model.difference("x", "a", "b").freedom == 2
+
+
+def test_gains_hold_where_two_methods_share_one_seed():
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(80):
+        results, truth = simulate(Setting(2, 3, 3, seed_effect=0.6), rng)
+        kept = [run for run in results.finished if run.seed in ((0, 1), (1, 2))[run.method == "kd"]]
+        for each in judge(_results(kept), ["none"]).gains:
+            if each.axis == "seconds" and each.value is not None:
+                true = truth.gain("seconds", "kd", "none")
+                inside.append((each.low or 0) <= true <= (each.high or math.inf))
+    assert len(inside) > 60
+    assert np.mean(inside) >= 0.9
+
+
+def test_without_a_degree_of_freedom_there_is_no_interval_but_a_reason():
+    results = a_study(Setting(3, 2, 2))
+    found = evidence(results)
+    nothing = replace(found.pooled, freedom=dict.fromkeys(results.budgets(), 0.0))
+    blind = replace(found, pooled=nothing)
+    gap = difference(blind, results.budgets()[0], "kd", "none")
+    factor = gain(blind, "kd", "none", axis(results, "iterations"))
+    for one in (gap, factor):
+        assert (one.low, one.high, one.probability) == (None, None, None)
+        assert one.reason == "no interval: the runs say nothing about their variance"
+    assert not factor.has_interval
 
 
 def test_a_budget_that_one_method_alone_was_trained_at_is_part_of_its_curve():
@@ -179,6 +267,7 @@ def test_further_seeds_have_the_power_that_they_promise():
     assert won.mean() == pytest.approx(0.9, abs=0.03)
     assert further_seeds(Contrast(5.0, 0.1, 4.0), 3, 0.95) == 0
     assert further_seeds(Contrast(0.0, 1.0, 4.0), 3, 0.95) is None
+    assert further_seeds(Contrast(0.0, 0.0, 4.0), 3, 0.95) is None
 
 
 # Compute-equivalent gain
@@ -257,6 +346,105 @@ def test_uncertain_costs_widen_the_gain():
         math.hypot(math.log(narrow.high / narrow.value), 0.2)
     )
     assert wide.probability < narrow.probability
+
+
+# Curves that do not rise, and ties
+
+
+def _curves(miou_percent: dict[str, list[list[float]]]) -> Results:
+    """Return runs of ``method: [seeds at 100 s, at 200 s, ...]``; an iteration takes 0.1 s."""
+    template = a_study(Setting(3, 1, 1)).finished[0]
+    runs = []
+    for method, budgets in miou_percent.items():
+        for place, scores in enumerate(budgets):
+            seconds = 100.0 * 2**place
+            spent = template.train_s.model_copy(update={"planned": seconds, "actual": seconds})
+            changes = {"method": method, "budget": f"{seconds:g}s", "train_s": spent,
+                       "iterations_done": round(10 * seconds)}  # fmt: skip
+            runs += [
+                template.model_copy(update=changes | {"seed": seed, "miou": score / 100})
+                for seed, score in enumerate(scores)
+            ]
+    return _results(runs)
+
+
+FALLING = [[72, 72.2, 71.9], [70.1, 70, 70.2], [68, 68.1, 67.9]]
+RISING = [[66, 66.2, 65.9], [68.1, 68, 68.2], [70, 70.1, 69.9]]
+
+
+@pytest.mark.parametrize(
+    ("fitnet", "kd", "who"),
+    [(FALLING, FALLING, "fitnet and kd"), (FALLING, RISING, "fitnet"), (RISING, FALLING, "kd")],
+)
+def test_a_curve_that_falls_with_compute_has_no_gain(fitnet, kd, who):
+    """Where both fall, the curve of the better method lies at less compute than the control's at
+    equal accuracy, or at more: the crossing of D is no gain."""
+    better = [[score + 1 for score in scores] for scores in fitnet]
+    results = _curves({"kd": kd, "fitnet": better})
+    verdict = judge(results)
+    (found,) = [g for g in verdict.gains if g.axis == "seconds"]
+    assert (found.value, found.low, found.high, found.probability) == (None, None, None, None)
+    assert found.reason == f"accuracy of {who} does not rise with compute"
+    assert found.reason in verdict.sentences[0]
+
+
+def test_a_rise_that_the_seeds_do_not_show_gives_no_interval():
+    """At equal compute fitnet is surely better within seeds; whether accuracy rises is noise of
+    the seeds, whose effects differ from budget to budget."""
+    kd = [[66.0, 70.0, 68.0], [70.2, 66.3, 69.0]]
+    fitnet = [[score + 0.2 + 0.01 * seed for seed, score in enumerate(scores)] for scores in kd]
+    verdict = judge(_curves({"kd": kd, "fitnet": fitnet}))
+    (found,) = [g for g in verdict.gains if g.axis == "seconds"]
+    assert found.value > 1
+    assert (found.has_interval, found.low, found.high, found.probability) == (False, *[None] * 3)
+    assert "accuracy of fitnet and kd may not rise with compute" in found.reason
+    assert found.reason in verdict.sentences[0]
+    assert verdict.pairs[0].probability > 0.95
+
+
+def test_curves_that_are_flat_in_truth_seldom_get_a_gain_with_an_interval():
+    """Both are noise around levels one point apart: no compute makes the control as good."""
+    rng, stated = np.random.default_rng(1), 0
+    for _ in range(60):
+        shared = 0.4 * rng.standard_normal((3, 3))
+        points = {
+            name: (level + shared + 0.4 * rng.standard_normal((3, 3))).tolist()
+            for name, level in (("kd", 70.0), ("a", 71.0))
+        }
+        (found,) = [g for g in judge(_curves(points)).gains if g.axis == "seconds"]
+        stated += found.has_interval
+    assert stated <= 3  # 5 %
+
+
+def test_the_slope_is_that_of_a_regression_of_the_means():
+    logs = np.log([1.0, 2.0, 5.0])
+    model = fit(scores(a={"x": [60.0, 61], "y": [62.0, 63], "z": [61.0, 64]}), pool_budgets=False)
+    found = slope(model, Curve([("a", budget) for budget in "xyz"], logs))
+    assert found.value == pytest.approx(scipy.stats.linregress(logs, [60.5, 62.5, 62.5]).slope)
+
+
+def test_runs_that_are_all_equal_have_no_gain_and_share_the_chance():
+    flat = [[70.0, 70.0], [70.0, 70.0]]
+    verdict = judge(_curves({"kd": flat, "fitnet": flat, "cwd": flat}))
+    assert {found.value for found in verdict.gains} == {None}
+    assert all("does not rise with compute" in found.reason for found in verdict.gains)
+    for chances in verdict.best.values():
+        assert chances == pytest.approx(dict.fromkeys(("cwd", "fitnet", "kd"), 1 / 3))
+    assert {found.more_seeds for found in verdict.pairs} == {None}
+    assert verdict.flips == []
+    assert verdict.sentences[1] == "At 200s, cwd and fitnet have the same mean (P(best) = 0.33)."
+
+
+def test_two_curves_with_a_common_step_have_inverse_gains():
+    """D is 0 over a whole range of shifts; half of it counts for each."""
+    a, b = [[60.0], [60.0], [70.0]], [[50.0], [60.0], [60.0]]
+    found = {
+        (one.method, one.versus): one.value
+        for one in judge(_curves({"a": a, "b": b}), versus=["a", "b"]).gains
+        if one.axis == "seconds"
+    }
+    assert found["a", "b"] == pytest.approx(2**1.5, rel=0.01)
+    assert found["a", "b"] * found["b", "a"] == pytest.approx(1)
 
 
 # Verdicts on simulated studies

@@ -82,7 +82,7 @@ def report(out: str, budgets: list[str]) -> dict[str, Any]:
     from .plan import statements
 
     store, claims = Store(Path(out)), {}
-    _, verdict = write_all(store, formats=("png",))
+    verdict = write_all(store, formats=("png",)).verdict
     finished = {(run.method, run.budget) for run in store.runs() if run.finished}
     reached = [one for one in budgets if any(budget == one for _, budget in finished)]
     methods = sorted(name for name, budget in finished if reached and budget == reached[-1])

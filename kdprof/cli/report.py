@@ -92,9 +92,13 @@ def plot(
 
     store = Store(out)
     store.require()
-    paths, verdict = write_all(store, x=x, versus=versus, methods=methods, **figure_files.given())
-    if verdict is None:
+    made = write_all(store, x=x, versus=versus, methods=methods, **figure_files.given())
+    if made.verdict is None:
         say("no run is trained yet; plotting the costs only")
-    name_files(paths)
-    if verdict is not None:
-        print_sentences(verdict, stdout())
+    name_files(made.files)
+    for path in made.removed:
+        say(f"removed {path}: it was made by an earlier call and not again by this one")
+    for note in made.notes:
+        say(note)
+    if made.verdict is not None:
+        print_sentences(made.verdict, stdout())

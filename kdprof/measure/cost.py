@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from kdprof.hardware.device import versions
@@ -94,6 +95,7 @@ def measured_cost(
         gpus=identity.gpus,
         key=identity.key,
         session=uuid.uuid4().hex[:12],
+        measured_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **timed,
         outliers=readings.outliers,
         canary=canary,
@@ -132,8 +134,8 @@ def counted_cost(
 ) -> CountedCost:
     """Return the Cost of a step that was counted, not run; no budget can be converted with it."""
     run_only = (
-        "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary", "phases_s",
-        "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
+        "measured_at", "latency_s", "ratio", "end_to_end_s", "end_to_end_ratio", "canary",
+        "phases_s", "hidden_cost", "ceilings", "bounds", "mfu", "energy_j", "energy",
     )  # fmt: skip
     unavailable = dict.fromkeys((*run_only, "memory_bytes"), COUNTED)
     if modules_flop is None:

@@ -69,8 +69,12 @@ def compute_equivalent_gain(
     cross 0 several times, the length of {d : D(d) > 0} decides, which is the crossing of the
     monotone rearrangement of D. Nothing is extrapolated: d ends where the ranges only touch.
 
+    Both curves must rise with compute (:func:`slope`): where they fall, D grows with d, and the
+    same crossing would call the method that needs more compute the one that saves it.
+
     Args:
-        intervals: False if there is one seed: only the estimate is computed.
+        intervals: False if there is one seed, or if it is not known that both curves rise: only the
+            estimate is computed.
         cost_error: half-width of the 95 % interval of the log of the step's cost ratio; it widens
             the interval by adding in quadrature.
     """
@@ -91,6 +95,19 @@ def compute_equivalent_gain(
     )
     probability = _probability(model, curve, control, cost_error)
     return Shift(math.exp(estimate), bound, *ends, probability, True, probability is not None)
+
+
+def slope(model: SeedModel, curve: Curve) -> Contrast:
+    """Return the least-squares slope of a curve's cells, percentage points per unit of log compute.
+
+    It is a linear combination of cell means, too, so ``probability()`` is how sure it is that the
+    curve rises; that needs more than one seed.
+    """
+    centred = curve.logs - curve.logs.mean()
+    weights = np.zeros((1, len(model.cells)))
+    weights[0, [model.cells.index(cell) for cell in curve.cells]] = centred / (centred @ centred)
+    (value,), (error,), (freedom,) = model.contrasts(weights)
+    return Contrast(float(value), float(error), float(freedom))
 
 
 def difference_weights(
@@ -120,12 +137,14 @@ def _crossing(shifts: np.ndarray, values: np.ndarray) -> tuple[float, str]:
 
 
 def _length_above(shifts: np.ndarray, values: np.ndarray) -> float:
-    """Return the length of the set in which the piecewise linear function is above 0."""
+    """Return the length of the set in which the piecewise linear function is above 0; half of
+    that in which it is 0, so that two methods that change places have inverse gains."""
     step = shifts[1] - shifts[0]
     left, right = values[:-1], values[1:]
     above = np.maximum(left, right).clip(min=0)
     span = np.abs(right - left)
     share = np.where((left > 0) & (right > 0), 1.0, above / np.where(span > 0, span, 1.0))
+    share = np.where((left == 0) & (right == 0), 0.5, share)
     return float(step * share.clip(max=1).sum())
 
 

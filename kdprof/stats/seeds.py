@@ -9,7 +9,7 @@ judged by which seeds it got.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +78,8 @@ class SeedModel:
     seed_freedom: float
     cell_freedom: np.ndarray | None = None
     """Degrees of freedom of each cell's own variance, if methods have no common one."""
+    within_seeds: frozenset[str] = frozenset()
+    """Budgets whose methods are compared within seeds; under the others their means are."""
 
     def contrasts(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return values, standard errors and degrees of freedom of linear combinations of cells.
@@ -145,29 +147,48 @@ def fit(scores: Scores, *, pool_budgets: bool) -> SeedModel:
     Args:
         pool_budgets: True if the variance is the same under all budgets and their noise is
             independent; else each budget has its variance, and the covariance between budgets is
-            that of the residuals of one method and seed (runs that share a trunk). A budget whose
-            runs say nothing about its variance, such as one seed of each method, gets that of the
-            others.
+            that of the residuals of one method and seed (runs that share a trunk). Budgets whose
+            methods are not compared within seeds are never pooled: their variance contains that of
+            the seeds' effects. A budget whose runs say nothing about its variance, such as one seed
+            of each method, gets that of the others.
     """
     rows = [(method, budget, seed) for method, budget in scores for seed in scores[method, budget]]
     observed = np.array([scores[method, budget][seed] for method, budget, seed in rows])
     maps = _least_squares(list(scores), rows)
     table = dict(zip(rows, maps.residuals @ observed, strict=True))
-    between = _between_budgets(table, maps.freedom, pool_budgets)
+    alike = maps.within_seeds() if pool_budgets else frozenset()
+    between = _between_budgets(table, maps.freedom, alike)
     noise = _noise(rows, between)
     seed_covariance, seed_freedom = _seed_covariance(maps, observed, rows, between)
     budget_of = np.array([[own == budget for budget in maps.freedom] for _, own in scores], float)
-    known = [value for value in maps.freedom.values() if value >= 1]
-    least = min(known, default=0.0)
-    freedom = {b: sum(known) if pool_budgets else max(v, least) for b, v in maps.freedom.items()}
     return SeedModel(
         list(scores),
         maps.means @ observed,
         maps.means @ noise @ maps.means.T,
-        freedom,
+        _shared_freedom(maps.freedom, alike),
         budget_of @ seed_covariance @ budget_of.T,
         seed_freedom,
+        within_seeds=maps.within_seeds(),
     )
+
+
+def _shared_freedom(own: Mapping[str, float], alike: Collection[str]) -> dict[str, float]:
+    """Return the degrees of freedom of the variance that each budget gets.
+
+    Args:
+        own: those of the budget's own residuals.
+        alike: budgets that have one variance.
+    """
+    least = min((value for value in own.values() if value >= 1), default=0.0)
+    together = _sum_known(own, alike)
+    return {
+        budget: together if together and budget in alike else max(value, least)
+        for budget, value in own.items()
+    }
+
+
+def _sum_known(freedom: Mapping[str, float], budgets: Collection[str]) -> float:
+    return sum(freedom[budget] for budget in budgets if freedom[budget] >= 1)
 
 
 def fit_separately(scores: Scores) -> SeedModel:
@@ -201,6 +222,10 @@ class _Maps:
     """To the effect of each seed of each budget, against the mean of the budget's seeds."""
     freedom: dict[str, float]
 
+    def within_seeds(self) -> frozenset[str]:
+        """Return the budgets whose seeds have an effect in the fit."""
+        return frozenset(budget for budget, _ in self.seeds)
+
 
 def _least_squares(cells: list[Cell], rows: list[tuple[str, str, int]]) -> _Maps:
     """Return the fit of every budget: method + seed, or the method alone where seeds do not connect
@@ -231,39 +256,62 @@ def _design(rows: list[tuple[str, str, int]], methods: list[str], seeds: list[in
     """Return the design matrix of a budget: one column per method, then one per seed.
 
     Without the seeds' columns if a budget has one method, or methods that share no seed, directly
-    or through others: their differences could not be told from the seeds' effects.
+    or through others: their differences could not be told from the seeds' effects. Without them,
+    too, where they would leave no residual and the methods alone do, such as seeds 0 and 1 of one
+    method and 1 and 2 of another: such a fit is exact for any noise, so it has no variance.
     """
     design = np.zeros((len(rows), len(methods) + len(seeds)))
     for row, (method, _, seed) in enumerate(rows):
         design[row, methods.index(method)] = 1
         design[row, len(methods) + seeds.index(seed)] = 1
-    connected = np.linalg.matrix_rank(design) == len(methods) + len(seeds) - 1
-    return design if connected and len(methods) > 1 else design[:, : len(methods)]
+    rank = np.linalg.matrix_rank(design)
+    connected = rank == len(methods) + len(seeds) - 1
+    # With several seeds of one method only, no pair has an interval: the means of the others are
+    # better adjusted for which seeds they got.
+    repeated = (design[:, : len(methods)].sum(axis=0) > 1).sum() > 1
+    exact = len(rows) == rank and repeated
+    return design if connected and len(methods) > 1 and not exact else design[:, : len(methods)]
 
 
 def _between_budgets(
     residuals: Mapping[tuple[str, str, int], float],
     freedom: Mapping[str, float],
-    pool_budgets: bool,
+    alike: Collection[str],
 ) -> np.ndarray:
-    """Return the covariance of one method and seed's noise between budgets, budgets x budgets."""
-    informed = [place for place, value in enumerate(freedom.values()) if value >= 1]
-    total = max(sum(value for value in freedom.values() if value >= 1), 1)
-    pooled = sum(value**2 for value in residuals.values()) / total
-    if pool_budgets or not informed:
-        return pooled * np.eye(len(freedom))
+    """Return the covariance of one method and seed's noise between budgets, budgets x budgets.
+
+    Args:
+        alike: budgets that have one variance and independent noise.
+    """
     between = np.zeros((len(freedom), len(freedom)))
     for i, first in enumerate(freedom):
         for j, second in enumerate(freedom):
+            if first in alike or second in alike:
+                continue
             products = [
                 value * residuals[method, second, seed]
                 for (method, budget, seed), value in residuals.items()
                 if budget == first and (method, second, seed) in residuals
             ]
             between[i, j] = sum(products) / max(min(freedom[first], freedom[second]), 1)
-    for place in set(range(len(freedom))) - set(informed):
-        between[place, place] = pooled
+    common = _pooled(residuals, freedom, alike)
+    for place, (budget, value) in enumerate(freedom.items()):
+        if budget in alike and common is not None:
+            between[place, place] = common
+        elif value < 1:
+            between[place, place] = _pooled(residuals, freedom, freedom) or 0.0
     return _semidefinite(between)
+
+
+def _pooled(
+    residuals: Mapping[tuple[str, str, int], float],
+    freedom: Mapping[str, float],
+    budgets: Collection[str],
+) -> float | None:
+    """Return the variance of the residuals of some budgets; None if nothing is known of it."""
+    squares = [value**2 for (_, budget, _), value in residuals.items() if budget in budgets]
+    together = _sum_known(freedom, budgets)
+    return sum(squares) / together if together else None
 
 
 def _semidefinite(matrix: np.ndarray) -> np.ndarray:
@@ -386,9 +434,12 @@ def tukey_factor(methods: int, freedom: float, confidence: float) -> float:
 def further_seeds(contrast: Contrast, seeds: int, confidence: float) -> int | None:
     """Return how many seeds more would show a difference of this size with 90 % power.
 
-    0 if it is shown already; None if more than :data:`MOST_SEEDS` are needed. The true difference
-    may be smaller than the estimated one: this is a plan, not a promise.
+    0 if it is shown already; None if more than :data:`MOST_SEEDS` are needed, or if the estimated
+    difference is 0, which no number of seeds would show. The true difference may be smaller than
+    the estimated one: this is a plan, not a promise.
     """
+    if contrast.value == 0:
+        return None
     low, high = contrast.interval(confidence)
     if low > 0 or high < 0:
         return 0

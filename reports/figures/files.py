@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from kdprof.errors import UserError, unknown
 from kdprof.records import Cost
-from kdprof.store import Store
+from kdprof.store import Store, different_devices, newest_by_method
 
 from ..axes import ORDERED_BY, axis
 from ..results import Results, collect
@@ -22,6 +22,10 @@ from .sheet import FORMATS, PAGE, check, save
 
 if TYPE_CHECKING:
     from kdprof.published import ConvertedSchedule
+
+
+NAMES = ("curves", "flips", "gain", "cost", "memory")
+"""Names of the figures that :func:`render` may write, without suffix."""
 
 
 def render(
@@ -35,8 +39,8 @@ def render(
 ) -> list[Path]:
     """Write the figures into ``reports/`` and return the files; equal records give equal bytes.
 
-    ``curves`` is made from runs, ``cost`` and ``memory`` from Costs; ``gain`` needs a known gain,
-    ``flips`` an amount of compute that all methods reached.
+    ``curves`` is made from runs, ``cost`` and ``memory`` from Costs of one device; ``gain`` needs a
+    known gain, ``flips`` an amount of compute that all curves reach.
 
     Args:
         verdict: on all runs of the folder; None if it has no finished run, then only Costs are
@@ -46,20 +50,30 @@ def render(
         methods: only these are drawn, in the colours that they have among all.
 
     Raises:
-        UserError: an argument is not valid, or the Costs come from different devices.
+        UserError: an argument is not valid, it is not known which Cost of a method is the newest,
+            or there is nothing to draw because the Costs come from different devices.
     """
     check(formats, width_mm)
-    looks = folder_looks(store.runs(), store.costs())
+    costs = store.costs()
+    looks = folder_looks(store.runs(), costs)
     trained = {run.method for run in store.runs()}
-    valid = trained | {cost.method for cost in store.costs()}
+    valid = trained | {cost.method for cost in costs}
     if wrong := [name for name in methods if name not in valid]:
         raise UserError(*(unknown("method", name, valid) for name in wrong))
     chosen = set(methods) or valid
-    figures = _of_costs(store, looks, chosen, width_mm)
+    newest = newest_by_method(costs)
+    figures = {}
     if verdict is not None:
-        results = _only(collect(store), chosen)
+        every = collect(store)
+        results, names = _only(every, chosen), every.flagged_names()
         if results.finished:
-            figures = _of_runs(results, _among(verdict, chosen), looks, x, width_mm) | figures
+            figures = _of_runs(results, _among(verdict, chosen), looks, names, x, width_mm)
+    if why := different_devices(newest.values()):
+        if not figures:
+            raise UserError(f"{store.root}: {why}; measure all methods on one")
+    else:
+        shown = [cost for cost in newest.values() if cost.method in chosen]
+        figures |= _of_costs(shown, looks, width_mm)
     return [
         path
         for name, figure in figures.items()
@@ -89,27 +103,27 @@ def render_schedules(
 
 
 def _of_runs(
-    results: Results, verdict: Verdict, looks: dict[str, Look], x: str, width: float
+    results: Results,
+    verdict: Verdict,
+    looks: dict[str, Look],
+    names: dict[str, str],
+    x: str,
+    width: float,
 ) -> dict[str, Figure]:
     figures = {"curves": curves.draw(results, looks, verdict.gains, x=x, width_mm=width)}
     known = {standing.axis for standing in verdict.standings}
     compared = x if x in known - {ORDERED_BY, "samples"} else "seconds"
     if {ORDERED_BY, compared} <= known and len(results.methods()) > 1:
         ends = axis(results, ORDERED_BY), axis(results, compared)
-        figures["flips"] = flips.draw(verdict, ends, looks, width_mm=width)
+        figures["flips"] = flips.draw(verdict, ends, looks, names, width_mm=width)
     gained = x if any(gain.axis == x for gain in verdict.gains) else "seconds"
     if any(gain.axis == gained and gain.value is not None for gain in verdict.gains):
         each = axis(results, gained)
-        figures["gain"] = gains.draw(verdict.gains, each, looks, width_mm=width)
+        figures["gain"] = gains.draw(verdict.gains, each, looks, names, width_mm=width)
     return figures
 
 
-def _of_costs(
-    store: Store, looks: dict[str, Look], chosen: Collection[str], width: float
-) -> dict[str, Figure]:
-    if not store.costs():
-        return {}
-    costs: list[Cost] = [c for c in store.latest_costs().values() if c.method in chosen]
+def _of_costs(costs: list[Cost], looks: dict[str, Look], width: float) -> dict[str, Figure]:
     figures = {}
     if any(cost.latency_s for cost in costs):
         figures["cost"] = cost_bars.draw(costs, looks, width_mm=width)

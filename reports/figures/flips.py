@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..axes import Axis
+from ..text import unreliable_names_note
 from ..verdict import Flip, Standing, Verdict
 from ..verdict_text import chance_text
 from .looks import INK, NOTE_POINTS, PALE, Look, styled
@@ -44,6 +45,7 @@ def draw(
     verdict: Verdict,
     ends: tuple[Axis, Axis],
     looks: Mapping[str, Look],
+    flagged_names: Mapping[str, str],
     *,
     width_mm: float = PAGE,
 ) -> Figure:
@@ -53,16 +55,20 @@ def draw(
         verdict: has a standing on both axes.
         ends: the axes of the left and of the right end, such as iterations and seconds.
         looks: of every method, see :func:`kdprof.reports.figures.looks.folder_looks`.
+        flagged_names: of every method, marked if its Cost is unreliable, see
+            :meth:`kdprof.reports.results.Results.flagged_names`.
     """
     found = {standing.axis: standing for standing in verdict.standings}
     left, right = (found[each.name] for each in ends)
     flips = [flip for flip in verdict.flips if flip.axes == (left.axis, right.axis)]
     drawn = [flip for flip in flips if flip.probability is None or flip.probability >= LIKELY]
-    footer = wrapped(_notes(drawn, len(flips) - len(drawn), width_mm), width_mm)
+    shown_names = {method: flagged_names[method] for method in left.miou_percent}
+    notes = _notes(drawn, len(flips) - len(drawn), width_mm)
+    footer = wrapped(notes + unreliable_names_note(shown_names.values()), width_mm)
     tall = max(HEIGHT, len(left.miou_percent) * LINE)
     with styled():
         sheet = Sheet.of(width_mm, HEAD + tall + BELOW + notes_height(footer))
-        names, side, both = _names(list(left.miou_percent), width_mm)
+        names, side, both = _names(shown_names, width_mm)
         wide = min(WIDEST, width_mm - 2 * MARGIN - side - (side if both else _value_room()))
         start = (width_mm - wide - side - (side if both else _value_room())) / 2
         start += side if both else _value_room()
@@ -82,13 +88,14 @@ def _value_room() -> float:
     return LEADER + text_width("88.88") + SPACE
 
 
-def _names(methods: Sequence[str], width: float) -> tuple[dict[str, str], float, bool]:
-    """Return the names as they fit, the width of the labels of one side, mm, and whether both
-    sides have names: a narrow figure has them at the right only."""
+def _names(full: Mapping[str, str], width: float) -> tuple[dict[str, str], float, bool]:
+    """Return the names by method as they fit, the width of the labels of one side, mm, and whether
+    both sides have names: a narrow figure has them at the right only."""
     room = width - 2 * MARGIN - NARROWEST
-    widest = max(map(text_width, methods))
+    widest = max(map(text_width, full.values()))
     both = 2 * (widest + _value_room()) <= room
-    names = distinct(methods, 60.0 if both else room - 2 * _value_room())
+    short = distinct(list(full.values()), 60.0 if both else room - 2 * _value_room())
+    names = {method: short[name] for method, name in full.items()}
     return names, max(map(text_width, names.values())) + _value_room() + SPACE, both
 
 
@@ -169,7 +176,7 @@ def _heading(sheet: Sheet, each: Axis, standing: Standing, x: float, sign: int) 
 
 
 def _notes(flips: Sequence[Flip], unlikely: int, width: float) -> list[str]:
-    found = ["mIoU (%), read off the curves of all methods at the same amount."]
+    found = ["mIoU (%), read off the curves at the largest amount that all of them reach."]
     if not flips:
         likely = "is likely to change" if unlikely else "changes"
         found.append(f"No pair of methods {likely} its order.")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..axes import Axis
 from ..results import shortened
-from ..text import MISSING
+from ..text import MISSING, unreliable_names_note
 from ..verdict import Gain
 from ..verdict_text import gain_text, probability_text
 from .looks import INK, NOTE_POINTS, RULE, Look, styled
@@ -42,28 +42,36 @@ TICKS = (
     (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
     (0.0625, 0.25, 1, 4, 16),
     (0.01, 0.1, 1, 10, 100),
+    (0.0001, 0.01, 1, 100, 10_000),
 )
 """The first of these that spans the axis and has room is used."""
 
 
 def draw(
-    gains: Sequence[Gain], each: Axis, looks: Mapping[str, Look], *, width_mm: float = PAGE
+    gains: Sequence[Gain],
+    each: Axis,
+    looks: Mapping[str, Look],
+    names: Mapping[str, str],
+    *,
+    width_mm: float = PAGE,
 ) -> Figure:
     """Return the figure: a section for each control, the largest gain first.
 
     Args:
         gains: at least one is known; those on other axes than ``each`` are left out.
         looks: of every method, see :func:`kdprof.reports.figures.looks.folder_looks`.
+        names: of every method, marked if its Cost is unreliable, see
+            :meth:`kdprof.reports.results.Results.flagged_names`.
     """
     own = [gain for gain in gains if gain.axis == each.name]
     sections = {
         control: sorted((g for g in own if g.versus == control), key=_order)
         for control in dict.fromkeys(gain.versus for gain in own)
     }
-    footer = wrapped(_notes(own, each), width_mm)
+    footer = wrapped(_notes(own, each) + unreliable_names_note(names.values()), width_mm)
     with styled():
         labels = [
-            Labels.fit({gain.method: gain.method for gain in rows}, width_mm)
+            Labels.fit({gain.method: names[gain.method] for gain in rows}, width_mm)
             for rows in sections.values()
         ]
         left = max(one.width for one in labels)
@@ -73,10 +81,10 @@ def draw(
         sheet = Sheet.of(width_mm, total + notes_height(footer))
         wide = width_mm - left - MARGIN - sum(columns.values()) - ARROW
         limits, top = _limits(own), HEAD
-        for (control, rows), names, tall in zip(sections.items(), labels, talls, strict=True):
+        for (control, rows), shown, tall in zip(sections.items(), labels, talls, strict=True):
             panel = rows_panel(sheet, left, top, wide, len(rows))
-            Labels(names.texts, left).write(sheet, top, row_height(len(rows)), looks)
-            _axis(panel, limits, f"gain over {control}, {each.compute}")
+            Labels(shown.texts, left).write(sheet, top, row_height(len(rows)), looks)
+            _axis(panel, limits, f"gain over {names[control]}, {each.compute}")
             for row, gain in enumerate(rows):
                 _row(panel, row, gain, looks[gain.method], limits)
             write_columns(sheet, columns, list(map(_cells, rows)), top, left + wide + ARROW)
@@ -138,7 +146,7 @@ def _row(panel: Axes, row: int, gain: Gain, look: Look, limits: tuple[float, flo
     arrow at the edge of the panel."""
     if gain.value is None:
         return
-    if gain.probability is not None:
+    if gain.has_interval:
         ends = (gain.low, gain.high)
     else:
         ends = (gain.value, gain.value)
@@ -158,21 +166,29 @@ def _notes(gains: Sequence[Gain], each: Axis) -> list[str]:
         f"Gain: how many times the method's {each.compute} the control needs for the same mIoU; "
         "right of 1 the method saves."
     ]
-    if any(gain.probability is not None for gain in gains):
+    if any(gain.has_interval for gain in gains):
         found.append("Lines: 95 % intervals over seeds. P: probability of a gain above 1.")
-    if any(gain.value is not None and gain.probability is None for gain in gains):
+    known = [gain for gain in gains if gain.value is not None]
+    if blind := [gain.method for gain in known if not gain.has_interval and gain.seeds > 1]:
+        found.append(f"No interval of {shortened(_distinct(blind))}: verdict.md says why.")
+    if any(gain.seeds < 2 for gain in known):
         found.append("Without a line: one seed, so no interval.")
     if any(gain.bound for gain in gains):
         found.append("Hollow: a bound, since the gain lies beyond the trained budgets.")
     if any(_is_open(gain) for gain in gains):
         found.append("Arrow: the budgets show no end on this side.")
-    if unknown := sorted({gain.method for gain in gains if gain.value is None}):
-        why = next(gain.reason for gain in gains if gain.value is None)
-        found.append(f"Not known: {shortened(unknown)} ({why}).")
+    reasons = dict.fromkeys(gain.reason for gain in gains if gain.value is None)
+    for why in reasons:
+        unknown = [gain.method for gain in gains if gain.value is None and gain.reason == why]
+        found.append(f"Not known: {shortened(_distinct(unknown))} ({why}).")
     return found
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return sorted(set(names))
 
 
 def _is_open(gain: Gain) -> bool:
     if gain.value is None:
         return False
-    return bool(gain.bound) or (gain.probability is not None and None in (gain.low, gain.high))
+    return bool(gain.bound) or (gain.has_interval and None in (gain.low, gain.high))

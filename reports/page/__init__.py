@@ -30,7 +30,6 @@ def render(store: Store, verdict: Verdict | None, x: str = "seconds") -> Path:
         UserError: the folder has neither a finished run nor a Cost.
     """
     results = None if verdict is None else collect(store)
-    # By name, not by the time of their files, which a clone does not keep.
     costs = sorted(results.costs if results else store.costs(), key=lambda cost: cost.method)
     if results is None and not costs:
         raise UserError(f"nothing to show in {store.root}: no finished run and no cost")

@@ -253,6 +253,8 @@ class Whisker:
     """A row of the forest plot: a gain with its interval."""
 
     name: str
+    label: str
+    """The name as it is shown, with the mark of an unreliable Cost."""
     value: float | None
     """None if it is not known."""
     low: float | None
@@ -296,7 +298,7 @@ def _whisker(row: Whisker, look: Look, scale: Scale, ticks: Sequence[float]) -> 
         parts.append(tag("svg", marker, x=at, y=middle, overflow="visible"))
     track = tag("svg", *parts, class_="track", height=str(ROW), aria_hidden="true")
     text = tag("span", row.text, class_="value", data_also=exact(*row.values))
-    return tag("li", tag("span", row.name, class_="name"), track, text,
+    return tag("li", tag("span", row.label, class_="name"), track, text,
                class_=f"row {look.class_}", title=row.reason or None)  # fmt: skip
 
 

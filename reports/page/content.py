@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kdprof.records import Cost
-from kdprof.store import Store
+from kdprof.store import Store, newest_by_method
 
 from .. import table
 from ..axes import Axis, available
@@ -31,7 +31,7 @@ class Content:
     """None if no run is finished."""
     verdict: Verdict | None
     costs: list[Cost]
-    """Every stored Cost, the newest last."""
+    """Every stored Cost, ordered by method."""
     rows: list[table.Row]
     x: str
     """Name of the axis that is shown first, if every run has it."""
@@ -44,7 +44,7 @@ class Content:
     @cached_property
     def newest(self) -> list[Cost]:
         """The newest Cost of each method, the smallest ratio first, those without one last."""
-        found = {cost.method: cost for cost in self.costs}
+        found = newest_by_method(self.costs)
         return sorted(found.values(), key=lambda c: c.ratio.median if c.ratio else math.inf)
 
     @cached_property

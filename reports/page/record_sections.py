@@ -21,6 +21,7 @@ def note_section(content: Content) -> Section | None:
     """Return the notes of the tables and of the verdict, folded away."""
     notes = table.notes(content.results, content.rows) if content.results else []
     notes += content.verdict.notes if content.verdict else []
+    notes = list(dict.fromkeys(notes))  # both tell what is to be known of the runs
     if not notes:
         return None
     shown = tag("ul", *(tag("li", note) for note in notes))

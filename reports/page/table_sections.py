@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from kdprof.budget import parse_budget
 from kdprof.records import REFERENCE, Cost
+from kdprof.store import different_devices
 
 from .. import cost_grids, table
 from ..text import MISSING, Estimate
 from ..verdict import Pair, Verdict
+from ..verdict_text import further_text
 from . import charts
 from .content import Content, Section, chance, cost_id, folded, runs_id, signed
 from .markup import Markup, tag
@@ -19,10 +22,14 @@ from .tables import table as sortable
 
 
 def cost_section(content: Content) -> Section | None:
-    """Return bars by phase and the table of costs; None if no Cost is stored."""
+    """Return bars by phase and the table of costs, or why they are not compared; None if no Cost is
+    stored."""
     costs = content.newest
     if not costs:
         return None
+    if why := different_devices(costs):
+        parts = [tag("p", f"Not compared: {why}.")]
+        return Section("cost", "Cost per step", "What one step costs", parts)
     rows = [_stack(cost, content.phases) for cost in costs if cost.phases_s]
     words = {phase: cost_grids.phase_words(phase) for phase in content.phases}
     parts = [
@@ -164,13 +171,12 @@ def _pair_table(budget: str, verdict: Verdict) -> Markup:
         "difference of this size with 90 % power.",
         class_="soft",
     )
-    title = f"{budget}: differences between methods"
+    title = f"{budget}: differences between methods at equal {parse_budget(budget).matches}"
     return folded(title, False, lead, sortable(title, header, lines, ("worse",)), long=True)
 
 
 def _pair_cells(pair: Pair) -> list[Cell]:
-    unknown = MISSING if pair.probability is None else "> 1000"
-    more = unknown if pair.more_seeds is None else str(pair.more_seeds)
+    more = further_text(pair)
     return [
         Cell(pair.first),
         Cell(pair.second),

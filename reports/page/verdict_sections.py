@@ -48,21 +48,25 @@ def _forests(gains: Sequence[Gain], content: Content) -> Markup:
         if gain.value is not None and end is not None
     ]
     scale = charts.gain_scale(shown)
+    assert content.results is not None, "gains are those of finished runs"
+    names = content.results.flagged_names()
     parts: list[Markup] = []
     for control in dict.fromkeys(gain.versus for gain in gains):
         own = [gain for gain in gains if gain.versus == control]
         own.sort(key=lambda gain: (-(gain.value or 0), gain.method))
-        chart = charts.forest([_whisker(gain) for gain in own], content.looks, scale)
-        parts.append(tag("figure", tag("figcaption", f"Gain over {control}"), chart))
+        rows = [_whisker(gain, names[gain.method]) for gain in own]
+        chart = charts.forest(rows, content.looks, scale)
+        parts.append(tag("figure", tag("figcaption", f"Gain over {names[control]}"), chart))
     return tag("div", *parts)
 
 
-def _whisker(gain: Gain) -> charts.Whisker:
-    interval = gain.value is not None and gain.seeds > 1
+def _whisker(gain: Gain, label: str) -> charts.Whisker:
+    interval = gain.has_interval
     chance = "" if gain.probability is None else f", P(> 1) {probability_text(gain.probability)}"
     known = (gain.value, *((gain.low, gain.high, gain.probability) if interval else ()))
     return charts.Whisker(
         gain.method,
+        label,
         gain.value,
         gain.low if interval else None,
         gain.high if interval else None,
@@ -100,7 +104,8 @@ def flip_section(content: Content) -> Section | None:
     lead = tag(
         "p",
         "Methods ranked at equal iterations (left), as papers compare them, and at equal compute "
-        "(right), with the mIoU read off the curves at the largest amount that all reached. "
+        "(right), with the mIoU read off the curves at the largest amount that all curves "
+        "reach. "
         f"Two methods changed places where lines cross: thick if that is at least {100 * SURE:g} % "
         "sure, dashed if it may be chance.",
         class_="soft",
