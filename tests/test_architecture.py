@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
     "claims": {"budget", "errors"},
-    "study": {"budget", "errors", "store"},
+    "study": {"budget", "errors", "store", "user_files"},
     "pauses": {"errors"},
     "processes": {"errors", "store"},
     "user_files": {"errors", "store"},
