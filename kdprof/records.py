@@ -483,8 +483,7 @@ class Run(Record):
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
     identity: dict[str, str] | None = None
-    """What its weights and scores depend on beyond the folder's study, by name; None in records of
-    schema 4 and older."""
+    """What its weights and scores depend on, by name; None in records of schema 4 and older."""
     finished: bool
     failure: Failure | None = None
     unavailable: dict[str, str] = {}
