@@ -560,7 +560,7 @@ class LedgerEntry(Record):
     """Iterations done when the entry was written."""
     seconds: Amount
     energy_j: Amount | None = None
-    """Energy of training, if the device has a counter."""
+    """Energy of training or start-up, if the device has a counter."""
 
 
 class Effect(Record):
