@@ -254,11 +254,22 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def append_line(path: Path, record: Record) -> None:
-    """Append one record to a .jsonl file as a single durable write."""
-    with naming(path), path.open("ab") as file:
-        file.write(record.model_dump_json(by_alias=True).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one record to a .jsonl file durably, or leave the file as it was.
+
+    Raises:
+        OSError: the disk, a quota or a limit is used up.
+    """
+    left = memoryview(record.model_dump_json(by_alias=True).encode() + b"\n")
+    # Unbuffered: a buffer would be written once more when the file is closed.
+    with naming(path), path.open("ab", buffering=0) as file:
+        whole = file.seek(0, os.SEEK_END)
+        try:
+            while left:  # a full disk takes a part of it first
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
 
 
 def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:

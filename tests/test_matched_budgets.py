@@ -202,6 +202,19 @@ def test_work_after_the_checkpoint_is_lost(tmp_path):
     assert ledger.spent_s["lost"] == 24.0
 
 
+def test_a_line_that_a_power_cut_left_incomplete_is_removed(tmp_path):
+    """Right after a checkpoint, so that no work was lost."""
+    path = tmp_path / "ledger.jsonl"
+    append_line(path, LedgerEntry(kind="train", iteration=3, seconds=1.0))
+    with path.open("ab") as file:
+        file.write(b'{"kind":"checkpoint","iter')
+    ledger = Ledger(path)
+    ledger.rewind(3, evaluated=())
+    for iteration in (4, 5):
+        ledger.book("train", iteration, 1.0)
+    assert Ledger(path).spent_s == {"train": 3.0}
+
+
 def test_a_stopped_run_books_what_it_lost(tmp_path):
     """The process dies after the log was written and before the next checkpoint."""
 

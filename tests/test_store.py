@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 
 import pytest
@@ -83,6 +84,25 @@ def test_torn_last_line_is_left_out_and_damage_inside_is_not(tmp_path):
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(UserError, match="line 1 is damaged"):
         read_lines(path, LedgerEntry)
+
+
+@pytest.fixture
+def size_limit():
+    """A function that limits the size of the files that this process writes (ulimit -f)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, size_limit):
+    path = tmp_path / "ledger.jsonl"
+    append_line(path, LedgerEntry(kind="train", iteration=0, seconds=1.0))
+    whole = path.read_bytes()
+    size_limit(len(whole) + 5)
+    with pytest.raises(OSError, match="File too large") as failed:
+        append_line(path, LedgerEntry(kind="train", iteration=1, seconds=1.0))
+    assert failed.value.filename == str(path)
+    assert path.read_bytes() == whole
 
 
 def _hold(path, ready, done):
