@@ -7,21 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_study import small_study, train_small
+from small_study import price, small_study, train_small
 from step_observer import observing, signal_at
 
 from kdprof.cli.output import stdout
 from kdprof.errors import UserError
 from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.reports import table
+from kdprof.resolve import ResolvedStudy
 from kdprof.schedule import decay_start
 from kdprof.store import Held, RunFolder, Store, append_line, write_record
 from kdprof.train import checkpoint
-from kdprof.train.cells import Cell
+from kdprof.train.cells import Cell, cells_of
 from kdprof.train.ledger import Ledger
 from kdprof.train.loop import Interrupted
 from kdprof.train.pace import Enforced, Spending, pace_of
-from kdprof.train.runs import _left
+from kdprof.train.prepare import stored_costs
+from kdprof.train.runs import Summary, _left, _without_failed
 
 WSD = {"step__schedule": "wsd", "step__decay_fraction": 0.5, "methods": ["kd"]}
 
@@ -177,6 +179,60 @@ def test_a_trunk_grows_for_a_larger_budget(tmp_path):
     assert trunk.iterations_done == 4
     grown = Store(tmp_path).run_folder("kd", "8", 0).read_run()
     assert grown.trunk_s == pytest.approx(trunk.train_s.actual)
+
+
+def fail_in_the_trunk(step, iteration):
+    if iteration == 3:
+        raise ValueError("wrong")
+
+
+@pytest.mark.parametrize("budgets", [["4", "8"], ["8", "4"]])
+def test_a_trunk_that_fails_later_leaves_the_smaller_budgets(tmp_path, budgets):
+    """Its marks are 2 and 4; the step after iteration 3 fails."""
+    with observing(8, before=fail_in_the_trunk):
+        summary = train_small(tmp_path, budgets=budgets, **WSD)
+    assert [run.budget for run in summary.finished] == ["4"]
+    assert summary.finished[0].trunk_s > 0
+    (failure,) = summary.failures
+    assert failure.startswith("kd 8 seed 0: the step raised ValueError: wrong")
+    assert Store(tmp_path).trunk_folder("kd", 0).read_run().state() == "failed"
+    again = train_small(tmp_path, budgets=budgets, **WSD)
+    assert [run.budget for run in again.finished] == ["8"]
+    assert again.finished[0].trunk_s > 0
+
+
+def test_a_group_that_starts_again_leaves_out_what_needs_a_failed_trunk(tmp_path):
+    """On several GPUs a failure restarts all processes, which must not come to it again."""
+    with observing(8, before=fail_in_the_trunk):
+        train_small(tmp_path, budgets=["8"], **WSD)
+    budgets = ["4", "8", "12"]
+    study, store = ResolvedStudy(small_study(budgets=budgets, **WSD)), Store(tmp_path)
+    price(tmp_path, study.plain)
+    cells = cells_of(study, store, ["kd"], stored_costs(study, store, ["kd"]))
+    store.trunk_folder("kd", 0).mark(2).touch()
+    summary = Summary()
+    left = _without_failed(study, store, cells, cells, summary)
+    assert [cell.budget for cell in left] == ["4"]
+    assert summary.failures == [f"kd {budget} seed 0: wrong" for budget in ("8", "12")]
+
+
+@pytest.mark.parametrize("writer", ["write", "save"])
+def test_a_crash_beside_a_checkpoint_loses_no_mark(tmp_path, monkeypatch, writer):
+    real = getattr(checkpoint, writer)
+
+    def die(place, state):
+        if (state["run"]["kind"], state["iteration"]) == ("trunk", 2):
+            raise KeyboardInterrupt  # as a kill: nothing of ours runs
+        real(place, state)
+
+    monkeypatch.setattr(checkpoint, writer, die)
+    with pytest.raises(KeyboardInterrupt):
+        train_small(tmp_path, budgets=["4", "8"], **WSD)
+    monkeypatch.undo()
+    train_small(tmp_path, budgets=["4", "8"], **WSD)
+    runs = Store(tmp_path).runs()
+    assert len(runs) == 2
+    assert all(run.trunk_s > 0 for run in runs)
 
 
 def test_decay_begins_where_the_record_says():

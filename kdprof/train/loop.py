@@ -198,9 +198,11 @@ class TrainingRun:
             point = self._evaluate(self.validation)
             progress.detail(f"{label}: {_summary(point)}")
         self._reached = stop
-        self._checkpoint()
         if self.done in self._marks:
-            checkpoint.write(self.folder.mark(self.done), self._state())
+            # First: a crash before the checkpoint leads here again, one after it does not.
+            with self._booked("checkpoint"):
+                checkpoint.write(self.folder.mark(self.done), self._state())
+        self._checkpoint()
 
     # Resuming
 
@@ -216,8 +218,13 @@ class TrainingRun:
                 update={"concurrent_runs": _most(planned.concurrent_runs, self.run.concurrent_runs)}
             )
             if self._marks:  # a trunk may grow; any other run keeps its length
-                changes = {"iterations": planned.iterations, "finished": False}
-                changes["schedule_iterations"] = planned.schedule_iterations
+                planned_s = planned.train_s.planned
+                changes = {
+                    "iterations": planned.iterations,
+                    "schedule_iterations": planned.schedule_iterations,
+                    "train_s": self.run.train_s.model_copy(update={"planned": planned_s}),
+                    "finished": False,
+                }
                 self.run = self.run.model_copy(update=changes)
             self._evaluated, self._reached = set(state["evaluated"]), state["reached"]
         self.ledger = Ledger(self.folder.ledger)

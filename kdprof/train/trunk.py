@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kdprof.resolve import ResolvedStudy
 from kdprof.schedule import decay_start
+from kdprof.store import Store
 from kdprof.study import Study
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class TrunkPlan:
     seed: int
     marks: Mapping[str, int]
     longest: Cell
+
+    def mark(self, store: Store, cell: Cell) -> Path:
+        """Return the file of the state where a cell's decay begins."""
+        return store.trunk_folder(self.method, self.seed).mark(self.marks[cell.budget])
 
 
 def shares_trunks(study: Study) -> bool:
