@@ -31,12 +31,17 @@ def status_table(store: Store, console: Console) -> None:
 
 
 def _saving(store: Store) -> list[str]:
-    """Return what shared trunks (wsd) have saved: the cost of each run contains its whole share."""
-    shared_s = math.fsum(run.trunk_s for run in store.runs())
-    trunks = [run for folder in store.trunk_folders() if (run := folder.read_run())]
-    if not shared_s:
+    """Return what shared trunks (wsd) have saved: the cost of each run contains its whole share.
+
+    Of a trunk this is what its branches have of it, less the longest of these parts. What no branch
+    has yet is no saving and no loss.
+    """
+    parts_s: dict[tuple[str, int], list[float]] = {}
+    for run in store.runs():
+        parts_s.setdefault((run.method, run.seed), []).append(run.trunk_s)
+    saved_s = math.fsum(math.fsum(parts) - max(parts) for parts in parts_s.values())
+    if not saved_s:
         return []
-    saved_s = shared_s - math.fsum(run.train_s.actual for run in trunks)
     spent_s = math.fsum(run.train_s.actual for run in store.runs())
     return [f"Shared trunks (wsd) saved {duration(saved_s)} of {duration(spent_s)}."]
 

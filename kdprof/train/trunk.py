@@ -42,6 +42,13 @@ class TrunkPlan:
         """Return the file of the state where a cell's decay begins."""
         return store.trunk_folder(self.method, self.seed).mark(self.marks[cell.budget])
 
+    def done(self, store: Store) -> int:
+        """Return the iterations of the trunk that are saved; it goes on from there."""
+        run = store.trunk_folder(self.method, self.seed).read_run()
+        if run is not None and run.failure is not None:
+            return run.failure.checkpoint_iteration or 0
+        return run.iterations_done if run is not None else 0
+
 
 def shares_trunks(study: Study) -> bool:
     """Return whether a method is trained once per seed until its budgets' decays begin."""
