@@ -433,8 +433,8 @@ def test_status_tells_failed_stopped_and_running(tmp_path, capsys):
 
 
 def test_status_tells_what_a_shared_trunk_saved(tmp_path, capsys):
-    """Runs of 50 s and 90 s that share the first 40 s and 80 s of a trunk of 80 s. Before the second
-    one has begun, nothing is saved and nothing is lost."""
+    """Runs of 50 s and 90 s that share the first 40 s and 80 s of a trunk of 80 s. Before the
+    second one has begun, nothing is saved and nothing is lost."""
     from rich.console import Console
 
     from kdprof.reports.status import status_table

@@ -44,7 +44,8 @@ class Forecast:
     energy_j: float | None
     """Of the same runs; None if the device has no counter."""
     disk_bytes: int | None
-    """Of their checkpoints, and of those that trunks still write for them; None with a user's optimiser, whose state is not known before it runs."""
+    """Of their checkpoints, and of those that trunks still write for them. None with a user's
+    optimiser, whose state is not known before it runs."""
     unreliable: bool
     """True if the underlying Cost is unreliable."""
 
