@@ -15,6 +15,7 @@ from .text import MISSING, Grid, duration, print_notes
 
 HEADER = ("run", "state", "iterations", "mIoU %", "spent", "planned", "drift", "off the clock",
           "lost")  # fmt: skip
+UNKNOWN = "not known"
 
 
 def status_table(store: Store, console: Console) -> None:
@@ -27,6 +28,10 @@ def status_table(store: Store, console: Console) -> None:
     rows = [_cells(folder, run) for folder, run in begun]
     Grid(f"Runs in {store.root}", HEADER, rows).print(console)
     notes = _notes([run for _, run in begun])
+    if any(UNKNOWN in row for row in rows):
+        notes.append(
+            f"'{UNKNOWN}': this account may not find out whether a process trains the run."
+        )
     print_notes([*notes, *_saving(store)], console)
 
 
@@ -63,10 +68,11 @@ def _cells(folder: RunFolder, run: Run) -> list[str]:
 
 
 def _state(folder: RunFolder, run: Run) -> str:
-    """Return finished, failed, running, or stopped (begun, but no process holds the run)."""
+    """Return finished, failed, running, stopped (begun, but no process holds the run), or not
+    known (running or stopped)."""
     if run.state() != "begun":
         return run.state()
-    return "running" if folder.is_held() else "stopped"
+    return {True: "running", False: "stopped", None: UNKNOWN}[folder.is_held()]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

@@ -432,6 +432,21 @@ def test_status_tells_failed_stopped_and_running(tmp_path, capsys):
         assert words in lines
 
 
+def test_status_does_not_guess_whether_a_run_is_held(tmp_path, capsys, monkeypatch):
+    from rich.console import Console
+
+    from kdprof.reports.status import status_table
+
+    write_record(Store(tmp_path).run_folder("kd", "6", 0).record, record())
+    status_table(Store(tmp_path), Console(width=200))
+    assert "stopped" in (lines := capsys.readouterr().out)
+    assert "not known" not in lines
+    monkeypatch.setattr(RunFolder, "is_held", lambda folder: None)
+    status_table(Store(tmp_path), Console(width=200))
+    assert "stopped" not in (lines := capsys.readouterr().out)
+    assert lines.count("not known") == 2  # the state, and what it means
+
+
 def test_status_tells_what_a_shared_trunk_saved(tmp_path, capsys):
     """Runs of 50 s and 90 s that share the first 40 s and 80 s of a trunk of 80 s. Before the
     second one has begun, nothing is saved and nothing is lost."""

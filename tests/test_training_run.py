@@ -1,5 +1,6 @@
 """One run by a clock that only its steps advance: what is booked as what, to the second."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from kdprof.progress import Progress
 from kdprof.records import Cost, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.step_feed import StepFeed
-from kdprof.store import RunFolder, Store
+from kdprof.store import Held, RunFolder, Store
 from kdprof.train import loop
 from kdprof.train.cells import Cell, new_run
 from kdprof.train.loop import Interrupted, TrainingRun, Validation
@@ -148,3 +149,46 @@ def test_no_wait_for_data_is_lost_at_a_checkpoint(tmp_path, clock, monkeypatch):
     assert folder_of(tmp_path).read_run().data_wait_s == 9.0
     with ticking(clock):
         assert train(tmp_path, clock, **often).data_wait_s == ITERATIONS
+
+
+# The lease
+
+
+def test_a_run_that_another_machine_has_taken_is_left_as_it_is(tmp_path, clock):
+    """This machine slept: after the eighth step the other one's lease is in the file."""
+    run, there = folder_of(tmp_path), {}
+
+    def take(step, iteration):
+        if iteration == 7:
+            (run.path / "lock").write_text('{"host": "elsewhere 1", "pid": 7}')
+            there.update({path: path.read_bytes() for path in run.path.iterdir()})
+
+    often = {"training__log_every": 1, "training__checkpoint_every_s": STEP_S / 2}
+    with ticking(clock, take), pytest.raises(Held, match=r"trained on elsewhere \(process 7\)"):
+        train(tmp_path, clock, **often)
+    assert run.read_run().iterations_done == 7
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == there
+
+
+def test_a_step_that_fails_then_writes_nothing_either(tmp_path, clock):
+    def fail(step, iteration):
+        (folder_of(tmp_path).path / "lock").write_text('{"host": "elsewhere 1", "pid": 7}')
+        raise ValueError("wrong")
+
+    with ticking(clock, fail), pytest.raises(ValueError, match="wrong"):
+        train(tmp_path, clock)
+    assert folder_of(tmp_path).read_run().failure is None
+
+
+def test_evaluation_renews_the_lease(tmp_path, clock, monkeypatch):
+    lock, real = folder_of(tmp_path).path / "lock", loop.evaluate
+
+    def evaluate(*arguments, **keywords):
+        os.utime(lock, (0, 0))
+        scores = real(*arguments, **keywords)
+        assert lock.stat().st_mtime > 0
+        return scores
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with ticking(clock):
+        assert train(tmp_path, clock).finished

@@ -27,7 +27,7 @@ from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.step_feed import StepFeed
-from kdprof.store import RunFolder, append_line, read_lines, write_atomic, write_record
+from kdprof.store import Held, RunFolder, append_line, read_lines, write_atomic, write_record
 from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
 from kdprof.train.ledger import Ledger
@@ -154,6 +154,8 @@ class TrainingRun:
         Raises:
             Interrupted: a signal was received; everything is saved.
             NotFinite: a loss is no longer finite.
+            Held: this process was stopped for so long that another one trains the run now; nothing
+                was saved since.
             KdprofError: no checkpoint can be read.
         """
         self._resume(progress)
@@ -172,11 +174,12 @@ class TrainingRun:
                     self._train_until(stop, advance)
                     self._at_stop(stop, progress, label)
                     self._leave_if_asked()
-            except Interrupted:
+            except (Interrupted, Held):
                 raise
             except Exception as error:
                 if not lost_contact(error):
-                    self._fail(error)
+                    with suppress(Held):
+                        self._fail(error)
                 if not isinstance(error, NotFinite):
                     self.step.lead.give_up(error)
                 raise
@@ -201,6 +204,7 @@ class TrainingRun:
         if self.done in self._marks:
             # First: a crash before the checkpoint leads here again, one after it does not.
             with self._booked("checkpoint"):
+                self.folder.renew_lease()
                 checkpoint.write(self.folder.mark(self.done), self._state())
         self._checkpoint()
 
@@ -293,6 +297,7 @@ class TrainingRun:
             return
         synchronize(self.step.device)
         seconds, joules = self._stretch.seconds(), self._stretch.joules()
+        self.folder.renew_lease()  # before anything is written
         share = self._training_share(seconds)
         self.ledger.book("train", self.done, share * seconds, _part(joules, share))
         self._book_pauses()
@@ -389,7 +394,6 @@ class TrainingRun:
             losses = {f"loss/{name}": value for name, value in self.losses.items()}
             rest = {"learning_rate": line.learning_rate, "train_s": line.train_s}
             self._send_to_loggers(losses | rest)
-            self.folder.renew_lease()
 
     def _learning_rate(self) -> float:
         return self.step.learning_rate(self.pace.position(self.done - 1))
@@ -412,6 +416,7 @@ class TrainingRun:
                 decide=self.step.method.decide if self.step.method.decides() else None,
                 views=validation.views,
                 absent_classes=self.run.absent_classes,
+                advance=lambda images: self.folder.renew_lease(),
             )
             point = CurvePoint(
                 iteration=self.done,
@@ -452,6 +457,7 @@ class TrainingRun:
     def _checkpoint(self) -> None:
         """Save everything, then the record; its time is booked separately."""
         with self._booked("checkpoint"):
+            self.folder.renew_lease()
             checkpoint.save(self.folder, self._state())
         self._save_record()
 
@@ -489,7 +495,12 @@ class TrainingRun:
         write_record(self.folder.record, self.run)
 
     def _fail(self, error: Exception) -> None:
-        """Write into the record why the run ended; the checkpoint does not change."""
+        """Write into the record why the run ended; the checkpoint does not change.
+
+        Raises:
+            Held: the record is another process's now.
+        """
+        self.folder.renew_lease()
         saved = None
         with suppress(KdprofError):
             state, _ = checkpoint.load(self.folder)
