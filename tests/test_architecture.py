@@ -19,6 +19,7 @@ LEAVES = {"errors", "visible", "records", "stats", "store", "budget", "study", "
 MAY_IMPORT = {
     "errors": set(),
     "imports": set(),
+    "interrupts": set(),
     "progress": set(),
     "presets": set(),
     "records": {"visible"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "store": {"errors", "records"},
     "budget": {"errors", "records", "stats"},
     "claims": {"budget", "errors"},
-    "study": {"budget", "errors", "store"},
+    "study": {"budget", "errors", "store", "user_files"},
     "pauses": {"errors"},
     "processes": {"errors", "store"},
     "user_files": {"errors", "store"},
@@ -55,9 +56,9 @@ MAY_IMPORT = {
         "user_files",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "method", "models", "optimizer", "pauses",
-        "processes", "progress", "records", "resized", "resolve", "stats", "step", "step_feed",
-        "store", "study", "user_files",
+        "data", "distributed", "errors", "hardware", "interrupts", "method", "models", "optimizer",
+        "pauses", "processes", "progress", "records", "resized", "resolve", "stats", "step",
+        "step_feed", "store", "study", "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",
