@@ -68,9 +68,12 @@ _PLAIN: dict[Unit, str] = {
     "flop": "flop",
     "J": "J",
 }
-_FORM = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([A-Za-z]*)(?:@(.+))?")
-_SUM = re.compile(r"(?<!e)\+")
-"""A plus sign that is not part of an exponent such as 5e+17."""
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_FORM = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)(?:@(.+))?")
+_NEXT = rf"\+\s*{_NUMBER}\s*[A-Za-z]*@"
+_TERM = re.compile(rf"\s*({_NUMBER}\s*[A-Za-z]*(?:@.+?(?=\s*(?:{_NEXT}|\Z)))?)\s*(\+|\Z)")
+"""A term of a sum, and the plus sign behind it. Exponents have plus signs, too (5e+17), and so may
+names of methods (kd+cwd): one is followed by another term only if that is of a method itself."""
 EXAMPLES = "40k@cwd, 40k, 20epoch, 320ksample, 2h, 30min, 90s, 5e17flop, 800kJ or 1.5kWh"
 
 
@@ -154,16 +157,26 @@ def parse_budget(text: str) -> Budget:
         raise UserError(
             f"budget '{text[:20]}...' has {len(text):,} characters; give at most {LONGEST_TEXT}"
         )
-    parts = [part.strip() for part in _SUM.split(text.strip())]
-    if "" in parts:
-        raise UserError(f"budget '{text}' is malformed; write {EXAMPLES}")
-    terms = [_parse_term(part) for part in parts]
+    terms = [_parse_term(part) for part in _split(text)]
     total = sum(terms[1:], start=terms[0])
     if not total.amount <= _MOST[total.unit]:
         raise UserError(
             f"budget '{text}' is more than {_MOST[total.unit]:g} {_of(total)}; give less"
         )
     return total
+
+
+def _split(text: str) -> list[str]:
+    """Return the terms of a sum, as they are written."""
+    parts, place, more = [], 0, "+"
+    while more:
+        match = _TERM.match(text.rstrip(), place)
+        if not match:
+            raise UserError(f"budget '{text}' is malformed; write {EXAMPLES}")
+        part, more = match.groups()
+        parts.append(part)
+        place = match.end()
+    return parts
 
 
 def _parse_term(text: str) -> Budget:

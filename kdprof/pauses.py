@@ -117,7 +117,12 @@ def running_s() -> float:
 
     Only differences mean something. The first call begins to watch.
     """
-    return time.perf_counter() - _this().stopped_s()
+    return time.perf_counter() - stopped_s()
+
+
+def stopped_s() -> float:
+    """Return for how many seconds of the monotonic clock this process was stopped so far."""
+    return _this().stopped_s()
 
 
 def paused_s() -> float:

@@ -488,8 +488,7 @@ class Run(Record):
     cost_key: str | None
     """The Cost the budget was converted with; None for the teacher."""
     identity: dict[str, str] | None = None
-    """What its weights and scores depend on beyond the folder's study, by name; None in records of
-    schema 4 and older."""
+    """What its weights and scores depend on, by name; None in records of schema 4 and older."""
     finished: bool
     failure: Failure | None = None
     unavailable: dict[str, str] = {}
@@ -566,7 +565,7 @@ class LedgerEntry(Record):
     """Iterations done when the entry was written."""
     seconds: Amount
     energy_j: Amount | None = None
-    """Energy of training, if the device has a counter."""
+    """Energy of training or start-up, if the device has a counter."""
 
 
 class Effect(Record):

@@ -254,11 +254,22 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def append_line(path: Path, record: Record) -> None:
-    """Append one record to a .jsonl file as a single durable write."""
-    with naming(path), path.open("ab") as file:
-        file.write(record.model_dump_json(by_alias=True).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one record to a .jsonl file durably, or leave the file as it was.
+
+    Raises:
+        OSError: the disk, a quota or a limit is used up.
+    """
+    left = memoryview(record.model_dump_json(by_alias=True).encode() + b"\n")
+    # Unbuffered: a buffer would be written once more when the file is closed.
+    with naming(path), path.open("ab", buffering=0) as file:
+        whole = file.seek(0, os.SEEK_END)
+        try:
+            while left:  # a full disk takes a part of it first
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
 
 
 def read_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
@@ -365,16 +376,20 @@ class RunFolder:
         return self._lock.hold()
 
     def renew_lease(self) -> None:
-        """Show other processes that the holder of the lock is alive."""
+        """Show other processes that the holder of the lock is alive.
+
+        Raises:
+            Held: another process has taken the lease.
+        """
         self._lock.renew()
 
-    def is_held(self) -> bool:
-        """Return True if a process is training this run now."""
+    def is_held(self) -> bool | None:
+        """Return whether a process is training this run now; None if that is not known."""
         return self._lock.is_held()
 
 
 LEASE_S = 900.0
-"""How long a lease of another machine is valid; longer than any evaluation."""
+"""How long a lease of another machine is valid; much longer than anything between two renewals."""
 SETTLE_S = 0.5
 """Where there are no locks: from the lease of one process until another one sees it."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
@@ -390,7 +405,8 @@ class Lock:
 
     The operating system releases the lock when the process ends, for whatever reason. Another
     machine may see the folder but not that lock, and some file systems have no locks; then the
-    lease in the file counts. Its holder renews it, and it expires :data:`LEASE_S` after that.
+    lease in the file counts. Its holder renews it, and it expires :data:`LEASE_S` after that. A
+    holder whose machine slept for longer may find that it is another's now.
 
     Args:
         held: what its holder does, for the message of :class:`Held`.
@@ -410,40 +426,53 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as file:
             locked = self._take(file)
-            self.renew()
+            self._write_lease()
             if not locked:
+                time.sleep(SETTLE_S)  # another process may have found the file free, too
                 self._require_lease()
             try:
                 yield
             finally:
-                file.truncate(0)
+                if self._lease() == _own_lease():
+                    file.truncate(0)
 
     def renew(self) -> None:
-        """Show other processes that the holder is alive."""
-        with naming(self.path):
-            self.path.write_text(json.dumps({"host": _host(), "pid": os.getpid()}))
-
-    def is_held(self) -> bool:
-        """Return True if a process holds the lock now."""
-        if not self.path.exists():
-            return False
-        with self.path.open("a+") as file:
-            try:
-                self._take(file)
-            except Held:
-                return True
-        return False
-
-    def _require_lease(self) -> None:
-        """Check, where no lock decides it, that the lease is still that of this process: another
-        one may have found the file free at the same time.
+        """Show other processes that the holder is alive.
 
         Raises:
-            Held: the lease is that of another process.
+            Held: another process has taken the lease.
         """
-        time.sleep(SETTLE_S)
-        lease = _lease(self.path.read_text())
-        if lease is not None and lease != {"host": _host(), "pid": os.getpid()}:
+        self._require_lease()
+        if self._lease() is None:  # someone has removed it
+            self._write_lease()
+        else:
+            os.utime(self.path)  # not written: for a moment the file would be empty
+
+    def _write_lease(self) -> None:
+        with naming(self.path):
+            self.path.write_text(json.dumps(_own_lease()))
+
+    def _lease(self) -> dict[str, Any] | None:
+        return _lease(self.path.read_text()) if self.path.exists() else None
+
+    def is_held(self) -> bool | None:
+        """Return whether a process holds the lock now; None if this process may not find out."""
+        try:
+            with self.path.open() as file:
+                return _is_held(file)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+
+    def _require_lease(self) -> None:
+        """Check that no other process has the lease.
+
+        Raises:
+            Held: another process has it.
+        """
+        lease = self._lease()
+        if lease is not None and lease != _own_lease():
             raise self._held_by(lease)
 
     def _held_by(self, lease: dict[str, Any]) -> Held:
@@ -474,14 +503,17 @@ def has_locks(folder: Path) -> bool:
         return _flock(file)
 
 
-def _flock(file: IO[Any]) -> bool:
+def _flock(file: IO[Any], how: int = fcntl.LOCK_EX) -> bool:
     """Lock a file; return False if its file system has no locks.
+
+    Args:
+        how: ``LOCK_SH`` for a file that is open for reading only.
 
     Raises:
         BlockingIOError: another process holds the lock.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:
@@ -491,12 +523,32 @@ def _flock(file: IO[Any]) -> bool:
     return True
 
 
+def _is_held(file: IO[str]) -> bool:
+    """Return whether a process holds the lock of a file that is open for reading.
+
+    Raises:
+        OSError: the age of a lease cannot be found out, for example in a read-only folder.
+    """
+    try:
+        locked = _flock(file, fcntl.LOCK_SH)
+    except BlockingIOError:
+        return True
+    if locked:
+        fcntl.flock(file, fcntl.LOCK_UN)  # at once: who takes it now must not find it held
+    lease = _lease(file.read())
+    return lease is not None and _is_alive(lease, file, locked=locked)
+
+
 def _host() -> str:
     """Return the name of this machine and an id of its system, for machines of the same name."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot[:8]}"
     return socket.gethostname()
+
+
+def _own_lease() -> dict[str, Any]:
+    return {"host": _host(), "pid": os.getpid()}
 
 
 def _is_alive(lease: dict[str, Any], file: IO[str], *, locked: bool) -> bool:

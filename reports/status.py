@@ -15,6 +15,7 @@ from .text import MISSING, Grid, duration, print_notes
 
 HEADER = ("run", "state", "iterations", "mIoU %", "spent", "planned", "drift", "off the clock",
           "lost")  # fmt: skip
+UNKNOWN = "not known"
 
 
 def status_table(store: Store, console: Console) -> None:
@@ -27,16 +28,25 @@ def status_table(store: Store, console: Console) -> None:
     rows = [_cells(folder, run) for folder, run in begun]
     Grid(f"Runs in {store.root}", HEADER, rows).print(console)
     notes = _notes([run for _, run in begun])
+    if any(UNKNOWN in row for row in rows):
+        notes.append(
+            f"'{UNKNOWN}': this account may not find out whether a process trains the run."
+        )
     print_notes([*notes, *_saving(store)], console)
 
 
 def _saving(store: Store) -> list[str]:
-    """Return what shared trunks (wsd) have saved: the cost of each run contains its whole share."""
-    shared_s = math.fsum(run.trunk_s for run in store.runs())
-    trunks = [run for folder in store.trunk_folders() if (run := folder.read_run())]
-    if not shared_s:
+    """Return what shared trunks (wsd) have saved: the cost of each run contains its whole share.
+
+    Of a trunk this is what its branches have of it, less the longest of these parts. What no branch
+    has yet is no saving and no loss.
+    """
+    parts_s: dict[tuple[str, int], list[float]] = {}
+    for run in store.runs():
+        parts_s.setdefault((run.method, run.seed), []).append(run.trunk_s)
+    saved_s = math.fsum(math.fsum(parts) - max(parts) for parts in parts_s.values())
+    if not saved_s:
         return []
-    saved_s = shared_s - math.fsum(run.train_s.actual for run in trunks)
     spent_s = math.fsum(run.train_s.actual for run in store.runs())
     return [f"Shared trunks (wsd) saved {duration(saved_s)} of {duration(spent_s)}."]
 
@@ -58,10 +68,11 @@ def _cells(folder: RunFolder, run: Run) -> list[str]:
 
 
 def _state(folder: RunFolder, run: Run) -> str:
-    """Return finished, failed, running, or stopped (begun, but no process holds the run)."""
+    """Return finished, failed, running, stopped (begun, but no process holds the run), or not
+    known (running or stopped)."""
     if run.state() != "begun":
         return run.state()
-    return "running" if folder.is_held() else "stopped"
+    return {True: "running", False: "stopped", None: UNKNOWN}[folder.is_held()]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

@@ -19,6 +19,7 @@ LEAVES = {"errors", "visible", "records", "stats", "store", "budget", "study", "
 MAY_IMPORT = {
     "errors": set(),
     "imports": set(),
+    "interrupts": set(),
     "progress": set(),
     "presets": set(),
     "records": {"visible"},
@@ -55,9 +56,9 @@ MAY_IMPORT = {
         "user_files",
     },
     "measure": {
-        "data", "distributed", "errors", "hardware", "method", "models", "optimizer", "pauses",
-        "processes", "progress", "records", "resized", "resolve", "stats", "step", "step_feed",
-        "store", "study", "user_files",
+        "data", "distributed", "errors", "hardware", "interrupts", "method", "models", "optimizer",
+        "pauses", "processes", "progress", "records", "resized", "resolve", "stats", "step",
+        "step_feed", "store", "study", "user_files",
     },
     "method_checks": {
         "discovery", "distributed", "errors", "measure", "method", "processes", "step", "study",

@@ -1,3 +1,4 @@
+import re
 from decimal import Decimal
 from math import exp
 
@@ -6,7 +7,7 @@ from cost_records import make_cost, ratio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdprof.budget import convert, parse_budget
+from kdprof.budget import _UNITS, convert, parse_budget
 from kdprof.errors import UserError
 
 
@@ -26,6 +27,12 @@ from kdprof.errors import UserError
         ("3Pflop", 3e15, "flop", None),
         ("800kJ", 8e5, "J", None),
         ("1.5kWh", 5.4e6, "J", None),
+        ("320ksample+100ksample", 420_000, "samples", None),
+        ("10k@mgd:one+5k@mgd:one", 15_000, "iterations", "mgd:one"),
+        ("10k@kd+cwd", 10_000, "iterations", "kd+cwd"),
+        ("10k@kd+2x", 10_000, "iterations", "kd+2x"),
+        ("10k@kd+cwd + 5e+2@kd+cwd", 10_500, "iterations", "kd+cwd"),
+        ("5e+17flop+1e+17flop", 6e17, "flop", None),
     ],
 )
 def test_parse(text, amount, unit, method):
@@ -46,6 +53,11 @@ def test_parse(text, amount, unit, method):
         ("1.5", "not a whole number"),
         ("0.5@kd", "not a whole number"),
         ("40k@", "malformed"),
+        ("1h+", "malformed"),
+        ("+1h", "malformed"),
+        ("1h++1h", "malformed"),
+        ("10k@kd+5k@cwd", "cannot be added"),
+        ("10k+5k@cwd", "cannot be added"),
     ],
 )
 def test_malformed_budget_says_what_to_write(text, cause):
@@ -191,6 +203,29 @@ def test_a_budget_is_finite_and_no_larger_than_any_training(text):
     with pytest.raises(UserError, match=r"more than|characters|no name of a method") as refused:
         parse_budget(text)
     assert len(str(refused.value)) < 400
+
+
+NUMBERS = st.from_regex(r"\A[1-9](e[+]?[01])?\Z")
+BLANKS = st.sampled_from(["", " "])
+NAMES = st.from_regex(r"\A[a-z0-9_+-]{1,6}(:[a-z0-9_+-]{1,6})?\Z").filter(
+    lambda name: not re.search(r"\de", name)  # x+5e+3k@... has an exponent
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NUMBERS, min_size=1, max_size=4), st.sampled_from(sorted(_UNITS)), BLANKS)
+def test_amounts_of_every_unit_can_be_added(numbers, unit, blank):
+    total = sum(map(float, numbers)) * _UNITS[unit][1]
+    budget = parse_budget(f"{blank}+{blank}".join(f"{number}{blank}{unit}" for number in numbers))
+    assert (budget.amount, budget.unit) == (pytest.approx(total), _UNITS[unit][0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NUMBERS, min_size=1, max_size=4), st.sampled_from(["", "k"]), NAMES)
+def test_iterations_of_every_method_can_be_added(numbers, unit, name):
+    budget = parse_budget("+".join(f"{number}{unit}@{name}" for number in numbers))
+    assert budget.method == name
+    assert budget.amount == pytest.approx(sum(map(float, numbers)) * _UNITS[unit][1])
 
 
 @settings(max_examples=300, deadline=None)

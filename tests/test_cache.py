@@ -26,6 +26,7 @@ from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.identity import cost_key
+from kdprof.store import Held
 from kdprof.study import load_study
 
 SILENT = Progress(None)
@@ -262,6 +263,22 @@ def test_what_a_killed_process_left_is_in_nobodys_way(root, folder):
     path.rename(path.with_suffix(".part"))
     same(open_cache(data, folder, SILENT), data)
     assert left_behind(folder) == [".cache", ".lock"]
+
+
+def test_the_file_of_a_process_that_has_taken_the_lease_stays(root, folder, monkeypatch):
+    """This machine slept while it made the cache, for longer than its lease."""
+    monkeypatch.setattr(caching, "LEASE_S", -1.0)  # renewed at every image
+
+    def taken(lock):
+        (part,) = folder.rglob("*.part")
+        part.write_text("the other's")
+        raise Held("the cache is being made on elsewhere (process 7); wait for it")
+
+    monkeypatch.setattr(caching.Lock, "renew", taken)
+    with pytest.raises(Held):
+        open_cache(CamVid(root, "train"), folder, SILENT)
+    (part,) = folder.rglob("*.part")
+    assert part.read_text() == "the other's"
 
 
 def test_folder_that_cannot_be(root, tmp_path):

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from builders import MY_METHOD
 from click.testing import CliRunner
 from cost_records import make_cost
 from PIL import Image
-from processes import cold, kdprof
+from processes import Command, cold, kdprof
 from small_study import small_study, small_toml
 
 from kdprof import cli
@@ -307,3 +309,40 @@ def test_doctor_refuses_a_study_before_it_prints_anything():
     assert done.returncode == 2
     assert done.stdout == ""
     assert "set data_settings.cache to" in done.stderr
+
+
+WAITS = '''
+import time
+from pathlib import Path
+from kdprof.method import Method
+
+class Waits(Method):
+    """Says that it is measured, and takes its time."""
+    taps = ("logits",)
+    weights = {"mean": 1.0}
+
+    def forward(self, student, teacher, labels):
+        Path(__file__).with_name("measured").touch()
+        time.sleep(0.1)
+        return {"mean": student.logits.mean()}
+'''
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_a_measurement_that_is_interrupted_says_so(tmp_path, number, debug):
+    (tmp_path / "mine.py").write_text(WAITS)
+    study = small_toml(tmp_path, methods=[f"{tmp_path / 'mine.py'}:Waits"], measure__max_time_s=300)
+    process = Command(*debug, "measure", "--study", study, "--out", tmp_path / "out")
+    while not (tmp_path / "measured").exists():
+        assert process.runs()
+        time.sleep(0.01)
+    process.send_signal(number)
+    done = process.end()
+    if not debug:
+        assert done.returncode == 130
+        lines = [line for line in done.stderr.splitlines() if line]
+        assert lines[-1] == "kdprof: interrupted; all written files are complete"
+        assert "Traceback" not in done.stderr
+    else:
+        assert "Interrupt" in done.stderr or "Abort" in done.stderr

@@ -91,6 +91,21 @@ def test_on_a_gpu_one_batch_is_made_ahead_and_only_its_own_is_waited_for(monkeyp
     assert feeder.waited_s == 0
 
 
+def test_waits_of_a_gpu_do_not_contain_a_stop_of_the_process(monkeypatch):
+    """Three waits of 1 s, 9 s of which the process was stopped for 8, and 1 s of a device that had
+    other work while the process was stopped."""
+    stopped, lengths = [0.0], iter([1.0, 9.0, 1.0])
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "elapsed_time", lambda *events: 1e3 * next(lengths))
+    monkeypatch.setattr(feeder_module, "stopped_s", lambda: stopped[0])
+    waits = feeder_module._GpuWaits()
+    for stop_s, total_s in ((0.0, 1.0), (8.0, 2.0), (8.0, 2.0)):
+        waits.begin()
+        stopped[0] += stop_s
+        waits.end()
+        assert waits.total_s() == total_s
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])

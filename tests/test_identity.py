@@ -14,19 +14,21 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import pytest
 from PIL import Image
+from processes import kdprof
 from pydantic import BaseModel
+from small_study import SMALL, small_study, small_toml, train_small
+from step_observer import observing, signal_at
 
 from kdprof.data import content
 from kdprof.data.own import open_folder
 from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
-from kdprof.resolve.identity import cost_key, differences, run_identity
-from kdprof.store import Store
+from kdprof.resolve.identity import cost_key, differences, run_identity, teacher_identity
+from kdprof.store import Store, write_record
 from kdprof.study import Study, load_study
+from kdprof.train.loop import Interrupted
 from kdprof.user_files import following, import_file, sources, sources_of
-from tests.processes import kdprof
-from tests.small_study import SMALL, small_study, small_toml, train_small
 
 PAGE = (Path(__file__).parent.parent / "docs" / "identity.md").read_text()
 
@@ -109,13 +111,13 @@ def changed(name: str, kind: Any) -> Any:
     return value + 1 if isinstance(value, int) else value / 2 or 0.5
 
 
-def written(name: str) -> tuple[bool, bool]:
-    """Return what the page says: whether a Cost and a run depend on a setting."""
-    rows = re.findall(r"^\| (`.*?) \| (yes|no) \| (yes|no) \|", PAGE, re.MULTILINE)
+def written(name: str) -> tuple[bool, ...]:
+    """Return what the page says: whether a Cost, a run and the teacher depend on a setting."""
+    rows = re.findall(r"^\| (`.*?) \| (yes|no) \| (yes|no) \| (yes|no) \|", PAGE, re.MULTILINE)
     exact = {n: row for row in rows for n in re.findall(r"`([^`]+)`", row[0])}
     above = name.rpartition(".")[0]
-    _, cost, run = exact.get(name) or exact.get(f"{above}.*") or exact[above]
-    return cost == "yes", run == "yes"
+    _, *answers = exact.get(name) or exact.get(f"{above}.*") or exact[above]
+    return tuple(answer == "yes" for answer in answers)
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +144,70 @@ def test_every_setting_is_in_the_identities_that_the_page_says(name, kind, resol
     other = load_study(None, {**before, name: changed(name, kind)})
     before, after = as_if(resolved, base), as_if(resolved, other)
     cost = cost_key(before, "kd") != cost_key(after, "kd")
-    run = base.comparable() != other.comparable()
-    run |= run_identity(before, "kd") != run_identity(after, "kd")
-    assert (cost, run) == written(name)
+    run = run_identity(before, "kd") != run_identity(after, "kd")
+    teacher = teacher_identity(before) != teacher_identity(after)
+    assert (cost, run, teacher) == written(name)
+    assert run or base.comparable() == other.comparable()
 
 
 def test_a_setting_of_one_method_is_in_no_other_identity(resolved):
     other = as_if(resolved, small_study(method_settings={"kd": {"temperature": 2.0}}))
     assert cost_key(resolved, "none") == cost_key(other, "none")
     assert run_identity(resolved, "none") == run_identity(other, "none")
+
+
+EDITED = [
+    ("step.learning_rate", 0.1, "step.learning_rate was 0.01, is 0.1 here"),
+    ("step.schedule", "cosine", 'step.schedule was "poly", is "cosine" here'),
+    ("step.max_gradient_norm", 1.0, "step.max_gradient_norm is used now"),
+    ("training.enforce", "flop", 'training.enforce was "iterations", is "flop" here'),
+    ("evaluation.points", 3, "evaluation.points was 2, is 3 here"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "told"), EDITED, ids=[name for name, *_ in EDITED])
+def test_a_run_is_not_continued_under_an_edited_study(tmp_path, name, value, told):
+    """The study in the folder agrees with the call: only the run itself knows its settings."""
+    with observing(6, before=signal_at(3)), pytest.raises(Interrupted):
+        train_small(tmp_path, methods=["none"])
+    record = Store(tmp_path).run_folder("none", "6", 0).record.read_text()
+    Store(tmp_path).study.write_text(small_study(methods=["none"], **{name: value}).to_toml())
+    with pytest.raises(UserError) as refused:
+        train_small(tmp_path, methods=["none"], **{name: value})
+    assert f"runs/none/6/0: {told}; use another --out" in str(refused.value)
+    with pytest.raises(UserError, match=re.escape(told)):  # as a run of another method
+        train_small(tmp_path, methods=["kd"], **{name: value})
+    assert Store(tmp_path).run_folder("none", "6", 0).record.read_text() == record
+
+
+def test_a_teacher_of_another_study_is_refused_and_runs_without_one_are_not(tmp_path):
+    one, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    train_small(one.root, methods=["none", "kd"], budgets=["2"])
+    longer = {"budgets": ["2"], "teacher_training.iterations": 5}
+    train_small(other.root, methods=["none"], **longer)
+    shutil.copytree(one.teacher_folder().path, other.teacher_folder().path)
+    told = "other/teacher: teacher_training.iterations was 4, is 5 here"
+    with pytest.raises(UserError, match=told):
+        train_small(other.root, methods=["none", "kd"], **longer)
+    one.study.write_text(small_study(methods=["none", "kd"], **longer).to_toml())
+    assert train_small(one.root, methods=["none"], **longer).skipped == 1
+    with pytest.raises(UserError) as refused:
+        train_small(one.root, methods=["none", "kd"], **longer)
+    assert [problem.split(": ")[0] for problem in refused.value.problems] == [
+        str(one.run_folder("kd", "2", 0).path),
+        str(one.teacher_folder().path),
+    ]
+
+
+def test_a_message_names_the_first_of_many_differences(tmp_path):
+    """A run of a version that wrote no settings."""
+    train_small(tmp_path, methods=["none"], budgets=["2"])
+    folder = Store(tmp_path).run_folder("none", "2", 0)
+    run = folder.read_run()
+    identity = {"code of kdprof": "sha256:0", "device": run.identity["device"]}
+    write_record(folder.record, run.model_copy(update={"identity": identity}))
+    with pytest.raises(UserError, match=r"0: code of kdprof has changed; .*; and \d+ more; use"):
+        train_small(tmp_path, methods=["none"], budgets=["2"])
 
 
 def test_device_and_versions_are_in_both(resolved, monkeypatch):

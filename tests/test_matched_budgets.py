@@ -7,21 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_study import small_study, train_small
+from small_study import price, small_study, train_small
 from step_observer import observing, signal_at
 
+from kdprof.budget import seconds_per_iteration
 from kdprof.cli.output import stdout
 from kdprof.errors import UserError
 from kdprof.records import LedgerEntry, Run, Spent
 from kdprof.reports import table
+from kdprof.resolve import ResolvedStudy
 from kdprof.schedule import decay_start
 from kdprof.store import Held, RunFolder, Store, append_line, write_record
 from kdprof.train import checkpoint
-from kdprof.train.cells import Cell
+from kdprof.train.cells import Cell, cells_of
 from kdprof.train.ledger import Ledger
 from kdprof.train.loop import Interrupted
 from kdprof.train.pace import Enforced, Spending, pace_of
-from kdprof.train.runs import _left
+from kdprof.train.plan import _checkpoint_bytes, forecast
+from kdprof.train.prepare import stored_costs
+from kdprof.train.runs import Summary, _left, _without_failed
 
 WSD = {"step__schedule": "wsd", "step__decay_fraction": 0.5, "methods": ["kd"]}
 
@@ -179,6 +183,101 @@ def test_a_trunk_grows_for_a_larger_budget(tmp_path):
     assert grown.trunk_s == pytest.approx(trunk.train_s.actual)
 
 
+def fail_in_the_trunk(step, iteration):
+    if iteration == 3:
+        raise ValueError("wrong")
+
+
+@pytest.mark.parametrize("budgets", [["4", "8"], ["8", "4"]])
+def test_a_trunk_that_fails_later_leaves_the_smaller_budgets(tmp_path, budgets):
+    """Its marks are 2 and 4; the step after iteration 3 fails."""
+    with observing(8, before=fail_in_the_trunk):
+        summary = train_small(tmp_path, budgets=budgets, **WSD)
+    assert [run.budget for run in summary.finished] == ["4"]
+    assert summary.finished[0].trunk_s > 0
+    (failure,) = summary.failures
+    assert failure.startswith("kd 8 seed 0: the step raised ValueError: wrong")
+    assert Store(tmp_path).trunk_folder("kd", 0).read_run().state() == "failed"
+    again = train_small(tmp_path, budgets=budgets, **WSD)
+    assert [run.budget for run in again.finished] == ["8"]
+    assert again.finished[0].trunk_s > 0
+
+
+def test_a_group_that_starts_again_leaves_out_what_needs_a_failed_trunk(tmp_path):
+    """On several GPUs a failure restarts all processes, which must not come to it again."""
+    with observing(8, before=fail_in_the_trunk):
+        train_small(tmp_path, budgets=["8"], **WSD)
+    budgets = ["4", "8", "12"]
+    study, store = ResolvedStudy(small_study(budgets=budgets, **WSD)), Store(tmp_path)
+    price(tmp_path, study.plain)
+    cells = cells_of(study, store, ["kd"], stored_costs(study, store, ["kd"]))
+    store.trunk_folder("kd", 0).mark(2).touch()
+    summary = Summary()
+    left = _without_failed(study, store, cells, cells, summary)
+    assert [cell.budget for cell in left] == ["4"]
+    assert summary.failures == [f"kd {budget} seed 0: wrong" for budget in ("8", "12")]
+
+
+@pytest.mark.parametrize("writer", ["write", "save"])
+def test_a_crash_beside_a_checkpoint_loses_no_mark(tmp_path, monkeypatch, writer):
+    real = getattr(checkpoint, writer)
+
+    def die(place, state):
+        if (state["run"]["kind"], state["iteration"]) == ("trunk", 2):
+            raise KeyboardInterrupt  # as a kill: nothing of ours runs
+        real(place, state)
+
+    monkeypatch.setattr(checkpoint, writer, die)
+    with pytest.raises(KeyboardInterrupt):
+        train_small(tmp_path, budgets=["4", "8"], **WSD)
+    monkeypatch.undo()
+    train_small(tmp_path, budgets=["4", "8"], **WSD)
+    runs = Store(tmp_path).runs()
+    assert len(runs) == 2
+    assert all(run.trunk_s > 0 for run in runs)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [["4", "8", "12"]],  # marks 2, 4, 6
+        [["4", "8"], ["12"]],  # the trunk has 4 of 6 iterations
+        [["8", "12"], ["4", "16"]],  # the trunk has passed the mark of 4, which is trained alone
+        [["12"], ["16", "14"]],
+    ],
+)
+def test_the_plan_is_what_is_trained(tmp_path, calls):
+    """Counted: the steps of kd, and the checkpoints on the disk."""
+    made, budgets = [], []
+    often = {**WSD, "training__checkpoint_every_s": 1e-9}
+    for more in calls:
+        budgets += more
+        study = ResolvedStudy(small_study(budgets=budgets, **often))
+        price(tmp_path, study.plain)
+        costs = stored_costs(study, Store(tmp_path), ["kd"])
+        planned = forecast(study, Store(tmp_path), ["kd"], costs)
+        each = seconds_per_iteration(costs["kd"], costs)[0]
+        before = list(tmp_path.glob("[rt]*s/**/*.pt"))
+        made.clear()
+        with observing(after=lambda step, i: step.method.name == "kd" and made.append(i)):
+            train_small(tmp_path, budgets=budgets, **often)
+        iterations = sum(one.seconds - one.saved_s for one in planned) / each
+        assert iterations == pytest.approx(len(made))
+        files = len(list(tmp_path.glob("[rt]*s/**/*.pt"))) - len(before)
+        assert sum(one.disk_bytes for one in planned) == files * _checkpoint_bytes(study, "kd")
+
+
+def test_a_trunk_that_grew_has_the_planned_seconds_of_its_length(tmp_path):
+    """Its start-up is what exceeds them."""
+    train_small(tmp_path, budgets=["4"], **WSD)
+    trunk = Store(tmp_path).trunk_folder("kd", 0)
+    before = trunk.read_run()
+    train_small(tmp_path, budgets=["4", "12"], **WSD)
+    assert (before.iterations, trunk.read_run().iterations) == (2, 6)
+    planned_s = trunk.read_run().train_s.planned
+    assert planned_s == pytest.approx(3 * before.train_s.planned)
+
+
 def test_decay_begins_where_the_record_says():
     settings = small_study(**WSD).step
     assert [decay_start(settings, n) for n in (4, 8)] == [2, 4]
@@ -200,6 +299,19 @@ def test_work_after_the_checkpoint_is_lost(tmp_path):
     assert Ledger(path).spent_s == ledger.spent_s
     ledger.rewind(5, evaluated={3})
     assert ledger.spent_s["lost"] == 24.0
+
+
+def test_a_line_that_a_power_cut_left_incomplete_is_removed(tmp_path):
+    """Right after a checkpoint, so that no work was lost."""
+    path = tmp_path / "ledger.jsonl"
+    append_line(path, LedgerEntry(kind="train", iteration=3, seconds=1.0))
+    with path.open("ab") as file:
+        file.write(b'{"kind":"checkpoint","iter')
+    ledger = Ledger(path)
+    ledger.rewind(3, evaluated=())
+    for iteration in (4, 5):
+        ledger.book("train", iteration, 1.0)
+    assert Ledger(path).spent_s == {"train": 3.0}
 
 
 def test_a_stopped_run_books_what_it_lost(tmp_path):
@@ -320,24 +432,42 @@ def test_status_tells_failed_stopped_and_running(tmp_path, capsys):
         assert words in lines
 
 
+def test_status_does_not_guess_whether_a_run_is_held(tmp_path, capsys, monkeypatch):
+    from rich.console import Console
+
+    from kdprof.reports.status import status_table
+
+    write_record(Store(tmp_path).run_folder("kd", "6", 0).record, record())
+    status_table(Store(tmp_path), Console(width=200))
+    assert "stopped" in (lines := capsys.readouterr().out)
+    assert "not known" not in lines
+    monkeypatch.setattr(RunFolder, "is_held", lambda folder: None)
+    status_table(Store(tmp_path), Console(width=200))
+    assert "stopped" not in (lines := capsys.readouterr().out)
+    assert lines.count("not known") == 2  # the state, and what it means
+
+
 def test_status_tells_what_a_shared_trunk_saved(tmp_path, capsys):
-    """Two runs of 50 s and 90 s that share the first 40 s and 80 s of a trunk of 80 s."""
+    """Runs of 50 s and 90 s that share the first 40 s and 80 s of a trunk of 80 s. Before the
+    second one has begun, nothing is saved and nothing is lost."""
     from rich.console import Console
 
     from kdprof.reports.status import status_table
 
     store = Store(tmp_path)
-    made = [("2", 50.0, 40.0), ("4", 90.0, 80.0)]
-    folders = [store.run_folder("kd", budget, 0) for budget, _, _ in made]
-    for folder, (budget, spent_s, trunk_s) in zip(
-        [*folders, store.trunk_folder("kd", 0)], [*made, ("trunk", 80.0, 0.0)], strict=True
-    ):
-        folder.path.mkdir(parents=True)
+
+    def write(folder, spent_s, **changes):
         spent = Spent(planned=None, actual=spent_s)
-        kind = {"kind": "trunk", "budget": ""} if budget == "trunk" else {"budget": budget}
-        write_record(folder.record, record(**kind, train_s=spent, trunk_s=trunk_s))
+        write_record(folder.record, record(train_s=spent, **changes))
+
+    write(store.trunk_folder("kd", 0), 80.0, kind="trunk", budget="")
+    write(store.run_folder("kd", "2", 0), 50.0, budget="2", trunk_s=40.0)
+    write(store.run_folder("none", "2", 0), 33.0, method="none", budget="2", trunk_s=30.0)
     status_table(store, Console(width=200))
-    assert "Shared trunks (wsd) saved 40.0 s of 2.33 min." in capsys.readouterr().out
+    assert "Shared trunks" not in capsys.readouterr().out
+    write(store.run_folder("kd", "4", 0), 90.0, budget="4", trunk_s=80.0)
+    status_table(store, Console(width=200))
+    assert "Shared trunks (wsd) saved 40.0 s of 2.88 min." in capsys.readouterr().out
 
 
 def test_a_bar_tells_what_is_left_of_the_study():

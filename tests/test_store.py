@@ -2,8 +2,11 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 from cost_records import make_cost
@@ -84,6 +87,25 @@ def test_torn_last_line_is_left_out_and_damage_inside_is_not(tmp_path):
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(UserError, match="line 1 is damaged"):
         read_lines(path, LedgerEntry)
+
+
+@pytest.fixture
+def size_limit():
+    """A function that limits the size of the files that this process writes (ulimit -f)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, size_limit):
+    path = tmp_path / "ledger.jsonl"
+    append_line(path, LedgerEntry(kind="train", iteration=0, seconds=1.0))
+    whole = path.read_bytes()
+    size_limit(len(whole) + 5)
+    with pytest.raises(OSError, match="File too large") as failed:
+        append_line(path, LedgerEntry(kind="train", iteration=1, seconds=1.0))
+    assert failed.value.filename == str(path)
+    assert path.read_bytes() == whole
 
 
 def _hold(path, ready, done):
@@ -199,6 +221,72 @@ def test_without_locks_the_last_lease_decides_between_two_at_once(tmp_path, no_l
     monkeypatch.setattr("time.sleep", other)
     with pytest.raises(store.Held, match=r"on elsewhere \(process 7\)"), folder.lock():
         pass
+
+
+def test_who_slept_longer_than_its_lease_finds_it_taken(tmp_path, no_locks, monkeypatch):
+    """Two machines: the second one takes the lease while the first one sleeps."""
+    monkeypatch.setattr(store, "SETTLE_S", 0.0)
+    folder, lock = RunFolder(tmp_path), tmp_path / "lock"
+
+    def now_on(host):
+        monkeypatch.setattr(store, "_host", lambda: host)
+
+    now_on("first 1")
+    with folder.lock():
+        folder.renew_lease()
+        os.utime(lock, (0, 0))
+        now_on("second 2")
+        with folder.lock():
+            now_on("first 1")
+            with pytest.raises(store.Held, match=r"being trained on second \(process"):
+                folder.renew_lease()
+            now_on("second 2")
+            folder.renew_lease()
+            assert json.loads(lock.read_text())["host"] == "second 2"
+            taken = lock.read_text()
+        lock.write_text(taken)
+        now_on("first 1")
+    assert lock.read_text() == taken  # who lost it does not end the other's
+
+
+def test_a_lease_is_renewed_without_being_written(tmp_path):
+    """Written, it would be empty for a moment, and need room on a full disk."""
+    folder, lock = RunFolder(tmp_path), tmp_path / "lock"
+    with folder.lock():
+        os.utime(lock, (0, 0))
+        lock.chmod(0o444)
+        folder.renew_lease()
+        assert lock.stat().st_mtime > 0
+        lock.unlink()
+        folder.renew_lease()
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+@pytest.fixture
+def read_only():
+    """A run in a colleague's folder; nothing in it can be written, by root neither."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, me = Path(name), os.geteuid()
+        (folder / "lock").touch()
+        folder.chmod(0o555)
+        (folder / "lock").chmod(0o444)
+        if me == 0:
+            os.seteuid(65534)
+        yield folder
+        os.seteuid(me)
+        folder.chmod(0o755)
+
+
+def test_whether_a_read_only_run_is_held_is_told_or_not_known(read_only, monkeypatch):
+    run = RunFolder(read_only)
+    assert run.is_held() is False
+    with (read_only / "lock").open() as other:
+        store.fcntl.flock(other, store.fcntl.LOCK_EX)
+        assert run.is_held() is True
+    assert run.is_held() is False
+    monkeypatch.setattr(store, "_lease", lambda text: {"host": "elsewhere", "pid": 7})
+    assert run.is_held() is None
+    assert RunFolder(read_only / "none").is_held() is False
 
 
 @pytest.mark.parametrize(

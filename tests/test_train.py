@@ -93,6 +93,15 @@ def test_teacher_is_trained_once_and_reported_apart(trained):
     assert trained.teacher_folder().checkpoint.stat().st_mtime_ns == before
 
 
+def test_the_evaluation_of_a_given_teacher_is_timed_as_a_runs_is(trained, tmp_path, monkeypatch):
+    """By the clock that stands still while the process is stopped."""
+    weights = f"{trained.teacher_folder().checkpoint}#step.student"
+    moments = iter([100.0, 102.5])
+    monkeypatch.setattr("kdprof.train.teacher.running_s", lambda: next(moments))
+    train_small(tmp_path, budgets=["2"], methods=["kd"], teacher_weights=weights)
+    assert Store(tmp_path).teacher_run().eval_s == 2.5
+
+
 def test_controls_are_part_of_a_comparison(tmp_path):
     names = ResolvedStudy(small_study(methods=["cwd"])).method_names(control=True)
     assert names == ["none", "kd", "cwd"]

@@ -25,6 +25,7 @@ from kdprof.cli.output import complain, kept_for_records, replace_unknown_charac
 from kdprof.cli.report import plot, status
 from kdprof.cli.train import plan, train
 from kdprof.errors import KdprofError
+from kdprof.interrupts import interrupted_by_sigterm
 
 COMMANDS = (
     measure, compare, convert, plan, train, status, plot, claim, verify, decide, evaluate, export,
@@ -60,9 +61,9 @@ def _code() -> int | None:
     """Return the exit code of the command; every failure is one line."""
     if "--debug" in sys.argv:
         os.environ["KDPROF_DEBUG"] = "1"  # for child processes, too
-        return cli(standalone_mode=False)
+        return _run()
     try:
-        code = cli(standalone_mode=False)
+        code = _run()
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -82,6 +83,13 @@ def _code() -> int | None:
         complain(f"{type(error).__name__}: {message}; run 'kdprof --debug ...' for details")
         code = 1
     return code
+
+
+def _run() -> int | None:
+    # The other processes of a group leave signals to the first one.
+    alone = os.environ.get("RANK", "0") == "0"
+    with interrupted_by_sigterm() if alone else nullcontext():
+        return cli(standalone_mode=False)
 
 
 def _flushed(code: int | None) -> int | None:

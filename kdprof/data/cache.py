@@ -293,8 +293,11 @@ def _make(data: DataOnDisk, path: Path, progress: Progress, lock: Lock) -> None:
             _write(data, file.fileno(), index, progress, lock)
             os.fsync(file.fileno())
         replace_durably(unfinished, path)
-    finally:
+    except Held:
+        raise  # the file is that of the process that makes the cache now
+    except BaseException:
         unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _planned(data: DataOnDisk) -> np.ndarray:

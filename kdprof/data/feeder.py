@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 import torch
 
 from kdprof.data.batches import Batch, Batches
-from kdprof.pauses import running_s
+from kdprof.pauses import running_s, stopped_s
 
 
 class Feeder(Iterator[Batch]):
@@ -114,15 +114,18 @@ class _GpuWaits:
     """Waits measured between events in the step's stream.
 
     A wait begins when the device has finished all earlier work or when the host requests the batch,
-    whichever is later. It ends when the batch is ready.
+    whichever is later. It ends when the batch is ready. Time in which this process was stopped does
+    not count; if the device had work meanwhile, the wait is too short by that time.
     """
 
     def __init__(self) -> None:
         self._total_s = 0.0
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, float]] = deque()
         self._began: torch.cuda.Event | None = None
+        self._stopped_before_s = 0.0
 
     def begin(self) -> None:
+        self._stopped_before_s = stopped_s()
         self._began = torch.cuda.Event(enable_timing=True)
         self._began.record()
 
@@ -130,14 +133,14 @@ class _GpuWaits:
         assert self._began is not None, "a wait that never began has ended"
         ended = torch.cuda.Event(enable_timing=True)
         ended.record()
-        self._pending.append((self._began, ended))
+        self._pending.append((self._began, ended, stopped_s() - self._stopped_before_s))
         # Add up finished waits now, because a run that never reads the sum would keep all events.
         self.total_s()
 
     def total_s(self) -> float:
         while self._pending and self._pending[0][1].query():
-            began, ended = self._pending.popleft()
-            self._total_s += began.elapsed_time(ended) / 1e3
+            began, ended, stopped = self._pending.popleft()
+            self._total_s += max(0.0, began.elapsed_time(ended) / 1e3 - stopped)
         return self._total_s
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import Any, TypeVar
 
 from kdprof.errors import KdprofError, UserError
+from kdprof.interrupts import interrupted_by_sigterm
 from kdprof.processes import Processes, debugging, explain, write_request
 from kdprof.records import Cost
 
@@ -74,7 +72,7 @@ def run_isolated(
     with processes or Processes("kdprof.measure", request.ranks) as running:
         child = running.child
         write_request(running.folder, asdict(request))
-        with _interrupted_by_sigterm():
+        with interrupted_by_sigterm():  # so that no child process stays on the device
             for kind, content in child.messages():
                 if kind == "cost":  # the record is in the result file, which is never half-written
                     content = Cost.model_validate(child.result()["costs"][content])
@@ -85,20 +83,6 @@ def run_isolated(
         raise UserError(*found["refused"])
     costs = {name: Cost.model_validate(cost) for name, cost in found["costs"].items()}
     return Outcome(costs, found.get("failure") or died, found.get("spoiled"))
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C, so that no child process stays on the device."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def guarded(measure: Callable[[], Result]) -> Result:

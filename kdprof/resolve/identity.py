@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ TRAINING_CODE = (
 """The source files that decide what is learned and how it is scored, relative to the package."""
 NOT_IN_A_COST = {"cache_folder", "synthetic_val"}
 """Data settings that change no Cost: where decoded images lie, and what only evaluation reads."""
+BY_CONTENT = (
+    "student", "student_backbone_weights",
+    "teacher", "teacher_backbone_weights", "teacher_weights",
+)  # fmt: skip
+"""Settings for which the identity of a run has the names and the content of files instead."""
 
 # The identity of a Cost
 
@@ -109,13 +114,13 @@ def _name_of(network: NetworkName | str) -> str:
 def run_identity(study: ResolvedStudy, method: str) -> dict[str, str]:
     """Return what the weights and scores of a method's run depend on, by name.
 
-    The settings in which all runs of a folder are equal (:meth:`kdprof.study.Study.comparable`) are
-    not repeated. Values are short texts, or hashes that begin with ``sha256:``.
+    Values are short texts, settings as JSON, or hashes that begin with ``sha256:``.
     """
     entry = study.methods[method]
     with_teacher = study.starts_as_teacher or entry.cls.needs_teacher()
     settings = entry.create(study.plain.method_settings.get(method, {})).settings()
     return {
+        **_settings(study, () if with_teacher else ("teacher_training",)),
         **{f"{key} of the method": json.dumps(settings[key]) for key in sorted(settings)},
         **_named("of the method", entry.sources()),
         **_of_network(study, "student"),
@@ -128,10 +133,33 @@ def teacher_identity(study: ResolvedStudy) -> dict[str, str]:
     """Return what the weights and scores of the study's teacher depend on, by name."""
     method = find_method(study.teacher_training.method)
     return {
+        **_settings(study, ("training",)),
         **_named("of the method", method.sources()),
         **_of_network(study, "teacher"),
         **_of_all(study),
     }
+
+
+def _settings(study: ResolvedStudy, without: Collection[str]) -> dict[str, str]:
+    """Return the settings that results of one comparison share, by dotted name.
+
+    Args:
+        without: sections that do not count.
+    """
+    left_out = (*BY_CONTENT, *without)
+    comparable = study.plain.comparable()
+    return _flat({key: value for key, value in comparable.items() if key not in left_out})
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Return the values in a table and in the tables in it as JSON, without those that are None."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{above}{key}.")
+        elif value is not None:
+            found[f"{above}{key}"] = json.dumps(value)
+    return found
 
 
 def _of_all(study: ResolvedStudy) -> dict[str, str]:
@@ -175,10 +203,12 @@ def _named(whose: str, sources: Mapping[str, str]) -> dict[str, str]:
 def of_all_methods(identity: Mapping[str, str]) -> dict[str, str]:
     """Return the part of a run's identity in which all runs of a folder must be equal: not what
     belongs to its method, and not the teacher, which some methods do without."""
-    own = (" of the method", " of the teacher")
-    return {
-        name: one for name, one in identity.items() if not name.endswith(own) and name != "teacher"
-    }
+    return {name: one for name, one in identity.items() if not _is_own(name)}
+
+
+def _is_own(name: str) -> bool:
+    of_teacher = name == "teacher" or name.startswith("teacher_training.")
+    return of_teacher or name.endswith((" of the method", " of the teacher"))
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

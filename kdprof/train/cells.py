@@ -163,7 +163,7 @@ def _span(study: ResolvedStudy, method: str, iterations: int) -> int:
 
 
 def identity_of(study: ResolvedStudy, kind: RunKind, method: str) -> dict[str, str]:
-    """Return what a cell's weights and scores depend on beyond the study's settings."""
+    """Return what a cell's weights and scores depend on, by name."""
     return teacher_identity(study) if kind == "teacher" else run_identity(study, method)
 
 

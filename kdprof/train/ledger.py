@@ -63,8 +63,8 @@ class Ledger:
             again = entry.kind == "eval" and entry.iteration not in evaluated
             lost = (entry.iteration > iteration or again) and entry.kind != "paused"
             kept.append(entry.model_copy(update={"kind": "lost"}) if lost else entry)
-        if kept != self._entries:
-            self._entries = kept
-            lines = [entry.model_dump_json(by_alias=True) + "\n" for entry in kept]
-            write_atomic(self.path, "".join(lines))
+        self._entries = kept
+        # In any case: the next entry must not follow a line that a crash left incomplete.
+        lines = [entry.model_dump_json(by_alias=True) + "\n" for entry in kept]
+        write_atomic(self.path, "".join(lines))
         self._add_up()

@@ -27,7 +27,7 @@ from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.step_feed import StepFeed
-from kdprof.store import RunFolder, append_line, read_lines, write_atomic, write_record
+from kdprof.store import Held, RunFolder, append_line, read_lines, write_atomic, write_record
 from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
 from kdprof.train.ledger import Ledger
@@ -134,12 +134,15 @@ class TrainingRun:
         self._evaluated: set[int] = set()
         self._reached = 0
         """The last stop that was processed, in planned iterations."""
-        self._waited_s = 0.0
+        self._waited_before_s = 0.0
+        """Data waits of earlier processes."""
         self._paused_s = paused_s()
         self._loggers: list[Logger] = []
         self._stop = StopSignal()
         self._stretch = _Stretch(self.meter)
-        self._fresh = STARTUP_ITERATIONS
+        self._waiting: list[dict[str, Tensor]] = []
+        """Loss terms of the stretch's steps, on the device."""
+        self._startup_left = STARTUP_ITERATIONS
 
     def train(self, progress: Progress, label: str, left: str = "") -> Run:
         """Train to the end and return the finished record.
@@ -151,6 +154,8 @@ class TrainingRun:
         Raises:
             Interrupted: a signal was received; everything is saved.
             NotFinite: a loss is no longer finite.
+            Held: this process was stopped for so long that another one trains the run now; nothing
+                was saved since.
             KdprofError: no checkpoint can be read.
         """
         self._resume(progress)
@@ -167,15 +172,14 @@ class TrainingRun:
             try:
                 for stop in self._stops():
                     self._train_until(stop, advance)
-                    self._waited_s += self.feed.waited_s
-                    self.feed.forget_waits()
                     self._at_stop(stop, progress, label)
                     self._leave_if_asked()
-            except Interrupted:
+            except (Interrupted, Held):
                 raise
             except Exception as error:
                 if not lost_contact(error):
-                    self._fail(error)
+                    with suppress(Held):
+                        self._fail(error)
                 if not isinstance(error, NotFinite):
                     self.step.lead.give_up(error)
                 raise
@@ -197,9 +201,12 @@ class TrainingRun:
             point = self._evaluate(self.validation)
             progress.detail(f"{label}: {_summary(point)}")
         self._reached = stop
-        self._checkpoint()
         if self.done in self._marks:
-            checkpoint.write(self.folder.mark(self.done), self._state())
+            # First: a crash before the checkpoint leads here again, one after it does not.
+            with self._booked("checkpoint"):
+                self.folder.renew_lease()
+                checkpoint.write(self.folder.mark(self.done), self._state())
+        self._checkpoint()
 
     # Resuming
 
@@ -215,8 +222,13 @@ class TrainingRun:
                 update={"concurrent_runs": _most(planned.concurrent_runs, self.run.concurrent_runs)}
             )
             if self._marks:  # a trunk may grow; any other run keeps its length
-                changes = {"iterations": planned.iterations, "finished": False}
-                changes["schedule_iterations"] = planned.schedule_iterations
+                planned_s = planned.train_s.planned
+                changes = {
+                    "iterations": planned.iterations,
+                    "schedule_iterations": planned.schedule_iterations,
+                    "train_s": self.run.train_s.model_copy(update={"planned": planned_s}),
+                    "finished": False,
+                }
                 self.run = self.run.model_copy(update=changes)
             self._evaluated, self._reached = set(state["evaluated"]), state["reached"]
         self.ledger = Ledger(self.folder.ledger)
@@ -230,7 +242,7 @@ class TrainingRun:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step.load_state_dict(state["step"])
         self.done, self.losses = state["iteration"], state["losses"]
-        self._waited_s = state["waited_s"]
+        self._waited_before_s = state["waited_s"]
 
     def _branch_off(self, trunk: Trunk) -> None:
         state = checkpoint.read(trunk.state)
@@ -257,46 +269,44 @@ class TrainingRun:
         synchronize(self.step.device)
         self._stretch.begin()
         saved_at = running_s()
-        waiting: list[dict[str, Tensor]] = []
         while not self.pace.reached(stop, self.done):
             position = self.pace.position(self.done)
-            waiting.append(self.feed.advance(self.done, position=position))
+            self._waiting.append(self.feed.advance(self.done, position=position))
             self.done += 1
             advance(1)
             if throttle is not None:
                 throttle.wait()
-            if self._startup_ends() or len(waiting) == self.settings.log_every:
-                self._book_training(waiting)
+            if len(self._waiting) in (self._startup_left, self.settings.log_every):
+                self._book_training()
             due = running_s() - saved_at > self.settings.checkpoint_every_s
             if self._stop.raised or (due and not self.pace.reached(stop, self.done)):
-                self._book_training(waiting)
+                self._book_training()
                 self._checkpoint()
                 self._leave_if_asked()
                 saved_at = running_s()
                 self._stretch.begin()
-        self._book_training(waiting)
+        self._book_training()
         self._stretch.pause()
 
-    def _startup_ends(self) -> bool:
-        self._fresh -= 1
-        return self._fresh == 0
-
-    def _book_training(self, waiting: list[dict[str, Tensor]]) -> None:
+    def _book_training(self) -> None:
         """Book the training since the last call, and write a line of the log.
 
         This is the only place where the host waits for the device.
         """
-        if not waiting:
+        if not self._waiting:
             return
         synchronize(self.step.device)
         seconds, joules = self._stretch.seconds(), self._stretch.joules()
-        extra = self._startup_s(seconds, len(waiting))
-        self.ledger.book("train", self.done, seconds - extra, joules)
+        self.folder.renew_lease()  # before anything is written
+        share = self._training_share(seconds)
+        self.ledger.book("train", self.done, share * seconds, _part(joules, share))
         self._book_pauses()
-        if extra:
-            self.ledger.book("startup", self.done, extra)
-        self.losses = self._finite(waiting)
-        waiting.clear()
+        if share < 1:
+            rest = 1 - share
+            self.ledger.book("startup", self.done, rest * seconds, _part(joules, rest))
+        self._startup_left = max(0, self._startup_left - len(self._waiting))
+        self.losses = self._finite()
+        self._waiting.clear()
         self._log()
         self._stretch.begin()
 
@@ -306,28 +316,31 @@ class TrainingRun:
         if self._paused_s > before:
             self.ledger.book("paused", self.done, self._paused_s - before)
 
-    def _startup_s(self, seconds: float, iterations: int) -> float:
-        """Return by how much the first steps of this process exceeded their planned seconds."""
-        planned, first = self.run.train_s.planned, self._fresh >= 0
-        if self._fresh == 0:
-            self._fresh = -1
-        if not first or self.run.startup == "counted" or not planned:
-            return 0.0
-        return max(0.0, seconds - iterations * planned / self.run.iterations)
+    def _training_share(self, seconds: float) -> float:
+        """Return the share of the stretch that is training; the rest is start-up.
 
-    def _finite(self, waiting: list[dict[str, Tensor]]) -> dict[str, float]:
+        In the first steps of a process, it is what exceeds their planned seconds. Its joules are
+        divided as its seconds are: the counter does not tell what they were used for.
+        """
+        planned_s = self.run.train_s.planned
+        if not self._startup_left or self.run.startup == "counted" or not planned_s:
+            return 1.0
+        steps_s = len(self._waiting) * planned_s / self.run.iterations
+        return 1.0 if seconds <= steps_s else steps_s / seconds
+
+    def _finite(self) -> dict[str, float]:
         """Return the last step's terms.
 
         Raises:
             NotFinite: a term of any waiting step is not finite.
         """
-        names = list(waiting[-1])
-        rows = torch.stack([torch.stack([step[name] for name in names]) for step in waiting])
+        names = list(self._waiting[-1])
+        rows = torch.stack([torch.stack([step[name] for name in names]) for step in self._waiting])
         values = rows.double().cpu()
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
-            iteration, term = self.done - len(waiting) + row, names[column]
+            iteration, term = self.done - len(self._waiting) + row, names[column]
             raise NotFinite(
                 f"{self.run.label()}: {term} is "
                 f"{values[row, column]:g} at iteration {iteration}; lower step.learning_rate or "
@@ -337,11 +350,15 @@ class TrainingRun:
             )
         return dict(zip(names, values[-1].tolist(), strict=True))
 
+    # What counts now is what will be booked: else start-up would spend the budget until then.
+
     def _spent_s(self) -> float:
-        return self.ledger.useful_s() + self._stretch.seconds()
+        seconds = self._stretch.seconds()
+        return self.ledger.useful_s() + self._training_share(seconds) * seconds
 
     def _spent_j(self) -> float:
-        return (self.ledger.energy_j() or 0.0) + (self._stretch.joules() or 0.0)
+        share = self._training_share(self._stretch.seconds())
+        return (self.ledger.energy_j() or 0.0) + share * (self._stretch.joules() or 0.0)
 
     # Work that does not count as training time
 
@@ -377,7 +394,6 @@ class TrainingRun:
             losses = {f"loss/{name}": value for name, value in self.losses.items()}
             rest = {"learning_rate": line.learning_rate, "train_s": line.train_s}
             self._send_to_loggers(losses | rest)
-            self.folder.renew_lease()
 
     def _learning_rate(self) -> float:
         return self.step.learning_rate(self.pace.position(self.done - 1))
@@ -400,6 +416,7 @@ class TrainingRun:
                 decide=self.step.method.decide if self.step.method.decides() else None,
                 views=validation.views,
                 absent_classes=self.run.absent_classes,
+                advance=lambda images: self.folder.renew_lease(),
             )
             point = CurvePoint(
                 iteration=self.done,
@@ -430,7 +447,7 @@ class TrainingRun:
         return {
             "iteration": self.done,
             "reached": self._reached,
-            "waited_s": self._waited_s,
+            "waited_s": self._waited_before_s + self.feed.waited_s,
             "losses": self.losses,
             "evaluated": sorted(self._evaluated),
             "run": self._record().model_dump(mode="json", by_alias=True),
@@ -440,6 +457,7 @@ class TrainingRun:
     def _checkpoint(self) -> None:
         """Save everything, then the record; its time is booked separately."""
         with self._booked("checkpoint"):
+            self.folder.renew_lease()
             checkpoint.save(self.folder, self._state())
         self._save_record()
 
@@ -461,7 +479,7 @@ class TrainingRun:
                 "eval_s": spent_s["eval"],
                 "checkpoint_s": spent_s["checkpoint"],
                 "logging_s": spent_s["logging"],
-                "data_wait_s": self._waited_s,
+                "data_wait_s": self._waited_before_s + self.feed.waited_s,
                 "lost_s": spent_s["lost"],
                 "paused_s": spent_s["paused"],
                 "flop": each * self.done if each else None,
@@ -477,7 +495,12 @@ class TrainingRun:
         write_record(self.folder.record, self.run)
 
     def _fail(self, error: Exception) -> None:
-        """Write into the record why the run ended; the checkpoint does not change."""
+        """Write into the record why the run ended; the checkpoint does not change.
+
+        Raises:
+            Held: the record is another process's now.
+        """
+        self.folder.renew_lease()
         saved = None
         with suppress(KdprofError):
             state, _ = checkpoint.load(self.folder)
@@ -535,6 +558,10 @@ class _Throttle:
         self._events.append(event)
         if len(self._events) > STEPS_AHEAD:
             self._events.popleft().synchronize()
+
+
+def _part(amount: float | None, share: float) -> float | None:
+    return None if amount is None else share * amount
 
 
 def _most(one: int | None, other: int | None) -> int | None:

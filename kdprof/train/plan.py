@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -39,11 +39,13 @@ class Forecast:
     seconds_low: float
     seconds_high: float
     saved_s: float
-    """Seconds that sharing a trunk with larger budgets saves (wsd); ``seconds`` includes them."""
+    """Seconds that sharing trunks saves (wsd), of what is trained from now on; ``seconds`` includes
+    them."""
     energy_j: float | None
     """Of the same runs; None if the device has no counter."""
     disk_bytes: int | None
-    """None with a user's optimiser, whose state is not known before it runs."""
+    """Of their checkpoints, and of those that trunks still write for them. None with a user's
+    optimiser, whose state is not known before it runs."""
     unreliable: bool
     """True if the underlying Cost is unreliable."""
 
@@ -62,22 +64,25 @@ def forecast(
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.budget), []).append(cell)
-    return [_forecast(study, store, cells, group, costs) for group in groups.values()]
+    waiting = [cell for cell in cells if not cell.is_finished(store)]
+    shares = _shares(study, store, cells, waiting)
+    return [_forecast(study, group, shares, costs) for group in groups.values()]
 
 
 def _forecast(
     study: ResolvedStudy,
-    store: Store,
-    cells: Sequence[Cell],
     group: Sequence[Cell],
+    shares: Mapping[Cell, _Share],
     costs: Mapping[str, Cost],
 ) -> Forecast:
+    """Return the forecast of the cells of a method and budget; the unfinished ones have shares."""
     first = group[0]
     cost = costs[first.method]
-    waiting = [cell for cell in group if not cell.is_finished(store)]
+    waiting = [cell for cell in group if cell in shares]
     iterations = sum(cell.iterations for cell in waiting)
     each, low, high = seconds_per_iteration(cost, costs)
-    shared = sum(_shared_iterations(study, cells, cell) for cell in waiting)
+    saved = sum(shares[cell].saved for cell in waiting)
+    files = sum(KEPT + shares[cell].files for cell in waiting)
     checkpoint_bytes = _checkpoint_bytes(study, first.method)
     return Forecast(
         method=first.method,
@@ -90,19 +95,50 @@ def _forecast(
         seconds=iterations * each,
         seconds_low=iterations * low,
         seconds_high=iterations * high,
-        saved_s=shared * each,
+        saved_s=saved * each,
         energy_j=None if cost.energy_j is None else iterations * cost.energy_j,
-        disk_bytes=None if checkpoint_bytes is None else len(waiting) * KEPT * checkpoint_bytes,
+        disk_bytes=None if checkpoint_bytes is None else files * checkpoint_bytes,
         unreliable=not cost.reliable,
     )
 
 
-def _shared_iterations(study: ResolvedStudy, cells: Sequence[Cell], cell: Cell) -> int:
-    """Return the iterations of a cell's trunk that a larger budget needs in any case."""
-    plan = trunk_plan(study, cells, cell)
-    if plan is None or plan.longest.budget == cell.budget:
-        return 0
-    return plan.marks[cell.budget]
+@dataclass(frozen=True)
+class _Share:
+    """What an unfinished cell has of its trunk (wsd).
+
+    Attributes:
+        saved: iterations that it need not train itself, less those that its trunk lacks if no other
+            cell trains these.
+        files: checkpoints that its trunk will write then.
+    """
+
+    saved: int = 0
+    files: int = 0
+
+
+def _shares(
+    study: ResolvedStudy, store: Store, cells: Sequence[Cell], waiting: Sequence[Cell]
+) -> dict[Cell, _Share]:
+    """Return the share of each waiting cell: the longest one pays for what its trunk lacks."""
+    shares = dict.fromkeys(waiting, _Share())
+    longest: dict[tuple[str, int], Cell] = {}
+    for cell in sorted(waiting, key=lambda one: one.iterations):
+        plan = trunk_plan(study, cells, cell)
+        if plan is None:
+            continue
+        to_come = plan.marks[cell.budget] > plan.done(store)
+        if to_come or plan.mark(store, cell).exists():
+            shares[cell] = _Share(saved=plan.marks[cell.budget])
+        if to_come:
+            longest[cell.method, cell.seed] = cell
+    for cell in longest.values():
+        plan = trunk_plan(study, cells, cell)
+        assert plan is not None, "it has a trunk"
+        done = plan.done(store)
+        files = len({mark for mark in plan.marks.values() if mark > done}) + (0 if done else KEPT)
+        lacking = max(plan.marks.values()) - done
+        shares[cell] = replace(shares[cell], saved=shares[cell].saved - lacking, files=files)
+    return shares
 
 
 def _checkpoint_bytes(study: ResolvedStudy, method: str) -> int | None:

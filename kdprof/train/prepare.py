@@ -21,6 +21,8 @@ from kdprof.train.teacher import needs_teacher
 MORE_TIME = 4
 """A Cost is measured again if it would get this many times as much time as it had, which makes its
 interval half as wide."""
+SHOWN = 5
+"""How many differences between a run and the study a message names."""
 
 
 class Prepared(NamedTuple):
@@ -256,7 +258,13 @@ def _changed(study: ResolvedStudy, run: Run, here: Mapping[str, str], *, named: 
         there: Mapping[str, str] = run.identity
         if not named:
             there, here = of_all_methods(there), of_all_methods(here)
-        return "; ".join(differences(there, here))
+        return _some(differences(there, here))
     if not named or run.cost_key is None or run.cost_key == cost_key(study, run.method):
         return ""
     return "it was trained with other settings, code, data, versions or on another device"
+
+
+def _some(changes: Sequence[str]) -> str:
+    """Return the first changes in one line, and how many more there are."""
+    more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return "; ".join(changes[:SHOWN]) + more

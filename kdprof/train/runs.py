@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 from kdprof.data import require_files
 from kdprof.distributed.ranks import LostContact
@@ -111,7 +112,7 @@ def _train_waiting(
 ) -> None:
     """Train the teacher if needed, then the waiting cells."""
     if study.ranks and study.ranks.restarts:
-        waiting = _without_failed(store, waiting, summary)
+        waiting = _without_failed(study, store, cells, waiting, summary)
     elif study.step.gpus > 1 and not study.ranks:
         raise UserError(f"step.gpus = {study.step.gpus}: a run on several GPUs needs torchrun")
     teacher = None
@@ -124,13 +125,34 @@ def _train_waiting(
     summary.elsewhere = [cell.label() for cell in held]
 
 
-def _without_failed(store: Store, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
-    """Leave out the cells whose failure restarted the group: they would fail again."""
-    runs = [(cell, cell.folder(store).read_run()) for cell in cells]
-    failed = [(cell, run.failure) for cell, run in runs if run is not None and run.failure]
-    summary.failures += [f"{cell.label()}: {failure.reason}" for cell, failure in failed]
-    aside = {cell for cell, _ in failed}
-    return [cell for cell in cells if cell not in aside]
+def _without_failed(
+    study: ResolvedStudy,
+    store: Store,
+    cells: Sequence[Cell],
+    waiting: Sequence[Cell],
+    summary: Summary,
+) -> list[Cell]:
+    """Leave out the waiting cells whose failure restarted the group: they would fail again."""
+    left = []
+    for cell in waiting:
+        failure = _failure(study, store, cells, cell)
+        if failure is None:
+            left.append(cell)
+        else:
+            summary.failures.append(f"{cell.label()}: {failure}")
+    return left
+
+
+def _failure(study: ResolvedStudy, store: Store, cells: Sequence[Cell], cell: Cell) -> str | None:
+    """Return why a cell failed, or the trunk that it still needs; None if neither did."""
+    run = cell.folder(store).read_run()
+    if run is not None and run.failure is not None:
+        return run.failure.reason
+    plan = trunk_plan(study, cells, cell)
+    if plan is None or plan.mark(store, cell).exists():
+        return None
+    trunk = store.trunk_folder(plan.method, plan.seed).read_run()
+    return trunk.failure.reason if trunk is not None and trunk.failure is not None else None
 
 
 def _train_cells(work: _Work, cells: Sequence[Cell], summary: Summary) -> list[Cell]:
@@ -193,13 +215,9 @@ class _Work:
     def _trunk(self, plan: TrunkPlan, cell: Cell, left: str) -> Trunk | None:
         """Train the trunk as far as its branches need, and return where the cell branches off; None
         if the trunk no longer has that state."""
-        state = self.store.trunk_folder(plan.method, plan.seed).mark(plan.marks[cell.budget])
+        state = plan.mark(self.store, cell)
         if not state.exists():
-            trunk = Cell.trunk(plan)
-            run = self._train(trunk, trunk.label(), left, marks=set(plan.marks.values()))
-            self.progress.say(
-                f"{trunk.label()}: {run.iterations} iterations, {run.train_s.actual:.1f} s"
-            )
+            self._train_trunk(plan, state, left)
         if state.exists():
             return Trunk(state)
         self.progress.say(
@@ -207,6 +225,27 @@ class _Work:
             "budget was added; it is trained alone"
         )
         return None
+
+    def _train_trunk(self, plan: TrunkPlan, state: Path, left: str) -> None:
+        """Train a trunk as far as all its branches need; if it fails after a branch's own state,
+        say so and go on.
+
+        Args:
+            state: the file that the branch begins from.
+        """
+        trunk = Cell.trunk(plan)
+        try:
+            run = self._train(trunk, trunk.label(), left, marks=set(plan.marks.values()))
+        except (Interrupted, LostContact):
+            raise
+        except Exception as error:
+            if not state.exists():
+                raise
+            self.progress.say(f"{trunk.label()} failed: {explain(error)}")
+        else:
+            self.progress.say(
+                f"{trunk.label()}: {run.iterations} iterations, {run.train_s.actual:.1f} s"
+            )
 
     def _train(
         self,

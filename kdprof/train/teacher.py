@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from kdprof.errors import KdprofError
 from kdprof.evaluate import evaluate
 from kdprof.hardware.device import autocast
 from kdprof.models import AnyNetwork
+from kdprof.pauses import running_s
 from kdprof.progress import Progress
 from kdprof.records import Run
 from kdprof.resolve import ResolvedStudy
@@ -79,7 +79,7 @@ def _train_teacher(
 
 def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork) -> float:
     """Write the record of a teacher whose weights were given, and return its mIoU."""
-    began, data = time.monotonic(), study.data.val("teacher")
+    began, data = running_s(), study.data.val("teacher")
     found = evaluate(
         network,
         data,
@@ -88,13 +88,14 @@ def _score_teacher(study: ResolvedStudy, folder: RunFolder, network: AnyNetwork)
         autocast=autocast(study.device, "fp32"),
         views=study.data.views,
         absent_classes=study.evaluation.absent_classes,
+        advance=lambda images: folder.renew_lease(),
     )
     run = new_run(study, _cell(study, 0), None)
     scores = {
         "miou": found.miou,
         "best_miou": found.miou,
         "miou_per_class": dict(zip(data.class_names, found.per_class, strict=True)),
-        "eval_s": time.monotonic() - began,
+        "eval_s": running_s() - began,
         "finished": True,
     }
     write_record(folder.record, run.model_copy(update=scores))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kdprof.resolve import ResolvedStudy
 from kdprof.schedule import decay_start
+from kdprof.store import Store
 from kdprof.study import Study
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ class TrunkPlan:
     seed: int
     marks: Mapping[str, int]
     longest: Cell
+
+    def mark(self, store: Store, cell: Cell) -> Path:
+        """Return the file of the state where a cell's decay begins."""
+        return store.trunk_folder(self.method, self.seed).mark(self.marks[cell.budget])
+
+    def done(self, store: Store) -> int:
+        """Return the iterations of the trunk that are saved; it goes on from there."""
+        run = store.trunk_folder(self.method, self.seed).read_run()
+        if run is not None and run.failure is not None:
+            return run.failure.checkpoint_iteration or 0
+        return run.iterations_done if run is not None else 0
 
 
 def shares_trunks(study: Study) -> bool:
