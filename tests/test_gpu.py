@@ -22,6 +22,7 @@ from test_parity import FILES, check_parity
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdprof import measure_steps
 from kdprof.hardware import hardware_of
 from kdprof.hardware.device import (
     DTYPES,
@@ -31,6 +32,7 @@ from kdprof.hardware.device import (
     synchronize,
 )
 from kdprof.measure.ceilings import measure_ceilings, published_peak
+from kdprof.measure.memory import empty_allocators
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded
 from kdprof.models.fused import FusedBlock
@@ -375,6 +377,21 @@ def measured(folder: Path, *options: str) -> dict[str, Cost]:
     done = kdprof("measure", "--study", study, "--out", folder / "out", *names, *options)
     assert done.returncode == 0, done.stderr
     return {cost.method: cost for cost in Store(folder / "out").costs()}
+
+
+@needs_gpu
+def test_the_memory_of_a_step_is_that_of_its_own_tensors():
+    """Neither the canary's matrix nor the workspaces of the products that are the ceilings."""
+    kept = torch.zeros(2**20, device=DEVICE)
+    empty_allocators(DEVICE)  # of other tests
+    held_bytes = torch.cuda.memory_allocated(DEVICE)
+
+    def step():
+        torch.add(kept, 1)
+
+    for _ in range(2):
+        cost = measure_steps({"mine": step}, device=str(DEVICE), max_time_s=0.1)["mine"]
+        assert cost.memory_bytes.peak_allocated - held_bytes == kept.numel() * 4
 
 
 @needs_whole

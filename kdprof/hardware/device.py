@@ -60,6 +60,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free_unused(device: torch.device) -> None:
+    """Give memory of a GPU that no tensor uses back: torch's cache, and the workspaces that cuBLAS
+    keeps after a product (32 MiB on Hopper), which its next one makes again."""
+    if device.type != "cuda":
+        return
+    torch.cuda.synchronize(device)
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # private, so it may go away
+    if clear is not None:
+        clear()
+    torch.cuda.empty_cache()
+
+
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,

@@ -362,29 +362,33 @@ def time_interleaved(
             watch.samples.blocks.clear()
     for watch, reason in zip(watches, unsettled, strict=True):
         watch.samples.unsettled = reason
-    canary.warm_up()
     canary_s = list(earlier.canary_s) if earlier else []
     done = earlier.rounds if earlier else 0
     least = done + 1 if earlier else _least_rounds(watches, settings)
     order, shuffle = list(watches), random.Random(done)
     look, narrow, stopped = least, 0, ""
-    while not stopped:
-        canary_s.append(canary.seconds())
-        shuffle.shuffle(order)
-        for watch in order:
-            watch.time_block(settings.steps)
-        gc.collect(0)  # what the blocks left, not every object of torch
-        done += 1
-        found = [watch.samples.rounds for watch in watches]
-        width = widest_interval(found) if done >= look else None
-        if width is not None:
-            look = max(done + 1, int(done * CHECK_GROWTH))
-            narrow = narrow + 1 if width <= settings.precision_target else 0
-        on_round(done, width)
-        late = done >= least and clock.now() - began > limit_s
-        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, spent_s + limit_s, settings)
+    with canary.ready() as canary_seconds:
+        while not stopped:
+            canary_s.append(canary_seconds())
+            shuffle.shuffle(order)
+            _time_round(order, settings)
+            done += 1
+            found = [watch.samples.rounds for watch in watches]
+            width = widest_interval(found) if done >= look else None
+            if width is not None:
+                look = max(done + 1, int(done * CHECK_GROWTH))
+                narrow = narrow + 1 if width <= settings.precision_target else 0
+            on_round(done, width)
+            late = done >= least and clock.now() - began > limit_s
+            stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, spent_s + limit_s, settings)
     taken_s = spent_s + clock.now() - began
     return Session([watch.samples for watch in watches], canary_s, done, stopped, taken_s)
+
+
+def _time_round(order: Sequence[Stopwatch], settings: MeasureSettings) -> None:
+    for watch in order:
+        watch.time_block(settings.steps)
+    gc.collect(0)  # what the blocks left, not every object of torch
 
 
 def _least_rounds(watches: Sequence[Stopwatch], settings: MeasureSettings) -> int:

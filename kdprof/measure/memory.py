@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kdprof.hardware import Hardware
+from kdprof.hardware.device import free_unused
 from kdprof.measure.clock import Clock
 from kdprof.measure.latency import BLOCK_S
 from kdprof.measure.subject import Subject
@@ -92,9 +93,7 @@ class _ResidentPeaks:
 def empty_allocators(device: torch.device) -> None:
     """Give memory that nothing uses back to the system, so that it is not counted as a step's."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+    free_unused(device)
     with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
