@@ -208,6 +208,16 @@ class Stopwatch:
             stamps.append(("step", self.clock.stamp()))
         return stamps
 
+    def begin(self) -> float:
+        """Take the first steps of a new subject, in which kernels are searched for and compiled.
+
+        Returns:
+            The seconds of the very first one. The next is part of the warm-up.
+        """
+        first_s, second_s = (unpaused(self._timed_step) for _ in range(2))
+        self._ran_s.append(second_s)
+        return first_s
+
     def warm_up(self, most_s: float = WARMUP_MOST_S) -> str | None:
         """Step until latency and allocator have settled or a limit is reached, then check the
         result.
