@@ -28,6 +28,7 @@ from kdprof.hardware.device import autocast
 from kdprof.method import IGNORE, Method, Network, Taps
 from kdprof.optimizer import build_optimizer, clip_gradients, parameter_groups
 from kdprof.resized import resized_cross_entropy
+from kdprof.resized.tiles import why_no_triton
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -167,6 +168,8 @@ class TrainStep:
         wanted = self.settings.compile
         if wanted == "none" or (wanted == "teacher" and trained):
             return module
+        if self.device.type == "cuda":
+            why_no_triton()  # the compiler could not find the answer out
         mode = "reduce-overhead" if wanted == "cuda-graphs" else "default"
         compiled = torch.compile(module, dynamic=False, mode=mode)
         return cast(nn.Module, compiled)  # torch's stub does not say that it is a module again

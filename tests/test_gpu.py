@@ -211,11 +211,11 @@ def study_on(device: torch.device, **changes) -> ResolvedStudy:
     return ResolvedStudy(small_study(device=str(device), **changes))
 
 
-def step_and_batches(study: ResolvedStudy):
-    """Return the step of kd, and batches on its device."""
+def step_and_batches(study: ResolvedStudy, name: str = "kd"):
+    """Return the step of a method, and batches on its device."""
     teacher = study.factory.frozen(study.factory.placed_teacher())
     batches = study.factory.batches(0)
-    return study.factory.step("kd", teacher), [batches.batch(i, study.device) for i in range(3)]
+    return study.factory.step(name, teacher), [batches.batch(i, study.device) for i in range(3)]
 
 
 @pytest.mark.parametrize("precision", some(["fp32", "bf16"], ["bf16"]))
@@ -323,13 +323,15 @@ def test_a_folded_teacher_sees_the_same_with_fused_operators(name, precision):
 
 
 @needs_gpu
+@pytest.mark.parametrize("name", ["kd", "cirkd"])
 @pytest.mark.parametrize("compiled", ["teacher", "default", "cuda-graphs"])
-def test_compiled_steps_compute_the_same(compiled):
+def test_compiled_steps_compute_the_same(compiled, name):
     """Every one of them: a graph that is replayed must not read what the next one overwrites."""
     found = {}
     for option in ("none", compiled):
-        study = study_on(DEVICE, step__compile=option, step__fold_teacher=True)
-        step, batches = step_and_batches(study)
+        changes = {"step__compile": option, "step__fold_teacher": True}
+        study = study_on(DEVICE, methods=["none", name], **changes)
+        step, batches = step_and_batches(study, name)
         step = without_dropout(step)
         found[option] = [step(*batches[index % 3], index) for index in range(6)]
     for plain, other in zip(*found.values(), strict=True):

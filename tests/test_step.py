@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,10 +8,11 @@ import torch.nn.functional as F
 from builders import Alone, tiny_batch, tiny_step
 from torch import nn
 
+from kdprof import step as step_module
 from kdprof.errors import KdprofError
 from kdprof.method import Method
 from kdprof.schedule import decay_start, learning_rate_factor
-from kdprof.step import PHASES, step_seed, task_loss
+from kdprof.step import PHASES, TrainStep, step_seed, task_loss
 from kdprof.study import StepSettings
 
 
@@ -232,3 +234,15 @@ def test_adversary_state_comes_back():
     first(*tiny_batch(), 0)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.method.judge.weight, second.method.judge.weight)
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", ["why", "compile"]), ("cpu", ["compile"])])
+def test_whether_triton_works_is_known_before_a_gpus_step_is_compiled(device, asked, monkeypatch):
+    """torch.compile cannot trace how it is found out."""
+    done = []
+    monkeypatch.setattr(step_module, "why_no_triton", lambda: done.append("why"))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: done.append("compile"))
+    settings = SimpleNamespace(compile="default")
+    step = SimpleNamespace(settings=settings, device=torch.device(device))
+    TrainStep._compiled(step, nn.Identity())
+    assert done == asked
