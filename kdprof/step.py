@@ -9,6 +9,8 @@ one backward through everything, but each part can be timed and counted separate
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -51,6 +53,16 @@ Mark = Callable[[str], None]
 
 def ignore_phase(phase: str) -> None:
     """Do nothing at the end of a phase."""
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what the compiling of a step lacks on this machine; None if it lacks nothing."""
+    if device.type != "cuda":
+        names = [os.environ.get("CXX", "g++"), "clang++"]
+        return None if any(map(shutil.which, names)) else "a C++ compiler, such as g++"
+    with torch.cuda.device(device):
+        reason = why_no_triton()
+    return f"Triton, which does not work here ({reason})" if reason else None
 
 
 def valid_pixels(labels: Tensor) -> Tensor:

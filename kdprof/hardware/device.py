@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -190,14 +188,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     tf32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=is_autocast(precision))
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on this machine; None if it lacks nothing."""
-    if device.type == "cuda":
-        return None if find_spec("triton") else "the package triton"
-    names = [os.environ.get("CXX", "g++"), "clang++"]
-    return None if any(map(shutil.which, names)) else "a C++ compiler, such as g++"
 
 
 def installed_version(package: str) -> str:
