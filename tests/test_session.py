@@ -7,13 +7,30 @@ import pytest
 import torch
 from simulated import MACHINES, QuietHardware, SimulatedCanary, SimulatedClock, SimulatedStep, quiet
 
+from kdprof.measure import session
 from kdprof.measure.latency import ignore_round
 from kdprof.measure.session import Alone, Bench, Readings, compare
 from kdprof.measure.stages import Stages
+from kdprof.records import Ceilings
 from kdprof.study import MeasureSettings
 
 COMPILES_S = 100.0
 STEP_S = 0.01
+LOW = Ceilings(matmul_flop_per_s=1e12, copy_bytes_per_s=3e11, precision="fp32")
+LATER = Ceilings(matmul_flop_per_s=2e12, copy_bytes_per_s=1e11, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def looks(monkeypatch) -> list[tuple]:
+    """The ceilings that were measured after a session."""
+    asked = []
+
+    def measure(*given):
+        asked.append(given)
+        return LATER
+
+    monkeypatch.setattr(session, "measure_ceilings", measure)
+    return asked
 
 
 class Compiled(SimulatedStep):
@@ -51,7 +68,7 @@ class Machine:
             precision=None,
             clock=self.clock,
             canary=SimulatedCanary(self.clock, quiet()),
-            ceilings=None,
+            ceilings=LOW,
             stages=Stages(),
             energy_window=False,
         )
@@ -122,3 +139,20 @@ def test_a_reference_alone_takes_no_first_steps_twice():
     assert "first steps" not in found.stages_s
     assert found.first_s == STEP_S
     assert machine.clock.seconds < 9
+
+
+def test_the_higher_of_two_readings_is_the_ceiling_for_all_methods_of_a_process(looks):
+    machine = Machine(max_time_s=0.1)
+    for _ in range(2):
+        found = machine.session()
+        both = LOW.model_copy(update={"matmul_flop_per_s": LATER.matmul_flop_per_s})
+        assert found.bench.ceilings == both
+    assert looks == [(torch.device("cpu"), "fp32")]
+
+
+def test_a_full_device_keeps_its_first_reading(monkeypatch):
+    def fill(device, precision):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(session, "measure_ceilings", fill)
+    assert Machine(max_time_s=0.1).session().bench.ceilings == LOW

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from kdprof.hardware import Hardware
 from kdprof.hardware.base import State
 from kdprof.measure.canary import CanaryKernel
-from kdprof.measure.ceilings import measure_ceilings
+from kdprof.measure.ceilings import higher, measure_ceilings
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.measure.end_to_end import LEAST_BLOCKS, Iterations, time_end_to_end
 from kdprof.measure.energy import EnergyReading, energy_of_blocks, measure_energy
@@ -48,13 +49,14 @@ END_TO_END_SHARE = 0.5
 """Blocks of end-to-end iterations take at most this share of a step's measuring time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """What all sessions of a process share.
 
     Attributes:
         precision: that of the steps; None if it is not known.
-        ceilings: of fp32 if the precision is not known.
+        ceilings: of fp32 if the precision is not known; the higher of two readings once a session
+            has ended.
         energy_window: True to measure energy in a window of its own, not around timed blocks.
     """
 
@@ -67,6 +69,7 @@ class Bench:
     ceilings: Ceilings
     stages: Stages
     energy_window: bool
+    has_looked_again: bool = False
 
     @classmethod
     def of(
@@ -94,6 +97,18 @@ class Bench:
             stages=stages,
             energy_window=settings.detail or needs_energy,
         )
+
+    def look_again(self) -> None:
+        """Measure the ceilings once more after the first session: the first reading may have been
+        disturbed, or have met a GPU whose clock was still low. A device without the memory for it
+        keeps that reading."""
+        if self.has_looked_again:
+            return
+        self.has_looked_again = True
+        with self.stages.timed("ceilings"), suppress(torch.OutOfMemoryError):
+            precision = self.ceilings.precision
+            found = unpaused(lambda: measure_ceilings(self.device, precision))
+            self.ceilings = higher(self.ceilings, found)
 
 
 @dataclass(frozen=True)
@@ -260,6 +275,7 @@ def compare(
         _time_end_to_end(bench, watches, timed.taken_s - before_s)
     after = bench.hardware.state()
     problems = bench.hardware.problems(began, _states(added), after)
+    bench.look_again()
     return Readings(
         bench=bench,
         alone=alone,
