@@ -6,6 +6,7 @@ The measuring code runs on it unchanged; only the clock, the canary and the hard
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -60,10 +61,11 @@ class SimulatedCanary:
     def __init__(self, clock: SimulatedClock, noise: Noise):
         self.clock, self.noise = clock, noise
 
-    def warm_up(self) -> None:
-        pass
+    @contextmanager
+    def ready(self) -> Iterator[Callable[[], float]]:
+        yield self._seconds
 
-    def seconds(self) -> float:
+    def _seconds(self) -> float:
         taken = 1e-3 * next(self.noise)
         self.clock.seconds += taken
         return taken

@@ -9,6 +9,8 @@ one backward through everything, but each part can be timed and counted separate
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -28,6 +30,7 @@ from kdprof.hardware.device import autocast
 from kdprof.method import IGNORE, Method, Network, Taps
 from kdprof.optimizer import build_optimizer, clip_gradients, parameter_groups
 from kdprof.resized import resized_cross_entropy
+from kdprof.resized.tiles import why_no_triton
 from kdprof.schedule import learning_rate_factor
 from kdprof.study import StepSettings
 
@@ -50,6 +53,16 @@ Mark = Callable[[str], None]
 
 def ignore_phase(phase: str) -> None:
     """Do nothing at the end of a phase."""
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what the compiling of a step lacks on this machine; None if it lacks nothing."""
+    if device.type != "cuda":
+        names = [os.environ.get("CXX", "g++"), "clang++"]
+        return None if any(map(shutil.which, names)) else "a C++ compiler, such as g++"
+    with torch.cuda.device(device):
+        reason = why_no_triton()
+    return f"Triton, which does not work here ({reason})" if reason else None
 
 
 def valid_pixels(labels: Tensor) -> Tensor:
@@ -167,6 +180,8 @@ class TrainStep:
         wanted = self.settings.compile
         if wanted == "none" or (wanted == "teacher" and trained):
             return module
+        if self.device.type == "cuda":
+            why_no_triton()  # the compiler could not find the answer out
         mode = "reduce-overhead" if wanted == "cuda-graphs" else "default"
         compiled = torch.compile(module, dynamic=False, mode=mode)
         return cast(nn.Module, compiled)  # torch's stub does not say that it is a module again

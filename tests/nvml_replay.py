@@ -68,7 +68,9 @@ def session(name: str, **calls: Any) -> dict[str, Any]:
     return found
 
 
-def replayed(name: str, own_pids: frozenset[int] = frozenset({4242}), **calls: Any) -> CudaHardware:
+def replayed(
+    name: str, own_pids: frozenset[int] = frozenset({4242}), users: int = 1, **calls: Any
+) -> CudaHardware:
     """Return the GPU of a session, seen by the process 4242."""
     library = NvmlReplay(session(name, **calls))
-    return CudaHardware(library.device, open_nvml(library, library.uuid), own_pids)
+    return CudaHardware(library.device, open_nvml(library, library.uuid), own_pids, users)

@@ -19,9 +19,11 @@ from kdprof.hardware.device import (
     autocast,
     check_precision,
     configure_backends,
+    free_unused,
     require_repeatable_cublas,
 )
 from kdprof.launch.slurm import _without_device
+from kdprof.measure import ceilings
 from kdprof.measure.user_step import measure_steps
 from kdprof.processes import explain
 from kdprof.resolve import ResolvedStudy
@@ -218,3 +220,34 @@ def test_no_built_in_method_uses_an_operator_that_varies(name):
     with Watched() as watched:
         step(*real_batch(), 0, watched.mark)
     assert [(phase, op) for phase, op in watched.found if phase != "task_loss"] == []
+
+
+# Memory that nothing uses
+
+
+@pytest.mark.parametrize("version", ["with", "without"])
+def test_workspaces_of_cublas_are_freed_before_the_cache(version, monkeypatch):
+    """torch's function for them is private and may go away."""
+    done = []
+    calls = {
+        "synchronize": lambda device: done.append("wait"),
+        "empty_cache": lambda: done.append("cache"),
+    }
+    for name, call in calls.items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: done.append("workspaces"), raising=False)
+    if version == "without":
+        monkeypatch.delattr(torch._C, clear)
+    free_unused(GPU)
+    free_unused(CPU)
+    assert done == ["wait", *(["workspaces"] if version == "with" else []), "cache"]
+
+
+def test_the_ceilings_leave_nothing_behind(monkeypatch):
+    freed = []
+    monkeypatch.setattr(ceilings, "free_unused", freed.append)
+    monkeypatch.setitem(ceilings._MATMUL_SIZE, "cpu", 64)
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
+    ceilings.measure_ceilings(CPU, "fp32")
+    assert freed == [CPU]

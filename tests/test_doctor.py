@@ -117,9 +117,11 @@ def test_open_files(monkeypatch, most, warned):
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    finding = doctor._compiler()
-    assert finding.found == "none: no C++ compiler"
-    assert "torch.compile" in finding.costs
+    finding = doctor._compiler(CPU)
+    assert finding.found == "none: it needs a C++ compiler, such as g++"
+    assert finding.costs == "a compiled step fails"
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert doctor._compiler(CPU) == doctor.Finding("torch.compile", "possible")
 
 
 def test_memory_that_nobody_can_tell(monkeypatch):

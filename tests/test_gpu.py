@@ -22,6 +22,7 @@ from test_parity import FILES, check_parity
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdprof import measure_steps
 from kdprof.hardware import hardware_of
 from kdprof.hardware.device import (
     DTYPES,
@@ -31,6 +32,7 @@ from kdprof.hardware.device import (
     synchronize,
 )
 from kdprof.measure.ceilings import measure_ceilings, published_peak
+from kdprof.measure.memory import empty_allocators
 from kdprof.method import NETWORK_TAPS
 from kdprof.models import build, folded
 from kdprof.models.fused import FusedBlock
@@ -209,11 +211,11 @@ def study_on(device: torch.device, **changes) -> ResolvedStudy:
     return ResolvedStudy(small_study(device=str(device), **changes))
 
 
-def step_and_batches(study: ResolvedStudy):
-    """Return the step of kd, and batches on its device."""
+def step_and_batches(study: ResolvedStudy, name: str = "kd"):
+    """Return the step of a method, and batches on its device."""
     teacher = study.factory.frozen(study.factory.placed_teacher())
     batches = study.factory.batches(0)
-    return study.factory.step("kd", teacher), [batches.batch(i, study.device) for i in range(3)]
+    return study.factory.step(name, teacher), [batches.batch(i, study.device) for i in range(3)]
 
 
 @pytest.mark.parametrize("precision", some(["fp32", "bf16"], ["bf16"]))
@@ -321,13 +323,15 @@ def test_a_folded_teacher_sees_the_same_with_fused_operators(name, precision):
 
 
 @needs_gpu
+@pytest.mark.parametrize("name", ["kd", "cirkd"])
 @pytest.mark.parametrize("compiled", ["teacher", "default", "cuda-graphs"])
-def test_compiled_steps_compute_the_same(compiled):
+def test_compiled_steps_compute_the_same(compiled, name):
     """Every one of them: a graph that is replayed must not read what the next one overwrites."""
     found = {}
     for option in ("none", compiled):
-        study = study_on(DEVICE, step__compile=option, step__fold_teacher=True)
-        step, batches = step_and_batches(study)
+        changes = {"step__compile": option, "step__fold_teacher": True}
+        study = study_on(DEVICE, methods=["none", name], **changes)
+        step, batches = step_and_batches(study, name)
         step = without_dropout(step)
         found[option] = [step(*batches[index % 3], index) for index in range(6)]
     for plain, other in zip(*found.values(), strict=True):
@@ -375,6 +379,21 @@ def measured(folder: Path, *options: str) -> dict[str, Cost]:
     done = kdprof("measure", "--study", study, "--out", folder / "out", *names, *options)
     assert done.returncode == 0, done.stderr
     return {cost.method: cost for cost in Store(folder / "out").costs()}
+
+
+@needs_gpu
+def test_the_memory_of_a_step_is_that_of_its_own_tensors():
+    """Neither the canary's matrix nor the workspaces of the products that are the ceilings."""
+    kept = torch.zeros(2**20, device=DEVICE)
+    empty_allocators(DEVICE)  # of other tests
+    held_bytes = torch.cuda.memory_allocated(DEVICE)
+
+    def step():
+        torch.add(kept, 1)
+
+    for _ in range(2):
+        cost = measure_steps({"mine": step}, device=str(DEVICE), max_time_s=0.1)["mine"]
+        assert cost.memory_bytes.peak_allocated - held_bytes == kept.numel() * 4
 
 
 @needs_whole

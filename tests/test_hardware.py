@@ -11,11 +11,13 @@ import pytest
 import torch
 from nvml_replay import NvmlReplay, replayed, session
 
+from kdprof import hardware
 from kdprof.hardware import hardware_of
 from kdprof.hardware import nvml as nvml_module
 from kdprof.hardware.cpu import CpuHardware
 from kdprof.hardware.device import versions
 from kdprof.hardware.nvml import CudaHardware, NoNvml, open_nvml
+from kdprof.measure import user_step
 
 GIB = 2**30
 SESSIONS = ("healthy", "throttled_shared", "consumer", "no_permission", "driver_goes_away")
@@ -191,7 +193,8 @@ def test_nvml_that_does_not_start(code, text):
 
 def test_a_uuid_that_nvml_does_not_know():
     library = NvmlReplay(session("healthy"))
-    gpu = CudaHardware("NVIDIA H200 MIG 1g.18gb", open_nvml(library, "GPU-of-a-slice"))
+    nvml = open_nvml(library, "GPU-of-a-slice")
+    gpu = CudaHardware("NVIDIA H200 MIG 1g.18gb", nvml, frozenset({4242}), users=1)
     reason = gpu.state()["unavailable"]["sm_clock_mhz"]
     assert "GPU-of-a-slice" in reason
     assert "Not Found" in reason
@@ -223,18 +226,19 @@ LISTED = [
 
 
 @pytest.mark.parametrize(
-    ("own", "strangers"),
+    ("own", "users", "strangers"),
     [
-        ({10}, [11, 12]),
-        ({10, 11}, [12]),
-        ({10, 99}, [11, 12]),  # 99 of ours has not touched the GPU
-        ({98}, [12, 11]),  # a container: none is recognised, one of them is ours
-        ({97, 98}, [12]),
-        ({96, 97, 98, 99}, []),
+        ({10}, 1, [11, 12]),
+        ({10, 11}, 2, [12]),
+        ({10, 99}, 2, [11, 12]),  # 99 of ours has not touched the GPU
+        ({98}, 1, [12, 11]),  # a container: none is recognised, one of them is ours
+        ({97, 98}, 2, [12]),
+        ({97, 98}, 1, [12, 11]),  # one of ours does not use this GPU
+        ({96, 97, 98, 99}, 4, []),
     ],
 )
-def test_who_is_a_stranger(own, strangers):
-    gpu = replayed("healthy", frozenset(own), nvmlDeviceGetComputeRunningProcesses=LISTED)
+def test_who_is_a_stranger(own, users, strangers):
+    gpu = replayed("healthy", frozenset(own), users, nvmlDeviceGetComputeRunningProcesses=LISTED)
     state = gpu.state()
     assert [process["pid"] for process in state["other_processes"]] == strangers
     assert state["other_process_count"] == len(strangers)
@@ -460,6 +464,41 @@ def test_a_cpu_has_no_memory_of_its_own_to_ask():
 def test_hardware_of_a_cpu():
     assert isinstance(hardware_of(torch.device("cpu")), CpuHardware)
     assert isinstance(hardware_of(torch.device("cpu"), frozenset({1})), CpuHardware)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "users"),
+    [
+        (None, {}, [1]),
+        ({1, 2}, {}, [2]),
+        ({1, 2}, {"users": 1}, [1]),  # of a user's step: the parent leaves the GPU alone
+        ({1, 2, 3}, {"count": 3}, [1, 1, 1]),  # ranks
+        ({1, 2, 3, 4}, {"count": 3}, [2, 1, 1]),  # ranks and the parent, which uses the first GPU
+    ],
+)
+def test_how_many_of_our_processes_use_a_gpu(own, settings, users, monkeypatch):
+    """In a container, where NVML names none of them, so many do not count as strangers."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(hardware, "nvml_of", lambda device: open_nvml(library, library.uuid))
+    listed = [{"pid": pid, "usedGpuMemory": GIB} for pid in range(100, 106)]
+    library = NvmlReplay(session("healthy", nvmlDeviceGetComputeRunningProcesses=listed))
+    gpu = hardware_of(torch.device("cuda", 0), own and frozenset(own), **settings)
+    state = gpu.state()
+    states = [state, *state.get("other_gpus", [])]
+    assert [len(listed) - one["other_process_count"] for one in states] == users
+
+
+def test_a_users_step_is_alone_on_the_gpu(monkeypatch):
+    """The parent, whose id is known, never uses it."""
+    asked = []
+
+    def ask(*given, **kinds):
+        asked.append(kinds)
+        return hardware_of(*given, **kinds)
+
+    monkeypatch.setattr(user_step, "hardware_of", ask)
+    user_step.measure_steps({"mine": lambda: None}, device="cpu", max_time_s=0.01)
+    assert asked == [{"users": 1}]
 
 
 @pytest.mark.gpu

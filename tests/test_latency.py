@@ -2,6 +2,7 @@
 
 import gc
 import time
+import weakref
 
 import calibration
 import numpy as np
@@ -24,7 +25,7 @@ from kdprof.measure import latency
 from kdprof.measure.canary import CanaryKernel
 from kdprof.measure.clock import CpuClock, phase_seconds
 from kdprof.measure.end_to_end import LEAST_BLOCKS, Iterations, time_end_to_end
-from kdprof.measure.latency import Stopwatch, collector_off, time_interleaved
+from kdprof.measure.latency import WARMUP_WINDOW, Stopwatch, collector_off, time_interleaved
 from kdprof.measure.study_step import StudySubject
 from kdprof.measure.subject import BadStep
 from kdprof.measure.user_step import CallableSubject
@@ -427,3 +428,28 @@ def test_the_time_of_a_method_is_that_of_all_its_visits():
     first, second = continued([quiet(), quiet()], precision_target=1e-9, max_time_s=1.0)
     assert first.taken_s == pytest.approx(0.93)
     assert second.stopped.startswith("1 s were up")
+
+
+def test_the_canary_is_in_memory_while_rounds_run_only(monkeypatch):
+    """On a GPU its matrix of 128 MiB would be counted as a step's memory."""
+    made, full = [], torch.full
+
+    def follow(*size, **kind):
+        matrix = full(*size, **kind)
+        made.append(weakref.ref(matrix))
+        return matrix
+
+    monkeypatch.setattr(torch, "full", follow)
+    clock = CpuClock()
+    canary = CanaryKernel(torch.device("cpu"), clock)
+    assert made == []
+    alive = []
+
+    def work():
+        alive.append([matrix() is not None for matrix in made])
+
+    watch = Stopwatch(CallableSubject("mine", work), clock, QuietHardware())
+    session = time_interleaved([watch], BRIEF, clock=clock, canary=canary)
+    assert alive[:WARMUP_WINDOW] == [[]] * WARMUP_WINDOW
+    assert alive[-session.rounds :] == [[True]] * session.rounds
+    assert [matrix() for matrix in made] == [None]

@@ -286,7 +286,7 @@ def test_memory_is_that_of_a_process_of_its_own():
 class TakesTurns:
     """Readings of a simulated bench, whose methods' widths fall by half at each further visit."""
 
-    spoiled, iteration_s = None, None
+    spoiled, iteration_s, first_s = None, None, 0.0
 
     def __init__(self, **widths):
         self.widths, self.visits, self.limits = widths, [], []
@@ -303,7 +303,8 @@ class TakesTurns:
 
     def readings_of(self, name):
         taken = SimpleNamespace(taken_s=self.visits.count(name))
-        return SimpleNamespace(width=self.widths[name], timed=taken, least_visit_s=0.5)
+        least = {"least_visit_s": 0.5, "first_s": self.first_s}
+        return SimpleNamespace(width=self.widths[name], timed=taken, **least)
 
     def take(self, names, settings, planned=None, **others):
         ignored = {"on_round": lambda name: None, "ended": lambda cost: None}
@@ -317,6 +318,16 @@ def test_time_that_is_left_goes_to_the_widest():
     assert "".join(bench.visits) == "abc" + "bb" + "ab"
     assert bench.limits[:3] == pytest.approx([1000 / 3, 1000 / 2, 1000], rel=0.01)
     assert bench.widths == {"a": 0.1, "b": 0.0625, "c": 0.001}
+
+
+def test_no_method_is_visited_again_for_its_first_steps_only():
+    """A compiler's, for example, which would take all of the time that is left."""
+    settings = MeasureSettings(precision_target=0.1, total_time_s=100)
+    for first_s, visits in ((50, "aa"), (120, "a")):
+        bench = TakesTurns(a=0.2)
+        bench.first_s = first_s
+        bench.take("a", settings)
+        assert "".join(bench.visits) == visits
 
 
 def test_a_process_leaves_time_to_those_after_it():

@@ -21,6 +21,7 @@ from kdprof.hardware.blocks import counted_for
 from kdprof.measure.counting.operators import operator_of
 from kdprof.method import NetworkInfo, Taps
 from kdprof.methods import _pair_kernels, _pairs, _relations
+from kdprof.resized import tiles
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 needs_triton = pytest.mark.skipif(
@@ -214,6 +215,23 @@ def test_a_gpu_gives_what_the_cpu_gives():
     torch.testing.assert_close([f.cpu() for f in found], list(expected), rtol=1e-4, atol=1e-5)
     again = value_and_gradient(_pairs.pair_kl, student.cuda(), teacher.cuda(), 0.1, 2)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_compiler_traces_a_gpus_choice_in_one_graph(monkeypatch):
+    """Whether Triton works is known by then: how it is found out cannot be traced."""
+    tiles.why_no_triton()
+    monkeypatch.setattr(_pairs, "by_kernels", lambda tensor: not tiles.why_no_triton())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    given = [vectors(4, 5, channels, dtype=torch.float32) for channels in (3, 4)]
+    torch._dynamo.reset()
+    compiled = torch.compile(_pairs.pair_kl, backend=backend, dynamic=False)
+    torch.testing.assert_close(compiled(*given, 0.1, 2), _pairs.pair_kl(*given, 0.1, 2))
+    assert len(graphs) == 1
 
 
 # What a GPU would do, counted.

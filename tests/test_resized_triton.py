@@ -123,9 +123,12 @@ def test_interpreted():
 
 
 @pytest.mark.skipif(INTERPRETED or CUDA, reason="for a machine without a GPU")
-def test_why_there_are_no_tiles_is_said():
-    tiles.why_no_triton.cache_clear()
-    assert tiles.why_no_triton()
+def test_why_there_are_no_tiles_is_said(monkeypatch):
+    monkeypatch.setattr(tiles, "_why_not", tiles._NOT_TRIED)
+    reason = tiles.why_no_triton()
+    assert reason not in (None, tiles._NOT_TRIED)
+    monkeypatch.setattr(tiles, "find_spec", None)  # it is not tried again
+    assert tiles.why_no_triton() == reason
 
 
 @pytest.mark.gpu

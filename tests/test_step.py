@@ -1,16 +1,23 @@
 import copy
 import math
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from builders import Alone, tiny_batch, tiny_step
+from small_study import small_study
 from torch import nn
 
-from kdprof.errors import KdprofError
+from kdprof import step as step_module
+from kdprof.errors import KdprofError, UserError
 from kdprof.method import Method
+from kdprof.resolve import ResolvedStudy
+from kdprof.resolve import study as resolved_study
 from kdprof.schedule import decay_start, learning_rate_factor
-from kdprof.step import PHASES, step_seed, task_loss
+from kdprof.step import PHASES, TrainStep, missing_compiler, step_seed, task_loss
 from kdprof.study import StepSettings
 
 
@@ -232,3 +239,52 @@ def test_adversary_state_comes_back():
     first(*tiny_batch(), 0)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.method.judge.weight, second.method.judge.weight)
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", ["why", "compile"]), ("cpu", ["compile"])])
+def test_whether_triton_works_is_known_before_a_gpus_step_is_compiled(device, asked, monkeypatch):
+    """torch.compile cannot trace how it is found out."""
+    done = []
+    monkeypatch.setattr(step_module, "why_no_triton", lambda: done.append("why"))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: done.append("compile"))
+    settings = SimpleNamespace(compile="default")
+    step = SimpleNamespace(settings=settings, device=torch.device(device))
+    TrainStep._compiled(step, nn.Identity())
+    assert done == asked
+
+
+@pytest.mark.parametrize("reason", [None, "RuntimeError: Failed to find C compiler."])
+def test_a_gpu_compiles_if_triton_works(reason, monkeypatch):
+    """A C++ compiler, which a CPU needs, is not asked for; the GPU that is asked is the step's."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
+    monkeypatch.setattr(step_module, "why_no_triton", lambda: reason)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    device = torch.device("cuda", 1)
+    words = f"Triton, which does not work here ({reason})" if reason else None
+    assert (missing_compiler(device), asked) == (words, [device])
+
+
+def test_a_cpu_compiles_with_a_compiler_of_cpp(monkeypatch):
+    found = {"clang++"}
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
+    assert missing_compiler(torch.device("cpu")) is None
+    found.clear()
+    assert missing_compiler(torch.device("cpu")) == "a C++ compiler, such as g++"
+    monkeypatch.setenv("CXX", "mine")
+    found.add("mine")
+    assert missing_compiler(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("compiled", "refused"), [("none", False), ("teacher", True)])
+def test_a_compiler_that_is_missing_is_refused_where_it_is_needed(compiled, refused, monkeypatch):
+    why = "Triton, which does not work here (RuntimeError: Failed to find C compiler.)"
+    monkeypatch.setattr(resolved_study, "missing_compiler", lambda device: why)
+    study = small_study(step__compile=compiled)
+    if not refused:
+        ResolvedStudy(study)
+        return
+    with pytest.raises(UserError, match=r"step\.compile needs Triton, which does not") as e:
+        ResolvedStudy(study)
+    assert str(e.value).endswith("install it or use 'none'")

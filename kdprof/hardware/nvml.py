@@ -120,12 +120,13 @@ class CudaHardware:
     Args:
         name: the GPU's name in CUDA.
         nvml: the source of its state.
-        own_pids: ids of kdprof's own processes; this process if not given.
+        own_pids: ids of kdprof's own processes.
+        users: how many of them use this GPU.
     """
 
-    def __init__(self, name: str, nvml: Nvml | NoNvml, own_pids: frozenset[int] | None = None):
+    def __init__(self, name: str, nvml: Nvml | NoNvml, own_pids: frozenset[int], users: int):
         self.name, self._nvml = name, nvml
-        self._own_pids = own_pids or frozenset({os.getpid()})
+        self._own_pids, self._users = own_pids, users
 
     def state(self) -> State:
         """Return clocks, throttle reasons, temperature, power, modes and other processes."""
@@ -225,8 +226,8 @@ class CudaHardware:
         """Return the compute processes on the GPU that are not kdprof's own.
 
         In a container NVML shows the host's process ids, in which kdprof's own cannot be found.
-        Then the processes with the most memory, as many as kdprof has, count as its own: the rest
-        is a lower bound of what other processes hold.
+        Then the processes with the most memory, as many as kdprof has on this GPU, count as its
+        own: the rest is a lower bound of what other processes hold.
         """
         listed, reason = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses")
         if listed is None:
@@ -234,7 +235,7 @@ class CudaHardware:
         others = [process for process in listed if process.pid not in self._own_pids]
         if len(others) == len(listed):
             others.sort(key=lambda process: process.usedGpuMemory or 0)
-            others = others[: max(0, len(others) - len(self._own_pids))]
+            others = others[: max(0, len(others) - self._users)]
         return [{"pid": p.pid, "memory_bytes": p.usedGpuMemory} for p in others], None
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from kdprof.measure.clock import Clock
 from kdprof.pauses import unpaused
@@ -22,23 +25,30 @@ class CanaryKernel:
     """
 
     def __init__(self, device: torch.device, clock: Clock):
-        size, dtype = (8192, torch.float16) if device.type == "cuda" else (512, torch.float32)
-        self._matrix = torch.full((size, size), 1e-3, dtype=dtype, device=device)
-        self._clock = clock
+        self._device, self._clock = device, clock
 
-    def warm_up(self) -> None:
-        """Run until the caches are warm for this kernel."""
-        self.seconds()
-        self.seconds()
+    @contextmanager
+    def ready(self) -> Iterator[Callable[[], float]]:
+        """Warm up and yield the function that times a few products now and returns their median
+        seconds; it waits for the device.
 
-    def seconds(self) -> float:
-        """Time a few products now and return their median seconds; wait for the device."""
-        return unpaused(self._seconds)
+        The matrix, 128 MiB on a GPU, is in memory in the body only: it is not a step's.
+        """
+        on_gpu = self._device.type == "cuda"
+        size, dtype = (8192, torch.float16) if on_gpu else (512, torch.float32)
+        matrix = torch.full((size, size), 1e-3, dtype=dtype, device=self._device)
 
-    def _seconds(self) -> float:
+        def seconds() -> float:
+            return unpaused(lambda: self._seconds(matrix))
+
+        seconds()
+        seconds()  # the caches are warm for this kernel now
+        yield seconds
+
+    def _seconds(self, matrix: Tensor) -> float:
         stamps = [self._clock.stamp()]
         for _ in range(REPEATS):
-            torch.mm(self._matrix, self._matrix)
+            torch.mm(matrix, matrix)
             stamps.append(self._clock.stamp())
         self._clock.synchronize()
         pairs = itertools.pairwise(stamps)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kdprof.hardware.device import DTYPES, tf32_products
+from kdprof.hardware.device import DTYPES, free_unused, tf32_products
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.records import Ceilings, PhaseBound
 
@@ -89,8 +89,7 @@ def measure_ceilings(device: torch.device, precision: str) -> Ceilings:
         with tf32_products(False):
             exact = _matmul_flop_per_s(device, clock, torch.float32)
     bytes_per_s = _copy_bytes_per_s(device, clock)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the methods' own processes need the memory
+    free_unused(device)  # it is not a step's
     return Ceilings(
         matmul_flop_per_s=flop_per_s,
         exact_matmul_flop_per_s=exact,

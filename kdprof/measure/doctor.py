@@ -21,6 +21,7 @@ from kdprof.hardware.nvml import HARMLESS_CLOCK_REASONS
 from kdprof.measure.clock import clock_of
 from kdprof.measure.memory import available_bytes
 from kdprof.resized.tiles import why_no_triton
+from kdprof.step import missing_compiler
 from kdprof.store import has_locks
 
 PACKAGES = ("torchvision", "fvcore", "nvidia-ml-py", "numpy", "scipy", "matplotlib")
@@ -75,7 +76,7 @@ def findings(device: torch.device, hardware: Hardware) -> list[Finding]:
         *_surroundings(Path.cwd()),
         _open_files(),
         _resume(device),
-        _compiler(),
+        _compiler(device),
         *_kernels(device),
     ]
 
@@ -241,14 +242,11 @@ def _resume(device: torch.device) -> Finding:
     return Finding("resumed training", "differs by rounding: CUDA adds in varying order", cost)
 
 
-def _compiler() -> Finding:
-    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
-    paths = [path for path in map(shutil.which, names) if path]
-    if paths:
-        return Finding("torch.compile", f"possible: {paths[0]}")
-    return Finding(
-        "torch.compile", "none: no C++ compiler", "a step that calls torch.compile fails"
-    )
+def _compiler(device: torch.device) -> Finding:
+    missing = missing_compiler(device)
+    if missing is None:
+        return Finding("torch.compile", "possible")
+    return Finding("torch.compile", f"none: it needs {missing}", "a compiled step fails")
 
 
 def _kernels(device: torch.device) -> list[Finding]:

@@ -208,6 +208,16 @@ class Stopwatch:
             stamps.append(("step", self.clock.stamp()))
         return stamps
 
+    def begin(self) -> float:
+        """Take the first steps of a new subject, in which kernels are searched for and compiled.
+
+        Returns:
+            The seconds of the very first one. The next is part of the warm-up.
+        """
+        first_s, second_s = (unpaused(self._timed_step) for _ in range(2))
+        self._ran_s.append(second_s)
+        return first_s
+
     def warm_up(self, most_s: float = WARMUP_MOST_S) -> str | None:
         """Step until latency and allocator have settled or a limit is reached, then check the
         result.
@@ -362,29 +372,33 @@ def time_interleaved(
             watch.samples.blocks.clear()
     for watch, reason in zip(watches, unsettled, strict=True):
         watch.samples.unsettled = reason
-    canary.warm_up()
     canary_s = list(earlier.canary_s) if earlier else []
     done = earlier.rounds if earlier else 0
     least = done + 1 if earlier else _least_rounds(watches, settings)
     order, shuffle = list(watches), random.Random(done)
     look, narrow, stopped = least, 0, ""
-    while not stopped:
-        canary_s.append(canary.seconds())
-        shuffle.shuffle(order)
-        for watch in order:
-            watch.time_block(settings.steps)
-        gc.collect(0)  # what the blocks left, not every object of torch
-        done += 1
-        found = [watch.samples.rounds for watch in watches]
-        width = widest_interval(found) if done >= look else None
-        if width is not None:
-            look = max(done + 1, int(done * CHECK_GROWTH))
-            narrow = narrow + 1 if width <= settings.precision_target else 0
-        on_round(done, width)
-        late = done >= least and clock.now() - began > limit_s
-        stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, spent_s + limit_s, settings)
+    with canary.ready() as canary_seconds:
+        while not stopped:
+            canary_s.append(canary_seconds())
+            shuffle.shuffle(order)
+            _time_round(order, settings)
+            done += 1
+            found = [watch.samples.rounds for watch in watches]
+            width = widest_interval(found) if done >= look else None
+            if width is not None:
+                look = max(done + 1, int(done * CHECK_GROWTH))
+                narrow = narrow + 1 if width <= settings.precision_target else 0
+            on_round(done, width)
+            late = done >= least and clock.now() - began > limit_s
+            stopped = _why_stop(width, narrow >= LOOKS_IN_A_ROW, late, spent_s + limit_s, settings)
     taken_s = spent_s + clock.now() - began
     return Session([watch.samples for watch in watches], canary_s, done, stopped, taken_s)
+
+
+def _time_round(order: Sequence[Stopwatch], settings: MeasureSettings) -> None:
+    for watch in order:
+        watch.time_block(settings.steps)
+    gc.collect(0)  # what the blocks left, not every object of torch
 
 
 def _least_rounds(watches: Sequence[Stopwatch], settings: MeasureSettings) -> int:

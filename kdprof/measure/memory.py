@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kdprof.hardware import Hardware
+from kdprof.hardware.device import free_unused
 from kdprof.measure.clock import Clock
 from kdprof.measure.latency import BLOCK_S
 from kdprof.measure.subject import Subject
@@ -22,6 +23,10 @@ from kdprof.records import Memory
 from kdprof.step import Mark, ignore_phase
 
 NO_ALLOCATOR = "the CPU has no caching allocator; see memory_bytes.process"
+REPLAYED = (
+    "the replay of a CUDA graph allocates nothing, so the allocator's peaks lack what it uses; see "
+    "memory_bytes.peak_reserved"
+)
 NO_RESET = "this system cannot reset a process's peak memory"
 SETTLING_STEPS = 2
 """Steps before the peaks are read: cuDNN's search for kernels and the optimiser's first allocation
@@ -92,9 +97,7 @@ class _ResidentPeaks:
 def empty_allocators(device: torch.device) -> None:
     """Give memory that nothing uses back to the system, so that it is not counted as a step's."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+    free_unused(device)
     with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -161,19 +164,25 @@ def _cuda_reading(
     peaks = _peaks_by_phase(subject, clock, _CudaPeaks(device), LEAST_LEAK_BYTES["cuda"], steps)
     torch.cuda.synchronize(device)
     process, reason = hardware.process_memory_bytes()
+    replayed = _is_replayed(subject)
     memory = Memory(
-        peak_allocated=max(peaks.phases.values()),
+        peak_allocated=None if replayed else max(peaks.phases.values()),
         peak_reserved=max(peaks.reserved.values()),
         process=process,
-        phases=peaks.phases,
+        phases=None if replayed else peaks.phases,
         phases_reserved=peaks.reserved,
     )
-    return MemoryReading(
-        memory,
-        {} if reason is None else {"memory_bytes.process": reason},
-        peaks.leaked_bytes,
-        settling_s + peaks.step_s,
-    )
+    unavailable = {} if reason is None else {"memory_bytes.process": reason}
+    if replayed:
+        names = ("memory_bytes.peak_allocated", "memory_bytes.phases")
+        unavailable |= dict.fromkeys(names, REPLAYED)
+    return MemoryReading(memory, unavailable, peaks.leaked_bytes, settling_s + peaks.step_s)
+
+
+def _is_replayed(subject: Subject) -> bool:
+    """Return whether a step replays CUDA graphs, whose memory the allocator set aside before."""
+    step = subject.traced
+    return step is not None and step.settings.compile == "cuda-graphs"
 
 
 def _peaks_by_phase(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from kdprof.hardware import Hardware
 from kdprof.hardware.base import State
 from kdprof.measure.canary import CanaryKernel
-from kdprof.measure.ceilings import measure_ceilings
+from kdprof.measure.ceilings import higher, measure_ceilings
 from kdprof.measure.clock import Clock, clock_of
 from kdprof.measure.end_to_end import LEAST_BLOCKS, Iterations, time_end_to_end
 from kdprof.measure.energy import EnergyReading, energy_of_blocks, measure_energy
@@ -40,17 +41,22 @@ from kdprof.records import Ceilings, Operation, Outlier
 from kdprof.step import ignore_phase
 from kdprof.study import MeasureSettings
 
+Limit = Callable[[float], float | None]
+"""Given about how long a step takes: the seconds from now on after which no further round starts;
+None for the settings' own time."""
+
 END_TO_END_SHARE = 0.5
 """Blocks of end-to-end iterations take at most this share of a step's measuring time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """What all sessions of a process share.
 
     Attributes:
         precision: that of the steps; None if it is not known.
-        ceilings: of fp32 if the precision is not known.
+        ceilings: of fp32 if the precision is not known; the higher of two readings once a session
+            has ended.
         energy_window: True to measure energy in a window of its own, not around timed blocks.
     """
 
@@ -63,6 +69,7 @@ class Bench:
     ceilings: Ceilings
     stages: Stages
     energy_window: bool
+    has_looked_again: bool = False
 
     @classmethod
     def of(
@@ -90,6 +97,18 @@ class Bench:
             stages=stages,
             energy_window=settings.detail or needs_energy,
         )
+
+    def look_again(self) -> None:
+        """Measure the ceilings once more after the first session: the first reading may have been
+        disturbed, or have met a GPU whose clock was still low. A device without the memory for it
+        keeps that reading."""
+        if self.has_looked_again:
+            return
+        self.has_looked_again = True
+        with self.stages.timed("ceilings"), suppress(torch.OutOfMemoryError):
+            precision = self.ceilings.precision
+            found = unpaused(lambda: measure_ceilings(self.device, precision))
+            self.ceilings = higher(self.ceilings, found)
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,8 @@ class Readings:
     Attributes:
         reference: the operators of the reference's step, which may be this step.
         reference_step_s: about the latency of the reference's step.
+        first_s: seconds of the very first steps of both, in which kernels are searched for and
+            compiled; so long they take again when both are built anew.
         after: state of the hardware after the timed blocks.
         most_s: how long the rounds could take because of other methods or of a short training;
             None: only the settings limited them.
@@ -132,6 +153,7 @@ class Readings:
     alone: Alone
     reference: list[Operation]
     reference_step_s: float
+    first_s: float
     timed: Session
     energy: EnergyReading
     outliers: list[Outlier]
@@ -152,7 +174,8 @@ class Readings:
 
     @property
     def least_visit_s(self) -> float:
-        """About the least time in which rounds can be added: a warm-up and a round."""
+        """About the least time in which rounds can be added once both have taken their first
+        steps: a warm-up and a round."""
         return (2 * WARMUP_WINDOW + 1) * (self.alone.step_s + self.reference_step_s)
 
 
@@ -200,7 +223,7 @@ def compare(
     *,
     reference: list[Operation] | None,
     on_round: OnRound,
-    most_s: float | None = None,
+    limit: Limit = lambda step_s: None,
     earlier: Readings | None = None,
 ) -> Readings:
     """Time a step interleaved with the reference, and return all readings.
@@ -208,7 +231,8 @@ def compare(
     Args:
         build_reference: builds the reference's step; None if ``subject`` is the reference.
         reference: the reference's operators if they are known already; None to trace them.
-        most_s: when no further round starts, if that is before the settings' time.
+        limit: when no further round starts, if that is before the settings' time. It is asked after
+            the first steps of subjects that are new.
         earlier: readings of the same step, which are continued.
 
     Raises:
@@ -230,6 +254,9 @@ def compare(
         for one, samples, seconds in zip(subjects, before, ran_s, strict=False)
     ]
     seen = {id(block) for watch in watches for block in watch.samples.blocks}
+    first_s = _first_steps_s(bench, watches if earlier else watches[1:])
+    first_s += alone.memory.step_s[0] if earlier is None else 0.0
+    most_s = limit(alone.step_s)
     gc.collect()  # what the earlier readings left
     with bench.stages.timed("timed rounds"):
         timed = time_interleaved(
@@ -248,11 +275,13 @@ def compare(
         _time_end_to_end(bench, watches, timed.taken_s - before_s)
     after = bench.hardware.state()
     problems = bench.hardware.problems(began, _states(added), after)
+    bench.look_again()
     return Readings(
         bench=bench,
         alone=alone,
         reference=reference,
         reference_step_s=watches[-1].step_s,
+        first_s=first_s,
         timed=timed,
         energy=alone.energy or energy_of_blocks(meter, timed.own.blocks),
         outliers=timed.own.outliers(bench.hardware),
@@ -263,6 +292,15 @@ def compare(
         stages_s=_added(earlier.stages_s if earlier else {}, bench.stages.taken()),
         paused_s=paused_s() - paused_before_s,
     )
+
+
+def _first_steps_s(bench: Bench, watches: Sequence[Stopwatch]) -> float:
+    """Take the first steps of new subjects, outside the time of the rounds: a compiler may need
+    minutes. Return the seconds of the very first ones."""
+    if not watches:
+        return 0.0
+    with bench.stages.timed("first steps"):
+        return sum(watch.begin() for watch in watches)
 
 
 def _states(blocks: Sequence[Block]) -> list[State]:

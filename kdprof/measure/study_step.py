@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from kdprof.measure.latency import OnRound
 from kdprof.measure.memory import empty_allocators, held_bytes
 from kdprof.measure.operator_times import StepOperators, compiled_notes
 from kdprof.measure.profiles import Files, write_files
-from kdprof.measure.session import Bench, Readings, compare, read_alone
+from kdprof.measure.session import Bench, Limit, Readings, compare, read_alone
 from kdprof.measure.stages import Stages
 from kdprof.measure.subject import BadStep
 from kdprof.models import AnyNetwork
@@ -36,10 +36,6 @@ of the next method would not be its own. A resident set also has code and pieces
 
 
 NO_KERNELS = "kdprof's Triton kernels do not run here, so that plain operators take their place"
-
-Limit = Callable[[float], float | None]
-"""Given about how long a step takes: the seconds after which no further round starts; None for the
-settings' own time."""
 
 
 class StudySubject:
@@ -206,7 +202,7 @@ class StudyBench:
             None if name == REFERENCE else lambda: self._subject(REFERENCE),
             reference=None if reference is None else reference.operations,
             on_round=on_round,
-            most_s=limit(alone.step_s),
+            limit=limit,
             earlier=None if earlier is None else earlier.readings,
         )
         if earlier is None and name in self._files:

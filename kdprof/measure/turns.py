@@ -107,7 +107,8 @@ class Turns:
         wide = {
             name: readings.width
             for name, readings in found.items()
-            if (least_s := max(LEAST_VISIT_S, readings.least_visit_s)) <= remaining
+            if (least_s := max(LEAST_VISIT_S, readings.least_visit_s))
+            and readings.first_s + least_s <= remaining
             and readings.timed.taken_s + least_s <= self.settings.max_time_s
         }
         name = max(wide, key=lambda name: wide[name], default=None)

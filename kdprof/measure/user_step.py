@@ -214,7 +214,7 @@ def _measure(
     device = conditions.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events and allocator statistics are the current device's
-    hardware = hardware_of(device, conditions.own_pids())
+    hardware = hardware_of(device, conditions.own_pids(), users=1)  # a parent leaves it alone
     bench = Bench.of(device, hardware, conditions.settings, conditions.precision, Stages())
     alone = read_alone(bench, subject, None)
     readings = compare(bench, alone, subject, build_reference, reference=None, on_round=on_round)

@@ -6,7 +6,6 @@ They are operators of torch, so that a step is counted on fake tensors without a
 
 from __future__ import annotations
 
-import functools
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -23,13 +22,25 @@ def _kernels() -> Any:
     return import_module("kdprof.resized.kernels")
 
 
-@functools.cache
+_NOT_TRIED = "not tried yet"
+_why_not: str | None = _NOT_TRIED
+"""A variable, which is a constant for torch.compile; into a cached function it would look."""
+
+
 def why_no_triton() -> str | None:
     """Return why this machine's GPU cannot run kdprof's kernels; None if it can.
 
-    One tiny run is the test, because Triton needs more than its package: a C compiler, Python's
-    headers, a GPU that is not too old.
+    One tiny run, at the first call in a process, is the test, because Triton needs more than its
+    package: a C compiler, Python's headers, a GPU that is not too old. What is to be compiled
+    should not make the first call: the compiler cannot trace it.
     """
+    global _why_not
+    if _why_not == _NOT_TRIED:
+        _why_not = _try_triton()
+    return _why_not
+
+
+def _try_triton() -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     # Neither a trace nor a count sees this run.

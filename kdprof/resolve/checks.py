@@ -35,7 +35,8 @@ def step_problems(study: Study, device_type: str, missing_compiler: str | None) 
 
     Args:
         device_type: cpu or cuda.
-        missing_compiler: what torch.compile lacks on this machine; None if it lacks nothing.
+        missing_compiler: what torch.compile lacks on this machine; None if it lacks nothing, or if
+            the step is not compiled.
     """
     step, problems = study.step, []
     if step.batch % step.gpus:
@@ -58,7 +59,7 @@ def step_problems(study: Study, device_type: str, missing_compiler: str | None) 
             f"step.compile = 'cuda-graphs' needs a CUDA device, this is {device_type}; "
             "use 'default' or 'none'"
         )
-    if step.compile != "none" and missing_compiler:
+    if missing_compiler:
         problems.append(f"step.compile needs {missing_compiler}; install it or use 'none'")
     return problems + _rate_problems(study) + _network_problems(study)
 

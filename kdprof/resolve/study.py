@@ -22,7 +22,6 @@ from kdprof.hardware.device import (
     check_precision,
     configure_backends,
     find_device,
-    missing_compiler,
     require_repeatable_cublas,
 )
 from kdprof.models import (
@@ -44,6 +43,7 @@ from kdprof.resolve import checks
 from kdprof.resolve.data import StudyData
 from kdprof.resolve.factory import Factory
 from kdprof.resolve.follow import LeadingFactory
+from kdprof.step import missing_compiler
 from kdprof.study import Study, own_optimizer
 from kdprof.user_files import ask_again, named_in_file
 
@@ -122,7 +122,8 @@ class ResolvedStudy:
         problems.attempt(self._check_teacher_method, None)
         if own_optimizer(study.step.optimizer):
             problems.attempt(partial(find_function, study.step.optimizer), None)
-        problems += checks.step_problems(study, self.device.type, missing_compiler(self.device))
+        missing = None if study.step.compile == "none" else missing_compiler(self.device)
+        problems += checks.step_problems(study, self.device.type, missing)
         if runs:
             problems.attempt(partial(check_precision, self.device, study.step.precision), None)
         train = problems.attempt(lambda: self._open("train"), None)

@@ -17,6 +17,7 @@ from kdprof.measure.cost import counted_cost
 from kdprof.measure.counting.count import Count, count_step, fake_tensors
 from kdprof.measure.counting.counted_step import Parts
 from kdprof.measure.counting.fakes import CPU
+from kdprof.measure.counting.gpu_autocast import autocast_of
 from kdprof.measure.counting.module_flop import modules_flop
 from kdprof.measure.isolation import Failure
 from kdprof.measure.memory import available_bytes
@@ -31,8 +32,9 @@ from kdprof.resolve.factory import Factory
 AnyCost = TypeVar("AnyCost", bound=Cost)
 
 COUNTED_FOR = "cuda"
-"""The kind of device whose blocks and kernels a step is counted with. A count is made to plan work
-on GPUs, mostly on a machine that has none; a step on a CPU is traced where it is measured."""
+"""The kind of device whose blocks, kernels and autocast a step is counted with. A count is made to
+plan work on GPUs, mostly on a machine that has none; a step on a CPU is traced where it is
+measured."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ def counts(
     them may count: the others take no part.
 
     Args:
-        device_type: type of the device whose sizes of blocks are counted.
+        device_type: type of the device whose sizes of blocks and autocast are counted.
     """
     # Nothing is initialised on the meta device. What fails there is tried on the CPU: some
     # backbones ask for values while they are built.
@@ -96,7 +98,7 @@ def counts(
     with progress.task("counting FLOP", len(names)) as advance:
         for name in names:
             # Only records go to standard output; what a user's method prints does not.
-            with redirect_stdout(sys.stderr), counted_for(device_type):
+            with redirect_stdout(sys.stderr), counted_for(device_type), autocast_of(device_type):
                 made = _count(counters, name)
             yield name, made
             advance(1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from kdprof.measure.counting.gpu_autocast import autocast_off
 from kdprof.measure.counting.recipes import Recipes
 
 CPU = torch.device("cpu")
@@ -58,7 +59,9 @@ class CountingMode(FakeTensorMode):
         key = self._recipes.key(func, args, kwargs)
         if key is not None and self._recipes.knows(key):
             return self._recipes.make(key, args, kwargs)
-        out = self.dispatch(func, types, args, kwargs)
+        # Autocast has done its part. A fake kernel may call operators that it would cast again.
+        with autocast_off():
+            out = self.dispatch(func, types, args, kwargs)
         # Where the key has changed, the operator has changed the shape of an argument.
         if key is not None and key == self._recipes.key(func, args, kwargs):
             self._recipes.learn(key, args, kwargs, out)
