@@ -148,13 +148,14 @@ class OurLoop:
     def __call__(self) -> float:
         set_switches(self.study)
         folder = RunFolder(self.folder / str(next(self.blocks)))
-        folder.path.mkdir(parents=True)
         first = untimed(self.batches)
         ends = dict.fromkeys(("iterations", "low", "high", "span"), first + self.iterations)
         run: Run = new_run(self.study, Cell(method=self.name, budget="all", **ends), None)
         feed = StepFeed(self.step, self.batches)
         watch = Stopwatch(feed, first, self.iterations)
-        TrainingRun(folder=folder, run=run, feed=feed, settings=NEVER_WAITED_FOR).train(watch, "")
+        training = TrainingRun(folder=folder, run=run, feed=feed, settings=NEVER_WAITED_FOR)
+        with folder.lock():
+            training.train(watch, "")
         self.waited_s += watch.waited_s
         self.trained_s += watch.seconds
         return watch.seconds

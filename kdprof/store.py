@@ -334,9 +334,7 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self.previous_checkpoint = path / "checkpoint.previous.pt"
-        self._lock = Lock(
-            path / "lock", f"{path} is being trained", "wait for it, or use another --out"
-        )
+        self._lock = Lock(path / "lock", str(path), "trained", "wait for it, or use another --out")
 
     def mark(self, iteration: int) -> Path:
         """Return the file of a trunk's state at an iteration."""
@@ -379,7 +377,7 @@ class RunFolder:
         """Show other processes that the holder of the lock is alive.
 
         Raises:
-            Held: another process has taken the lease.
+            Lost: another process has taken the lease.
         """
         self._lock.renew()
 
@@ -397,7 +395,11 @@ NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 class Held(KdprofError):
-    """Another process holds a lock."""
+    """Another process holds a lock, so this one cannot have it."""
+
+
+class Lost(KdprofError):
+    """Another process has taken a lock that this one held."""
 
 
 class Lock:
@@ -406,15 +408,20 @@ class Lock:
     The operating system releases the lock when the process ends, for whatever reason. Another
     machine may see the folder but not that lock, and some file systems have no locks; then the
     lease in the file counts. Its holder renews it, and it expires :data:`LEASE_S` after that. A
-    holder whose machine slept for longer may find that it is another's now.
+    holder whose machine slept for longer may find that it is, or was, another's.
 
     Args:
-        held: what its holder does, for the message of :class:`Held`.
-        fix: what to do then.
+        what: what is locked, for messages.
+        done: what its holder does to it, as in "is being trained".
+        fix: what to do while another process holds it.
     """
 
-    def __init__(self, path: Path, held: str, fix: str):
-        self.path, self._held, self._fix = path, held, fix
+    def __init__(self, path: Path, what: str, done: str, fix: str):
+        self.path, self._what, self._fix = path, what, fix
+        self._held = f"{what} is being {done}"
+        self._own: dict[str, Any] = {}
+        """The lease of this process while it holds the lock. It stays the same for as long: the
+        machine may get another name meanwhile."""
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -426,33 +433,37 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as file:
             locked = self._take(file)
+            self._own = {"host": _host(), "pid": os.getpid()}
             self._write_lease()
             if not locked:
                 time.sleep(SETTLE_S)  # another process may have found the file free, too
-                self._require_lease()
+                if (lease := self._lease()) is not None and lease != self._own:
+                    raise Held(f"{self._held_by(lease)}; {self._fix}")
             try:
                 yield
             finally:
-                if self._lease() == _own_lease():
-                    file.truncate(0)
+                if self._lease() == self._own:
+                    os.truncate(self.path, 0)  # not ``file``, which may have been removed
 
     def renew(self) -> None:
         """Show other processes that the holder is alive.
 
         Raises:
-            Held: another process has taken the lease.
+            Lost: another process has taken the lease; it may have ended since.
         """
-        self._require_lease()
-        if self._lease() is None:  # someone has removed it
+        if not self.path.exists():  # someone has removed it
             self._write_lease()
-        else:
+        elif (lease := self._lease()) == self._own:
             os.utime(self.path)  # not written: for a moment the file would be empty
+        else:
+            raise self._lost_to(lease)
 
     def _write_lease(self) -> None:
         with naming(self.path):
-            self.path.write_text(json.dumps(_own_lease()))
+            self.path.write_text(json.dumps(self._own))
 
     def _lease(self) -> dict[str, Any] | None:
+        """Return the lease in the file; None if there is none."""
         return _lease(self.path.read_text()) if self.path.exists() else None
 
     def is_held(self) -> bool | None:
@@ -465,19 +476,18 @@ class Lock:
         except OSError:
             return None
 
-    def _require_lease(self) -> None:
-        """Check that no other process has the lease.
+    def _held_by(self, lease: dict[str, Any]) -> str:
+        return f"{self._held} on {lease['host'].split()[0]} (process {lease['pid']})"
 
-        Raises:
-            Held: another process has it.
-        """
-        lease = self._lease()
-        if lease is not None and lease != _own_lease():
-            raise self._held_by(lease)
-
-    def _held_by(self, lease: dict[str, Any]) -> Held:
-        host, pid = lease["host"].split()[0], lease["pid"]
-        return Held(f"{self._held} on {host} (process {pid}); {self._fix}")
+    def _lost_to(self, lease: dict[str, Any] | None) -> Lost:
+        """Return the error of a holder that finds another lease, or none as a holder leaves it."""
+        when = "took it over while this one could not renew its lease"
+        if lease is None:
+            return Lost(
+                f"{self._what} is no longer this process's: another one {when}, and has ended; "
+                "run the same command again"
+            )
+        return Lost(f"{self._held_by(lease)}, which {when}; {self._fix}")
 
     def _take(self, file: IO[str]) -> bool:
         """Take the lock, and return False if the file system has no locks.
@@ -493,7 +503,7 @@ class Lock:
         file.seek(0)
         lease = _lease(file.read())
         if lease is not None and _is_alive(lease, file, locked=locked):
-            raise self._held_by(lease)
+            raise Held(f"{self._held_by(lease)}; {self._fix}")
         return locked
 
 
@@ -545,10 +555,6 @@ def _host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot[:8]}"
     return socket.gethostname()
-
-
-def _own_lease() -> dict[str, Any]:
-    return {"host": _host(), "pid": os.getpid()}
 
 
 def _is_alive(lease: dict[str, Any], file: IO[str], *, locked: bool) -> bool:

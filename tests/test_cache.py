@@ -26,7 +26,7 @@ from kdprof.errors import UserError
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 from kdprof.resolve.identity import cost_key
-from kdprof.store import Held
+from kdprof.store import Lost
 from kdprof.study import load_study
 
 SILENT = Progress(None)
@@ -272,10 +272,10 @@ def test_the_file_of_a_process_that_has_taken_the_lease_stays(root, folder, monk
     def taken(lock):
         (part,) = folder.rglob("*.part")
         part.write_text("the other's")
-        raise Held("the cache is being made on elsewhere (process 7); wait for it")
+        raise Lost("the cache is being made on elsewhere (process 7); wait for it")
 
     monkeypatch.setattr(caching.Lock, "renew", taken)
-    with pytest.raises(Held):
+    with pytest.raises(Lost):
         open_cache(CamVid(root, "train"), folder, SILENT)
     (part,) = folder.rglob("*.part")
     assert part.read_text() == "the other's"

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_study import price, small_study, train_small
+from small_study import price, small_study, small_toml, train_small
 from step_observer import observing, signal_at
 
+from kdprof import cli
 from kdprof.budget import seconds_per_iteration
 from kdprof.cli.output import stdout
 from kdprof.errors import UserError
@@ -201,6 +202,21 @@ def test_a_trunk_that_fails_later_leaves_the_smaller_budgets(tmp_path, budgets):
     again = train_small(tmp_path, budgets=budgets, **WSD)
     assert [run.budget for run in again.finished] == ["8"]
     assert again.finished[0].trunk_s > 0
+
+
+def test_a_trunk_that_another_machine_has_taken_is_no_success(tmp_path):
+    """Its marks are 2 and 4; it is taken between them."""
+    lock = Store(tmp_path).trunk_folder("kd", 0).path / "lock"
+
+    def take(step, iteration):
+        if iteration == 2:
+            lock.write_text('{"host": "elsewhere 1", "pid": 7}')
+
+    with observing(8, after=take):
+        summary = train_small(tmp_path, budgets=["4", "8"], **WSD)
+    (failure,) = summary.failures
+    assert "trunks/kd/0 is being trained on elsewhere (process 7), which took it over" in failure
+    assert summary.elsewhere == ["kd 8 seed 0"]
 
 
 def test_a_group_that_starts_again_leaves_out_what_needs_a_failed_trunk(tmp_path):
@@ -402,6 +418,28 @@ def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
     assert [run.method for run in summary.finished] == ["none"]
     assert summary.elsewhere == ["kd 6 seed 0"]
     assert not summary.failures
+
+
+def test_a_command_that_lost_a_run_says_so_and_fails(tmp_path, capsys, monkeypatch):
+    """Another machine took the first run while this one slept; the second one is still trained."""
+    study = small_study(methods=["none", "kd"], budgets=["6"])
+    price(tmp_path / "out", study)
+    lock = Store(tmp_path / "out").run_folder("none", "6", 0).path / "lock"
+
+    def take(step, iteration):
+        if iteration == 3 and step.method.name == "none":
+            lock.write_text('{"host": "elsewhere 1", "pid": 7}')
+
+    file = small_toml(tmp_path, methods=["none", "kd"], budgets=["6"])
+    command = ["kdprof", "train", "--study", str(file), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    with observing(6, after=take), pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert "none/6/0 is being trained on elsewhere (process 7), which took it over" in said.err
+    assert "1 runs trained" in said.out
+    assert "0 are held by other processes, 1 failed" in said.out
 
 
 # What is told

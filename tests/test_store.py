@@ -223,30 +223,67 @@ def test_without_locks_the_last_lease_decides_between_two_at_once(tmp_path, no_l
         pass
 
 
-def test_who_slept_longer_than_its_lease_finds_it_taken(tmp_path, no_locks, monkeypatch):
-    """Two machines: the second one takes the lease while the first one sleeps."""
+@pytest.fixture
+def now_on(monkeypatch):
+    """Let the locks that are taken from now on be taken on a machine of a name."""
     monkeypatch.setattr(store, "SETTLE_S", 0.0)
-    folder, lock = RunFolder(tmp_path), tmp_path / "lock"
+    return lambda host: monkeypatch.setattr(store, "_host", lambda: host)
 
-    def now_on(host):
-        monkeypatch.setattr(store, "_host", lambda: host)
 
+def test_who_slept_longer_than_its_lease_finds_it_taken(tmp_path, no_locks, now_on):
+    """Two machines: the second one takes the lease while the first one sleeps."""
+    first, second, lock = RunFolder(tmp_path), RunFolder(tmp_path), tmp_path / "lock"
     now_on("first 1")
-    with folder.lock():
-        folder.renew_lease()
+    with first.lock():
+        first.renew_lease()
         os.utime(lock, (0, 0))
         now_on("second 2")
-        with folder.lock():
-            now_on("first 1")
-            with pytest.raises(store.Held, match=r"being trained on second \(process"):
-                folder.renew_lease()
-            now_on("second 2")
-            folder.renew_lease()
+        with second.lock():
+            with pytest.raises(store.Lost, match=r"being trained on second \(process \d+\), which"):
+                first.renew_lease()
+            second.renew_lease()
             assert json.loads(lock.read_text())["host"] == "second 2"
             taken = lock.read_text()
         lock.write_text(taken)
-        now_on("first 1")
     assert lock.read_text() == taken  # who lost it does not end the other's
+
+
+def test_who_slept_until_the_taker_has_ended_has_lost_it_all_the_same(tmp_path, no_locks, now_on):
+    first, second, lock = RunFolder(tmp_path), RunFolder(tmp_path), tmp_path / "lock"
+    now_on("first 1")
+    with first.lock():
+        os.utime(lock, (0, 0))
+        now_on("second 2")
+        with second.lock():
+            pass
+        for _ in range(2):  # it does not take the lease back
+            with pytest.raises(store.Lost, match=f"{tmp_path} .*took it over .* has ended"):
+                first.renew_lease()
+        assert lock.read_text() == ""
+
+
+def test_a_damaged_lease_is_no_longer_its_holders(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.lock():
+        (tmp_path / "lock").write_text('{"host": "else')
+        with pytest.raises(store.Lost):
+            folder.renew_lease()
+        assert (tmp_path / "lock").read_text() == '{"host": "else'
+
+
+def test_a_machine_that_gets_another_name_keeps_its_locks(tmp_path, monkeypatch):
+    """As from DHCP, while a run is trained."""
+    folder, lock = RunFolder(tmp_path), tmp_path / "lock"
+    monkeypatch.setattr("socket.gethostname", lambda: "old-name")
+    with folder.lock():
+        monkeypatch.setattr("socket.gethostname", lambda: "new-name.example")
+        os.utime(lock, (0, 0))
+        folder.renew_lease()
+        assert lock.stat().st_mtime > 0
+        lock.unlink()
+        folder.renew_lease()
+        assert json.loads(lock.read_text())["host"].split()[0] == "old-name"
+    assert lock.read_text() == ""  # free at once, for whoever is next
 
 
 def test_a_lease_is_renewed_without_being_written(tmp_path):

@@ -8,12 +8,13 @@ import pytest
 from small_study import price, small_study
 from step_observer import Observer, observing, signal_at
 
+from kdprof import store
 from kdprof.data import feeder
 from kdprof.progress import Progress
 from kdprof.records import Cost, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.step_feed import StepFeed
-from kdprof.store import Held, RunFolder, Store
+from kdprof.store import Lost, RunFolder, Store
 from kdprof.train import loop
 from kdprof.train.cells import Cell, new_run
 from kdprof.train.loop import Interrupted, TrainingRun, Validation
@@ -164,10 +165,36 @@ def test_a_run_that_another_machine_has_taken_is_left_as_it_is(tmp_path, clock):
             there.update({path: path.read_bytes() for path in run.path.iterdir()})
 
     often = {"training__log_every": 1, "training__checkpoint_every_s": STEP_S / 2}
-    with ticking(clock, take), pytest.raises(Held, match=r"trained on elsewhere \(process 7\)"):
+    with ticking(clock, take), pytest.raises(Lost, match=r"trained on elsewhere \(process 7\)"):
         train(tmp_path, clock, **often)
     assert run.read_run().iterations_done == 7
     assert {path: path.read_bytes() for path in run.path.iterdir()} == there
+
+
+def test_a_run_that_another_machine_has_taken_and_finished_stays_finished(
+    tmp_path, clock, monkeypatch
+):
+    """This machine sleeps in its eighth step until the other one has trained the run to its end."""
+    run, there = folder_of(tmp_path), {}
+    monkeypatch.setattr(store, "SETTLE_S", 0.0)
+    monkeypatch.setattr(store, "_flock", lambda file, how=0: False)  # each sees its own locks only
+    often = {"training__log_every": 1, "training__checkpoint_every_s": STEP_S / 2}
+
+    def sleep(step, iteration):
+        if iteration == 7 and not there:
+            there["begun"] = b""
+            os.utime(run.path / "lock", (0, 0))
+            monkeypatch.setattr(store, "_host", lambda: "elsewhere 1")
+            assert train(tmp_path, clock, **often).finished
+            del there["begun"]
+            there.update({path: path.read_bytes() for path in run.path.iterdir()})
+
+    with ticking(clock, sleep), pytest.raises(Lost, match=r"none/6/0 .* has ended"):
+        train(tmp_path, clock, **often)
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == there
+    names = {path.name for path in there}
+    assert names >= {"run.json", "ledger.jsonl", "curve.jsonl", "log.jsonl", "checkpoint.pt"}
+    assert run.read_run().finished
 
 
 def test_a_step_that_fails_then_writes_nothing_either(tmp_path, clock):

@@ -41,7 +41,7 @@ from kdprof.data.decoded import Decoded, decode_all
 from kdprof.data.threads import in_threads
 from kdprof.errors import KdprofError, UserError
 from kdprof.progress import Progress
-from kdprof.store import LEASE_S, Held, Lock, expanded, replace_durably
+from kdprof.store import LEASE_S, Held, Lock, Lost, expanded, replace_durably
 
 HEADER = struct.Struct("<8sQI")
 MAGIC = b"kdprof 1"
@@ -267,7 +267,7 @@ def using(path: Path, done: Literal["written", "read"]) -> Iterator[None]:
 @contextmanager
 def _lock(path: Path, progress: Progress) -> Iterator[Lock]:
     """Hold the lock of a cache, so that one process makes it; wait for a process that does."""
-    lock = Lock(path.with_suffix(".lock"), f"the cache {path} is being made", "wait for it")
+    lock = Lock(path.with_suffix(".lock"), f"the cache {path}", "made", "wait for it")
     told = False
     with ExitStack() as held:
         while True:
@@ -293,7 +293,7 @@ def _make(data: DataOnDisk, path: Path, progress: Progress, lock: Lock) -> None:
             _write(data, file.fileno(), index, progress, lock)
             os.fsync(file.fileno())
         replace_durably(unfinished, path)
-    except Held:
+    except Lost:
         raise  # the file is that of the process that makes the cache now
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.step_feed import StepFeed
-from kdprof.store import Held, RunFolder, append_line, read_lines, write_atomic, write_record
+from kdprof.store import Lost, RunFolder, append_line, read_lines, write_atomic, write_record
 from kdprof.study import TrainingSettings
 from kdprof.train import checkpoint
 from kdprof.train.ledger import Ledger
@@ -154,8 +154,8 @@ class TrainingRun:
         Raises:
             Interrupted: a signal was received; everything is saved.
             NotFinite: a loss is no longer finite.
-            Held: this process was stopped for so long that another one trains the run now; nothing
-                was saved since.
+            Lost: this process was stopped for so long that another one has taken the run, and may
+                have finished it; nothing was saved since.
             KdprofError: no checkpoint can be read.
         """
         self._resume(progress)
@@ -174,11 +174,11 @@ class TrainingRun:
                     self._train_until(stop, advance)
                     self._at_stop(stop, progress, label)
                     self._leave_if_asked()
-            except (Interrupted, Held):
+            except (Interrupted, Lost):
                 raise
             except Exception as error:
                 if not lost_contact(error):
-                    with suppress(Held):
+                    with suppress(Lost):
                         self._fail(error)
                 if not isinstance(error, NotFinite):
                     self.step.lead.give_up(error)
@@ -498,7 +498,7 @@ class TrainingRun:
         """Write into the record why the run ended; the checkpoint does not change.
 
         Raises:
-            Held: the record is another process's now.
+            Lost: the record is another process's now.
         """
         self.folder.renew_lease()
         saved = None

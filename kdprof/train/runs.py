@@ -17,7 +17,7 @@ from kdprof.progress import Progress
 from kdprof.records import Cost, Run
 from kdprof.resolve import ResolvedStudy
 from kdprof.step_feed import StepFeed
-from kdprof.store import Held, Store
+from kdprof.store import Held, Lost, Store
 from kdprof.train.cells import Cell, cells_of, new_run
 from kdprof.train.loop import Interrupted, TrainingRun, Validation, outcome
 from kdprof.train.prepare import Prepared, check_runs, prepare, stored_costs
@@ -48,7 +48,8 @@ def train(
     """Measure what is missing, train the teacher, then every cell of the study.
 
     A finished run is skipped, an interrupted run continues, and a run that another process holds
-    is left to that process. If a run fails, the others are still trained.
+    is left to that process. If a run fails, or another process takes it from this one, the others
+    are still trained.
 
     Args:
         prepared: the result of :func:`prepare` for these methods, if it was called before.
@@ -228,7 +229,8 @@ class _Work:
 
     def _train_trunk(self, plan: TrunkPlan, state: Path, left: str) -> None:
         """Train a trunk as far as all its branches need; if it fails after a branch's own state,
-        say so and go on.
+        say so and go on. A trunk that was lost to another process fails the branch: the branches
+        that are left wait for that process.
 
         Args:
             state: the file that the branch begins from.
@@ -236,7 +238,7 @@ class _Work:
         trunk = Cell.trunk(plan)
         try:
             run = self._train(trunk, trunk.label(), left, marks=set(plan.marks.values()))
-        except (Interrupted, LostContact):
+        except (Interrupted, LostContact, Lost):
             raise
         except Exception as error:
             if not state.exists():
