@@ -195,11 +195,23 @@ def _parse_term(text: str) -> Budget:
         )
     if kind == "iterations" and amount.is_finite() and amount != amount.to_integral_value():
         raise UserError(f"budget '{text}' is not a whole number of iterations; round it")
+    if method and (tail := _amount_behind(method)):
+        raise UserError(
+            f"budget '{text}': '+{tail}' is no iterations of a method, so it cannot be added; "
+            f"write +{tail}@METHOD, or give two budgets"
+        )
     if method and not METHOD_NAME.fullmatch(method):
         raise UserError(f"budget '{text}': {method!r} is no name of a method; write {EXAMPLES}")
     if amount <= 0 or (kind == "iterations" and amount < 1):
         raise UserError(f"budget '{text}' is smaller than one iteration; give more")
     return Budget(text, float(amount), kind, method)
+
+
+def _amount_behind(method: str) -> str:
+    """Return the amount behind the last plus sign of what should be a method's name, or nothing."""
+    _, _, tail = method.rpartition("+")
+    match = _FORM.fullmatch(tail.strip())
+    return tail.strip() if match and tail != method and match[2] in _UNITS else ""
 
 
 def _product(number: str, factor: int) -> Decimal:

@@ -12,7 +12,7 @@ from kdprof.discovery import find_method
 from kdprof.errors import Problems, UserError, unknown
 from kdprof.records import Decision, Run
 from kdprof.reports.axes import AXES
-from kdprof.reports.decisions import looks, outcome
+from kdprof.reports.decisions import looks, outcome, why_no_gain
 from kdprof.reports.results import Results, collect
 from kdprof.stats.sequential import fewest_seeds
 from kdprof.store import Store, write_atomic
@@ -183,11 +183,15 @@ def _decision(claim: Claim, plan: Plan, results: Results | None) -> Decision:
     own = replace(results, finished=_own_runs(claim, plan, results))
     try:
         found = looks(claim, own, plan.confidence, plan.max_seeds)
+        why, finally_ = why_no_gain(claim, own, plan.confidence)
     except UserError as error:
         return made.model_copy(update={"reason": str(error)})
+    if finally_:
+        return made.model_copy(update={"reason": why, "looks": found})
     if not found:
         return made
-    return made.model_copy(update={"looks": found, "outcome": outcome(claim, found[-1])})
+    decided = "undecided" if why else outcome(claim, found[-1])
+    return made.model_copy(update={"looks": found, "outcome": decided})
 
 
 def _with_savings(decision: Decision, claim: Claim, plan: Plan, results: Results) -> Decision:
@@ -196,4 +200,9 @@ def _with_savings(decision: Decision, claim: Claim, plan: Plan, results: Results
         return decision
     saved = max(0, 2 * len(_budgets(claim, plan)) * plan.max_seeds - len(own))
     mean_s = sum(run.train_s.actual for run in own) / len(own)
-    return decision.model_copy(update={"saved_runs": saved, "saved_s": saved * mean_s})
+    update = {"saved_runs": saved, "saved_s": saved * mean_s}
+    if decision.outcome == "undecided" and not decision.reason:
+        # Before, a reason would have ended it.
+        own_results = replace(results, finished=own)
+        update["reason"], _ = why_no_gain(claim, own_results, plan.confidence)
+    return decision.model_copy(update=update)

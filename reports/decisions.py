@@ -12,10 +12,11 @@ from kdprof.claims import Claim
 from kdprof.errors import UserError
 from kdprof.records import Decision, Look, Outcome
 from kdprof.stats.gain import difference_weights, slope
+from kdprof.stats.seeds import Contrast
 from kdprof.stats.sequential import confidence_sequence
 
 from .axes import axis
-from .judge import evidence, why_no_gain
+from .judge import evidence, why_doubtful
 from .results import Results, count, final_miou
 from .text import MISSING, duration
 
@@ -24,8 +25,7 @@ def looks(claim: Claim, results: Results, confidence: float, max_seeds: int) -> 
     """Return what is known after 2, 3, ... seeds, up to the decision.
 
     Raises:
-        UserError: a claimed gain lies outside what the budgets can show, or accuracy does not rise
-            with compute.
+        UserError: a claimed gain lies outside what the budgets can show.
     """
     differences = within_seeds(claim, results)[:max_seeds]
     found = []
@@ -36,6 +36,37 @@ def looks(claim: Claim, results: Results, confidence: float, max_seeds: int) -> 
         if outcome(claim, found[-1]) != "undecided":
             break
     return found
+
+
+def why_no_gain(claim: Claim, results: Results, confidence: float) -> tuple[str, bool]:
+    """Return why a claimed gain cannot be decided by the seeds so far, or nothing, and whether
+    further seeds cannot change that.
+
+    Both curves must rise with compute (:func:`kdprof.stats.gain.compute_equivalent_gain`). A curve
+    that seeds do not show to rise may need more of them; one that they show to fall does not.
+    """
+    if claim.budget is not None:
+        return "", False
+    found = evidence(results)
+    chosen, names = axis(results, claim.axis), (claim.first, claim.second)
+    model = found.model(*names)
+    slopes = {name: slope(model, found.curve(name, chosen)) for name in names}
+    falling = [name for name, each in slopes.items() if _falls(each, confidence)]
+    if falling:
+        who = " and ".join(falling)
+        return (
+            f"accuracy of {who} does not rise with compute, so there is no gain; train larger "
+            "budgets",
+            True,
+        )
+    return why_doubtful(slopes, confidence), False
+
+
+def _falls(slope: Contrast, confidence: float) -> bool:
+    """Return whether a slope is shown not to be above 0."""
+    if slope.error == 0:
+        return slope.value <= 0
+    return slope.freedom >= 1 and slope.probability() < 1 - confidence
 
 
 def _finite(end: float) -> float | None:
@@ -78,8 +109,7 @@ def _first_seeds(sets: Sequence[set[int]]) -> list[int]:
 def _along_curves(claim: Claim, results: Results) -> list[float]:
     found = evidence(results)
     chosen = axis(results, claim.axis)
-    names = (claim.first, claim.second)
-    curve, control = (found.curve(name, chosen) for name in names)
+    curve, control = (found.curve(name, chosen) for name in (claim.first, claim.second))
     cells = [*curve.cells, *control.cells]
     shift = math.log(claim.threshold)
     if not control.logs[0] - curve.logs[-1] <= shift <= control.logs[-1] - curve.logs[0]:
@@ -87,10 +117,6 @@ def _along_curves(claim: Claim, results: Results) -> list[float]:
             f"the budgets cannot show a gain of {claim.threshold:g}; train budgets that are "
             "further apart"
         )
-    model = found.model(claim.first, claim.second)
-    slopes = {name: slope(model, one) for name, one in zip(names, (curve, control), strict=True)}
-    if why := why_no_gain(slopes):
-        raise UserError(f"{why}, so there is no gain; train larger budgets")
     (weights,) = difference_weights(cells, curve, control, np.array([shift]))
     return [
         float(weights @ [found.scores[cell][seed] for cell in cells])

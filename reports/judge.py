@@ -263,13 +263,18 @@ def _why_no_interval(seeds: int, slopes: Mapping[str, Contrast], confidence: flo
         return "one seed, so no interval"
     if min(each.freedom for each in slopes.values()) < 1:
         return "no interval: the runs say nothing about their variance"
-    doubtful = [name for name, each in slopes.items() if each.probability() < confidence]
+    why = why_doubtful(slopes, confidence)
+    return f"no interval: {why}" if why else ""
+
+
+def why_doubtful(slopes: Mapping[str, Contrast], confidence: float) -> str:
+    """Return which curves are not shown to rise, or nothing."""
+    doubtful = [
+        name for name, each in slopes.items() if each.freedom < 1 or each.probability() < confidence
+    ]
     if not doubtful:
         return ""
-    return (
-        f"no interval: accuracy of {' and '.join(doubtful)} may not rise with compute, by these "
-        "seeds"
-    )
+    return f"accuracy of {' and '.join(doubtful)} may not rise with compute, by these seeds"
 
 
 def _bound_text(method: str, versus: str, bound: str) -> str:

@@ -21,9 +21,9 @@ class Written:
     """What was written, and what the reader of the files must know."""
 
     files: list[Path]
-    removed: list[Path]
-    """Files of an earlier call that the records do not allow any more, or that were not asked for
-    this time: they would show another state than the files beside them."""
+    others: list[Path]
+    """Files beside them with names that ``plot`` uses, which this call did not write: the records
+    do not allow them any more, or they were not asked for. They may show an earlier state."""
     verdict: Verdict | None
     """None if no run was trained; then only costs are shown."""
     notes: list[str]
@@ -39,8 +39,7 @@ def write_all(
     formats: Sequence[str] = FORMATS,
     width_mm: float = PAGE,
 ) -> Written:
-    """Write every report that the records of a folder allow, and remove those of an earlier call
-    that are not written again.
+    """Write every report that the records of a folder allow.
 
     Args:
         versus: see :func:`kdprof.reports.judge.judge`; the others are those of
@@ -61,18 +60,15 @@ def write_all(
         paths += costs.render(store)
     paths.append(page.render(store, verdict, x))
     notes = [f"no figures and tables of costs: {why}; measure all methods on one"] if why else []
-    return Written(paths, _remove_others(store, paths), verdict, notes)
+    return Written(paths, _others(store, paths), verdict, notes)
 
 
 _TEXTS = ("table.md", "table.csv", "verdict.md", "verdict.json", "costs.md", "costs.csv",
           "costs.tex")  # fmt: skip
 
 
-def _remove_others(store: Store, written: Collection[Path]) -> list[Path]:
-    """Remove the files of :func:`write_all` that it did not write this time, and return them."""
+def _others(store: Store, written: Collection[Path]) -> list[Path]:
+    """Return the files with names of :func:`write_all` that it did not write this time."""
     names = [*(f"{name}.{suffix}" for name in NAMES for suffix in FORMATS), *_TEXTS]
-    left = [path for name in names if (path := store.reports / name) not in written]
-    removed = [path for path in left if path.is_file()]
-    for path in removed:
-        path.unlink()
-    return removed
+    paths = [store.reports / name for name in names]
+    return [path for path in paths if path not in written and path.is_file()]

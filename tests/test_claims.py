@@ -21,7 +21,7 @@ from kdprof.progress import Progress
 from kdprof.records import ClaimRecord, Run
 from kdprof.reports import judge
 from kdprof.reports.claims import make_claim, verify, write_claim
-from kdprof.reports.decisions import looks, outcome, within_seeds
+from kdprof.reports.decisions import looks, outcome, why_no_gain, within_seeds
 from kdprof.reports.results import Results, collect
 from kdprof.store import Store, read_record, write_record
 from kdprof.study import Study, load_study
@@ -320,14 +320,38 @@ def test_a_gain_is_decided_by_the_curves_of_each_seed():
     assert min(below) > 0 > max(above)
 
 
+GAIN = "gain(m0, kd) > 1.2 on iterations"
+
+
 def test_a_gain_of_curves_that_fall_with_compute_is_not_decided(tmp_path):
     study = simulate(Setting(3, 3, 4, noise=0.01), np.random.default_rng(0))[0]
     falling = [run.model_copy(update={"miou": 1 - (run.miou or 0.0)}) for run in study.finished]
-    statement = "gain(m0, kd) > 1.2 on iterations"
-    with pytest.raises(UserError, match="accuracy of m0 and kd does not rise with compute"):
-        within_seeds(parse_claim(statement), replace(study, finished=falling))
+    why, finally_ = why_no_gain(parse_claim(GAIN), replace(study, finished=falling), 0.95)
+    assert why.startswith("accuracy of m0 and kd does not rise with compute, so there is no gain")
+    assert finally_
     with pytest.raises(UserError, match="no gain of m0 over kd: accuracy of m0 and kd does not"):
-        make_claim(stored(tmp_path, falling), statement)
+        make_claim(stored(tmp_path, falling), GAIN)
+
+
+def test_a_gain_waits_for_seeds_that_show_that_accuracy_rises():
+    """Noise of five points hides the rise between budgets, which more seeds would show."""
+    quiet, noisy = (
+        simulate(Setting(3, 3, 4, noise=noise), np.random.default_rng(0))[0]
+        for noise in (0.01, 5.0)
+    )
+    assert why_no_gain(parse_claim(GAIN), quiet, 0.95) == ("", False)
+    why, finally_ = why_no_gain(parse_claim(GAIN), noisy, 0.95)
+    assert "may not rise with compute, by these seeds" in why
+    assert not finally_
+    assert why_no_gain(parse_claim("m0 > kd @ 10k@kd"), noisy, 0.95) == ("", False)
+
+
+def test_equal_scores_end_a_claim_about_a_gain():
+    """Their slope is 0 without an error, so that no seed would change it."""
+    study = simulate(Setting(3, 3, 4, noise=0.01), np.random.default_rng(0))[0]
+    equal = [run.model_copy(update={"miou": 0.7}) for run in study.finished]
+    _, finally_ = why_no_gain(parse_claim(GAIN), replace(study, finished=equal), 0.95)
+    assert finally_
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-"""All that ``kdprof plot`` writes: what is left out, and what is removed."""
+"""All that ``kdprof plot`` writes, what is left out, and what lies beside it."""
 
 import pytest
 from click.testing import CliRunner
@@ -13,10 +13,10 @@ from kdprof.store import write_record
 TWO = ("none", "kd")
 
 
-def test_figures_of_an_earlier_state_are_removed_and_named(tmp_path):
+def test_figures_that_may_be_of_an_earlier_state_are_named(tmp_path):
     store = a_store(tmp_path, matrix(TWO), COSTS)
     before = write_all(store, formats=("png", "svg"))
-    assert before.removed == []
+    assert before.others == []
     other = [store.reports / name for name in ("schedules.png", "own.png", "steps.md")]
     for path in other:
         path.write_text("of another command")
@@ -26,18 +26,18 @@ def test_figures_of_an_earlier_state_are_removed_and_named(tmp_path):
         run = a_run("mgd", budget, 0, 0.5 + seconds / 50, iterations_done=10, train_s=spent)
         write_record(store.run_folder("mgd", budget, 0).record, run)
     after = write_all(store, formats=("png",))
-    gone = {"flips.png", *(f"{name}.svg" for name in ("curves", "flips", "gain", "cost", "memory"))}
-    assert {path.name for path in after.removed} == gone
-    assert not any(path.exists() for path in after.removed)
-    assert all(path.is_file() for path in (*after.files, *other))
+    left = {"flips.png", *(f"{name}.svg" for name in ("curves", "flips", "gain", "cost", "memory"))}
+    assert {path.name for path in after.others} == left
+    assert all(path.is_file() for path in (*after.files, *after.others, *other))
 
 
-def test_the_command_names_what_it_removed(tmp_path):
+def test_the_command_names_them(tmp_path):
     store = a_store(tmp_path, matrix(TWO), COSTS)
     write_all(store, formats=("png",))
     done = CliRunner().invoke(cli, ["plot", "--out", str(tmp_path), "--format", "svg"])
     assert done.exit_code == 0
-    assert f"removed {store.reports / 'curves.png'}: " in done.output
+    assert "may show an earlier state: curves.png, flips.png, gain.png" in done.output
+    assert (store.reports / "curves.png").is_file()
 
 
 def test_costs_of_two_devices_leave_out_their_figures_and_tables_alone(tmp_path):
@@ -47,7 +47,7 @@ def test_costs_of_two_devices_leave_out_their_figures_and_tables_alone(tmp_path)
     store.write_cost(a_cost("cwd", 0.15, device="NVIDIA A100"))
     made = write_all(store, formats=("png",))
     assert {path.stem for path in made.files} == stems - {"cost", "memory", "costs"}
-    assert {path.stem for path in made.removed} == {"cost", "memory", "costs"}
+    assert {path.stem for path in made.others} == {"cost", "memory", "costs"}
     why = "the costs come from different devices (NVIDIA A100 and NVIDIA H200)"
     assert made.notes == [f"no figures and tables of costs: {why}; measure all methods on one"]
     assert f"Not compared: {why}." in (store.reports / "index.html").read_text()

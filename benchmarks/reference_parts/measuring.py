@@ -7,7 +7,7 @@ from dataclasses import replace
 from kdprof.records import Atlas, Cost
 from kdprof.reports import atlas
 from kdprof.reports.atlas_check import without_paths
-from kdprof.store import Store
+from kdprof.store import Store, newest_by_method
 
 from .base import Part
 from .plan import Piece, in_order, is_variant
@@ -26,7 +26,7 @@ class Measuring(Part):
 
     def _costs(self, piece: Piece) -> dict[str, Cost]:
         store = self._store(piece)
-        return {cost.method: cost for cost in store.costs()} if store.root.exists() else {}
+        return newest_by_method(store.costs()) if store.root.exists() else {}
 
     def _open(self, piece: Piece) -> list[str]:
         """Return the methods of a piece that are not measured, in order."""

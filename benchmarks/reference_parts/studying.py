@@ -7,7 +7,7 @@ from typing import Any
 
 from kdprof.records import Cost
 from kdprof.reports.atlas_check import without_paths
-from kdprof.store import Store
+from kdprof.store import Store, newest_by_method
 
 from .base import Part
 from .plan import plan_budgets, plan_teacher, seed_s
@@ -127,7 +127,7 @@ class Studying(Part):
             self.call.state.save()
 
     def _measured(self) -> dict[str, Cost]:
-        return {cost.method: cost for cost in Store(self.call.work / COSTS).costs()}
+        return newest_by_method(Store(self.call.work / COSTS).costs())
 
     def _available_s(self, ends_s: float) -> float:
         """Return the seconds that the planned seeds have for their runs."""

@@ -96,8 +96,9 @@ def plot(
     if made.verdict is None:
         say("no run is trained yet; plotting the costs only")
     name_files(made.files)
-    for path in made.removed:
-        say(f"removed {path}: it was made by an earlier call and not again by this one")
+    if made.others:
+        names = ", ".join(path.name for path in made.others)
+        say(f"not written by this call, so it may show an earlier state: {names}")
     for note in made.notes:
         say(note)
     if made.verdict is not None:
