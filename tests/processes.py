@@ -7,6 +7,7 @@ server, started once by each process of tests.
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,8 @@ def side_by_side(function: Callable, *arguments: tuple) -> None:
 def _command(arguments, cwd, variables, outputs) -> None:
     from kdprof.cli import main
 
+    # What a shell starts in the background ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
