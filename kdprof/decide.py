@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from kdprof.claims import Claim
 from kdprof.discovery import find_method
@@ -200,7 +201,7 @@ def _with_savings(decision: Decision, claim: Claim, plan: Plan, results: Results
         return decision
     saved = max(0, 2 * len(_budgets(claim, plan)) * plan.max_seeds - len(own))
     mean_s = sum(run.train_s.actual for run in own) / len(own)
-    update = {"saved_runs": saved, "saved_s": saved * mean_s}
+    update: dict[str, Any] = {"saved_runs": saved, "saved_s": saved * mean_s}
     if decision.outcome == "undecided" and not decision.reason:
         # Before, a reason would have ended it.
         own_results = replace(results, finished=own)
