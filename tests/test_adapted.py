@@ -105,6 +105,18 @@ def std_in_0_1(classes):
     return of(classes, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
+def mean_in_0_1(classes):
+    return of(classes, mean=(0.485, 0.456, 0.406))
+
+
+def black_mean(classes):
+    return of(classes, mean=(0, 0, 0))
+
+
+def mean_with_std_1(classes):
+    return of(classes, mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
+
+
 def caffe(classes):
     return of(classes, mean=[123, 117, 104], std=[1, 1, 1])
 """
@@ -127,7 +139,12 @@ def caffe(classes):
         ("text_mean", "own: mean = rgb; give three finite numbers"),
         ("infinite_std", "own: std = (1, 1, inf); give three finite numbers"),
         ("zero_std", "own: std = (58.4, 0.0, 57.4); images are divided by it"),
-        ("std_in_0_1", "images are in 0..255: multiply mean and std by 255"),
+        ("std_in_0_1", "images are in 0..255: multiply numbers for 0..1 by 255"),
+        (
+            "mean_in_0_1",
+            "own: mean = (0.485, 0.456, 0.406), std = (58.395, 57.12, 57.375), but images are in "
+            "0..255: multiply numbers for 0..1 by 255",
+        ),
     ],
 )
 def test_what_is_wrong_in_ones_own_network_is_said_with_its_place(mine, function, message):
@@ -144,6 +161,8 @@ def test_a_normalisation_may_be_a_list_and_divide_by_one(mine):
     mine.write_text(MINE + WRONG)
     network = build(f"{mine}:caffe", 5)
     assert vars(network.preprocessing) == {"mean": (123, 117, 104), "std": (1, 1, 1), "bgr": False}
+    assert build(f"{mine}:black_mean", 5).preprocessing.mean == (0, 0, 0)
+    assert build(f"{mine}:mean_with_std_1", 5).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ class AdaptedNetwork(Network):
         self.heads = tuple(f"module.{head}" for head in heads)
         self.module, self.maps, self.align_corners = module, maps, align_corners
         mean, std = _three(name, "mean", mean), _three(name, "std", std)
-        _check_std(name, std)
+        _check_normalisation(name, mean, std)
         self.preprocessing = Preprocessing(mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -164,12 +164,14 @@ def _three(name: str, what: str, given: Iterable[float]) -> RGB:
     return red, green, blue
 
 
-def _check_std(name: str, std: RGB) -> None:
+def _check_normalisation(name: str, mean: RGB, std: RGB) -> None:
     if min(std) <= 0:
         raise UserError(f"{name}: std = {std}; images are divided by it, so give numbers above 0")
-    if max(std) < 1:
+    small = max(std) < 1 or (0 < min(mean) and max(mean) < 1 and std != (1, 1, 1))
+    if small:
         raise UserError(
-            f"{name}: std = {std}, but images are in 0..255: multiply mean and std by 255"
+            f"{name}: mean = {mean}, std = {std}, but images are in 0..255: multiply numbers for "
+            "0..1 by 255"
         )
 
 
