@@ -1,5 +1,6 @@
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,54 @@ def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp
     done = kdprof("train", *options, cwd=mine.parent)
     assert done.returncode == 0, done.stderr
     assert "2 runs trained" in done.stdout
+
+
+SETTINGS = (
+    "step.aux_weight=0", "data_settings.synthetic_size=40x56", "data_settings.synthetic_train=6",
+    "data_settings.synthetic_val=3", "data_settings.workers=0", "data_settings.cache=none",
+    "evaluation.points=1",
+)  # fmt: skip
+IN_SECONDS = (
+    "--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch", "2", "--crop",
+    "32x48", "--method", "none", "--no-control", "--budget", "3", "--seeds", "1", "--max-time",
+    "0.01", "--in-process", *(f"--set={setting}" for setting in SETTINGS),
+)  # fmt: skip
+"""Options that make any preset small."""
+
+
+def test_a_preset_trains_ones_own_network(mine):
+    """Presets name ImageNet's weights for the backbones of their own networks."""
+    options = ("--study", "camvid-pspnet-r18", "--student", "mine.py:build", *IN_SECONDS)
+    done = kdprof("train", *options, "--teacher", "mine.py:build", cwd=mine.parent)
+    assert done.returncode == 0, done.stderr
+    for role in ("student", "teacher"):
+        assert (
+            done.stderr.count(
+                f"{role}_backbone_weights: none instead of the preset's imagenet; "
+                f"{mine}:build loads its weights itself\n"
+            )
+            == 1
+        )
+    stored = tomllib.loads((mine.parent / "kdprof-out/study.toml").read_text())
+    assert stored["student_backbone_weights"] == stored["teacher_backbone_weights"] == "none"
+
+
+@pytest.mark.parametrize("given", ["option", "set", "file"])
+def test_backbone_weights_given_for_ones_own_network_are_refused(mine, given):
+    (mine.parent / "s.toml").write_text('student_backbone_weights = "imagenet"')
+    study, *more = {
+        "option": ("camvid-pspnet-r18", "--student-backbone-weights", "imagenet"),
+        "set": ("camvid-pspnet-r18", "--set", "student_backbone_weights=imagenet"),
+        "file": ("s.toml",),
+    }[given]
+    options = ("--study", study, "--student", "mine.py:build", *IN_SECONDS, *more)
+    done = kdprof("train", *options, cwd=mine.parent)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        f"student_backbone_weights: {mine}:build loads its weights itself; set it to none, not "
+        "imagenet"
+    )
+    assert not (mine.parent / "kdprof-out/study.toml").exists()
 
 
 def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):

@@ -169,7 +169,9 @@ def test_a_broken_package_takes_no_name_away(install, capsys, name):
 def test_a_package_that_works_under_the_name_of_a_built_in_is_refused_beside_a_broken_one(install):
     install(MINE.replace("class MyKD(Method):", "class MyKD(Method):\n    name = 'kd'"), "also_kd")
     install("1 / 0", "broken_beside_it", "kd")
-    with pytest.raises(UserError, match=r"\(also_kd:MyKD of also_kd\) has the name 'kd' of another"):
+    with pytest.raises(
+        UserError, match=r"\(also_kd:MyKD of also_kd\) has the name 'kd' of another"
+    ):
         find_method("kd")
 
 

@@ -167,8 +167,7 @@ def _three(name: str, what: str, given: Iterable[float]) -> RGB:
 def _check_normalisation(name: str, mean: RGB, std: RGB) -> None:
     if min(std) <= 0:
         raise UserError(f"{name}: std = {std}; images are divided by it, so give numbers above 0")
-    small = max(std) < 1 or (0 < min(mean) and max(mean) < 1 and std != (1, 1, 1))
-    if small:
+    if max(std) < 1 or (min(mean) > 0 and max(mean) < 1 and std != (1, 1, 1)):
         raise UserError(
             f"{name}: mean = {mean}, std = {std}, but images are in 0..255: multiply numbers for "
             "0..1 by 255"
