@@ -106,8 +106,8 @@ def _found() -> tuple[Mapping[str, MethodEntry], Mapping[str, UserError]]:
             )
             continue
         found[cls.name] = MethodEntry(cls, point.value)
-    for error in (*broken.values(), *clashing.values()):
-        sys.stderr.write(f"kdprof: {error}\n")
+    for refusal in (*broken.values(), *clashing.values()):
+        sys.stderr.write(f"kdprof: {refusal}\n")
     # A package that cannot be loaded takes no name away from a method that can be used.
     lost = {name: error for name, error in broken.items() if name not in found}
     return MappingProxyType(found), {**lost, **clashing}
