@@ -8,12 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from processes import kdprof
+from safetensors.torch import save_file
 from small_study import price, small_study, small_toml
 
 from kdprof.discovery import builtin_methods
 from kdprof.errors import UserError
 from kdprof.measure.counting.count_study import count_costs
 from kdprof.models import build
+from kdprof.models.export import export
+from kdprof.models.weight_files import open_weights
+from kdprof.models.weights import load_weights, read_weights
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 
@@ -309,6 +313,76 @@ def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
         for file in ("student.safetensors", checkpoint)
     ]
     assert scores[0] == scores[1]
+
+    mine.write_text(MINE.replace('name="mine"', 'name="mine", mean=(0, 0, 0), std=(255, 255, 255)'))
+    for command in (
+        (*evaluation, "student.safetensors"),
+        (*evaluation, checkpoint),
+        ("export", "again.safetensors", *given),
+    ):
+        done = kdprof(*command, cwd=tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "was trained on images normalised with mean (123.675, 116.28, 103.53) and" in line
+        assert "mine normalises them with mean (0.0, 0.0, 0.0) and std (255.0, 255.0" in line
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+OF_TIMM = {"mean": (127.5,) * 3, "std": (127.5,) * 3, "bgr": False}
+OF_IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr": False}
+
+
+def stored(folder, kind, network, preprocessing):
+    """Weights as an export, a checkpoint, or a state dict of another program."""
+    state = network.module.state_dict()
+    stated = {} if preprocessing is None else {"preprocessing": preprocessing}
+    if kind == "export":
+        header = {"network": network.info.name, "classes": "a\nb\nc"}
+        header |= {key: json.dumps(value) for key, value in stated.items()}
+        save_file(state, folder / "w.safetensors", header)
+        return folder / "w.safetensors"
+    content = {"step": {"student": state}, **stated} if kind == "checkpoint" else state
+    torch.save(content, folder / "w.pth")
+    return folder / "w.pth"
+
+
+@pytest.mark.parametrize("kind", ["export", "checkpoint", "state dict"])
+@pytest.mark.parametrize(
+    ("name", "stated", "message"),
+    [
+        ("smp-fpn-tu-test_resnet", OF_TIMM, None),
+        ("smp-fpn-tu-test_resnet", OF_IMAGENET, r"normalised with mean \(123.675, .*, smp-fpn-tu"),
+        ("smp-fpn-tu-test_resnet", {**OF_TIMM, "bgr": True}, r"127.5\) \(BGR\), smp-fpn-tu-test"),
+        ("smp-fpn-tu-test_resnet", None, "does not say how its images were normalised, and "),
+        ("smp-fpn-tu-test_resnet", {"mean": [1, 2]}, "'preprocessing' is .*, no mean and std"),
+        ("smp-fpn-tu-test_resnet", [1], "'preprocessing' is .*, no mean and std"),
+        ("smp-fpn-tu-resnet18", None, None),
+        ("smp-fpn-resnet18", None, None),
+        ("smp-fpn-resnet18", OF_TIMM, r"normalised with mean \(127.5, .*\), smp-fpn-resnet18 norm"),
+    ],
+)  # fmt: skip
+def test_weights_for_images_of_another_normalisation_are_refused(
+    tmp_path, kind, name, stated, message
+):
+    """Earlier versions normalised the images of all these networks as ImageNet's."""
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build(name, 3)
+    file = open_weights(stored(tmp_path, kind, network, stated))
+    if message is None or kind == "state dict":  # which says nothing, and is the user's own
+        assert load_weights(network, read_weights(file, network)).missing == []
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        read_weights(file, network)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_export_states_the_normalisation_that_it_is_read_with(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build("smp-fpn-tu-test_resnet", 3)
+    export(network, tmp_path / "w.safetensors", ("a", "b", "c"), (64, 64))
+    file = open_weights(tmp_path / "w.safetensors")
+    assert json.loads(file.header["preprocessing"])["mean"] == [127.5] * 3
+    assert read_weights(file, network).classes == ("a", "b", "c")
 
 
 def test_segformer_has_its_published_size_and_taps():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ with quick_import():
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+IMAGENET = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 PROBE = 128
 """Height and width of the image with which channels and strides are determined."""
 REASON = 160
@@ -388,7 +389,7 @@ def _normalisation_of_smp(smp: Any, name: str, encoder: str, weights: str) -> tu
             f"({type(error).__name__}: {_short(error)}); take another encoder, or weights none"
         ) from error
     rgb = told["input_space"] == "RGB"
-    if rgb and _close(mean, IMAGENET_MEAN) and _close(std, IMAGENET_STD):
+    if rgb and Preprocessing(mean, std).agrees(IMAGENET):
         return IMAGENET_MEAN, IMAGENET_STD
     if rgb and universal:
         return mean, std
@@ -397,10 +398,6 @@ def _normalisation_of_smp(smp: Any, name: str, encoder: str, weights: str) -> tu
         f"{std}, not ImageNet's; take a tu- encoder, or write a file that builds the network with "
         "these (docs/own-model.md)"
     )
-
-
-def _close(numbers: Sequence[float], others: Sequence[float]) -> bool:
-    return all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(numbers, others, strict=True))
 
 
 def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
