@@ -88,25 +88,29 @@ def builtin_methods() -> Mapping[str, MethodEntry]:
 def _found() -> tuple[Mapping[str, MethodEntry], Mapping[str, UserError]]:
     """Return the methods that can be used, and why each of the other installed ones cannot."""
     found: dict[str, MethodEntry] = {}
-    unusable: dict[str, UserError] = {}
+    broken: dict[str, UserError] = {}
+    clashing: dict[str, UserError] = {}
     for module in method_modules():
         for method in _methods_in(importlib.import_module(f"kdprof.methods.{module}"), BUILT_IN):
             found[method.cls.name] = method
     for point in entry_points(group="kdprof.methods"):
-        name = point.name
         try:
             cls = _installed(point)
-            name = cls.name
-            if name in found:
-                raise UserError(
-                    f"{_told(point)} has the name '{name}' of another method; change its class "
-                    "attribute 'name', or uninstall it"
-                )
-            found[name] = MethodEntry(cls, point.value)
         except UserError as error:
-            unusable[name] = error
-            sys.stderr.write(f"kdprof: {error}\n")
-    return MappingProxyType(found), unusable
+            broken[point.name] = error
+            continue
+        if cls.name in found:
+            clashing[cls.name] = UserError(
+                f"{_told(point)} has the name '{cls.name}' of another method; change its class "
+                "attribute 'name', or uninstall it"
+            )
+            continue
+        found[cls.name] = MethodEntry(cls, point.value)
+    for refusal in (*broken.values(), *clashing.values()):
+        sys.stderr.write(f"kdprof: {refusal}\n")
+    # A package that cannot be loaded takes no name away from a method that can be used.
+    lost = {name: error for name, error in broken.items() if name not in found}
+    return MappingProxyType(found), {**lost, **clashing}
 
 
 def _installed(point: EntryPoint) -> type[Method]:

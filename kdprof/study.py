@@ -10,7 +10,7 @@ import datetime
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -484,8 +484,17 @@ def _without_none(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_study(source: str | None, overrides: Mapping[str, Any]) -> Study:
+def load_study(
+    source: str | None,
+    overrides: Mapping[str, Any],
+    *,
+    say: Callable[[str], object] | None = None,
+) -> Study:
     """Read a preset, a TOML file or (None) the defaults, with dotted ``overrides`` on top.
+
+    Args:
+        say: called with a line for each setting of a preset that does not hold for a network in
+            ``overrides``.
 
     Raises:
         UserError: the preset or file does not exist, the TOML is malformed, or fields are invalid;
@@ -494,11 +503,31 @@ def load_study(source: str | None, overrides: Mapping[str, Any]) -> Study:
     values = _read(source) if source else {}
     for key, value in overrides.items():
         _put(values, key, value)
+    if source in presets():
+        for line in _drop_backbone_weights(values, overrides):
+            if say is not None:
+                say(line)
     try:
         return Study.model_validate(values)
     except ValidationError as error:
         origin = source or "study"
         raise UserError(*(_explain(origin, item) for item in error.errors())) from None
+
+
+def _drop_backbone_weights(values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Set the backbone weights of a preset to none for networks in users' files, which load their
+    own, except those that the user gave; return a line for each."""
+    lines = []
+    for role in ("student", "teacher"):
+        key, network = f"{role}_backbone_weights", values.get(role)
+        weights = values.get(key, "none")
+        if key in given or weights == "none" or named_in_file(str(network)) is None:
+            continue
+        values[key] = "none"
+        lines.append(
+            f"{key}: none instead of the preset's {weights}; {network} loads its weights itself"
+        )
+    return lines
 
 
 def with_measuring(study: Study, overrides: Mapping[str, Any]) -> Study:

@@ -68,7 +68,7 @@ class Workflow:
                 "lease alone"
             )
         source = source or (str(store.study) if store.study.is_file() else None)
-        study = load_study(source, overrides)
+        study = load_study(source, overrides, say=progress.say)
         join_study(store.study, study)
         return cls(study, store, progress, control, measuring or {})
 
@@ -86,7 +86,14 @@ class Workflow:
         from kdprof.resolve import ResolvedStudy
 
         study = self._measured_study()
-        return ResolvedStudy(study, progress=self.progress, weights=weights, ranks=ranks, runs=runs)
+        return ResolvedStudy(
+            study,
+            progress=self.progress,
+            weights=weights,
+            ranks=ranks,
+            runs=runs,
+            control=self.control,
+        )
 
     def _measured_study(self) -> Study:
         return with_measuring(self.study, self.measuring)
@@ -170,13 +177,13 @@ class Workflow:
         """Do the work that the jobs of a launcher share: measure Costs and train the teacher. A
         method that cannot be measured fails in its jobs."""
         from kdprof.train.prepare import prepare
-        from kdprof.train.teacher import needs_teacher, trained_teacher
+        from kdprof.train.teacher import trained_teacher
 
         resolved = self.resolved(ranks=ranks)
         prepared = prepare(resolved, self.store, list(names), self.progress)
         for failure in prepared.failures:
             self.progress.say(failure)
-        if needs_teacher(resolved, prepared.costs.keys() & set(names)):
+        if resolved.needs_teacher(prepared.costs.keys() & set(names)):
             trained_teacher(resolved, self.store, self.progress)
 
     def train_job(

@@ -1,5 +1,6 @@
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from processes import kdprof
+from safetensors.torch import save_file
 from small_study import price, small_study, small_toml
 
 from kdprof.discovery import builtin_methods
 from kdprof.errors import UserError
 from kdprof.measure.counting.count_study import count_costs
 from kdprof.models import build
+from kdprof.models.export import export
+from kdprof.models.weight_files import open_weights
+from kdprof.models.weights import load_weights, read_weights
 from kdprof.progress import Progress
 from kdprof.resolve import ResolvedStudy
 
@@ -105,6 +110,18 @@ def std_in_0_1(classes):
     return of(classes, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
+def mean_in_0_1(classes):
+    return of(classes, mean=(0.485, 0.456, 0.406))
+
+
+def black_mean(classes):
+    return of(classes, mean=(0, 0, 0))
+
+
+def mean_with_std_1(classes):
+    return of(classes, mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
+
+
 def caffe(classes):
     return of(classes, mean=[123, 117, 104], std=[1, 1, 1])
 """
@@ -127,7 +144,12 @@ def caffe(classes):
         ("text_mean", "own: mean = rgb; give three finite numbers"),
         ("infinite_std", "own: std = (1, 1, inf); give three finite numbers"),
         ("zero_std", "own: std = (58.4, 0.0, 57.4); images are divided by it"),
-        ("std_in_0_1", "images are in 0..255: multiply mean and std by 255"),
+        ("std_in_0_1", "images are in 0..255: multiply numbers for 0..1 by 255"),
+        (
+            "mean_in_0_1",
+            "own: mean = (0.485, 0.456, 0.406), std = (58.395, 57.12, 57.375), but images are in "
+            "0..255: multiply numbers for 0..1 by 255",
+        ),
     ],
 )
 def test_what_is_wrong_in_ones_own_network_is_said_with_its_place(mine, function, message):
@@ -144,6 +166,8 @@ def test_a_normalisation_may_be_a_list_and_divide_by_one(mine):
     mine.write_text(MINE + WRONG)
     network = build(f"{mine}:caffe", 5)
     assert vars(network.preprocessing) == {"mean": (123, 117, 104), "std": (1, 1, 1), "bgr": False}
+    assert build(f"{mine}:black_mean", 5).preprocessing.mean == (0, 0, 0)
+    assert build(f"{mine}:mean_with_std_1", 5).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
 @pytest.fixture
@@ -203,6 +227,54 @@ def test_ones_own_network_is_trained_under_every_method_it_can_give_to(mine, tmp
     assert "2 runs trained" in done.stdout
 
 
+SETTINGS = (
+    "step.aux_weight=0", "data_settings.synthetic_size=40x56", "data_settings.synthetic_train=6",
+    "data_settings.synthetic_val=3", "data_settings.workers=0", "data_settings.cache=none",
+    "evaluation.points=1",
+)  # fmt: skip
+IN_SECONDS = (
+    "--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch", "2", "--crop",
+    "32x48", "--method", "none", "--no-control", "--budget", "3", "--seeds", "1", "--max-time",
+    "0.01", "--in-process", *(f"--set={setting}" for setting in SETTINGS),
+)  # fmt: skip
+"""Options that make any preset small."""
+
+
+def test_a_preset_trains_ones_own_network(mine):
+    """Presets name ImageNet's weights for the backbones of their own networks."""
+    options = ("--study", "camvid-pspnet-r18", "--student", "mine.py:build", *IN_SECONDS)
+    done = kdprof("train", *options, "--teacher", "mine.py:build", cwd=mine.parent)
+    assert done.returncode == 0, done.stderr
+    for role in ("student", "teacher"):
+        assert (
+            done.stderr.count(
+                f"{role}_backbone_weights: none instead of the preset's imagenet; "
+                f"{mine}:build loads its weights itself\n"
+            )
+            == 1
+        )
+    stored = tomllib.loads((mine.parent / "kdprof-out/study.toml").read_text())
+    assert stored["student_backbone_weights"] == stored["teacher_backbone_weights"] == "none"
+
+
+@pytest.mark.parametrize("given", ["option", "set", "file"])
+def test_backbone_weights_given_for_ones_own_network_are_refused(mine, given):
+    (mine.parent / "s.toml").write_text('student_backbone_weights = "imagenet"')
+    study, *more = {
+        "option": ("camvid-pspnet-r18", "--student-backbone-weights", "imagenet"),
+        "set": ("camvid-pspnet-r18", "--set", "student_backbone_weights=imagenet"),
+        "file": ("s.toml",),
+    }[given]
+    options = ("--study", study, "--student", "mine.py:build", *IN_SECONDS, *more)
+    done = kdprof("train", *options, cwd=mine.parent)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        f"student_backbone_weights: {mine}:build loads its weights itself; set it to none, not "
+        "imagenet"
+    )
+    assert not (mine.parent / "kdprof-out/study.toml").exists()
+
+
 def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
     """As a teacher, in an evaluation, and from an export of a student that was trained."""
     torch.manual_seed(0)
@@ -241,6 +313,76 @@ def test_ones_own_weights_are_taken_strictly_and_given_back(mine, tmp_path):
         for file in ("student.safetensors", checkpoint)
     ]
     assert scores[0] == scores[1]
+
+    mine.write_text(MINE.replace('name="mine"', 'name="mine", mean=(0, 0, 0), std=(255, 255, 255)'))
+    for command in (
+        (*evaluation, "student.safetensors"),
+        (*evaluation, checkpoint),
+        ("export", "again.safetensors", *given),
+    ):
+        done = kdprof(*command, cwd=tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "was trained on images normalised with mean (123.675, 116.28, 103.53) and" in line
+        assert "mine normalises them with mean (0.0, 0.0, 0.0) and std (255.0, 255.0" in line
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+OF_TIMM = {"mean": (127.5,) * 3, "std": (127.5,) * 3, "bgr": False}
+OF_IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr": False}
+
+
+def stored(folder, kind, network, preprocessing):
+    """Weights as an export, a checkpoint, or a state dict of another program."""
+    state = network.module.state_dict()
+    stated = {} if preprocessing is None else {"preprocessing": preprocessing}
+    if kind == "export":
+        header = {"network": network.info.name, "classes": "a\nb\nc"}
+        header |= {key: json.dumps(value) for key, value in stated.items()}
+        save_file(state, folder / "w.safetensors", header)
+        return folder / "w.safetensors"
+    content = {"step": {"student": state}, **stated} if kind == "checkpoint" else state
+    torch.save(content, folder / "w.pth")
+    return folder / "w.pth"
+
+
+@pytest.mark.parametrize("kind", ["export", "checkpoint", "state dict"])
+@pytest.mark.parametrize(
+    ("name", "stated", "message"),
+    [
+        ("smp-fpn-tu-test_resnet", OF_TIMM, None),
+        ("smp-fpn-tu-test_resnet", OF_IMAGENET, r"normalised with mean \(123.675, .*, smp-fpn-tu"),
+        ("smp-fpn-tu-test_resnet", {**OF_TIMM, "bgr": True}, r"127.5\) \(BGR\), smp-fpn-tu-test"),
+        ("smp-fpn-tu-test_resnet", None, "does not say how its images were normalised, and "),
+        ("smp-fpn-tu-test_resnet", {"mean": [1, 2]}, "'preprocessing' is .*, no mean and std"),
+        ("smp-fpn-tu-test_resnet", [1], "'preprocessing' is .*, no mean and std"),
+        ("smp-fpn-tu-resnet18", None, None),
+        ("smp-fpn-resnet18", None, None),
+        ("smp-fpn-resnet18", OF_TIMM, r"normalised with mean \(127.5, .*\), smp-fpn-resnet18 norm"),
+    ],
+)  # fmt: skip
+def test_weights_for_images_of_another_normalisation_are_refused(
+    tmp_path, kind, name, stated, message
+):
+    """Earlier versions normalised the images of all these networks as ImageNet's."""
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build(name, 3)
+    file = open_weights(stored(tmp_path, kind, network, stated))
+    if message is None or kind == "state dict":  # which says nothing, and is the user's own
+        assert load_weights(network, read_weights(file, network)).missing == []
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        read_weights(file, network)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_export_states_the_normalisation_that_it_is_read_with(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build("smp-fpn-tu-test_resnet", 3)
+    export(network, tmp_path / "w.safetensors", ("a", "b", "c"), (64, 64))
+    file = open_weights(tmp_path / "w.safetensors")
+    assert json.loads(file.header["preprocessing"])["mean"] == [127.5] * 3
+    assert read_weights(file, network).classes == ("a", "b", "c")
 
 
 def test_segformer_has_its_published_size_and_taps():

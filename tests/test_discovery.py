@@ -99,15 +99,15 @@ def test_a_mended_file_is_read_again(mine):
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Install a package with one module, whose entry point ``coolkd`` is the object ``MyKD``."""
+    """Install a package with one module, whose entry point is the object ``MyKD``."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def write(text, package):
+    def write(text, package, name="coolkd"):
         (tmp_path / f"{package}.py").write_text(text)
         told = tmp_path / f"{package}-1.0.dist-info"
         told.mkdir()
         (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (told / "entry_points.txt").write_text(f"[kdprof.methods]\ncoolkd = {package}:MyKD\n")
+        (told / "entry_points.txt").write_text(f"[kdprof.methods]\n{name} = {package}:MyKD\n")
         discovery._found.cache_clear()
 
     yield write
@@ -151,6 +151,28 @@ def test_a_broken_package_breaks_no_other_method(install, capsys, request, text,
     with pytest.raises(UserError) as raised:
         find_method(asked)
     assert line == f"kdprof: {raised.value}"
+
+
+@pytest.mark.parametrize("name", ["kd", "none", "mykd"])
+def test_a_broken_package_takes_no_name_away(install, capsys, name):
+    """Two are controls; the third is a method of another package."""
+    install(MINE, f"well_beside_{name}")
+    install("1 / 0", f"broken_as_{name}", name)
+    origins = {"mykd": f"well_beside_{name}:MyKD"}
+    assert find_method(name).origin == origins.get(name, "built-in")
+    assert builtin_methods()[name] is find_method(name)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"kdprof: the installed method '{name}' (broken_as_{name}:MyKD of ")
+    assert "ZeroDivisionError" in line
+
+
+def test_a_package_that_works_under_the_name_of_a_built_in_is_refused_beside_a_broken_one(install):
+    install(MINE.replace("class MyKD(Method):", "class MyKD(Method):\n    name = 'kd'"), "also_kd")
+    install("1 / 0", "broken_beside_it", "kd")
+    with pytest.raises(
+        UserError, match=r"\(also_kd:MyKD of also_kd\) has the name 'kd' of another"
+    ):
+        find_method("kd")
 
 
 def test_commands_run_beside_a_broken_package(install):

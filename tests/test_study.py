@@ -72,6 +72,28 @@ def test_value_where_a_section_is_expected():
         load_study(None, {"seeds": 1, "seeds.x": 2})
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_preset_gives_no_backbone_weights_to_a_users_network(role, tmp_path):
+    key, other = f"{role}_backbone_weights", {"student": "teacher", "teacher": "student"}[role]
+    own, said = {role: "a/mine.py:build"}, []
+    study = load_study("camvid-pspnet-r18", own, say=said.append)
+    assert getattr(study, key) == "none"
+    assert getattr(study, f"{other}_backbone_weights") == "imagenet"
+    assert said == [
+        f"{key}: none instead of the preset's imagenet; a/mine.py:build loads its weights itself"
+    ]
+    said.clear()
+    for weights in ("imagenet", "none"):
+        study = load_study("camvid-pspnet-r18", {**own, key: weights}, say=said.append)
+        assert getattr(study, key) == weights
+    file = tmp_path / "s.toml"
+    file.write_text(f'{key} = "imagenet"')
+    assert getattr(load_study(str(file), own, say=said.append), key) == "imagenet"
+    load_study("quickstart", own, say=said.append)
+    load_study("camvid-pspnet-r18", {role: "pspnet-r50"}, say=said.append)
+    assert said == []
+
+
 def test_missing_file_unknown_preset_and_malformed_toml(tmp_path):
     with pytest.raises(UserError, match="did you mean 'camvid'"):
         load_study("canvid", {})

@@ -370,6 +370,10 @@ def test_a_backbone_is_read_once_before_anything_runs_and_said(tmp_path):
                 f"{role}_backbone_weights: {own_network} loads its weights itself; set it to none, "
                 f"not {weights}"
             )
+    alone = {**own, "teacher": own_network, "teacher_backbone_weights": "imagenet"}
+    ResolvedStudy(small_study(**alone, methods=["none"]), control=False)  # nothing reads a teacher
+    with pytest.raises(UserError, match="teacher_backbone_weights: "):
+        ResolvedStudy(small_study(**alone, methods=["none", "cwd"]), control=False)
     first = next(key for key, value in state.items() if value.is_floating_point())
     saved(path, {**state, first: state[first] * float("nan")})
     with pytest.raises(UserError, match=rf"1 of {len(state)} tensors hold NaN \({first}\)"):

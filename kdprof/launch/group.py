@@ -110,7 +110,8 @@ def in_group(study: Study, lead: Callable[[Ranks | None], Result]) -> Result | N
         return lead(None)
     ranks = Ranks(place, find_device(study.device).type)
     if not ranks.leads:
-        follow(ranks, lambda: ResolvedStudy(study, ranks=ranks))
+        # Rank 0 knows whether the controls are trained, and checks what only they need.
+        follow(ranks, lambda: ResolvedStudy(study, ranks=ranks, control=False))
         return None
     with _ending(ranks):
         return lead(ranks)

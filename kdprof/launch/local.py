@@ -21,7 +21,7 @@ from kdprof.store import Store
 from kdprof.train.loop import Interrupted, StopSignal
 from kdprof.train.prepare import Prepared
 from kdprof.train.runs import Summary
-from kdprof.train.teacher import needs_teacher, trained_teacher
+from kdprof.train.teacher import trained_teacher
 from kdprof.workflow import Workflow
 
 CPU_SLOTS = 2
@@ -105,7 +105,7 @@ def _train(
     cells = len(names) * len(study.budgets) * study.seeds
     left = sum(len(job.budgets) for job in jobs)
     summary = Summary(skipped=cells - left, failures=list(prepared.failures))
-    if jobs and needs_teacher(study, {job.method for job in jobs}):
+    if jobs and study.needs_teacher({job.method for job in jobs}):
         _train_teacher(study, store, progress, slots[0])
     pool = _Pool(store, study.device.type, slots, progress)
     with progress.task("runs", left) as advance:

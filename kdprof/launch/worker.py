@@ -130,7 +130,8 @@ def _do(request: WorkRequest, workflow: Workflow, ranks: Ranks | None) -> Outcom
 def _workflow(request: WorkRequest) -> Workflow:
     store = Store(Path(request.out))
     study = load_study(str(store.study), {"device": request.device})
-    return Workflow(study, store, _SentProgress(), measuring=request.measuring)
+    # The request names its methods; the launcher added the controls to them.
+    return Workflow(study, store, _SentProgress(), control=False, measuring=request.measuring)
 
 
 def main() -> None:

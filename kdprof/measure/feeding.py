@@ -97,9 +97,8 @@ def measure_study_feeding(
     Raises:
         UserError: the study is not valid, or see :func:`measure_feeding`.
     """
-    return measure_feeding(
-        ResolvedStudy(load_study(source, overrides), progress=progress), progress
-    )
+    study = load_study(source, overrides, say=progress.say)
+    return measure_feeding(ResolvedStudy(study, progress=progress), progress)
 
 
 def measure_feeding(study: ResolvedStudy, progress: Progress) -> Feeding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ with quick_import():
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+IMAGENET = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 PROBE = 128
 """Height and width of the image with which channels and strides are determined."""
 REASON = 160
@@ -88,7 +89,7 @@ class AdaptedNetwork(Network):
         self.heads = tuple(f"module.{head}" for head in heads)
         self.module, self.maps, self.align_corners = module, maps, align_corners
         mean, std = _three(name, "mean", mean), _three(name, "std", std)
-        _check_std(name, std)
+        _check_normalisation(name, mean, std)
         self.preprocessing = Preprocessing(mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -164,12 +165,13 @@ def _three(name: str, what: str, given: Iterable[float]) -> RGB:
     return red, green, blue
 
 
-def _check_std(name: str, std: RGB) -> None:
+def _check_normalisation(name: str, mean: RGB, std: RGB) -> None:
     if min(std) <= 0:
         raise UserError(f"{name}: std = {std}; images are divided by it, so give numbers above 0")
-    if max(std) < 1:
+    if max(std) < 1 or (min(mean) > 0 and max(mean) < 1 and std != (1, 1, 1)):
         raise UserError(
-            f"{name}: std = {std}, but images are in 0..255: multiply mean and std by 255"
+            f"{name}: mean = {mean}, std = {std}, but images are in 0..255: multiply numbers for "
+            "0..1 by 255"
         )
 
 
@@ -387,7 +389,7 @@ def _normalisation_of_smp(smp: Any, name: str, encoder: str, weights: str) -> tu
             f"({type(error).__name__}: {_short(error)}); take another encoder, or weights none"
         ) from error
     rgb = told["input_space"] == "RGB"
-    if rgb and _close(mean, IMAGENET_MEAN) and _close(std, IMAGENET_STD):
+    if rgb and Preprocessing(mean, std).agrees(IMAGENET):
         return IMAGENET_MEAN, IMAGENET_STD
     if rgb and universal:
         return mean, std
@@ -396,10 +398,6 @@ def _normalisation_of_smp(smp: Any, name: str, encoder: str, weights: str) -> tu
         f"{std}, not ImageNet's; take a tu- encoder, or write a file that builds the network with "
         "these (docs/own-model.md)"
     )
-
-
-def _close(numbers: Sequence[float], others: Sequence[float]) -> bool:
-    return all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(numbers, others, strict=True))
 
 
 def _maps_of_smp(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

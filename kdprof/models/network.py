@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,14 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     bgr: bool = False
+
+    def agrees(self, other: Preprocessing) -> bool:
+        """Return whether both are the same, up to the rounding of what packages state."""
+        pairs = zip((*self.mean, *self.std), (*other.mean, *other.std), strict=True)
+        return self.bgr == other.bgr and all(math.isclose(a, b, rel_tol=1e-3) for a, b in pairs)
+
+    def __str__(self) -> str:
+        return f"mean {self.mean} and std {self.std}" + (" (BGR)" if self.bgr else "")
 
 
 CIRKD_PREPROCESSING = Preprocessing((104.00698793, 116.66876762, 122.67891434), (1, 1, 1), bgr=True)

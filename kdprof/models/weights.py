@@ -5,6 +5,7 @@ The content of a file shows whose names it has, and no key is ignored silently.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kdprof.errors import Problems, UserError, shortened, some
-from kdprof.models.adapted import AdaptedNetwork, is_adapted
+from kdprof.models.adapted import IMAGENET, AdaptedNetwork, is_adapted
 from kdprof.models.names import LAYOUTS, NetworkName, parse_name
-from kdprof.models.network import SegmentationNetwork, width_of
+from kdprof.models.network import Preprocessing, SegmentationNetwork, width_of
 from kdprof.models.unwrapping import unwrapped
 from kdprof.models.weight_files import WeightFile
 
@@ -172,10 +173,12 @@ def read_weights(file: WeightFile, network: AdaptedNetwork | None = None) -> Wei
         network: the one that they are for, if it is an adapted one: its keys are never renamed.
 
     Raises:
-        UserError: the file holds no such weights, or unusable ones.
+        UserError: the file holds no such weights, or unusable ones, or an adapted network's that
+            were trained on images of another normalisation.
     """
     classes = _classes_of(file)
     if network is not None:
+        _check_preprocessing(file, network)
         return _of_adapted(file, network.module, classes)
     taken = unwrapped(file, lambda keys: _source_of(keys) is not None)
     source = _source_of(taken.state)
@@ -199,6 +202,55 @@ def _of_adapted(file: WeightFile, module: nn.Module, classes: tuple[str, ...] | 
     taken = unwrapped(file, fits, masks)
     same = {key: key for key in taken.state}
     return Weights(file.path, ADAPTED, taken.state, same, None, classes, taken.told())
+
+
+def _check_preprocessing(file: WeightFile, network: AdaptedNetwork) -> None:
+    """Refuse weights for images of another normalisation than a network's. A file that does not
+    state it is taken, unless kdprof may have normalised otherwise when it wrote the file."""
+    name, own, stated = network.info.name, network.preprocessing, _preprocessing_of(file)
+    mend = "use a network of your own with the mean and std it was trained with (docs/own-model.md)"
+    if stated is not None and not stated.agrees(own):
+        raise UserError(
+            f"{file.path} was trained on images normalised with {stated}, {name} normalises them "
+            f"with {own}; {mend}"
+        )
+    timms = name.startswith("smp-") and "-tu-" in name and not own.agrees(IMAGENET)
+    if stated is None and timms and ("network" in file.header or _is_checkpoint(file)):
+        raise UserError(
+            f"{file.path} does not say how its images were normalised, and earlier versions of "
+            f"kdprof normalised those of {name} with {IMAGENET}, not with {own}; train it again, "
+            f"or {mend}"
+        )
+
+
+def _preprocessing_of(file: WeightFile) -> Preprocessing | None:
+    """Return the normalisation of images that an export or a checkpoint of kdprof states.
+
+    Raises:
+        UserError: what stands in its place is none.
+    """
+    stated = file.header.get("preprocessing")
+    if stated is None and _is_checkpoint(file):
+        stated = file.content.get("preprocessing")
+    if stated is None:
+        return None
+    try:
+        told = json.loads(stated) if isinstance(stated, str) else stated
+        mean, std = (tuple(map(float, told[key])) for key in ("mean", "std"))
+        if len(mean) == len(std) == 3:
+            return Preprocessing(mean, std, bool(told["bgr"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass  # refused below
+    raise UserError(
+        f"{file.path}: its 'preprocessing' is {some([repr(stated)])}, no mean and std; export it "
+        "again, or save it without this entry"
+    )
+
+
+def _is_checkpoint(file: WeightFile) -> bool:
+    """Return whether a file is a checkpoint of kdprof's own."""
+    step = file.content.get("step")
+    return isinstance(step, Mapping) and "student" in step
 
 
 def _check_classifier(path: Path, source: str, state: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
@@ -58,6 +58,8 @@ class ResolvedStudy:
         ranks: the group that runs steps together with this process, if ``step.gpus`` needs one.
         progress: shows the decoding of images into memory or into the cache.
         runs: False if steps are only counted; the device then need not have the precision.
+        control: False if the controls are not trained: without a method that needs a teacher, its
+            backbone's weights are then not read.
 
     Attributes:
         plain: the Study that this was made from.
@@ -83,6 +85,7 @@ class ResolvedStudy:
         weights: bool = True,
         ranks: Ranks | None = None,
         runs: bool = True,
+        control: bool = True,
     ):
         ask_again()
         self.plain, self.ranks = study, ranks
@@ -96,7 +99,7 @@ class ResolvedStudy:
         self._look_up(progress, runs)
         self._check()
         if weights:
-            self._check_backbones(progress)
+            self._check_backbones(progress, self.method_names(control=control))
         configure_backends(
             self.device, study.step.precision, deterministic=study.step.deterministic
         )
@@ -160,8 +163,11 @@ class ResolvedStudy:
                 with suppress(Exception):  # it comes again where the method is measured
                     self.factory.method(name)
 
-    def _check_backbones(self, progress: Progress) -> None:
+    def _check_backbones(self, progress: Progress, names: Collection[str]) -> None:
         """Load the files of backbones that will be trained, and say what was taken from them.
+
+        Args:
+            names: the methods to train; the teacher is trained only if one of them needs it.
 
         Raises:
             UserError: a file cannot be read, or does not fit its backbone; or weights are given for
@@ -169,7 +175,7 @@ class ResolvedStudy:
         """
         plain, problems = self.plain, Problems()
         given = {"student": (plain.student, plain.student_backbone_weights)}
-        if self.teacher_weights is None:
+        if self.teacher_weights is None and self.needs_teacher(names):
             given["teacher"] = (plain.teacher, plain.teacher_backbone_weights)
         for role, (name, weights) in given.items():
             if weights == "none":
@@ -306,6 +312,10 @@ class ResolvedStudy:
     def starts_as_teacher(self) -> bool:
         """True if every student of this study starts with the teacher's weights."""
         return self.plain.starts_as_teacher
+
+    def needs_teacher(self, names: Iterable[str]) -> bool:
+        """Return whether any of the named methods is trained with a teacher."""
+        return self.starts_as_teacher or any(self.methods[n].cls.needs_teacher() for n in names)
 
     @property
     def needs_energy(self) -> bool:

@@ -22,6 +22,7 @@ from kdprof.errors import KdprofError
 from kdprof.evaluate import WHOLE, Views, evaluate, mean_iou
 from kdprof.hardware.base import EnergyMeter
 from kdprof.hardware.device import synchronize
+from kdprof.models import AnyNetwork
 from kdprof.pauses import paused_s, running_s
 from kdprof.progress import Advance, Progress
 from kdprof.records import Cost, CurvePoint, Failure, LogLine, Run
@@ -444,7 +445,10 @@ class TrainingRun:
         return point
 
     def _state(self) -> dict[str, Any]:
+        student = self.step.student
+        assert isinstance(student, AnyNetwork), "the factory built it"
         return {
+            "preprocessing": vars(student.preprocessing),
             "iteration": self.done,
             "reached": self._reached,
             "waited_s": self._waited_before_s + self.feed.waited_s,

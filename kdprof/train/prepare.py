@@ -16,7 +16,6 @@ from kdprof.resolve.identity import cost_key, differences, of_all_methods
 from kdprof.store import RunFolder, Store
 from kdprof.train.cells import check_warmup, identity_of
 from kdprof.train.loggers import check_loggers
-from kdprof.train.teacher import needs_teacher
 
 MORE_TIME = 4
 """A Cost is measured again if it would get this many times as much time as it had, which makes its
@@ -106,7 +105,7 @@ def _check_flop(study: ResolvedStudy, costs: Mapping[str, Cost]) -> None:
 
 def _check_teacher_warmup(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None:
     begun = store.teacher_folder().read_run() is not None
-    if study.teacher_weights is None and needs_teacher(study, names) and not begun:
+    if study.teacher_weights is None and study.needs_teacher(names) and not begun:
         check_warmup(study, study.teacher_training.iterations, "teacher_training.iterations")
 
 
@@ -143,7 +142,7 @@ def training_plan(study: ResolvedStudy, names: Sequence[str]) -> TrainingPlan | 
             iterations[like] = iterations.get(like, 0.0) + count
     if not study.budgets:
         return None
-    trained = study.teacher_weights is None and needs_teacher(study, names)
+    trained = study.teacher_weights is None and study.needs_teacher(names)
     teacher = study.teacher_training.iterations if trained else 0
     runs = {name: study.seeds * count for name, count in iterations.items()}
     return TrainingPlan(study.seeds * seconds, runs, teacher)
@@ -244,7 +243,7 @@ def check_runs(study: ResolvedStudy, store: Store, names: Sequence[str]) -> None
 
 def _begun(study: ResolvedStudy, store: Store, names: Sequence[str]) -> list[RunFolder]:
     """Return the folders of all runs and trunks, and of the teacher if it is needed."""
-    teacher = [store.teacher_folder()] if needs_teacher(study, names) else []
+    teacher = [store.teacher_folder()] if study.needs_teacher(names) else []
     return [*store.run_folders(), *store.trunk_folders(), *teacher]
 
 

@@ -21,7 +21,7 @@ from kdprof.store import Held, Lost, Store
 from kdprof.train.cells import Cell, cells_of, new_run
 from kdprof.train.loop import Interrupted, TrainingRun, Validation, outcome
 from kdprof.train.prepare import Prepared, check_runs, prepare, stored_costs
-from kdprof.train.teacher import needs_teacher, trained_teacher
+from kdprof.train.teacher import trained_teacher
 from kdprof.train.trunk import Trunk, TrunkPlan, trunk_plan
 
 
@@ -117,7 +117,7 @@ def _train_waiting(
     elif study.step.gpus > 1 and not study.ranks:
         raise UserError(f"step.gpus = {study.step.gpus}: a run on several GPUs needs torchrun")
     teacher = None
-    if needs_teacher(study, {cell.method for cell in waiting}):
+    if study.needs_teacher({cell.method for cell in waiting}):
         teacher = trained_teacher(study, store, progress)
     work = _Work(study, store, costs, teacher, progress, cells, concurrent_runs)
     held = _train_cells(work, waiting, summary)

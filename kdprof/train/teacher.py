@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from kdprof.errors import KdprofError
 from kdprof.evaluate import evaluate
 from kdprof.hardware.device import autocast
@@ -18,11 +16,6 @@ from kdprof.train import checkpoint
 from kdprof.train.cells import Cell, new_run
 from kdprof.train.loop import TrainingRun, Validation, outcome
 from kdprof.train.trained_network import fill
-
-
-def needs_teacher(study: ResolvedStudy, names: Iterable[str]) -> bool:
-    """Return whether any of the named methods is trained with a teacher."""
-    return study.starts_as_teacher or any(study.methods[n].cls.needs_teacher() for n in names)
 
 
 def trained_teacher(study: ResolvedStudy, store: Store, progress: Progress) -> AnyNetwork:
