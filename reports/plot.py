@@ -63,8 +63,8 @@ def write_all(
     return Written(paths, _others(store, paths), verdict, notes)
 
 
-_TEXTS = ("table.md", "table.csv", "verdict.md", "verdict.json", "costs.md", "costs.csv",
-          "costs.tex")  # fmt: skip
+_TEXTS = ("table.md", "table.csv", "table.tex", "verdict.md", "verdict.json", "costs.md",
+          "costs.csv", "costs.tex")  # fmt: skip
 
 
 def _others(store: Store, written: Collection[Path]) -> list[Path]:

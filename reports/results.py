@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -211,7 +212,8 @@ def flop_notes(runs: Sequence[Run]) -> list[str]:
 def run_notes(results: Results) -> list[str]:
     """Return what a reader must know about the runs before comparing them, whatever the report: one
     sentence each."""
-    found = classes_notes(results.finished) + flop_notes(results.finished)
+    found = _study_notes(results)
+    found += classes_notes(results.finished) + flop_notes(results.finished)
     if most := max((run.concurrent_runs or 0 for run in results.finished), default=0):
         found.append(
             f"Up to {most} concurrent runs on the same machine: they share its memory bandwidth, "
@@ -227,6 +229,30 @@ def run_notes(results: Results) -> list[str]:
         labels = shortened([_unfinished(run) for run in results.left_out])
         found.append(f"Left out: {labels}.")
     return found + list(map(decision_note, results.decisions))
+
+
+def _study_notes(results: Results) -> list[str]:
+    """Return which settings of study.toml the runs were not trained with: the file was edited."""
+    other: dict[str, set[str]] = {}
+    for run in results.finished:
+        for name, now in _settings(results.study):
+            then = (run.identity or {}).get(name)
+            if then is not None and json.loads(then) != now:
+                other.setdefault(f"{name} is {json.dumps(now)} there", set()).add(then)
+    changes = [f"{now}, {' or '.join(sorted(then))} in runs" for now, then in other.items()]
+    if not changes:
+        return []
+    return [f"study.toml was edited after runs had been trained: {shortened(changes)}."]
+
+
+def _settings(study: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings in the sections of a study, by the names that identities of runs have.
+    Paths are not among them: identities name files by their content."""
+    for section, settings in study.items():
+        if isinstance(settings, Mapping):
+            for name, value in settings.items():
+                if not isinstance(value, Mapping) and (section, name) != ("step", "optimizer"):
+                    yield f"{section}.{name}", value
 
 
 def _drift_notes(results: Results) -> list[str]:

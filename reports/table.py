@@ -180,16 +180,21 @@ def _latency_ratio(cost: Cost | None, missing: dict[str, str]) -> Estimate | Non
 
 
 def render(store: Store) -> list[Path]:
-    """Write ``reports/table.md`` and ``reports/table.csv`` and return the files.
+    """Write ``table.md``, ``table.csv`` and ``table.tex`` into ``reports/`` and return the files.
 
     Raises:
         UserError: the store has no finished run.
     """
     results = collect(store)
     made = _rows(results)
-    paths = [store.reports / "table.md", store.reports / "table.csv"]
-    write_together({paths[0]: _markdown(results, made), paths[1]: _csv(made)})
-    return paths
+    texts = {
+        "table.md": _markdown(results, made),
+        "table.csv": _csv(made),
+        "table.tex": _latex(results, made),
+    }
+    paths = {store.reports / name: text for name, text in texts.items()}
+    write_together(paths)
+    return list(paths)
 
 
 def print_table(store: Store, console: Console) -> None:
@@ -269,7 +274,9 @@ def notes(results: Results, made: Sequence[Row]) -> list[str]:
     found = [
         "mIoU is the last iterate's, mean over seeds; rank is by it. Intervals are 95 %: ± by "
         f"Student's t over seeds, brackets by bootstrap over rounds. 'vs {CONTROL}' is in "
-        "percentage points, paired by seed. Times exclude evaluation and checkpoints."
+        "percentage points, paired by seed, with the variance of that pair alone; the verdict and "
+        "claims pool variances where they may, so their intervals differ. Times exclude evaluation "
+        "and checkpoints."
     ]
     if gpus := {run.gpus for run in results.finished} - {1}:
         found.append(
@@ -316,6 +323,17 @@ def _markdown(results: Results, made: Sequence[Row]) -> str:
         parts += [f"## {markdown_text(grid.title)}", grid.markdown()]
     parts += ["## Notes", "\n".join(f"- {markdown_text(note)}" for note in notes(results, made))]
     return "\n\n".join(parts) + "\n"
+
+
+def _latex(results: Results, made: Sequence[Row]) -> str:
+    r"""Return a ``table`` per budget for ``\usepackage{booktabs}``; the last one has the notes."""
+    found = grids(made, compact=True)
+    below = notes(results, made)
+    tables = [
+        grid.without_empty().latex(f"tab:accuracy-{number}", below if number == len(found) else ())
+        for number, grid in enumerate(found, 1)
+    ]
+    return "\n\n".join(["% Made by kdprof plot. Needs \\usepackage{booktabs}.", *tables]) + "\n"
 
 
 def _csv(made: Sequence[Row]) -> str:

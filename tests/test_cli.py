@@ -91,6 +91,7 @@ def test_record_keys_snapshot():
             "method 'cirkd': images_per_group = 3 must divide the 4 images of a device",
         ),
         (["train"], "no budget given"),
+        (["plan"], "no budget given"),
         (["train", "--budget", "40q"], "unknown unit 'q'"),
         (["train", "--budget", "0"], "smaller than one iteration"),
         (["train", "--budget", "4k@cvd"], "unknown method 'cvd'"),
@@ -247,7 +248,7 @@ def test_whole_road_as_processes_with_a_method_from_outside(tmp_path):
     plotted = kdprof("plot", "--out", out)
     assert plotted.returncode == 0, plotted.stderr
     written = re.findall(r"wrote (.+)", plotted.stdout)
-    names = {"curves.png", "curves.svg", "curves.pdf", "table.md", "table.csv"}
+    names = {"curves.png", "curves.svg", "curves.pdf", "table.md", "table.csv", "table.tex"}
     names |= {"costs.md", "costs.csv", "costs.tex", "verdict.md", "verdict.json", "index.html"}
     names |= {f"{figure}.{kind}" for figure in ("cost", "memory") for kind in ("png", "svg", "pdf")}
     assert {Path(p).name for p in written} == names
@@ -326,6 +327,13 @@ class Waits(Method):
         time.sleep(0.1)
         return {"mean": student.logits.mean()}
 '''
+
+
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_a_command_without_arguments_prints_its_help(group):
+    done = kdprof(*group)
+    assert done.returncode == 2
+    assert done.stderr == kdprof(*group, "--help").stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -31,6 +31,35 @@ def test_figures_that_may_be_of_an_earlier_state_are_named(tmp_path):
     assert all(path.is_file() for path in (*after.files, *after.others, *other))
 
 
+def test_an_edited_study_is_named_in_table_verdict_and_page(tmp_path):
+    """The page prints study.toml, and the runs say what they were trained with."""
+    settings = {"step.learning_rate": "0.01", "step.crop": "[64, 64]", "evaluation.points": "5"}
+    runs = [run.model_copy(update={"identity": settings}) for run in matrix(TWO)]
+    store = a_store(tmp_path, runs, COSTS)
+    plain = "[step]\ncrop = [64, 64]\nlearning_rate = {}\n[evaluation]\npoints = 5\n"
+    before = store.study.read_text()
+    store.study.write_text(before + plain.format("0.010"))
+    write_all(store, formats=("svg",))
+    names = ("table.md", "verdict.md", "index.html")
+    assert not any("edited" in (store.reports / name).read_text() for name in names)
+    store.study.write_text(before + plain.format("0.02"))
+    write_all(store, formats=("svg",))
+    said = (
+        "study.toml was edited after runs had been trained: step.learning_rate is 0.02 there, 0.01"
+    )
+    assert all(said in (store.reports / name).read_text() for name in names)
+
+
+def test_the_accuracy_is_a_latex_table_too(tmp_path):
+    store = a_store(tmp_path, matrix(TWO), COSTS)
+    write_all(store, formats=("svg",))
+    text = (store.reports / "table.tex").read_text()
+    budgets = len({run.budget for run in matrix(TWO)})
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == budgets
+    assert text.count("minipage") == 2 * budgets
+    assert text.count("mIoU is the last iterate's") == 1
+
+
 def test_the_command_names_them(tmp_path):
     store = a_store(tmp_path, matrix(TWO), COSTS)
     write_all(store, formats=("png",))

@@ -164,7 +164,7 @@ def test_unreliable_cost_of_the_budgets_method_taints_every_run_planned_with_it(
 def test_every_report_of_runs_renders_and_files_stay_the_same(store):
     first = [path.read_bytes() for path in table.render(store)]
     again = table.render(store)
-    assert [path.name for path in again] == ["table.md", "table.csv"]
+    assert [path.name for path in again] == ["table.md", "table.csv", "table.tex"]
     assert [path.read_bytes() for path in again] == first
     assert printed(table.print_table, store)
 

@@ -69,6 +69,9 @@ def _code() -> int | None:
     except (click.Abort, KeyboardInterrupt):
         complain("interrupted; all written files are complete")
         code = 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else error.format_message(), file=sys.stderr)
+        code = 2
     except click.ClickException as error:
         complain(_usage_message(error))
         code = 2

@@ -290,10 +290,13 @@ measuring_options = grouped(
         "--precision-target", type=float, help="Stop when ratios are this precise: 0.01 = 1 %."
     ),
     click.option(
-        "--max-time", type=float, metavar="SECONDS", help="Stop after this time, per method."
+        "--max-time",
+        type=float,
+        metavar="SECONDS",
+        help="Add no rounds after this time, per method; the rest comes on top.",
     ),
     click.option(
-        "--total-time", type=float, metavar="SECONDS", help="Stop after this time, all methods."
+        "--total-time", type=float, metavar="SECONDS", help="The same for all methods together."
     ),
     click.option("--detail", is_flag=True, help="Also time single operators, and energy."),
     click.option("--isolated", is_flag=True, help="Measure each method in a process of its own."),

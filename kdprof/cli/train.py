@@ -91,8 +91,6 @@ def train(
 
     launching.check()
     workflow = _open(study, output, training, measuring)
-    if not workflow.study.budgets:
-        raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
     require_files(workflow.study.data)  # before anything is measured
     if launching.launcher == "slurm":
         _submit(workflow, launching.slurm_options)
@@ -107,9 +105,14 @@ def _open(
     training: TrainingOptions,
     measuring: MeasuringOptions,
 ) -> Workflow:
+    """Open the study.
+
+    Raises:
+        UserError: it is not valid, or has no budget: that is known before anything is measured.
+    """
     from kdprof.workflow import Workflow
 
-    return Workflow.open(
+    workflow = Workflow.open(
         study.source,
         training.overrides() | study.overrides(),
         output.out,
@@ -117,6 +120,9 @@ def _open(
         control=not training.no_control,
         measuring=measuring.overrides(),
     )
+    if not workflow.study.budgets:
+        raise UserError("no budget given; add --budget, such as --budget 2k@kd or --budget 10min")
+    return workflow
 
 
 def _submit(workflow: Workflow, options: tuple[str, ...]) -> None:
