@@ -89,9 +89,15 @@ class Grid:
         return replace(self, header=[self.header[number] for number in kept], rows=rows)
 
     def latex(self, label: str, notes: Sequence[str]) -> str:
-        r"""Return a ``table`` environment for ``\usepackage{booktabs}``, the notes below it."""
+        r"""Return a ``table`` environment for ``\usepackage{booktabs}``, any notes below it."""
         lines = [" & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows)]
-        below = [rf"    {latex_text(note)}\par" for note in notes]
+        below = [
+            r"  \par\smallskip",
+            r"  \begin{minipage}{\linewidth}",
+            r"    \raggedright\scriptsize",
+            *(rf"    {latex_text(note)}\par" for note in notes),
+            r"  \end{minipage}",
+        ]
         sides = "".join("l" if self._is_left(column) else "r" for column in range(len(self.header)))
         return "\n".join(
             [
@@ -108,11 +114,7 @@ class Grid:
                 *(f"    {line}" for line in lines[1:]),
                 r"    \bottomrule",
                 r"  \end{tabular}",
-                r"  \par\smallskip",
-                r"  \begin{minipage}{\linewidth}",
-                r"    \raggedright\scriptsize",
-                *below,
-                r"  \end{minipage}",
+                *(below if notes else ()),
                 r"\end{table}",
             ]
         )
