@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_listed_with_what_it_needs(tmp_path):
     part = Checks(call)
     part.do(ends_s=call.runner.left_s() - TINY.least_s / 2)
     assert call.state.record.pieces == {}
-    assert call.state.record.not_done["check resume"] == "needs about 15 s"
+    assert call.state.record.not_done["check resume"] == "needs about 25 s"
 
 
 # Pieces in processes
