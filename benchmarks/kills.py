@@ -13,7 +13,6 @@ the run they fall.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import signal
@@ -21,7 +20,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,20 +76,9 @@ class Kill:
     after_s: float
     folder: Path | None = None
 
-    def is_due(self, began: float) -> Callable[[], bool]:
-        """Return the question whether it is time, for a training that began just now."""
-        before, changed = _stamps(self.folder), [began if self.folder is None else math.inf]
 
-        def due() -> bool:
-            if math.isinf(changed[0]) and _stamps(self.folder) != before:
-                changed[0] = time.monotonic()
-            return time.monotonic() >= changed[0] + self.after_s
-
-        return due
-
-
-def _stamps(folder: Path | None) -> dict[str, int]:
-    if folder is None or not folder.is_dir():
+def _stamps(folder: Path) -> dict[str, int]:
+    if not folder.is_dir():
         return {}
     with os.scandir(folder) as files:
         return {file.name: file.stat().st_mtime_ns for file in files}
@@ -110,7 +97,7 @@ def train_in_child(study: Study, out: Path, kill: Kill | None) -> bool:
     if child == 0:
         _train_and_leave(study, out)
     if kill is not None:
-        _kill_later(child, kill.is_due(time.monotonic()))
+        _kill_later(child, kill)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return False
@@ -119,8 +106,12 @@ def train_in_child(study: Study, out: Path, kill: Kill | None) -> bool:
     return True
 
 
-def _kill_later(child: int, due: Callable[[], bool]) -> None:
-    while not due():
+def _kill_later(child: int, kill: Kill) -> None:
+    before = _stamps(kill.folder) if kill.folder else {}
+    began = None if kill.folder else time.monotonic()
+    while began is None or time.monotonic() < began + kill.after_s:
+        if began is None and kill.folder and _stamps(kill.folder) != before:
+            began = time.monotonic()
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.002)

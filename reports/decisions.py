@@ -11,12 +11,12 @@ import numpy as np
 from kdprof.claims import Claim
 from kdprof.errors import UserError
 from kdprof.records import Decision, Look, Outcome
-from kdprof.stats.gain import difference_weights, slope
+from kdprof.stats.gain import difference_weights
 from kdprof.stats.seeds import Contrast
 from kdprof.stats.sequential import confidence_sequence
 
 from .axes import axis
-from .judge import evidence, why_doubtful
+from .judge import does_not_rise, evidence, slopes_of, why_doubtful
 from .results import Results, count, final_miou
 from .text import MISSING, duration
 
@@ -49,16 +49,9 @@ def why_no_gain(claim: Claim, results: Results, confidence: float) -> tuple[str,
         return "", False
     found = evidence(results)
     chosen, names = axis(results, claim.axis), (claim.first, claim.second)
-    model = found.model(*names)
-    slopes = {name: slope(model, found.curve(name, chosen)) for name in names}
-    falling = [name for name, each in slopes.items() if _falls(each, confidence)]
-    if falling:
-        who = " and ".join(falling)
-        return (
-            f"accuracy of {who} does not rise with compute, so there is no gain; train larger "
-            "budgets",
-            True,
-        )
+    slopes = slopes_of(found.model(*names), [found.curve(name, chosen) for name in names])
+    if falling := [name for name, each in slopes.items() if _falls(each, confidence)]:
+        return f"{does_not_rise(falling)}, so there is no gain; train larger budgets", True
     return why_doubtful(slopes, confidence), False
 
 

@@ -220,9 +220,9 @@ def gain(
         reason = f"{' and '.join(short)} trained at one amount of compute: a curve needs two"
         return replace(made, reason=reason)
     model = found.model(method, versus)
-    slopes = {curve.cells[0][0]: slope(model, curve) for curve in curves}
-    if reason := why_no_gain(slopes):
-        return replace(made, reason=reason)
+    slopes = slopes_of(model, curves)
+    if falling := [name for name, each in slopes.items() if each.value <= 0]:
+        return replace(made, reason=does_not_rise(falling))
     without = _why_no_interval(made.seeds, slopes, confidence)
     shift = compute_equivalent_gain(
         model,
@@ -246,10 +246,14 @@ def gain(
     )
 
 
-def why_no_gain(slopes: Mapping[str, Contrast]) -> str:
-    """Return why curves with these slopes have no gain, or nothing."""
-    falling = [name for name, each in slopes.items() if each.value <= 0]
-    return f"accuracy of {' and '.join(falling)} does not rise with compute" if falling else ""
+def slopes_of(model: SeedModel, curves: Sequence[Curve]) -> dict[str, Contrast]:
+    """Return the slope of each curve over log compute, by its method."""
+    return {curve.cells[0][0]: slope(model, curve) for curve in curves}
+
+
+def does_not_rise(methods: Sequence[str]) -> str:
+    """Return why methods whose curves fall with compute have no gain."""
+    return f"accuracy of {' and '.join(methods)} does not rise with compute"
 
 
 def _seeds_of(found: Evidence, curves: Sequence[Curve]) -> dict[str, Any]:

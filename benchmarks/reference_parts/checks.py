@@ -22,6 +22,8 @@ from kdprof.hardware.device import configure_backends, find_device, synchronize
 from kdprof.processes import explain
 from kdprof.reports.atlas_check import without_paths
 
+from .checking import PASSED
+
 BENCHMARKS = Path(__file__).resolve().parent.parent
 TESTS = BENCHMARKS.parent / "tests"
 NAMING = {"host name", "account", "home folder", "temporary folder"}
@@ -43,7 +45,7 @@ def doctor(device: str) -> Check:
     where = find_device(device)
     rows = [row for row in findings(where, hardware_of(where)) if row.what not in NAMING]
     lines = [f"{row.what}: {row.found}" + (f" ({row.costs})" * bool(row.costs)) for row in rows]
-    return _found("passed", lines)
+    return _found(PASSED, lines)
 
 
 def resume(device: str, kills: int) -> Check:
@@ -64,7 +66,7 @@ def resume(device: str, kills: int) -> Check:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    return _found("failed" if process.returncode else "passed", said.strip().splitlines()[-1:])
+    return _found("failed" if process.returncode else PASSED, said.strip().splitlines()[-1:])
 
 
 def synchronisation(device: str, methods: list[str], precision: str) -> Check:
@@ -92,7 +94,7 @@ def synchronisation(device: str, methods: list[str], precision: str) -> Check:
             lines += [f"{name}: {wait}" for wait in _waits(study, name)]
         except Exception as error:
             lines.append(f"{name}: {explain(error)}")
-    return _found("failed" if lines else "passed", lines or [f"{len(methods)} methods"])
+    return _found("failed" if lines else PASSED, lines or [f"{len(methods)} methods"])
 
 
 def _waits(study: Any, name: str) -> Iterator[str]:
@@ -142,7 +144,7 @@ def parity(device: str) -> Check:
             tests.check_parity(path, where)
         except Exception as error:
             lines.append(f"{path.stem}: {type(error).__name__}: {' '.join(str(error).split())}")
-    return _found("failed" if lines else "passed", lines or [f"{len(chosen)} files"])
+    return _found("failed" if lines else PASSED, lines or [f"{len(chosen)} files"])
 
 
 CHECKS: dict[str, Callable[..., Check]] = {
