@@ -198,7 +198,7 @@ def _parse_term(text: str) -> Budget:
     if method and (tail := _amount_behind(method)):
         raise UserError(
             f"budget '{text}': '+{tail}' is no iterations of a method, so it cannot be added; "
-            f"write +{tail}@METHOD, or give two budgets"
+            f"write iterations, such as +5k@METHOD, or give two budgets"
         )
     if method and not METHOD_NAME.fullmatch(method):
         raise UserError(f"budget '{text}': {method!r} is no name of a method; write {EXAMPLES}")

@@ -58,7 +58,7 @@ def test_parse(text, amount, unit, method):
         ("1h++1h", "malformed"),
         ("10k@kd+5k@cwd", "cannot be added"),
         ("10k@kd+2h", r"'\+2h' is no iterations of a method, so it cannot be added"),
-        ("10k@kd+5k", r"write \+5k@METHOD, or give two budgets"),
+        ("10k@kd+5k", r"such as \+5k@METHOD, or give two budgets"),
         ("10k@kd + 5", r"'\+5' is no iterations"),
         ("10k+5k@cwd", "cannot be added"),
     ],
